@@ -1,0 +1,132 @@
+"""Count the GPU kernels of a forward pass, on any machine.
+
+    python benchmarks/kernels.py [--model demo] [--json]
+
+On Metal each `mx.fast` call and each `mx.dequantize` is one kernel; on a CPU it is
+written out as many operations. So every such call is replaced by one node, the graph is exported with
+`mx.export_to_dot`, and the nodes that are not views are counted. The count says
+nothing of how long a kernel takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_smolvlm import load
+from mlx_smolvlm.model import Model
+
+VIEWS = {
+    "AsStrided",
+    "Broadcast",
+    "Depends",
+    "ExpandDims",
+    "Flatten",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Transpose",
+    "Unflatten",
+}
+
+
+def _one_node(first: mx.array, *others: Any, **named: Any) -> mx.array:
+    """One kernel of `first`'s shape that depends on every array and fuses with none."""
+    arrays = [x for x in (*others, *named.values()) if isinstance(x, mx.array)]
+    return mx.depends(mx.sort(first), arrays) if arrays else mx.sort(first)
+
+
+def _dequantize(w: mx.array, scales: mx.array, *others: Any, **named: Any) -> mx.array:
+    """One kernel of the shape that `mx.dequantize` gives."""
+    group_size = named.get("group_size") or 64
+    out = mx.zeros((*scales.shape[:-1], scales.shape[-1] * group_size), mx.float32)
+    mx.eval(out)
+    return _one_node(out, w, scales, *others)
+
+
+@contextmanager
+def one_node_each() -> Iterator[None]:
+    """Within this, each `mx.fast` call that the model makes is one node of the graph."""
+    names = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
+    kept = {name: getattr(mx.fast, name) for name in names}
+    dequantize = mx.dequantize
+    try:
+        for name in names:
+            setattr(mx.fast, name, _one_node)
+        mx.dequantize = _dequantize
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(mx.fast, name, function)
+        mx.dequantize = dequantize
+
+
+def kernels(forward: Callable[[], Any]) -> Counter[str]:
+    """Kernels in the graph of what `forward` returns, by the name of the operation."""
+    with one_node_each():
+        out = forward()
+    dot = io.StringIO()
+    mx.export_to_dot(dot, *(out if isinstance(out, (list, tuple)) else [out]))
+    nodes = re.findall(r'label ?= ?"(\w+)", shape ?= ?rectangle', dot.getvalue())
+    return Counter(node for node in nodes if node not in VIEWS)
+
+
+def decoded_token(model: Model) -> Counter[str]:
+    """Kernels of one greedy decoding step after a prompt."""
+    cache = model.make_cache()
+    mx.eval(model.text_model(model.text_model.embed_tokens(mx.array([[0, 0]])), cache), cache.arrays)
+    token_id = mx.array([0])
+    return kernels(lambda: [mx.argmax(model.step(token_id, cache), keepdims=True), *cache.arrays])
+
+
+def encoded_tiles(model: Model, tile_size: int, count: int) -> Counter[str]:
+    """Kernels of the encoder and the connector over `count` tiles."""
+    pixel_values = mx.zeros((count, tile_size, tile_size, 3), model.dtype)
+    mx.eval(pixel_values)
+    encode = mx.compile(model.encode)  # as SmolVLM.encode_images runs it
+    return kernels(lambda: encode(pixel_values))
+
+
+def report(model: Model, tile_size: int) -> dict[str, Any]:
+    """Counts for both passes, with the layers that they are spread over."""
+    step, one, many = (
+        decoded_token(model),
+        encoded_tiles(model, tile_size, 1),
+        encoded_tiles(model, tile_size, 13),
+    )
+    return {
+        "decoder_layers": len(model.text_model.layers),
+        "decoded_token": step.total(),
+        "encoder_layers": len(model.vision_model.encoder.layers),
+        "encoder_1_tile": one.total(),
+        "encoder_13_tiles": many.total(),
+        "decoded_token_by_operation": dict(step),
+        "encoder_by_operation": dict(one),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Count the GPU kernels of a forward pass.")
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    vlm = load(options.model)
+    counts = report(vlm.model, vlm.config.tile_size)
+    if options.json:
+        print(json.dumps(counts, indent=2))
+        return
+    for name, value in counts.items():
+        print(f"{name:30} {value}")
+
+
+if __name__ == "__main__":
+    main()

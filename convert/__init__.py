@@ -1,0 +1,1 @@
+"""Other people's checkpoints to folders of this package's format."""

@@ -1,0 +1,124 @@
+"""Weights read, joined, packed and written, one module at a time.
+
+Memory is bounded by one output file (`SHARD_BYTES`) and the largest module, not
+by the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_smolvlm.convert.plan import Member, Step
+from mlx_smolvlm.convert.quantize import pack, unpack
+from mlx_smolvlm.safetensors import INDEX_FILE, WEIGHTS_FILE, TensorInfo
+
+SHARD_BYTES = 512 * 10**6
+
+
+class Reader:
+    """Tensors of safetensors files; what has been taken is not kept."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, dict[str, mx.array]] = {}
+
+    def take(self, name: str, info: TensorInfo) -> mx.array:
+        """The tensor `name`, not yet read."""
+        if info.file not in self._files:
+            loaded = mx.load(str(info.file))
+            assert isinstance(loaded, dict)
+            self._files[info.file] = loaded
+        return self._files[info.file].pop(name)
+
+
+class ShardWriter:
+    """Tensors collected into files of at most about `SHARD_BYTES`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._shards: list[list[str]] = []
+        self._tensors: dict[str, mx.array] = {}
+        self._nbytes = self.total = 0
+
+    def add(self, tensors: dict[str, mx.array]) -> None:
+        """Keep `tensors` until their file is full."""
+        size = sum(array.nbytes for array in tensors.values())
+        if self._tensors and self._nbytes + size > SHARD_BYTES:
+            self._flush()
+        self._tensors.update(tensors)
+        self._nbytes += size
+        self.total += size
+
+    def _flush(self) -> None:
+        """Write what is kept, and keep it no longer."""
+        self._shards.append(sorted(self._tensors))
+        path = self._folder / f"part-{len(self._shards)}.safetensors"
+        mx.save_safetensors(str(path), self._tensors, {"format": "mlx"})
+        self._tensors, self._nbytes = {}, 0
+        mx.clear_cache()
+
+    def finish(self) -> None:
+        """Write the rest, give the files their names, and write the index if there are several."""
+        self._flush()
+        count = len(self._shards)
+        index: dict[str, str] = {}
+        for number, names in enumerate(self._shards, 1):
+            name = WEIGHTS_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+            (self._folder / f"part-{number}.safetensors").rename(self._folder / name)
+            index |= dict.fromkeys(names, name)
+        if count > 1:
+            values = {"metadata": {"total_size": self.total}, "weight_map": index}
+            text = json.dumps(values, indent=2) + "\n"
+            (self._folder / INDEX_FILE).write_text(text, encoding="utf-8")
+
+
+def build(step: Step, reader: Reader, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The arrays of the module that `step` describes, by suffix, floats as `dtype`."""
+    bias = []
+    if step.entry.bias:
+        bias = [reader.take(*member.tensors["bias"]).astype(dtype) for member in step.members]
+        bias += [mx.zeros((step.extra_rows,), dtype)] if step.extra_rows else []
+    target, packed = step.target, {member.packed for member in step.members}
+    if target is not None and packed == {target} and not step.extra_columns:
+        return _packed_rows(step, reader, dtype) | _bias(bias)
+    weights = [_float_weight(member, reader, dtype) for member in step.members]
+    weight = weights[0] if len(weights) == 1 else mx.concatenate(weights)
+    if step.entry.path.endswith("patch_embedding"):
+        if weight.shape[1:] == step.entry.shapes[0][1:]:  # (V, 3, p, p), transformers' layout
+            weight = weight.transpose(0, 2, 3, 1)
+        weight = weight.reshape(weight.shape[0], -1)  # (V, p*p*3)
+    if step.extra_rows or step.extra_columns:
+        weight = mx.pad(weight, [(0, step.extra_rows), (0, step.extra_columns)])
+    arrays = {"weight": mx.contiguous(weight)} if target is None else pack(weight, target)
+    return arrays | _bias(bias)
+
+
+def _bias(parts: list[mx.array]) -> dict[str, mx.array]:
+    """`parts` joined, under the name that a module gives it; nothing if there are none."""
+    return {"bias": mx.concatenate(parts)} if parts else {}
+
+
+def _packed_rows(step: Step, reader: Reader, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The packed arrays of the step's members, one below the other, without unpacking them."""
+    assert step.target is not None
+    rows = [
+        {s: reader.take(*place) for s, place in member.tensors.items() if s != "bias"}
+        for member in step.members
+    ]
+    if step.extra_rows:
+        rows.append(pack(mx.zeros((step.extra_rows, step.entry.width), dtype), step.target))
+    joined = {suffix: mx.concatenate([one[suffix] for one in rows]) for suffix in rows[0]}
+    return {
+        suffix: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+        for suffix, array in joined.items()
+    }
+
+
+def _float_weight(member: Member, reader: Reader, dtype: mx.Dtype) -> mx.array:
+    """The member's weight as floats of type `dtype`."""
+    arrays = {s: reader.take(*place) for s, place in member.tensors.items() if s != "bias"}
+    if member.packed is None:
+        return arrays["weight"].astype(dtype)
+    return unpack(arrays, member.packed, dtype)

@@ -1,0 +1,129 @@
+"""A folder that appears whole or not at all.
+
+Files are written to a hidden sibling that is locked while its writer lives, synced,
+and renamed into place. What a killed writer left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
+from mlx_smolvlm.errors import CheckpointError
+
+SUFFIX = ".partial"
+
+
+def check_destination(dest: Path, force: bool) -> None:
+    """Refuse a `dest` that holds something, unless `force` and it is a checkpoint of ours.
+
+    Raises:
+        CheckpointError: It says what is there.
+    """
+    if dest.is_dir():
+        if not any(dest.iterdir()):
+            return
+        try:
+            read_config(dest)
+        except CheckpointError:
+            raise CheckpointError(
+                f"{dest} is not empty and no mlx-smolvlm checkpoint; choose another folder"
+            ) from None
+        if not force:
+            raise CheckpointError(f"{dest} already holds a checkpoint; use force to replace it")
+    elif dest.exists() or dest.is_symlink():
+        raise CheckpointError(f"{dest} is no folder; choose another destination")
+
+
+@contextlib.contextmanager
+def staged(dest: Path, force: bool) -> Iterator[Path]:
+    """A hidden folder beside `dest` that takes its place when the block ends without an error.
+
+    Raises:
+        CheckpointError: `dest` holds something (see `check_destination`), before the
+            block or after it, or the disk refuses.
+    """
+    dest = dest.parent.resolve() / dest.name
+    check_destination(dest, force)
+    try:
+        dest.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(dest)
+        partial, lock = _make_locked(dest)
+    except OSError as error:
+        raise CheckpointError(f"{dest} cannot be written: {error.strerror}") from None
+    try:
+        yield partial
+        _sync(partial)
+        _publish(partial, dest, force)
+    except OSError as error:
+        raise CheckpointError(f"{dest} cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.close(lock)
+
+
+def _hidden(dest: Path) -> Path:
+    """A new name beside `dest`."""
+    return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{SUFFIX}"
+
+
+def _make_locked(dest: Path) -> tuple[Path, int]:
+    """A new hidden folder beside `dest` and the descriptor that holds its lock."""
+    while True:
+        partial = _hidden(dest)
+        partial.mkdir()
+        lock = os.open(partial, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if partial.is_dir():  # not removed as a leftover before the lock was held
+            return partial, lock
+        os.close(lock)
+
+
+def remove_leftovers(dest: Path) -> None:
+    """Remove what writers of `dest` that live no more left beside it."""
+    for path in dest.parent.iterdir():
+        if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(SUFFIX)):
+            continue
+        try:
+            lock = os.open(path, os.O_RDONLY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            pass  # its writer lives
+        finally:
+            os.close(lock)
+
+
+def _sync(folder: Path) -> None:
+    """Wait until every file of `folder`, and the folder itself, is on the disk."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _publish(partial: Path, dest: Path, force: bool) -> None:
+    """Rename `partial` to `dest`, which another writer may have filled in the meantime."""
+    check_destination(dest, force)
+    replaced = None
+    if dest.is_dir() and (dest / CONFIG_FILE).exists():
+        replaced = _hidden(dest)
+        dest.rename(replaced)
+    try:
+        partial.rename(dest)
+    except OSError:
+        check_destination(dest, force=False)
+        raise
+    if replaced is not None:
+        shutil.rmtree(replaced, ignore_errors=True)

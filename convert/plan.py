@@ -1,0 +1,275 @@
+"""Source tensors matched with the modules that the configuration asks for.
+
+Everything is checked here, from the headers alone, before a weight is read or a
+byte is written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_smolvlm.config import Config, Quantization, part_of
+from mlx_smolvlm.convert.quantize import check_width, packed_shapes, summarize
+from mlx_smolvlm.convert.weights import Entry, canonical, entries
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.safetensors import FLOATS, TensorInfo
+
+Found = dict[str, tuple[str, TensorInfo]]  # canonical name -> name in the source, place
+
+
+@dataclass(frozen=True)
+class Member:
+    """A source module: its tensors by suffix ("weight", "scales", ...) and how it is packed."""
+
+    tensors: Mapping[str, tuple[str, TensorInfo]]
+    packed: Quantization | None
+
+
+@dataclass(frozen=True)
+class Step:
+    """One module to write: `members` one below the other, padded, packed as `target` says."""
+
+    entry: Entry
+    members: tuple[Member, ...]
+    target: Quantization | None
+    extra_rows: int = 0
+    extra_columns: int = 0
+
+    @property
+    def source_nbytes(self) -> int:
+        """Bytes to read for it."""
+        return sum(info.nbytes for m in self.members for _, info in m.tensors.values())
+
+    def nbytes(self, item_bytes: int) -> int:
+        """Bytes that it will take, with floats of `item_bytes` bytes."""
+        rows = sum(shape[0] for shape in self.entry.shapes) + self.extra_rows
+        width = self.extra_columns
+        width += _count(self.entry.shapes[0][1:])
+        size = rows * item_bytes if self.entry.bias else 0
+        if self.target is None:
+            return size + rows * width * item_bytes
+        arrays = packed_shapes((rows, width), self.target)
+        return size + sum(
+            _count(shape) * {"U32": 4, "U8": 1}.get(types[0], item_bytes)
+            for shape, types in arrays.values()
+        )
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    """How many numbers an array of `shape` holds."""
+    result = 1
+    for side in shape:
+        result *= side
+    return result
+
+
+def match(tensors: Mapping[str, TensorInfo]) -> Found:
+    """`tensors` by their canonical names.
+
+    Raises:
+        CheckpointError: Two of them are the same tensor in two styles.
+    """
+    found: Found = {}
+    for name, info in tensors.items():
+        key = canonical(name)
+        if key is None:
+            continue
+        if key in found:
+            raise CheckpointError(f"tensors '{found[key][0]}' and '{name}' are the same one twice")
+        found[key] = (name, info)
+    return found
+
+
+def source_quantization(settings: Mapping[str, Any]) -> dict[str, Quantization]:
+    """How the source's packed modules are packed, by canonical path; "" is the usual way.
+
+    Args:
+        settings: Its config.json; mlx-vlm writes "quantization", with exceptions by path.
+
+    Raises:
+        CheckpointError: It was quantized by something else, or the entry is damaged.
+    """
+    values = settings.get("quantization") or settings.get("quantization_config")
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or "quant_method" in values:
+        method = values.get("quant_method") if isinstance(values, dict) else values
+        raise CheckpointError(
+            f"config.json: weights quantized by {method!r} cannot be read; convert the "
+            "checkpoint that they were made from"
+        )
+    result = {"": _quantization(values, "quantization")}
+    for path, value in values.items():
+        if isinstance(value, dict):
+            key = canonical(f"{path}.weight") or ""
+            result[key.removesuffix(".weight")] = _quantization(value, f"quantization, {path}")
+    return result
+
+
+def _quantization(values: Mapping[str, Any], where: str) -> Quantization:
+    """`values` as a Quantization."""
+    bits, group_size = values.get("bits"), values.get("group_size")
+    mode = values.get("mode", "affine")
+    if (
+        type(bits) is not int
+        or type(group_size) is not int
+        or not isinstance(mode, str)
+        or not 1 <= bits <= 8
+        or not 1 <= group_size <= 1024
+    ):
+        raise CheckpointError(f"config.json: {where} needs bits and group_size, not {dict(values)}")
+    return Quantization(bits, group_size, mode)
+
+
+def make_plan(
+    config: Config,
+    found: Found,
+    packing: Mapping[str, Quantization],
+    wanted: Mapping[str, Quantization | None],
+) -> tuple[Config, list[Step]]:
+    """The configuration to write and the steps that write its modules, in order.
+
+    Args:
+        config: Of the source, its `tie_word_embeddings` settled.
+        packing: From `source_quantization`.
+        wanted: Quantization by part; a part that is absent stays as it is.
+
+    Raises:
+        CheckpointError: A tensor is missing, unknown, of another shape or type, or a
+            group size does not fit.
+    """
+    steps, used = [], set()
+    for entry in entries(config):
+        members = tuple(
+            _member(name, shape, entry, found, packing)
+            for name, shape in zip(entry.members, entry.shapes, strict=True)
+        )
+        used |= {name for member in members for name, _ in member.tensors.values()}
+        steps.append(_with_target(Step(entry, members, None), wanted))
+    for name, _ in found.values():
+        if name not in used:
+            raise CheckpointError(f"tensor '{name}' is not part of an idefics3 or smolvlm model")
+    return _padded(config, steps)
+
+
+def _member(
+    path: str,
+    shape: tuple[int, ...],
+    entry: Entry,
+    found: Found,
+    packing: Mapping[str, Quantization],
+) -> Member:
+    """The source module at `path`, its tensors checked against `shape`."""
+    packed: Quantization | None = None
+    floats = tuple(FLOATS)
+    shapes = {
+        "weight": ((shape, (shape[0], *shape[2:], shape[1])) if len(shape) == 4 else (shape,))
+    }
+    types = {"weight": floats}
+    if f"{path}.scales" in found and len(shape) == 2:
+        packed = packing.get(path, packing.get(""))
+        if packed is None:
+            raise CheckpointError(
+                f"tensor '{found[f'{path}.scales'][0]}' belongs to quantized weights, and "
+                "config.json has no quantization"
+            )
+        expected = packed_shapes(shape, packed)
+        shapes = {suffix: (one,) for suffix, (one, _) in expected.items()}
+        types = {suffix: kinds for suffix, (_, kinds) in expected.items()}
+    if entry.bias:
+        shapes["bias"], types["bias"] = (shape[:1],), floats
+    tensors = {}
+    for suffix, allowed in shapes.items():
+        if f"{path}.{suffix}" not in found:
+            raise CheckpointError(f"tensor '{_source_name(f'{path}.{suffix}', found)}' is missing")
+        name, info = found[f"{path}.{suffix}"]
+        if info.shape not in allowed:
+            raise CheckpointError(
+                f"tensor '{name}' has shape {info.shape}; config.json asks for {allowed[0]}"
+            )
+        if info.dtype not in types[suffix]:
+            raise CheckpointError(
+                f"tensor '{name}' is stored as {info.dtype}; {', '.join(types[suffix])} can be read"
+            )
+        tensors[suffix] = (name, info)
+    return Member(tensors, packed)
+
+
+def _source_name(key: str, found: Found) -> str:
+    """The canonical name `key` in the style that its neighbours have in the source."""
+    top, rest = key.split(".", 1)
+    for other, (name, _) in found.items():
+        other_top, other_rest = other.split(".", 1) if "." in other else (other, "")
+        if other_top == top and name.endswith(other_rest):
+            return name.removesuffix(other_rest) + rest
+    prefixed = any(name.startswith("model.") for name, _ in found.values())
+    return f"model.{key}" if prefixed and top != "lm_head" else key
+
+
+def _with_target(step: Step, wanted: Mapping[str, Quantization | None]) -> Step:
+    """`step` with the quantization that is wanted for its part, else that of its members."""
+    if not step.entry.quantizable:
+        return step
+    part = part_of(step.entry.path)
+    if part in wanted:
+        return dataclasses.replace(step, target=wanted[part])
+    kinds = {member.packed for member in step.members}
+    if len(kinds) == 1:
+        return dataclasses.replace(step, target=kinds.pop())
+    packed = [kind for kind in kinds if kind is not None]
+    if len(packed) < len(kinds):
+        return step  # a member is float: so are all
+    return dataclasses.replace(step, target=max(packed, key=lambda q: (q.bits, -q.group_size)))
+
+
+def _padded(config: Config, steps: list[Step]) -> tuple[Config, list[Step]]:
+    """The final configuration and steps: the vision MLP padded to whole groups.
+
+    A hidden unit whose weights and bias are 0 gives gelu(0) = 0, so it changes nothing.
+    """
+    vision = config.vision
+    sizes = [
+        step.target.group_size
+        for step in steps
+        if step.target is not None
+        and part_of(step.entry.path) == "vision"
+        and step.entry.width == vision.intermediate_size
+        and step.entry.path.endswith(".mlp.fc2")
+    ]
+    extra = -vision.intermediate_size % max(sizes, default=1)
+    result = []
+    for step in steps:
+        if extra and step.entry.path.endswith(".mlp.fc1"):
+            step = dataclasses.replace(step, extra_rows=extra)
+        elif extra and step.entry.path.endswith(".mlp.fc2"):
+            step = dataclasses.replace(step, extra_columns=extra)
+        if step.target is not None:
+            check_width(step.entry.path, step.entry.width + step.extra_columns, step.target)
+        result.append(step)
+    config = dataclasses.replace(
+        config,
+        vision=dataclasses.replace(vision, intermediate_size=vision.intermediate_size + extra),
+        quantization=summarize({s.entry.path: s.target for s in steps if s.entry.quantizable}),
+    )
+    return config, result
+
+
+def usual_dtype(steps: list[Step]) -> str:
+    """The float type that most bytes of the source have."""
+    sizes: Counter[str] = Counter()
+    for info in _infos(steps):
+        if info.dtype in FLOATS:
+            sizes[FLOATS[info.dtype]] += info.nbytes
+    return sizes.most_common(1)[0][0]
+
+
+def _infos(steps: list[Step]) -> Iterator[TensorInfo]:
+    """Every source tensor of `steps`."""
+    for step in steps:
+        for member in step.members:
+            for _, info in member.tensors.values():
+                yield info

@@ -1,0 +1,199 @@
+"""A Hugging Face checkpoint's processor, tokenizer and generation files.
+
+Source: transformers 5.23, Idefics3ImageProcessor, SmolVLMVideoProcessor, ProcessorMixin.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from mlx_smolvlm.checkpoint import TEMPLATE_FILE, TOKENIZER_FILE
+from mlx_smolvlm.config import ImageConfig, VideoConfig
+from mlx_smolvlm.convert.section import Section
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.safetensors import read_json
+
+LONGEST_EDGE, TILE = 4 * 364, 364  # the image processors' defaults, in pixels
+LANCZOS = 1
+END_OF_UTTERANCE = "<end_of_utterance>"
+
+FIXED_IMAGE = {
+    "resample": LANCZOS,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+}
+
+
+def processors(folder: Path) -> tuple[Section, Section | None]:
+    """The settings of the image processor and, where they are apart, of the video processor.
+
+    transformers 5 nests both in processor_config.json, and prefers that to the files
+    that older versions wrote.
+    """
+    images, videos = None, None
+    if (folder / "processor_config.json").is_file():
+        nested = Section(read_json(folder / "processor_config.json"), "processor_config.json")
+        images, videos = nested.child("image_processor"), nested.child("video_processor")
+    if images is None:
+        if not (folder / "preprocessor_config.json").is_file():
+            raise CheckpointError(
+                f"{folder} has no preprocessor_config.json, so the size of pictures is unknown; "
+                "copy it from the checkpoint that this one was made from"
+            )
+        images = Section(read_json(folder / "preprocessor_config.json"), "preprocessor_config.json")
+    name = "video_preprocessor_config.json"
+    if videos is None and (folder / name).is_file():
+        videos = Section(read_json(folder / name), name)
+    return images, videos
+
+
+def image_config(section: Section, tile: int) -> ImageConfig:
+    """How pictures are cut into tiles of side `tile`."""
+    section.fixed(FIXED_IMAGE)
+    largest = _longest_edge(section, "max_image_size", TILE)
+    if largest != tile:
+        raise section.error(
+            "max_image_size", f"vision_config's image_size is {tile}, and the two must agree"
+        )
+    return ImageConfig(
+        longest_edge=_longest_edge(section, "size", LONGEST_EDGE),
+        mean=_channels(section, "image_mean"),
+        std=_channels(section, "image_std"),
+        do_image_splitting=section.flag("do_image_splitting", True),
+    )
+
+
+def _longest_edge(section: Section, key: str, default: int) -> int:
+    """`longest_edge` of the object at `key`."""
+    size = section.child(key)
+    return default if size is None else size.integer("longest_edge", None)
+
+
+def _channels(section: Section, key: str) -> tuple[float, float, float]:
+    """Three numbers at `key`, one a channel."""
+    value = section.values.get(key)
+    if value is None:
+        return (0.5, 0.5, 0.5)
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or any(type(one) not in (int, float) for one in value)
+    ):
+        raise section.error(key, "it must be three numbers")
+    return (float(value[0]), float(value[1]), float(value[2]))
+
+
+def video_config(images: Section, videos: Section | None) -> VideoConfig | None:
+    """How frames are sampled; None where the checkpoint says nothing of videos.
+
+    SmolVLM2 keeps it as `video_sampling` with the image settings; transformers 5
+    saves the same three values as fields of the video processor.
+    """
+    for section in (videos, images):
+        sampling = section and section.child("video_sampling")
+        if sampling is not None:
+            return VideoConfig(
+                fps=sampling.number("fps", None),
+                max_frames=sampling.integer("max_frames", None),
+                longest_edge=_longest_edge(sampling, "video_size", LONGEST_EDGE),
+            )
+    if videos is None or videos.values.get("fps") is None:
+        return None
+    return VideoConfig(
+        fps=videos.number("fps", None),
+        max_frames=videos.integer("num_frames", None),
+        longest_edge=_longest_edge(videos, "size", LONGEST_EDGE),
+    )
+
+
+def eos_token_ids(
+    folder: Path, top: Section, text: Section, tokens: Mapping[str, int], vocab_size: int
+) -> tuple[int, ...]:
+    """The ids that end an answer.
+
+    generation_config.json's, else config.json's, and `<end_of_utterance>` where the
+    tokenizer has it, since that ends a turn in the chat format.
+    """
+    sections = [text, top]
+    if (folder / "generation_config.json").is_file():
+        generation = Section(read_json(folder / "generation_config.json"), "generation_config.json")
+        sections.insert(0, generation)
+    ids: list[int] = []
+    for section in sections:
+        value = section.values.get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if any(type(one) is not int for one in ids):
+            raise section.error("eos_token_id", "it must be an integer or a list of them")
+        break
+    if END_OF_UTTERANCE in tokens:
+        ids = [*ids, tokens[END_OF_UTTERANCE]]
+    usable = tuple(dict.fromkeys(one for one in ids if 0 <= one < vocab_size))
+    if not usable:
+        raise CheckpointError(
+            f"{folder}: no eos_token_id within the vocabulary of {vocab_size}, so no answer "
+            "would end; state it in generation_config.json"
+        )
+    return usable
+
+
+def added_tokens(folder: Path) -> dict[str, int]:
+    """The added tokens of tokenizer.json with their ids.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or damaged.
+    """
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no {TOKENIZER_FILE}; save its tokenizer with transformers' "
+            "AutoTokenizer, which writes one"
+        )
+    added = read_json(path).get("added_tokens") or []
+    try:
+        return {token["content"]: token["id"] for token in added}
+    except (TypeError, KeyError):
+        raise CheckpointError(f"{path}: added_tokens is damaged") from None
+
+
+def read_template(folder: Path) -> str:
+    """The chat template of the checkpoint in `folder`, from where transformers would take it.
+
+    Raises:
+        CheckpointError: None of the four places has one.
+    """
+    for name in ("processor_config.json", "chat_template.json", TEMPLATE_FILE):
+        if name == TEMPLATE_FILE and (folder / name).is_file():
+            try:
+                return (folder / name).read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise CheckpointError(f"{folder / name} is not UTF-8 text") from None
+        template = _template_in(folder / name)
+        if template is not None:
+            return template
+    template = _template_in(folder / "tokenizer_config.json")
+    if template is None:
+        raise CheckpointError(
+            f"{folder} has no chat template (chat_template.jinja, chat_template.json or in "
+            "tokenizer_config.json); copy it from the checkpoint that this one was made from"
+        )
+    return template
+
+
+def _template_in(path: Path) -> str | None:
+    """The template under "chat_template" in a JSON file, the default one if it has several."""
+    if not path.is_file() or path.suffix != ".json":
+        return None
+    value = read_json(path).get("chat_template")
+    if isinstance(value, list):
+        value = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+    if isinstance(value, dict):
+        value = value.get("default")
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{path}: chat_template is no text: {json.dumps(value)[:80]}")
+    return value

@@ -1,0 +1,141 @@
+"""What precision each part gets, and the packing itself."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_smolvlm.config import DTYPES, PARTS, Quantization, QuantizationConfig, part_of
+from mlx_smolvlm.errors import CheckpointError
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUPS = (32, 64, 128)
+FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, group size
+FLOAT_BITS = 16  # what a user says for "not quantized"
+FINE_BITS = 8  # the parts that suffer most from rounding, unless the user says otherwise
+
+
+@dataclass(frozen=True)
+class ConvertOptions:
+    """How a checkpoint is written.
+
+    Attributes:
+        bits: Of the decoder's layers: 2, 3, 4, 5, 6 or 8; 16 is float, and None what
+            the source has. The other parts follow: float with 16, else 8 bits.
+        vision_bits: Of the vision encoder, where it should differ; 16 is float.
+        connector_bits: Of the projection between the two.
+        embeddings_bits: Of the token embeddings and the output head.
+        group_size: Weights that share a scale, 32, 64 or 128, in affine mode.
+        mode: "affine", or one of "mxfp4", "mxfp8" and "nvfp4", whose bits and group
+            size are fixed; parts with other bits than the mode's are affine.
+        dtype: Of what is not quantized; None is the type that most of the source has.
+    """
+
+    bits: int | None = None
+    vision_bits: int | None = None
+    connector_bits: int | None = None
+    embeddings_bits: int | None = None
+    group_size: int = 64
+    mode: str = "affine"
+    dtype: str | None = None
+
+
+def requested(options: ConvertOptions) -> dict[str, Quantization | None]:
+    """The quantization that `options` ask for, by part; a part is absent to stay as it is.
+
+    Raises:
+        CheckpointError: Bits, group size, mode or dtype that do not exist.
+    """
+    if options.dtype is not None and options.dtype not in DTYPES:
+        raise CheckpointError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}")
+    if options.mode != "affine" and options.mode not in FLOAT_MODES:
+        raise CheckpointError(f"mode {options.mode!r} is none of affine, {', '.join(FLOAT_MODES)}")
+    if options.group_size not in AFFINE_GROUPS:
+        raise CheckpointError(f"group size {options.group_size} is none of 32, 64, 128")
+    bits = options.bits
+    if options.mode in FLOAT_MODES:
+        fixed = FLOAT_MODES[options.mode][0]
+        if bits not in (None, fixed):
+            raise CheckpointError(f"mode {options.mode} has {fixed} bits, not {bits}")
+        bits = fixed
+    others = bits if bits in (None, FLOAT_BITS) else FINE_BITS
+    asked = {
+        "text": bits,
+        "vision": others if options.vision_bits is None else options.vision_bits,
+        "connector": others if options.connector_bits is None else options.connector_bits,
+        "embeddings": others if options.embeddings_bits is None else options.embeddings_bits,
+    }
+    return {part: _quantization(n, options) for part, n in asked.items() if n is not None}
+
+
+def _quantization(bits: int, options: ConvertOptions) -> Quantization | None:
+    """How `bits` are packed under `options`; None is float."""
+    if bits == FLOAT_BITS:
+        return None
+    if options.mode in FLOAT_MODES and FLOAT_MODES[options.mode][0] == bits:
+        return Quantization(bits, FLOAT_MODES[options.mode][1], options.mode)
+    if bits not in AFFINE_BITS:
+        choices = ", ".join(str(n) for n in AFFINE_BITS)
+        raise CheckpointError(f"{bits} bits are not available: {choices}, or 16 for float")
+    return Quantization(bits, options.group_size, "affine")
+
+
+def check_width(path: str, width: int, quantization: Quantization) -> None:
+    """Refuse a group size that does not divide `width`, the row length of the module at `path`.
+
+    Raises:
+        CheckpointError: It names the width and the sizes that fit.
+    """
+    if width % quantization.group_size == 0:
+        return
+    usable = [str(size) for size in AFFINE_GROUPS if width % size == 0]
+    advice = f"usable: {', '.join(usable)}" if usable else "leave this part float (16 bits)"
+    raise CheckpointError(
+        f"group size {quantization.group_size} does not divide the width {width} of {path}; "
+        f"{advice}"
+    )
+
+
+def summarize(modules: Mapping[str, Quantization | None]) -> QuantizationConfig:
+    """The quantization of every module, by path, as what most of a part has and the exceptions."""
+    usual: dict[str, Quantization | None] = {}
+    for part in PARTS:
+        counts = Counter(q for path, q in modules.items() if part_of(path) == part)
+        usual[part] = counts.most_common(1)[0][0] if counts else None
+    overrides = tuple((path, q) for path, q in modules.items() if q != usual[part_of(path)])
+    return QuantizationConfig(**usual, overrides=overrides)
+
+
+def pack(weight: mx.array, quantization: Quantization) -> dict[str, mx.array]:
+    """`weight` (rows, width) packed: "weight", "scales" and, in affine mode, "biases"."""
+    arrays = mx.quantize(weight, quantization.group_size, quantization.bits, mode=quantization.mode)
+    return dict(zip(("weight", "scales", "biases"), arrays, strict=False))
+
+
+def unpack(arrays: Mapping[str, mx.array], quantization: Quantization, dtype: mx.Dtype) -> mx.array:
+    """The float matrix (rows, width) of type `dtype` that the packed `arrays` stand for."""
+    weight: mx.array = mx.dequantize(
+        arrays["weight"],
+        arrays["scales"],
+        arrays.get("biases"),
+        quantization.group_size,
+        quantization.bits,
+        mode=quantization.mode,
+    )
+    return weight.astype(dtype)
+
+
+def packed_shapes(
+    shape: tuple[int, ...], quantization: Quantization
+) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Shape and possible safetensors types of each array that a packed `shape` matrix has."""
+    rows, width = shape
+    groups = (rows, width // quantization.group_size)
+    weight = (rows, width * quantization.bits // 32)
+    if quantization.mode != "affine":
+        return {"weight": (weight, ("U32",)), "scales": (groups, ("U8",))}
+    floats = ("F32", "F16", "BF16")
+    return {"weight": (weight, ("U32",)), "scales": (groups, floats), "biases": (groups, floats)}

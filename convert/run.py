@@ -1,0 +1,162 @@
+"""From a source to a folder of this package's format."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_smolvlm.checkpoint import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.convert.arrays import Reader, ShardWriter, build
+from mlx_smolvlm.convert.folder import check_destination, staged
+from mlx_smolvlm.convert.plan import (
+    Found,
+    Step,
+    make_plan,
+    match,
+    source_quantization,
+    usual_dtype,
+)
+from mlx_smolvlm.convert.preprocessing import read_template
+from mlx_smolvlm.convert.quantize import ConvertOptions, requested
+from mlx_smolvlm.convert.settings import read_settings
+from mlx_smolvlm.convert.source import Source, open_source
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.safetensors import read_json
+
+Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, module at hand
+
+
+def convert_checkpoint(
+    source: str | Path,
+    dest: str | Path,
+    options: ConvertOptions | None = None,
+    progress: Progress | None = None,
+    offline: bool = False,
+    force: bool = False,
+) -> Path:
+    """The folder `dest`, which holds the checkpoint `source` in this package's format.
+
+    Args:
+        source: A Hugging Face or mlx-vlm folder, or a hub id.
+        dest: A folder that is absent or empty.
+        options: Precision; None keeps the source's.
+        progress: Called after each module with the bytes of the source done, the bytes
+            in all, and the module's name.
+        offline: Take a hub id from the local cache alone.
+        force: Replace a checkpoint of this format at `dest`.
+
+    Raises:
+        CheckpointError: The source is not usable or `dest` is taken; nothing is written.
+    """
+    dest = Path(dest).expanduser()
+    options = options or ConvertOptions()
+    requested(options)  # a wrong option is refused before anything is fetched
+    check_destination(dest, force)
+    opened = open_source(source, offline)
+    return write_checkpoint(plan_checkpoint(opened, options), dest, progress, force)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that `write_checkpoint` needs, checked."""
+
+    source: Source
+    config: Config
+    template: str
+    steps: list[Step]
+
+
+def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
+    """What converting `source` under `options` will write; only headers are read.
+
+    Raises:
+        CheckpointError: The source is not usable, or the options do not fit it.
+    """
+    wanted = requested(options)
+    settings = read_settings(source.folder, source.name)
+    template = read_template(source.folder)
+    found = match(source.tensors())
+    settings = _settle_tie(settings, found)
+    packing = source_quantization(read_json(source.folder / CONFIG_FILE))
+    config, steps = make_plan(settings, found, packing, wanted)
+    config = dataclasses.replace(config, dtype=options.dtype or usual_dtype(steps))
+    config.check()
+    return Plan(source, config, template, steps)
+
+
+def write_checkpoint(plan: Plan, dest: Path, progress: Progress | None, force: bool) -> Path:
+    """The folder `dest`, written as `plan` says."""
+    item_bytes = 4 if plan.config.dtype == "float32" else 2
+    with staged(dest, force) as folder:
+        _check_space(folder, sum(step.nbytes(item_bytes) for step in plan.steps))
+        try:
+            _write_weights(plan, folder, progress)
+        except RuntimeError as error:
+            raise CheckpointError(f"{plan.source.folder} cannot be converted: {error}") from None
+        shutil.copyfile(plan.source.folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)
+        (folder / TEMPLATE_FILE).write_text(plan.template, encoding="utf-8")
+        text = json.dumps(plan.config.to_dict(), indent=2) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    return dest
+
+
+def _settle_tie(config: Config, found: Found) -> Config:
+    """`config` with `tie_word_embeddings` as the weights bear out, and `found` without a copy.
+
+    A head that is declared tied and stored as well is dropped if it equals the
+    embeddings; if it differs, it is used, as transformers does.
+    """
+    if not config.text.tie_word_embeddings:
+        return config
+    heads = {key.removeprefix("lm_head."): key for key in found if key.startswith("lm_head.")}
+    if "text_model.embed_tokens.weight" not in found:  # the other of the two was saved
+        found.update({f"text_model.embed_tokens.{s}": found.pop(k) for s, k in heads.items()})
+        return config
+    if not heads:
+        return config
+    pairs = [(found[key], found.get(f"text_model.embed_tokens.{s}")) for s, key in heads.items()]
+    reader = Reader()
+    if all(
+        other is not None
+        and other[1].shape == head[1].shape
+        and mx.array_equal(reader.take(*head), reader.take(*other)).item()
+        for head, other in pairs
+    ):
+        for key in heads.values():
+            del found[key]
+        return config
+    text = dataclasses.replace(config.text, tie_word_embeddings=False)
+    return dataclasses.replace(config, text=text)
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Refuse to begin what the disk cannot hold."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder.parent} has {free / 1e9:.1f} GB free, and the checkpoint takes "
+            f"{needed / 1e9:.1f} GB"
+        )
+
+
+def _write_weights(plan: Plan, folder: Path, progress: Progress | None) -> None:
+    """Write every tensor of `plan` into `folder`."""
+    dtype: mx.Dtype = getattr(mx, plan.config.dtype)
+    reader, writer = Reader(), ShardWriter(folder)
+    done, total = 0, sum(step.source_nbytes for step in plan.steps)
+    for step in plan.steps:
+        arrays = build(step, reader, dtype)
+        mx.eval(arrays)
+        writer.add({f"{step.entry.path}.{suffix}": a for suffix, a in arrays.items()})
+        del arrays
+        mx.clear_cache()
+        done += step.source_nbytes
+        if progress is not None:
+            progress(done, total, step.entry.path)
+    writer.finish()

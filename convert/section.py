@@ -1,0 +1,71 @@
+"""Values of a JSON object, checked as they are taken."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_smolvlm.errors import CheckpointError
+
+LARGEST = 2**24  # no width, vocabulary, context or picture comes near
+
+
+@dataclass(frozen=True)
+class Section:
+    """A JSON object and the name by which errors call it."""
+
+    values: Mapping[str, Any]
+    name: str
+
+    def error(self, key: str, advice: str) -> CheckpointError:
+        """An error about the value at `key`."""
+        return CheckpointError(f"{self.name}: {key} is {self.values.get(key)!r}; {advice}")
+
+    def child(self, key: str) -> Section | None:
+        """The object at `key`; None if it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(key, "it must be an object")
+        return Section(value, f"{self.name}, {key}")
+
+    def integer(self, key: str, default: int | None, largest: int = LARGEST) -> int:
+        """The positive integer at `key`; `default` if it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if type(value) is not int or not 0 < value <= largest:
+            raise self.error(key, f"it must be an integer from 1 to {largest}")
+        return value
+
+    def number(self, key: str, default: float | None) -> float:
+        """The positive number at `key`; `default` if it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if value is None or type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise self.error(key, "it must be a number above 0")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        """The boolean at `key`; `default` if it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self.error(key, "it must be true or false")
+        return value
+
+    def fixed(self, supported: Mapping[str, Any]) -> None:
+        """Refuse a value other than the `supported` one of its key."""
+        for key, wanted in supported.items():
+            value = self.values.get(key)
+            same = value == wanted or (
+                isinstance(wanted, float)
+                and isinstance(value, (int, float))
+                and abs(value - wanted) < 1e-9
+            )
+            if value is not None and not same:
+                raise self.error(key, f"mlx-smolvlm supports {wanted!r}")

@@ -1,0 +1,128 @@
+"""Where weights come from: a folder of the Hugging Face layout, local or fetched from the hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_smolvlm.checkpoint import CONFIG_FILE
+from mlx_smolvlm.config import FORMAT
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.safetensors import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    TensorInfo,
+    read_header,
+    read_headers,
+    read_json,
+)
+
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder to convert; `name` is its hub id or the folder's name."""
+
+    folder: Path
+    name: str
+
+    def checked(self) -> Source:
+        """Itself, if it has a config.json of another format than ours.
+
+        Raises:
+            CheckpointError: It has none, or is converted already.
+        """
+        path = self.folder / CONFIG_FILE
+        if not path.is_file():
+            raise CheckpointError(f"{self.folder} is no checkpoint: it has no {CONFIG_FILE}")
+        if read_json(path).get("format") == FORMAT:
+            raise CheckpointError(
+                f"{self.folder} is already an mlx-smolvlm checkpoint; convert its source again "
+                "for another precision"
+            )
+        return self
+
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor, by its name in the source; no weight is read.
+
+        Raises:
+            CheckpointError: The safetensors files are absent, incomplete or damaged.
+        """
+        single, index = self.folder / WEIGHTS_FILE, self.folder / INDEX_FILE
+        if single.is_file():
+            return read_header(single)
+        if index.is_file():
+            return read_headers(self.folder)
+        for pattern in PICKLES:
+            for path in sorted(self.folder.glob(pattern)):
+                raise CheckpointError(
+                    f"{self.folder} has only pickled weights ({path.name}), which can run code "
+                    "when they are read: refused, ask its author for safetensors"
+                )
+        raise CheckpointError(f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+
+
+def open_source(source: str | Path, offline: bool = False) -> Source:
+    """The folder that `source` names, downloaded first if it is a hub id.
+
+    Args:
+        source: A local folder, or a hub id such as "HuggingFaceTB/SmolVLM-256M-Instruct".
+        offline: Take a hub id from the local cache alone.
+
+    Raises:
+        CheckpointError: There is no such folder or repository, it cannot be reached, or
+            it is no checkpoint.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return Source(folder, folder.resolve().name).checked()
+    if folder.exists():
+        raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
+    if isinstance(source, Path) or not is_hub_id(source):
+        raise CheckpointError(f"there is no folder '{source}', and it is no hub id (owner/name)")
+    return Source(download(source, offline), source).checked()
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether `text` has the form owner/name."""
+    return re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", text) is not None
+
+
+def download(repo: str, offline: bool = False, revision: str | None = None) -> Path:
+    """The local snapshot folder of the hub repository `repo`, fetched where needed.
+
+    Raises:
+        CheckpointError: The repository is unknown, private or gated, the network fails,
+            or `offline` and it has not been fetched before.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=list(PATTERNS),
+                local_files_only=offline,
+            )
+        )
+    except errors.GatedRepoError:
+        reason = "its owner asks for a login: accept the terms on its page, then `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = f"it has no revision {revision!r}"
+    except errors.RepositoryNotFoundError:
+        reason = "there is no such repository, or it is private: `hf auth login`"
+    except errors.LocalEntryNotFoundError:
+        reason = (
+            "it is not in the local cache, and offline was asked for"
+            if offline
+            else "it is not in the local cache, and the hub cannot be reached"
+        )
+    except errors.HFValidationError:
+        reason = "this is no valid repository id"
+    except Exception as error:  # the HTTP library, and so its errors, differ between hub versions
+        reason = f"the download failed: {(str(error).splitlines() or [repr(error)])[0]}"
+    raise CheckpointError(f"{repo}: {reason}")

@@ -1,0 +1,150 @@
+"""The one name table: which source tensors make which of ours.
+
+Source names are first brought to one style, that of transformers without its
+leading `model.`; `canonical` does that for every style in use:
+
+    model.text_model.layers...       transformers
+    text_model.layers..., model.model.text_model...   older and nested saves
+    language_model.model.layers..., language_model.layers...   mlx-vlm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mlx_smolvlm.config import Config
+
+# Where a name starts with the left side, it becomes the right side; first match only.
+PREFIXES = (
+    ("language_model.lm_head.", "lm_head."),
+    ("text_model.lm_head.", "lm_head."),
+    ("language_model.model.", "text_model."),
+    ("text_model.model.", "text_model."),
+    ("language_model.", "text_model."),
+)
+
+# Buffers that some versions save and that the configuration determines.
+IGNORED = (".rotary_emb.inv_freq", "embeddings.position_ids")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A module of ours and what it is made of.
+
+    `members` are the source modules whose rows are concatenated, and `shapes` the
+    shapes of their weights in transformers' layout.
+    """
+
+    path: str
+    members: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    bias: bool = False
+    quantizable: bool = False
+
+    @property
+    def width(self) -> int:
+        """Length of a row of the weight."""
+        return self.shapes[0][-1]
+
+
+def canonical(name: str) -> str | None:
+    """The source tensor `name` in the one style; None for a buffer that is not needed."""
+    if name.endswith(IGNORED):
+        return None
+    while name.startswith("model."):
+        name = name.removeprefix("model.")
+    for old, new in PREFIXES:
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
+def entries(config: Config) -> list[Entry]:
+    """Every module with weights that `config` asks for, in the order they are written.
+
+    `config` has the source's sizes: the vision MLP is not padded yet.
+    """
+    vision, text = config.vision, config.text
+    result = [
+        Entry(
+            "vision_model.embeddings.patch_embedding",
+            ("vision_model.embeddings.patch_embedding",),
+            ((vision.hidden_size, 3, vision.patch_size, vision.patch_size),),
+            bias=True,
+        ),
+        _single(
+            "vision_model.embeddings.position_embedding", (vision.num_patches, vision.hidden_size)
+        ),
+    ]
+    for layer in range(vision.num_hidden_layers):
+        result += _vision_layer(config, f"vision_model.encoder.layers.{layer}")
+    result.append(_single("vision_model.post_layernorm", (vision.hidden_size,), bias=True))
+    width = vision.hidden_size * config.scale_factor**2
+    result.append(_linear("connector.modality_projection.proj", (text.hidden_size, width)))
+    result.append(_linear("text_model.embed_tokens", (text.vocab_size, text.hidden_size)))
+    for layer in range(text.num_hidden_layers):
+        result += _text_layer(config, f"text_model.layers.{layer}")
+    result.append(_single("text_model.norm", (text.hidden_size,)))
+    if not text.tie_word_embeddings:
+        result.append(_linear("lm_head", (text.vocab_size, text.hidden_size)))
+    return result
+
+
+def _vision_layer(config: Config, path: str) -> Iterator[Entry]:
+    """The modules of one encoder layer at `path`."""
+    hidden, mlp = config.vision.hidden_size, config.vision.intermediate_size
+    attention = f"{path}.self_attn"
+    yield _single(f"{path}.layer_norm1", (hidden,), bias=True)
+    yield _fused(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (hidden,) * 3, hidden, True)
+    yield _linear(f"{attention}.out_proj", (hidden, hidden), bias=True)
+    yield _single(f"{path}.layer_norm2", (hidden,), bias=True)
+    yield _linear(f"{path}.mlp.fc1", (mlp, hidden), bias=True)
+    yield _linear(f"{path}.mlp.fc2", (hidden, mlp), bias=True)
+
+
+def _text_layer(config: Config, path: str) -> Iterator[Entry]:
+    """The modules of one decoder layer at `path`."""
+    text = config.text
+    hidden, mlp = text.hidden_size, text.intermediate_size
+    queries, keys = (
+        text.num_attention_heads * text.head_dim,
+        text.num_key_value_heads * text.head_dim,
+    )
+    attention, feed = f"{path}.self_attn", f"{path}.mlp"
+    yield _single(f"{path}.input_layernorm", (hidden,))
+    yield _fused(
+        attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (queries, keys, keys), hidden
+    )
+    yield _linear(f"{attention}.o_proj", (hidden, queries))
+    yield _single(f"{path}.post_attention_layernorm", (hidden,))
+    yield _fused(feed, "gate_up_proj", ("gate_proj", "up_proj"), (mlp, mlp), hidden)
+    yield _linear(f"{feed}.down_proj", (hidden, mlp))
+
+
+def _single(path: str, shape: tuple[int, ...], bias: bool = False) -> Entry:
+    """A module that is copied and never quantized."""
+    return Entry(path, (path,), (shape,), bias)
+
+
+def _linear(path: str, shape: tuple[int, int], bias: bool = False) -> Entry:
+    """A module with one matrix."""
+    return Entry(path, (path,), (shape,), bias, quantizable=True)
+
+
+def _fused(
+    parent: str,
+    name: str,
+    members: tuple[str, ...],
+    rows: tuple[int, ...],
+    width: int,
+    bias: bool = False,
+) -> Entry:
+    """A module whose matrix is those of `members`, one below the other."""
+    return Entry(
+        f"{parent}.{name}",
+        tuple(f"{parent}.{member}" for member in members),
+        tuple((count, width) for count in rows),
+        bias,
+        quantizable=True,
+    )

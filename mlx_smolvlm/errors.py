@@ -1,0 +1,21 @@
+"""Errors that a caller can act on.
+
+Every message says what went wrong, with which value, and what to do next. The
+command line prints the message alone, without a traceback.
+"""
+
+
+class SmolVLMError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class CheckpointError(SmolVLMError):
+    """A checkpoint folder, configuration or weight file cannot be used."""
+
+
+class MediaError(SmolVLMError):
+    """A picture or video cannot be opened or decoded."""
+
+
+class PromptError(SmolVLMError):
+    """The messages cannot be turned into a prompt that the model can read."""

@@ -1,0 +1,166 @@
+"""Bytes of what a user names: a file, standard input, a URL, a data URI."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+from mlx_smolvlm.errors import MediaError
+
+if TYPE_CHECKING:
+    from urllib.request import OpenerDirector
+
+MAX_BYTES = 256 * 1024**2  # of a download or a pipe
+TIMEOUT_S = 20.0  # without an answer
+DEADLINE_S = 120.0  # for the whole download
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", re.IGNORECASE)
+_CHUNK = 1 << 16
+
+
+def short_name(source: str | Path) -> str:
+    """What to call `source` in an error: one short line, a URL without its secrets."""
+    text = str(source)
+    if text == "-":
+        return "standard input"
+    if text[:5].lower() == "data:":
+        return "the data URI"
+    if is_remote(source):
+        text = re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", text)[0])
+    text = text.encode("utf-8", "backslashreplace").decode()
+    return repr(text if len(text) <= 200 else text[:197] + "...")
+
+
+def is_remote(source: str | Path) -> bool:
+    """Whether `source` is a URL or a data URI, so not the name of a file."""
+    return isinstance(source, str) and _SCHEME.match(source) is not None
+
+
+def open_bytes(source: str | Path) -> BinaryIO:
+    """A seekable stream of what `source` names; the caller closes it.
+
+    Args:
+        source: A path, "-" for standard input, an http(s) URL or a data URI.
+
+    Raises:
+        MediaError: It is missing, cannot be read, or has more than `MAX_BYTES`.
+    """
+    if isinstance(source, str) and source == "-":
+        return io.BytesIO(_capped(sys.stdin.buffer, "standard input"))
+    match = _SCHEME.match(source) if isinstance(source, str) else None
+    if not isinstance(source, str) or match is None:
+        return _open_file(source)
+    if match[2]:
+        return io.BytesIO(_data_uri(source))
+    if match[1].lower() in ("http", "https"):
+        return io.BytesIO(_download(source))
+    raise MediaError(
+        f"{short_name(source)} has the scheme '{match[1]}'; give an http or https URL, or a path"
+    )
+
+
+def _open_file(source: str | Path) -> BinaryIO:
+    """The file at `source`; a pipe is read into memory first."""
+    name = short_name(source)
+    if not str(source):
+        raise MediaError("the path is empty; give a file, URL or data URI")
+    try:
+        stream = Path(source).expanduser().open("rb")
+        if stream.seekable():
+            return stream
+        with stream:
+            return io.BytesIO(_capped(stream, name))
+    except FileNotFoundError:
+        raise MediaError(f"{name} does not exist; check the path") from None
+    except IsADirectoryError:
+        raise MediaError(f"{name} is a folder; give a file") from None
+    except PermissionError:
+        raise MediaError(f"{name} may not be read; check its permissions") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise MediaError(f"{name} cannot be opened: {reason}") from None
+
+
+def _data_uri(source: str) -> bytes:
+    """The bytes that a data URI carries."""
+    import base64
+    import binascii
+    from urllib.parse import unquote_to_bytes
+
+    head, comma, body = source.partition(",")
+    if not comma:
+        raise MediaError("the data URI has no comma; it must be data:image/png;base64,...")
+    data = unquote_to_bytes(body)
+    if not head.lower().rstrip().endswith(";base64"):
+        return data
+    data = b"".join(data.split())
+    try:
+        return base64.b64decode(data + b"=" * (-len(data) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MediaError(f"the data URI is not valid base64: {error}") from None
+
+
+def _download(url: str) -> bytes:
+    """The body at `url`, within `MAX_BYTES`, `TIMEOUT_S` and `DEADLINE_S`."""
+    import http.client
+    from urllib.error import HTTPError, URLError
+    from urllib.parse import quote
+    from urllib.request import Request
+
+    name = short_name(url)
+    try:
+        # Spaces and letters outside ASCII are common in links that are copied by hand.
+        request = Request(
+            quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "mlx-smolvlm"}
+        )
+        with _opener().open(request, timeout=TIMEOUT_S) as response:
+            length = response.headers.get("Content-Length") or ""
+            data = _capped(response, name, time.monotonic() + DEADLINE_S)
+    except HTTPError as error:
+        error.close()
+        raise MediaError(f"{name} cannot be fetched: HTTP {error.code} {error.reason}") from None
+    except URLError as error:
+        reason = error.reason
+        text = getattr(reason, "strerror", None) or str(reason)
+        raise MediaError(f"{name} cannot be fetched: {text}") from None
+    except TimeoutError:
+        raise MediaError(f"{name} sent nothing for {TIMEOUT_S:g} s; try again") from None
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise MediaError(f"{name} cannot be fetched: {error or type(error).__name__}") from None
+    if length.isdigit() and len(data) < int(length):
+        raise MediaError(f"{name} sent {len(data)} of {length} bytes; try again")
+    return data
+
+
+def _opener() -> OpenerDirector:
+    """An opener that speaks HTTP and HTTPS only, after a redirect too."""
+    from urllib import request
+
+    opener = request.OpenerDirector()
+    for handler in (
+        request.ProxyHandler(),
+        request.UnknownHandler(),
+        request.HTTPHandler(),
+        request.HTTPSHandler(),
+        request.HTTPDefaultErrorHandler(),
+        request.HTTPRedirectHandler(),
+        request.HTTPErrorProcessor(),
+    ):
+        opener.add_handler(handler)
+    return opener
+
+
+def _capped(stream: BinaryIO, name: str, deadline_s: float | None = None) -> bytes:
+    """All of `stream`, at most `MAX_BYTES`, before the monotonic time `deadline_s`."""
+    data = bytearray()
+    while chunk := stream.read(_CHUNK):
+        data += chunk
+        if len(data) > MAX_BYTES:
+            raise MediaError(f"{name} is larger than {MAX_BYTES // 1024**2} MiB; make it smaller")
+        if deadline_s is not None and time.monotonic() > deadline_s:
+            raise MediaError(f"{name} took longer than {DEADLINE_S:g} s to arrive; try again")
+    return bytes(data)

@@ -1,0 +1,82 @@
+"""The one loop: prefill the prompt, then a token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import mlx.core as mx
+
+from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.model import Model
+from mlx_smolvlm.sampling import Sampler
+
+PREFILL_CHUNK = 512  # tokens; bounds the memory of a long prompt
+
+
+def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
+    """`logits` (vocabulary,) after the last of `inputs_embeds` (1, L, D).
+
+    The prompt goes through the decoder in chunks, and the output head sees its
+    last position only.
+    """
+    length = inputs_embeds.shape[1]
+    start = 0
+    while length - start > PREFILL_CHUNK:
+        model.text_model(inputs_embeds[:, start : start + PREFILL_CHUNK], cache)
+        mx.eval(cache.arrays)
+        start += PREFILL_CHUNK
+    hidden_states = model.text_model(inputs_embeds[:, start:], cache)
+    return model.head(hidden_states[0, -1])
+
+
+def tokens(
+    model: Model, inputs_embeds: mx.array, cache: KVCache, sampler: Sampler, max_tokens: int
+) -> Iterator[int]:
+    """Yields up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D).
+
+    While the caller handles a token, the device already computes the next one. So
+    the cache may hold one token more than was taken.
+    """
+    token_id = sampler(prefill(model, inputs_embeds, cache))
+    mx.async_eval(token_id)
+    for _ in range(max_tokens - 1):
+        following = sampler(model.step(token_id, cache))
+        mx.async_eval(following)
+        yield int(token_id)
+        token_id = following
+    yield int(token_id)
+
+
+class StopText:
+    """Text passed on up to the first of some stop texts.
+
+    What may be the beginning of a stop text is held back until that is known.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = tuple(stops)
+        self.held = ""
+        self.stopped = False
+
+    def feed(self, text: str) -> str:
+        """What of the text so far may be shown now."""
+        self.held += text
+        found = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            shown, self.held = self.held[: min(found)], ""
+            return shown
+        keep = max((self._overlap(stop) for stop in self.stops), default=0)
+        cut = len(self.held) - keep
+        shown, self.held = self.held[:cut], self.held[cut:]
+        return shown
+
+    def flush(self) -> str:
+        """What was held back, once no more text comes."""
+        shown, self.held = self.held, ""
+        return shown
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self.held))
+        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)

@@ -1,0 +1,146 @@
+"""What lies in the files of a checkpoint folder, learned without reading a weight."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_smolvlm.errors import CheckpointError
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
+ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
+ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: its file, its safetensors type such as "BF16", and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        size = ITEM_BYTES[self.dtype]
+        for side in self.shape:
+            size *= side
+        return size
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`.
+
+    Raises:
+        CheckpointError: The file is missing, unreadable, not JSON or not an object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Names and places of the tensors in the safetensors file at `path`; no weight is read.
+
+    Raises:
+        CheckpointError: The file is cut off, damaged or not safetensors.
+    """
+    try:
+        with path.open("rb") as file:
+            total = path.stat().st_size
+            prefix = file.read(8)
+            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
+            if 8 + length > total:
+                raise CheckpointError(
+                    f"{path} is cut off or not safetensors: {total} bytes; fetch it again"
+                )
+            header = json.loads(file.read(length))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again") from None
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again")
+    header.pop("__metadata__", None)
+    room = total - 8 - length
+    return {name: _tensor_info(path, name, entry, room) for name, entry in header.items()}
+
+
+def _tensor_info(path: Path, name: str, entry: Any, room: int) -> TensorInfo:
+    """The header's `entry` for tensor `name`, whose data must lie within `room` bytes."""
+    try:
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        start, end = entry["data_offsets"]
+        numbers = (*shape, start, end)
+        known = dtype in ITEM_BYTES
+    except (TypeError, KeyError, ValueError):
+        raise CheckpointError(f"{path}: the header's entry for '{name}' is damaged") from None
+    if not known:
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has type {dtype!r}; "
+            f"{', '.join(FLOATS)} (and U32, U8 when quantized) can be read"
+        )
+    info = TensorInfo(path, dtype, shape)
+    if not all(type(n) is int and n >= 0 for n in numbers) or end - start != info.nbytes:
+        raise CheckpointError(f"{path}: the header's entry for '{name}' is damaged")
+    if end > room:
+        raise CheckpointError(
+            f"{path} is cut off: tensor '{name}' ends at byte {end} of {room}; fetch it again"
+        )
+    return info
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the safetensors files in `folder`, by name; no weight is read.
+
+    Raises:
+        CheckpointError: There are no safetensors files, one is missing or damaged, the
+            index disagrees with them, or two files hold the same tensor.
+    """
+    index: dict[str, Any] = {}
+    if (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
+        index = read_json(folder / INDEX_FILE).get("weight_map") or {}
+        if not isinstance(index, dict) or not index:
+            raise CheckpointError(f"{folder / INDEX_FILE} has no weight_map")
+    files = [WEIGHTS_FILE] if not index else sorted({str(name) for name in index.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / INDEX_FILE} names '{name}', which is no file of the folder"
+            )
+    tensors: dict[str, TensorInfo] = {}
+    for name in files:
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing; fetch or convert the checkpoint again")
+        for tensor, info in read_header(path).items():
+            if tensor in tensors:
+                raise CheckpointError(
+                    f"tensor '{tensor}' is in both {tensors[tensor].file.name} and {name}"
+                )
+            if index and index.get(tensor) != name:
+                raise CheckpointError(
+                    f"tensor '{tensor}' is in {name}, and {INDEX_FILE} puts it in "
+                    f"{index.get(tensor)}"
+                )
+            tensors[tensor] = info
+    for tensor in index:
+        if tensor not in tensors:
+            raise CheckpointError(f"tensor '{tensor}' is missing from {folder / index[tensor]}")
+    return tensors

@@ -1,0 +1,123 @@
+"""SmolLM2 decoder (Llama): embeddings to hidden states.
+
+Letters as in `model.py`. Attributes keep the checkpoint's names; `qkv_proj` and
+`gate_up_proj` are its projections with their rows concatenated.
+
+Source: SmolLM2, arXiv 2502.02737; kernels a token: docs/decisions/kernels.md.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.config import TextConfig
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, one kernel."""
+    return gate * mx.sigmoid(gate) * up
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        rows = (self.heads + 2 * self.kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = nn.Linear(self.heads * config.head_dim, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array, positions: mx.array, cache: KVCache | None) -> mx.array:
+        b, length, _ = x.shape
+        qkv = self.qkv_proj(x).reshape(b, length, -1, self.head_dim).swapaxes(1, 2)
+        qkv = self._rotate(qkv, positions)  # (B, heads + 2*kv_heads, L, head_dim)
+        queries, keys_values = qkv[:, : self.heads], qkv[:, self.heads :]
+        if cache is None:
+            keys, values = mx.split(keys_values, 2, axis=1)
+        else:
+            keys, values = cache.update(self.layer, keys_values)
+        mask = "causal" if length > 1 else None
+        x = mx.fast.scaled_dot_product_attention(
+            queries, keys, values, scale=self.head_dim**-0.5, mask=mask
+        )
+        return self.o_proj(x.swapaxes(1, 2).reshape(b, length, -1))
+
+    def _rotate(self, qkv: mx.array, positions: mx.array) -> mx.array:
+        """`qkv` (B, heads + 2*kv_heads, L, head_dim) with queries and keys rotated.
+
+        `positions` is the first position of each row of heads. One token needs one
+        rotation: every head is a row, and the values' rows stand at position 0,
+        where a rotation changes nothing. Several tokens need the values apart.
+        """
+        b, rows, length, width = qkv.shape
+        rope = partial(mx.fast.rope, dims=width, traditional=False, base=self.theta, scale=1.0)
+        if length == 1:
+            return rope(qkv.reshape(b * rows, 1, 1, width), offset=positions).reshape(qkv.shape)
+        queries_keys, values = mx.split(qkv, [self.heads + self.kv_heads], axis=1)
+        return mx.concatenate([rope(queries_keys, offset=positions[0]), values], axis=1)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(swiglu(gate, up))
+
+
+class DecoderLayer(nn.Module):
+    """One decoder layer, normalised before each half."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, positions: mx.array, cache: KVCache | None) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class TextModel(nn.Module):
+    """The decoder without its output head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.rotated_rows = config.num_attention_heads + config.num_key_value_heads
+        self.still_rows = config.num_key_value_heads
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(self, inputs_embeds: mx.array, cache: KVCache | None = None) -> mx.array:
+        """Normalised hidden states (B, L, D) of `inputs_embeds` (B, L, D).
+
+        Args:
+            cache: Holds the tokens before these, and these afterwards; None when
+                there are none before and none will follow, as in training.
+        """
+        b, length, _ = inputs_embeds.shape
+        offset = 0 if cache is None else cache.offset
+        positions = mx.array(([offset] * self.rotated_rows + [0] * self.still_rows) * b)
+        x = inputs_embeds
+        for layer in self.layers:
+            x = layer(x, positions, cache)
+        if cache is not None:
+            cache.offset += length
+        hidden_states: mx.array = self.norm(x)
+        return hidden_states
