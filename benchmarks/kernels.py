@@ -3,9 +3,9 @@
     python benchmarks/kernels.py [--model demo] [--json]
 
 On Metal each `mx.fast` call and each `mx.dequantize` is one kernel; on a CPU it is
-written out as many operations. So every such call is replaced by one node, the graph is exported with
-`mx.export_to_dot`, and the nodes that are not views are counted. The count says
-nothing of how long a kernel takes.
+written out as many operations. So every such call is replaced by one node, the
+graph is exported with `mx.export_to_dot`, and the nodes that are not views are
+counted. The count says nothing of how long a kernel takes.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def kernels(forward: Callable[[], Any]) -> Counter[str]:
 def decoded_token(model: Model) -> Counter[str]:
     """Kernels of one greedy decoding step after a prompt."""
     cache = model.make_cache()
-    mx.eval(model.text_model(model.text_model.embed_tokens(mx.array([[0, 0]])), cache), cache.arrays)
+    mx.eval(
+        model.text_model(model.text_model.embed_tokens(mx.array([[0, 0]])), cache), cache.arrays
+    )
     token_id = mx.array([0])
     return kernels(lambda: [mx.argmax(model.step(token_id, cache), keepdims=True), *cache.arrays])
 

@@ -26,19 +26,20 @@ def check_destination(dest: Path, force: bool) -> None:
     Raises:
         CheckpointError: It says what is there.
     """
-    if dest.is_dir():
-        if not any(dest.iterdir()):
-            return
-        try:
-            read_config(dest)
-        except CheckpointError:
-            raise CheckpointError(
-                f"{dest} is not empty and no mlx-smolvlm checkpoint; choose another folder"
-            ) from None
-        if not force:
-            raise CheckpointError(f"{dest} already holds a checkpoint; use force to replace it")
-    elif dest.exists() or dest.is_symlink():
+    if not os.path.lexists(dest):
+        return
+    if not dest.is_dir():
         raise CheckpointError(f"{dest} is no folder; choose another destination")
+    if not any(dest.iterdir()):
+        return
+    try:
+        read_config(dest)
+    except CheckpointError:
+        raise CheckpointError(
+            f"{dest} is not empty and no mlx-smolvlm checkpoint; choose another folder"
+        ) from None
+    if not force:
+        raise CheckpointError(f"{dest} already holds a checkpoint; use force to replace it")
 
 
 @contextlib.contextmanager
@@ -75,12 +76,15 @@ def _hidden(dest: Path) -> Path:
 
 def _make_locked(dest: Path) -> tuple[Path, int]:
     """A new hidden folder beside `dest` and the descriptor that holds its lock."""
-    while True:
+    while True:  # another writer may take it for a leftover until the lock is held
         partial = _hidden(dest)
         partial.mkdir()
-        lock = os.open(partial, os.O_RDONLY)
+        try:
+            lock = os.open(partial, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if partial.is_dir():  # not removed as a leftover before the lock was held
+        if partial.is_dir():
             return partial, lock
         os.close(lock)
 
@@ -117,7 +121,7 @@ def _publish(partial: Path, dest: Path, force: bool) -> None:
     """Rename `partial` to `dest`, which another writer may have filled in the meantime."""
     check_destination(dest, force)
     replaced = None
-    if dest.is_dir() and (dest / CONFIG_FILE).exists():
+    if force and (dest / CONFIG_FILE).exists():
         replaced = _hidden(dest)
         dest.rename(replaced)
     try:

@@ -180,7 +180,8 @@ class Config:
         if values.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"config.json has format_version {values.get('format_version')!r}, and this "
-                f"version reads {FORMAT_VERSION}; convert the checkpoint again or update mlx-smolvlm"
+                f"version reads {FORMAT_VERSION}; convert the checkpoint again, or update "
+                "mlx-smolvlm"
             )
         rest = {k: v for k, v in values.items() if k not in ("format", "format_version")}
         config = _read(cls, rest, "")

@@ -35,6 +35,11 @@ def short_name(source: str | Path) -> str:
     return repr(text if len(text) <= 200 else text[:197] + "...")
 
 
+def one_line(error: object) -> str:
+    """What `error` says, on one line; its type if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def is_remote(source: str | Path) -> bool:
     """Whether `source` is a URL or a data URI, so not the name of a file."""
     return isinstance(source, str) and _SCHEME.match(source) is not None
@@ -81,7 +86,7 @@ def _open_file(source: str | Path) -> BinaryIO:
     except PermissionError:
         raise MediaError(f"{name} may not be read; check its permissions") from None
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = getattr(error, "strerror", None) or one_line(error)
         raise MediaError(f"{name} cannot be opened: {reason}") from None
 
 
@@ -122,15 +127,15 @@ def _download(url: str) -> bytes:
             data = _capped(response, name, time.monotonic() + DEADLINE_S)
     except HTTPError as error:
         error.close()
-        raise MediaError(f"{name} cannot be fetched: HTTP {error.code} {error.reason}") from None
+        reason = one_line(error.reason)
+        raise MediaError(f"{name} cannot be fetched: HTTP {error.code}, {reason}") from None
     except URLError as error:
-        reason = error.reason
-        text = getattr(reason, "strerror", None) or str(reason)
-        raise MediaError(f"{name} cannot be fetched: {text}") from None
+        reason = getattr(error.reason, "strerror", None) or one_line(error.reason)
+        raise MediaError(f"{name} cannot be fetched: {reason}") from None
     except TimeoutError:
         raise MediaError(f"{name} sent nothing for {TIMEOUT_S:g} s; try again") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise MediaError(f"{name} cannot be fetched: {error or type(error).__name__}") from None
+        raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
     if length.isdigit() and len(data) < int(length):
         raise MediaError(f"{name} sent {len(data)} of {length} bytes; try again")
     return data

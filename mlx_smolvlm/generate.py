@@ -42,9 +42,16 @@ def tokens(
     for _ in range(max_tokens - 1):
         following = sampler(model.step(token_id, cache))
         mx.async_eval(following)
-        yield int(token_id)
+        yield _host(token_id)
         token_id = following
-    yield int(token_id)
+    yield _host(token_id)
+
+
+def _host(token_id: mx.array) -> int:
+    """The number in `token_id` (1,), once the device has it."""
+    value = token_id.item()
+    assert isinstance(value, int)
+    return value
 
 
 class StopText:

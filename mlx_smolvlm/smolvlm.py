@@ -295,6 +295,7 @@ class Conversation:
 
     def reset(self) -> None:
         """Forget everything but the system message."""
+        self._open: AnswerStream | None = None
         self.messages: list[Message] = _system_message(self._system)
         self._pictures: list[PIL.Image.Image] = []
 
@@ -321,8 +322,6 @@ class Conversation:
         self.messages, self._pictures = messages, pictures
         self._open = stream
         return stream
-
-    _open: AnswerStream | None = None
 
     def _settle(self) -> None:
         """Write down what was said in the last turn."""
@@ -356,16 +355,16 @@ def load(
     Raises:
         CheckpointError: It cannot be found, converted or read.
     """
-    from mlx_smolvlm import checkpoint, hub
+    from mlx_smolvlm.checkpoint import chat_template, load_model, read_config, tokenizer_path
+    from mlx_smolvlm.hub import ResolveOptions, resolve
     from mlx_smolvlm.prompt import PromptBuilder
 
-    path = hub.resolve(model, hub.ResolveOptions(bits=bits, offline=offline, progress=progress))
-    config = checkpoint.read_config(path)
+    path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
+    config = read_config(path)
     if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
         dtype = "float32"
-    template = checkpoint.chat_template(path)
-    builder = PromptBuilder(checkpoint.tokenizer_path(path), template, config)
-    return SmolVLM(path, config, checkpoint.load_model(path, dtype), builder)
+    builder = PromptBuilder(tokenizer_path(path), chat_template(path), config)
+    return SmolVLM(path, config, load_model(path, dtype), builder)
 
 
 def _as_list(images: Iterable[ImageSource]) -> list[ImageSource]:

@@ -187,6 +187,7 @@ def make(
     values = values or settings()
     folder.mkdir(parents=True, exist_ok=True)
     tile = values["vision_config"].get("image_size", 224)
+    tile = tile[0] if isinstance(tile, list) else tile
     write_json(folder / "config.json", values)
     write_json(folder / "generation_config.json", {"eos_token_id": 61})
     write_json(

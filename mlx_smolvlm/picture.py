@@ -1,0 +1,192 @@
+"""Pictures opened: any source and pixel format to upright RGB.
+
+What differs from transformers on purpose is in docs/decisions/images.md.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from mlx_smolvlm.errors import MediaError
+from mlx_smolvlm.fetch import is_remote, one_line, open_bytes, short_name
+
+Size = tuple[int, int]  # width, height
+
+MAX_PIXELS = 100_000_000  # read from the header, before the picture is decoded
+
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
+    """The picture in `source` as RGB, turned as its EXIF orientation says.
+
+    Args:
+        source: A path, an http(s) URL, a data URI, "-" for standard input, the bytes of
+            a file, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4),
+            uint8 or float in 0..1. Transparency is laid on white; 16 bits become 8.
+
+    Raises:
+        MediaError: It cannot be read or decoded, or has more than `MAX_PIXELS`.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        _check_size(source.size, "the image")
+        return _guarded(source, "the image")
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _decode(io.BytesIO(source), "the data")
+    if not isinstance(source, str | Path):
+        raise MediaError(
+            f"a picture cannot be of type {type(source).__name__}; "
+            "give a path, URL, data URI, bytes, PIL image or numpy array"
+        )
+    if is_remote(source):
+        return _decode(open_bytes(source), short_name(source))
+    with open_bytes(source) as stream:
+        return _decode(stream, short_name(source))
+
+
+def _decode(stream: BinaryIO, name: str) -> Image.Image:
+    """The picture in an open file."""
+    if not stream.read(1):
+        raise MediaError(f"{name} is empty")
+    stream.seek(0)
+    # Pillow warns of large pictures and damaged metadata; the limit here is our own, and
+    # a warning would reach the terminal.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(stream)
+        except UnidentifiedImageError:
+            raise MediaError(
+                f"{name} is not a picture in a format that can be read; convert it to PNG or JPEG"
+            ) from None
+        except Image.DecompressionBombError as error:
+            raise MediaError(f"{name} is too large: {error}") from None
+        except Exception as error:  # a format plugin raises anything on damaged data
+            raise MediaError(_damaged(name, error)) from None
+        _check_size(image.size, name)
+        return _guarded(image, name)
+
+
+def _guarded(image: Image.Image, name: str) -> Image.Image:
+    """`_upright_rgb` with any failure of the decoder as a MediaError."""
+    try:
+        image.load()
+        return _upright_rgb(image, name)
+    except MediaError:
+        raise
+    except Exception as error:  # a format plugin raises anything on damaged data
+        raise MediaError(_damaged(name, error)) from None
+
+
+def _damaged(name: str, error: Exception) -> str:
+    return f"{name} cannot be decoded; it may be truncated or damaged ({one_line(error)})"
+
+
+def _check_size(size: Size, name: str) -> None:
+    """Refuse an empty picture and one with more than `MAX_PIXELS`."""
+    width, height = size
+    if width < 1 or height < 1:
+        raise MediaError(f"{name} is {width} x {height} pixels; it has nothing to look at")
+    if width * height > MAX_PIXELS:
+        raise MediaError(
+            f"{name} is {width} x {height} pixels, above the limit of "
+            f"{MAX_PIXELS // 1_000_000} megapixels; make it smaller first"
+        )
+
+
+def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+    """`image`, decoded, as RGB and turned; the same object if there is nothing to do."""
+    rgb = _rgb(image, name)
+    turn = _TURNS.get(_orientation(image))
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    if rgb is not image:
+        rgb.info = {}  # else the orientation would be applied again by the next reader
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where it is absent or the metadata is damaged."""
+    try:
+        value = image.getexif().get(_ORIENTATION_TAG, 1)
+    except Exception:  # damaged metadata does not make a picture unreadable
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """`image` as RGB: transparency on white, 16 bits and floats brought to 8 bits."""
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        return _from_deep(image, name)
+    if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+        if image.mode == "La":  # Pillow has no direct way from here to RGBA
+            image = image.convert("LA")
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _from_deep(image: Image.Image, name: str) -> Image.Image:
+    """RGB of a gray picture with more than 8 bits.
+
+    Integers are 16 bits; floats are 0..1, 0..255 or 0..65535, whichever is the
+    first that holds them all. Pillow and transformers clip at 255 instead.
+    """
+    values = np.asarray(image).astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    peaks = (1, 255, 65535) if image.mode == "F" else (65535,)
+    peak = next((peak for peak in peaks if low >= 0 and high <= peak), None)
+    if peak is None or math.isnan(low):
+        raise MediaError(
+            f"{name} holds gray values from {low:g} to {high:g}; "
+            "bring them to 0..1 (float), 0..255 or 0..65535 first"
+        )
+    gray = np.rint(values * (255 / peak)).astype(np.uint8)
+    transparent: Any = image.info.get("transparency")
+    if isinstance(transparent, int):
+        gray[values == transparent] = 255
+    return Image.fromarray(gray).convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    """RGB of an array of pixels."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
+        raise MediaError(
+            f"an array of shape {array.shape} is not a picture; "
+            "give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), channels last"
+        )
+    _check_size((array.shape[1], array.shape[0]), "the array")
+    if np.issubdtype(array.dtype, np.floating):
+        low, high = float(array.min()), float(array.max())
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN is neither
+            raise MediaError(
+                f"a float array must hold finite values in 0..1, not {low:g}..{high:g}; "
+                "divide by the largest possible value, or give uint8"
+            )
+        array = np.rint(array.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
+    elif array.dtype != np.uint8:
+        raise MediaError(
+            f"an array of dtype {array.dtype} is not a picture; give uint8, or float in 0..1"
+        )
+    return _rgb(Image.fromarray(np.ascontiguousarray(array)), "the array")

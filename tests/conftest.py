@@ -1,0 +1,78 @@
+"""Fixtures that several test files share."""
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_smolvlm.config import (
+    Config,
+    ImageConfig,
+    QuantizationConfig,
+    TextConfig,
+    VisionConfig,
+)
+from mlx_smolvlm.model import Model
+from mlx_smolvlm.smolvlm import SmolVLM, load
+from mlx_smolvlm.train.tokenizer import build_tokenizer
+
+TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
+    "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+def tiny_config(layers: int = 2) -> Config:
+    """A configuration that a test computes with in milliseconds."""
+    return Config(
+        vision=VisionConfig(64, 128, layers, 2, 32, 8, 1e-6),
+        text=TextConfig(64, 96, layers, 4, 2, 16, 1e4, 1e-5, 640, 512, False),
+        scale_factor=2,
+        image_token_id=638,
+        eos_token_ids=(639,),
+        image=ImageConfig(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), True),
+        video=None,
+        quantization=QuantizationConfig(None, None, None, None),
+        dtype="float32",
+        source="tests/tiny",
+    )
+
+
+def randomize(model: Model, seed: int = 0) -> Model:
+    """`model` with weights large enough that every layer matters."""
+    key = mx.random.key(seed)
+    weights = []
+    for name, value in tree_flatten(model.parameters()):
+        key, own = mx.random.split(key)
+        noise = mx.random.normal(value.shape, key=own)
+        if "norm" in name and name.endswith("weight"):
+            weights.append((name, 1 + 0.1 * noise))
+        else:
+            weights.append((name, noise / (value.shape[-1] ** 0.5 if value.ndim > 1 else 10)))
+    model.update(tree_unflatten(weights))
+    mx.eval(model.parameters())
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint folder of this package's format, with random weights."""
+    folder = tmp_path_factory.mktemp("tiny")
+    config = tiny_config()
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    build_tokenizer().save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    weights = dict(tree_flatten(randomize(Model(config)).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> SmolVLM:
+    """A loaded model with random weights."""
+    return load(tiny_folder)

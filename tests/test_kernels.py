@@ -1,0 +1,97 @@
+"""The kernels that a forward pass may take, by benchmarks/kernels.py."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+
+from mlx_smolvlm.config import (
+    Config,
+    ImageConfig,
+    QuantizationConfig,
+    TextConfig,
+    VisionConfig,
+)
+from mlx_smolvlm.model import Model
+
+LAYERS = 3
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
+    spec = importlib.util.spec_from_file_location("kernels", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["kernels"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(params=["untied", "tied", "8 bits"])
+def model(request: pytest.FixtureRequest) -> Model:
+    config = Config(
+        vision=VisionConfig(64, 128, LAYERS, 2, 32, 8, 1e-6),
+        text=TextConfig(64, 96, LAYERS, 4, 2, 16, 1e4, 1e-5, 100, 512, request.param == "tied"),
+        scale_factor=2,
+        image_token_id=99,
+        eos_token_ids=(98,),
+        image=ImageConfig(64, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), True),
+        video=None,
+        quantization=QuantizationConfig(None, None, None, None),
+        dtype="float32",
+        source="test",
+    )
+    model = Model(config)
+    if request.param == "8 bits":
+        nn.quantize(
+            model,
+            group_size=32,
+            bits=8,
+            class_predicate=lambda path, module: (
+                hasattr(module, "to_quantized") and "vision_model.embeddings" not in path
+            ),
+        )
+    mx.eval(model.parameters())
+    return model
+
+
+def test_decoded_token(model: Model, bench: ModuleType) -> None:
+    assert bench.decoded_token(model).total() <= 12 * LAYERS + 8
+
+
+def test_encoder(model: Model, bench: ModuleType) -> None:
+    # A packed product has no fused bias: q, k and v's costs one more kernel a layer; the
+    # other biases join the kernels that follow them (docs/decisions/kernels.md).
+    packed = isinstance(model.vision_model.encoder.layers[0].mlp.fc1, nn.QuantizedLinear)
+    one = bench.encoded_tiles(model, 32, 1).total()
+    assert one <= (11 if packed else 10) * LAYERS + 12
+    assert one == bench.encoded_tiles(model, 32, 13).total()
+
+
+def test_count_of_a_known_graph(bench: ModuleType) -> None:
+    x = mx.ones((4, 8))
+    w = mx.ones((8,))
+    mx.eval(x, w)
+    # One product, one norm, one sum; the transpose and the reshape are views.
+    counted = bench.kernels(
+        lambda: mx.fast.rms_norm(x @ x.T.reshape(8, 4) @ x, w, 1e-5).reshape(32) + 1
+    )
+    assert counted.total() == 4
+
+
+def test_forward_never_waits_for_the_device(model: Model) -> None:
+    # Within a transformation an evaluation raises, so these would fail.
+    cache = model.make_cache()
+    pixel_values = mx.zeros((2, 32, 32, 3))
+
+    def forward(pixels: mx.array, token_id: mx.array) -> mx.array:
+        embeds = model.encode(pixels).reshape(1, -1, 64)
+        return model(embeds, cache)[0, -1] + model.step(token_id, cache)
+
+    mx.eval(mx.compile(forward)(pixel_values, mx.array([1])))
