@@ -20,7 +20,7 @@ app = typer.Typer(
     help="Run the SmolVLM family of vision-language models with MLX, on this machine.",
     add_completion=False,
     no_args_is_help=True,
-    rich_markup_mode=None,  # importing rich would double the time to --help
+    rich_markup_mode=None,  # rich is slow to import and to render
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -133,13 +133,13 @@ def chat(
 ) -> None:
     """Ask about pictures or text, once or in a conversation."""
     from mlx_smolvlm.cli.chat import chat as run
-    from mlx_smolvlm.cli.options import ChatOptions, make_sampling, parse_detail
+    from mlx_smolvlm.cli.options import ChatOptions, as_text, make_sampling, parse_detail
 
     options = ChatOptions(
-        prompt=prompt,
+        prompt=None if prompt is None else as_text("PROMPT", prompt),
         images=tuple(image or ()),
         model=model,
-        system=system,
+        system=None if system is None else as_text("--system", system),
         sampling=make_sampling(
             temperature=temperature,
             top_p=top_p,

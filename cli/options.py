@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -30,9 +31,6 @@ class ChatOptions:
     stats: bool
 
     def __post_init__(self) -> None:
-        for name, text in (("PROMPT", self.prompt), ("--system", self.system)):
-            if text is not None:
-                check_text(name, text)
         if self.prompt is not None and not self.prompt.strip():
             raise typer.BadParameter("it is empty", param_hint="PROMPT")
         if self.bits is not None and self.bits not in CHAT_BITS:
@@ -47,15 +45,20 @@ class ChatOptions:
             raise typer.BadParameter(f"{url} needs the network", param_hint="--offline")
 
 
-def check_text(name: str, text: str) -> None:
-    """Refuse `text` of the argument `name` if its bytes were no valid text.
+def as_text(name: str, value: str) -> str:
+    """The argument `name` as text; in a locale without UTF-8 its bytes are read as UTF-8.
 
     Raises:
-        typer.BadParameter: It names the argument.
+        typer.BadParameter: Its bytes are no text.
     """
     try:
-        text.encode()
-    except UnicodeEncodeError:
+        value.encode()
+        return value
+    except UnicodeEncodeError:  # bytes that the locale could not decode came as surrogates
+        pass
+    try:
+        return os.fsencode(value).decode()
+    except UnicodeError:
         raise typer.BadParameter("it is not valid UTF-8 text", param_hint=name) from None
 
 
@@ -99,8 +102,7 @@ def make_sampling(
     """
     from mlx_smolvlm import Sampling
 
-    for text in stop:
-        check_text("--stop", text)
+    stop = tuple(as_text("--stop", text) for text in stop)
     try:
         return Sampling(
             temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop=stop

@@ -96,7 +96,8 @@ def size(nbytes: int) -> str:
 
 def stats_line(reply: Reply) -> str:
     """What `reply` cost, in one line."""
-    tiles = f" ({reply.image_tiles} tiles)" if reply.image_tiles else ""
+    plural = "" if reply.image_tiles == 1 else "s"
+    tiles = f" ({reply.image_tiles} tile{plural})" if reply.image_tiles else ""
     return (
         f"prompt: {reply.prompt_tokens} tokens{tiles}, {reply.prompt_tps:.1f} tokens/s; "
         f"answer: {reply.generation_tokens} tokens, {reply.generation_tps:.1f} tokens/s; "

@@ -1,0 +1,89 @@
+"""Time until the command is of use, cold process each time.
+
+    python benchmarks/startup.py [--runs 15] [--model demo] [--json FILE]
+
+Prints the median, the fastest and the slowest of N runs; the machine's file cache
+is warm after the first one, which is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def seconds(command: list[str]) -> float:
+    """Wall-clock time of `command`.
+
+    Raises:
+        SystemExit: The command failed; it shows why.
+    """
+    # An installed package has its bytecode; some test machines forbid writing it.
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    started = time.perf_counter()
+    result = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env
+    )
+    elapsed = time.perf_counter() - started
+    if result.returncode:
+        raise SystemExit(f"{' '.join(command)} failed: {result.stderr.strip()}")
+    return elapsed
+
+
+def main() -> None:
+    """Time each command and print the table and the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--runs", type=int, default=15, help="runs of each command")
+    parser.add_argument("--model", default="demo", help="model for `chat`")
+    parser.add_argument("--json", type=Path, help="write the JSON here too")
+    arguments = parser.parse_args()
+    tool = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
+    script = Path(sys.executable).with_name("mlx-smolvlm")
+    if script.exists():
+        tool = [str(script)]
+    commands = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        'python -c "import mlx_smolvlm"': [sys.executable, "-c", "import mlx_smolvlm"],
+        "mlx-smolvlm --help": [*tool, "--help"],
+        f'mlx-smolvlm chat -m {arguments.model} "Hello"': [
+            *(*tool, "chat", "-m", arguments.model, "Hello")
+        ],
+    }
+    for command in commands.values():
+        seconds(command)
+    times: dict[str, list[float]] = {name: [] for name in commands}
+    for _ in range(arguments.runs):  # in turn, so that a slow moment hits all of them
+        for name, command in commands.items():
+            times[name].append(seconds(command))
+    report = {
+        "command": " ".join(["python", "benchmarks/startup.py", *sys.argv[1:]]),
+        "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "runs": arguments.runs,
+        "seconds": {
+            name: {
+                "median": round(statistics.median(values), 3),
+                "min": round(min(values), 3),
+                "max": round(max(values), 3),
+            }
+            for name, values in times.items()
+        },
+    }
+    width = max(map(len, commands))
+    print(f"{'':{width}}  median     min     max   (s, {arguments.runs} runs)")
+    for name, values in times.items():
+        numbers = (statistics.median(values), min(values), max(values))
+        print(f"{name:{width}}" + "".join(f"  {number:6.3f}" for number in numbers))
+    print(json.dumps(report, indent=2))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""The command as users and scripts run it: a process with stdin, stdout, stderr, a status."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
+# The command with an answer that takes its time and never ends by itself.
+SLOW = """
+import itertools, time
+import mlx_smolvlm.smolvlm
+def tokens(*arguments):
+    for i in itertools.count():
+        time.sleep(0.02)
+        yield 40 + i % 20
+mlx_smolvlm.smolvlm.tokens = tokens
+from mlx_smolvlm.cli.app import main
+main()
+"""
+
+
+def environment(**changes: str) -> dict[str, str]:
+    """This process's variables without what would change the output."""
+    names = ("PYTHONIOENCODING", "PYTHONUNBUFFERED", "LC_ALL", "LANG", "COLUMNS")
+    kept = {k: v for k, v in os.environ.items() if k not in names}
+    return {**kept, "LC_ALL": "C.UTF-8", **changes}
+
+
+def run(
+    *arguments: str | bytes | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[bytes]:
+    """The finished command."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        input=stdin,
+        capture_output=True,
+        timeout=60,
+        env=environment(**(env or {})),
+    )
+
+
+def assert_one_error(
+    result: subprocess.CompletedProcess[bytes], *words: str, status: int = 1
+) -> None:
+    """One clear line on stderr, nothing on stdout, no traceback."""
+    error = result.stderr.decode()
+    assert result.returncode == status, error
+    assert result.stdout == b""
+    assert "Traceback" not in error
+    if status == 1:
+        assert error.startswith("error: ")
+        assert error.count("\n") == 1
+        assert error.endswith("\n")
+    for word in words:
+        assert word in error
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "red.png"
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def answer(tiny_folder: Path) -> str:
+    """What the random model says to "Hello", from the library."""
+    import mlx_smolvlm as smolvlm
+
+    vlm = smolvlm.load(tiny_folder)
+    return vlm.ask("Hello", sampling=smolvlm.Sampling(max_tokens=12)).text
+
+
+def test_the_answer_is_all_of_stdout(tiny_folder: Path, answer: str) -> None:
+    result = run("chat", "Hello", "-m", tiny_folder, "--max-tokens", "12")
+    assert (result.returncode, result.stdout.decode(), result.stderr) == (0, answer + "\n", b"")
+
+
+def test_stdin_is_the_prompt(tiny_folder: Path, answer: str) -> None:
+    result = run("chat", "-m", tiny_folder, "--max-tokens", "12", stdin=b"Hello\n")
+    assert (result.returncode, result.stdout.decode()) == (0, answer + "\n")
+
+
+def test_picture_stats_and_json(tiny_folder: Path, picture: Path) -> None:
+    arguments = ("chat", "What?", "-m", tiny_folder, "--max-tokens", "5", "--json", "--stats")
+    result = run(*arguments, "-i", picture)
+    reply = json.loads(result.stdout)
+    assert result.stdout.count(b"\n") == 1
+    assert reply["image_tiles"] == 5
+    assert reply["generation_tokens"] == 5
+    assert reply["finish_reason"] == "length"
+    stats = result.stderr.decode()
+    assert stats.count("\n") == 1
+    assert f"prompt: {reply['prompt_tokens']} tokens (5 tiles)" in stats
+    low = run(*arguments, "-i", "-", "--detail", "low", stdin=picture.read_bytes())
+    assert json.loads(low.stdout)["image_tiles"] == 1
+
+
+def test_system_and_stop_reach_the_model(tiny_folder: Path, answer: str) -> None:
+    stop = answer[3:5]
+    cut = run("chat", "Hello", "-m", tiny_folder, "--max-tokens", "12", "--stop", stop)
+    assert cut.stdout.decode() == answer[: answer.index(stop)] + "\n"
+    arguments = ("chat", "Hello", "-m", tiny_folder, "--max-tokens", "1", "--json")
+    plain, system = run(*arguments), run(*arguments, "--system", "Be brief.")
+    counts = [json.loads(result.stdout)["prompt_tokens"] for result in (plain, system)]
+    assert counts[1] > counts[0]
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A valid PNG header of a large picture, without its pixels."""
+    size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
+    chunks = ((b"IHDR", size + b"\x08\x02\0\0\0"), (b"IDAT", zlib.compress(bytes(64))))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        len(data).to_bytes(4, "big") + name + data + zlib.crc32(name + data).to_bytes(4, "big")
+        for name, data in chunks
+    )
+
+
+@pytest.mark.parametrize("case", ["missing", "folder", "empty", "truncated", "text", "bomb"])
+def test_unusable_picture(case: str, tmp_path: Path) -> None:
+    path = tmp_path / "picture"
+    buffer = io.BytesIO()
+    Image.effect_noise((64, 64), 50).save(buffer, "PNG")
+    contents = {
+        "empty": b"",
+        "truncated": buffer.getvalue()[:1000],
+        "text": b"not a picture\n" * 9,
+        "bomb": bomb(20_000, 10_000),
+    }
+    words = {
+        "missing": "does not exist",
+        "folder": "folder",
+        "empty": "empty",
+        "truncated": "truncated",
+        "text": "not a picture",
+        "bomb": "too large",
+    }
+    if case == "folder":
+        path.mkdir()
+    elif case in contents:
+        path.write_bytes(contents[case])
+    # The model does not exist either: the picture is looked at first.
+    assert_one_error(run("chat", "What?", "-i", path, "-m", tmp_path / "none"), words[case])
+
+
+def test_unusable_model(tiny_folder: Path, tmp_path: Path) -> None:
+    def broken(name: str) -> Path:
+        return Path(shutil.copytree(tiny_folder, tmp_path / name))
+
+    no_weights = broken("no-weights")
+    (no_weights / "model.safetensors").unlink()
+    assert_one_error(run("chat", "Hi", "-m", no_weights), "model.safetensors")
+
+    cut = broken("cut")
+    weights = cut / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert_one_error(run("chat", "Hi", "-m", cut), "cut off")
+
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    cache = {"MLX_SMOLVLM_CACHE": str(tmp_path / "cache")}
+    assert_one_error(run("chat", "Hi", "-m", other, env=cache), "bert")
+
+
+def test_models_that_are_not_here_offline(tmp_path: Path) -> None:
+    cache = {"MLX_SMOLVLM_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hf")}
+    unknown = run("chat", "Hi", "-m", "no-such-alias", "--offline", env=cache)
+    assert_one_error(unknown, "no-such-alias", "smolvlm-256m")
+    known = run("chat", "Hi", "-m", "smolvlm-256m", "--offline", env=cache)
+    assert_one_error(known, "HuggingFaceTB/SmolVLM-256M-Instruct", "offline")
+
+
+def test_stdin_without_a_prompt(tiny_folder: Path, picture: Path) -> None:
+    assert_one_error(run("chat", "-m", tiny_folder), "stdin is empty")
+    assert_one_error(run("chat", "-m", tiny_folder, stdin=b" \n"), "stdin is empty")
+    result = run("chat", "-m", tiny_folder, stdin=picture.read_bytes())
+    assert_one_error(result, "no utf-8 text", "-i -")
+    result = run("chat", "-i", "-", stdin=picture.read_bytes())
+    assert_one_error(result, "PROMPT", status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("Hi", "--max-tokens", "0"), ("--max-tokens", "1 or above")),
+        (("Hi", "--temperature", "-0.5"), ("--temperature", "0 or above")),
+        (("Hi", "--top-p", "1.5"), ("--top-p", "at most 1")),
+        (("Hi", "--detail", "huge"), ("--detail", "huge")),
+        (("Hi", "--bits", "5"), ("--bits", "4, 8, 16")),
+        (("Hi", "-i", "-", "-i", "-"), ("-i", "twice")),
+        (("Hi", "-i", "https://example.org/a.png", "--offline"), ("--offline", "network")),
+        (("",), ("PROMPT", "empty")),
+        ((b"\xff",), ("PROMPT", "UTF-8")),
+        (("Hi", "--video", "a.mp4"), ("No such option",)),
+    ],
+)
+def test_wrong_option(arguments: tuple[str | bytes, ...], words: tuple[str, ...]) -> None:
+    # The picture and the model do not exist: options are looked at first.
+    result = run("chat", "-m", "/none", *arguments)
+    assert_one_error(result, *words, status=2)
+
+
+def test_any_encoding(tiny_folder: Path) -> None:
+    arguments = ("chat", "Hé", "-m", tiny_folder, "--max-tokens", "60")
+    rich = run(*arguments, "--json").stdout
+    assert not rich.isascii()  # readable where it can be
+    utf8 = json.loads(rich)
+    poor = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    plain = run(*arguments, env=poor | {"PYTHONIOENCODING": "ascii:strict"})
+    assert plain.returncode == 0, plain.stderr
+    assert plain.stdout.isascii()
+    assert b"?" in plain.stdout
+    as_json = run(*arguments, "--json", env=poor | {"PYTHONIOENCODING": "ascii:strict"})
+    assert json.loads(as_json.stdout)["text"] == utf8["text"]
+
+
+def slow(*arguments: str | Path) -> "subprocess.Popen[bytes]":
+    """The command with a slow, endless answer, in a process group of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW, *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment(),
+        start_new_session=True,
+    )
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_ctrl_c_keeps_what_was_said(tiny_folder: Path, as_json: bool) -> None:
+    extra = ("--json",) if as_json else ()
+    process = slow("chat", "Hi", "-m", tiny_folder, "--max-tokens", "400", *extra)
+    assert process.stdout is not None
+    first = b""
+    if as_json:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=2)
+    else:
+        first = process.stdout.read(3)  # it streams
+    os.killpg(process.pid, signal.SIGINT)
+    rest, error = process.communicate(timeout=20)
+    assert (process.returncode, error) == (130, b"")
+    output = (first + rest).decode()
+    if as_json:
+        reply = json.loads(output)
+        assert reply["finish_reason"] == "interrupted"
+        assert 0 < reply["generation_tokens"] < 400
+    else:
+        assert output.endswith("\n")
+        assert 3 < len(output) < 200
+
+
+def test_closed_stdout_is_quiet(tiny_folder: Path) -> None:
+    process = slow("chat", "Hi", "-m", tiny_folder)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert len(process.stdout.read(5)) == 5
+    process.stdout.close()
+    error = process.stderr.read()
+    assert (process.wait(timeout=20), error) == (141, b"")
+    process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_full_disk(tiny_folder: Path) -> None:
+    with open("/dev/full", "wb") as full:
+        result = subprocess.run(
+            [*COMMAND, "chat", "Hi", "-m", tiny_folder, "--max-tokens", "3"],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+            env=environment(),
+        )
+    assert (result.returncode, result.stderr) == (1, b"error: No space left on device\n")
+
+
+@pytest.mark.parametrize("stream", [0, 1, 2])
+def test_a_stream_closed_from_the_start(tiny_folder: Path, stream: int) -> None:
+    redirect = f"{'<' if stream == 0 else f'{stream}>'}&-"
+    command = f'exec "$@" {redirect}'
+    arguments = ["chat", "Hi", "-m", str(tiny_folder), "--max-tokens", "3"]
+    result = subprocess.run(
+        ["/bin/sh", "-c", command, "sh", *COMMAND, *arguments],
+        capture_output=True,
+        timeout=60,
+        env=environment(),
+    )
+    assert (result.returncode, result.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("MemoryError()", "error: out of memory; try --detail low"),
+        ("RuntimeError('[malloc] Unable to allocate 9 bytes')", "error: out of memory ([malloc]"),
+        ("OSError(28, 'No space left', 'x.bin')", "error: No space left: x.bin\n"),
+        ("RuntimeError('a bug')", "RuntimeError: a bug\n"),
+    ],
+)
+def test_error_boundary(error: str, words: str) -> None:
+    program = (
+        "import mlx_smolvlm\n"
+        f"def load(*arguments, **options): raise {error}\n"
+        "mlx_smolvlm.load = load\n"
+        "from mlx_smolvlm.cli.app import main\n"
+        "main()"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "chat", "Hi"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=environment(),
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert words in result.stderr
+    is_bug = "bug" in error
+    assert ("Traceback (most recent call last)" in result.stderr) == is_bug
+    assert "\u2502" not in result.stderr  # no frame with local values
+    assert is_bug or result.stderr.count("\n") == 1
+
+
+def test_help_and_version() -> None:
+    program = (
+        "import sys; from mlx_smolvlm.cli.app import main\n"
+        "try: main()\n"
+        "finally: print(sorted({'rich', 'PIL', 'av', 'transformers', 'huggingface_hub',"
+        " 'tokenizers', 'jinja2'} & set(sys.modules)), file=sys.stderr)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program, "chat", "--help"],
+        capture_output=True,
+        timeout=60,
+        env=environment(),
+    )
+    assert result.returncode == 0
+    assert result.stderr == b"[]\n"  # nothing slow is imported for a help text
+    text = result.stdout.decode()
+    assert "Examples:\n" in text
+    for option in (
+        *("--image", "--model", "--system", "--max-tokens", "--temperature", "--top-p"),
+        *("--seed", "--stop", "--detail", "--bits", "--offline", "--json", "--stats"),
+    ):
+        assert option in text
+
+    import mlx_smolvlm
+
+    assert run("--version").stdout.decode() == f"mlx-smolvlm {mlx_smolvlm.__version__}\n"

@@ -1,0 +1,155 @@
+"""`convert` and `models`, as processes on small Hugging Face folders."""
+
+import importlib.util
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
+
+
+def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The finished command, with a cache in `cwd`."""
+    changes = {"MLX_SMOLVLM_CACHE": str(cwd / "cache"), "HF_HOME": str(cwd / "hf")}
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env={**os.environ, **changes},
+    )
+
+
+@pytest.fixture(scope="module")
+def hf_folder() -> ModuleType:
+    """The neighbor file that makes Hugging Face folders."""
+    spec = importlib.util.spec_from_file_location(
+        "cli_hf_folder", Path(__file__).with_name("hf_folder.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def source(hf_folder: ModuleType, tmp_path: Path) -> Path:
+    folder: Path = hf_folder.make(tmp_path / "Some-VLM")
+    return folder
+
+
+def test_convert_names_the_folder_and_says_so(source: Path, tmp_path: Path) -> None:
+    arguments = ("convert", source, "--bits", "4", "--group-size", "32")
+    result = run(*arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1  # no bar: stderr is no terminal
+    assert lines[0].startswith("wrote Some-VLM-mlx-4bit: 4 bits, ")
+    config = json.loads((tmp_path / "Some-VLM-mlx-4bit" / "config.json").read_text())
+    assert config["quantization"]["text"]["bits"] == 4
+    assert config["quantization"]["text"]["group_size"] == 32
+    assert config["quantization"]["vision"]["bits"] == 8
+
+    again = run(*arguments, cwd=tmp_path)
+    assert again.returncode == 1
+    assert again.stderr.startswith("error: ")
+    assert again.stderr.count("\n") == 1
+    assert run(*arguments, "--force", cwd=tmp_path).returncode == 0
+
+
+def test_chat_says_that_it_converts(source: Path, tmp_path: Path) -> None:
+    # This folder's template has no place for a question, which only shows after converting.
+    result = run("chat", "Hi", "-m", source, cwd=tmp_path)
+    first, second = result.stderr.splitlines()
+    assert first == f"converting {source}, once"
+    assert second.startswith("error: the chat template")
+    assert result.returncode == 1
+    assert run("chat", "Hi", "-m", source, cwd=tmp_path).stderr.splitlines() == [second]
+
+
+def test_convert_shows_a_bar_on_a_terminal(source: Path, tmp_path: Path) -> None:
+    outer, inner = pty.openpty()
+    result = subprocess.run(
+        [*COMMAND, "convert", source, "out"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=inner,
+        timeout=60,
+        cwd=tmp_path,
+    )
+    os.close(inner)
+    shown = os.read(outer, 65536).decode()
+    os.close(outer)
+    assert (result.returncode, result.stdout) == (0, b"")
+    bar, wrote = shown[: shown.index("wrote")], shown[shown.index("wrote") :]
+    assert "[" + "#" * 24 + "]" in bar
+    assert bar.endswith("\r\x1b[K")  # removed again
+    assert wrote.startswith("wrote out: float32, ")
+
+
+def test_convert_passes_every_precision(source: Path, tmp_path: Path) -> None:
+    options = ("--bits", "8", "--vision-bits", "16", "--connector-bits", "4")
+    more = ("--embeddings-bits", "6", "--group-size", "32", "--dtype", "float16")
+    result = run("convert", source, "out", *options, *more, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    parts = config["quantization"]
+    bits = {p: parts[p] and parts[p]["bits"] for p in ("text", "vision", "connector", "embeddings")}
+    assert bits == {"text": 8, "vision": None, "connector": 4, "embeddings": 6}
+    assert config["dtype"] == "float16"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "word"),
+    [
+        (("Some-VLM", "--bits", "7"), 2, "7 bits"),
+        (("Some-VLM", "--mode", "int4"), 2, "int4"),
+        (("Some-VLM", "--group-size", "48"), 2, "48"),
+        (("Some-VLM", "--dtype", "double"), 2, "double"),
+        (("no-such-folder",), 1, "no-such-folder"),
+        (
+            ("smolvlm-256m",),
+            1,
+            "SmolVLM-256M-Instruct: it is not in the local cache, and offline was asked for",
+        ),
+        (("Some-VLM", "file"), 1, "file"),
+    ],
+)
+def test_convert_refuses(
+    arguments: tuple[str, ...], status: int, word: str, source: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    result = run("convert", *arguments, "--offline", cwd=tmp_path)
+    assert result.returncode == status, result.stderr
+    assert word in result.stderr
+    assert "Traceback" not in result.stderr
+    assert (status == 2) or result.stderr.count("\n") == 1
+    assert not (tmp_path / "Some-VLM-mlx").exists()
+
+
+def test_models(source: Path, tmp_path: Path) -> None:
+    empty = run("models", cwd=tmp_path)
+    assert empty.returncode == 0
+    assert "smolvlm2-2.2b    HuggingFaceTB/SmolVLM2-2.2B-Instruct\n" in empty.stdout
+    assert "converted" not in empty.stdout
+
+    cached = tmp_path / "cache" / "owner--name" / "abc-source-v1"
+    assert run("convert", source, cached, "--bits", "16", cwd=tmp_path).returncode == 0
+    values = json.loads(run("models", "--json", cwd=tmp_path).stdout)
+    assert values["aliases"]["smoldocling"] == "docling-project/SmolDocling-256M-preview"
+    (model,) = values["converted"]
+    assert (model["path"], model["bits"]) == (str(cached), 16)
+    assert model["nbytes"] == sum(file.stat().st_size for file in cached.iterdir())
+    assert model["source"] == "Some-VLM"
+    shown = run("models", cwd=tmp_path).stdout
+    assert f"{cached}  16" in shown

@@ -1,0 +1,235 @@
+"""The conversation, and what else a terminal changes, on a pseudo-terminal."""
+
+import contextlib
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+# Each answer is what the model has seen of the user's messages, and as long as asked for.
+FAKE = r"""
+import fcntl, sys, termios, time
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
+import mlx_smolvlm.smolvlm as smolvlm
+def tokens(model, inputs_embeds, cache, sampler, limit):
+    for i in range(limit):
+        if limit > 50:
+            time.sleep(0.02)
+        yield TOKENS[i % len(TOKENS)]
+smolvlm.tokens = tokens
+old = smolvlm.SmolVLM._answer
+def answer(self, messages, sources, sampling, detail):
+    users = [m for m in messages if m["role"] == "user"]
+    said = [len(m["content"][0]["text"]) > 0 for m in messages if m["role"] == "assistant"]
+    items = [item["type"] for item in users[-1]["content"]]
+    print(f"<seen {len(users)} users, {len(said)} answers, {items.count('image')} images>")
+    return old(self, messages, sources, sampling, detail)
+smolvlm.SmolVLM._answer = answer
+TOKENS = [int(n) for n in sys.argv.pop(1).split(",")]
+from mlx_smolvlm.cli.app import main
+main()
+"""
+
+
+class Terminal:
+    """A process on a terminal of its own; `text` is all that it has shown."""
+
+    def __init__(self, *arguments: str, stdout: Path | None = None) -> None:
+        self.text = ""
+        self.fd, inner = pty.openpty()
+        with contextlib.ExitStack() as stack:
+            out = inner if stdout is None else stack.enter_context(stdout.open("wb"))
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdin=inner,
+                stdout=out,
+                stderr=inner,
+                start_new_session=True,
+                env={**os.environ, "TERM": "dumb", "LC_ALL": "C.UTF-8"},
+            )
+        os.close(inner)
+
+    def expect(self, pattern: str, timeout: float = 20) -> str:
+        """What is shown up to the next match of `pattern`; later calls begin after it."""
+        end = time.monotonic() + timeout
+        while not (match := re.search(pattern, self.text)):
+            assert time.monotonic() < end, f"no {pattern!r} in {self.text!r}"
+            if select.select([self.fd], [], [], 0.1)[0]:
+                try:
+                    data = os.read(self.fd, 4096)
+                except OSError:
+                    data = b""
+                assert data, f"it ended without {pattern!r}: {self.text!r}"
+                self.text += data.decode(errors="replace")
+        before, self.text = self.text[: match.end()], self.text[match.end() :]
+        return before
+
+    def send(self, text: str) -> None:
+        """Type `text`."""
+        os.write(self.fd, text.encode())
+
+    def status(self) -> int:
+        """Exit status, once it has left."""
+        end = time.monotonic() + 20
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"it does not leave: {self.text!r}"
+            if select.select([self.fd], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    self.text += os.read(self.fd, 4096).decode(errors="replace")
+        return self.process.returncode
+
+    def close(self) -> None:
+        """End it if it still runs."""
+        self.process.kill()
+        self.process.wait()
+        os.close(self.fd)
+
+
+Start = Callable[..., Terminal]
+
+
+@pytest.fixture
+def start(tiny_folder: Path) -> Iterator[Start]:
+    started: list[Terminal] = []
+
+    def begin(
+        *arguments: str | Path, tokens: str = "40,41,42", stdout: Path | None = None
+    ) -> Terminal:
+        model = ("-m", str(tiny_folder))
+        words = ("-c", FAKE, tokens, "chat", *map(str, arguments), *model)
+        started.append(Terminal(*words, stdout=stdout))
+        return started[-1]
+
+    yield begin
+    for terminal in started:
+        terminal.close()
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "my photo's.png"
+    Image.new("RGB", (64, 48), (200, 30, 30)).save(path)
+    return path
+
+
+def test_conversation(start: Start, picture: Path) -> None:
+    terminal = start("--max-tokens", "6", "-i", picture)
+    terminal.expect("photo's.png: 2 x 2 tiles \\+ 1, \\d+ tokens")
+    terminal.expect("> ")
+    terminal.send("First\n")
+    terminal.expect("<seen 1 users, 0 answers, 1 images>\r\n[^\r]+\r\n> ")
+    terminal.send("\n")
+    terminal.expect("> ")
+    terminal.send(f"/image {picture}\n")
+    terminal.expect("2 x 2 tiles[^>]*> ")
+    terminal.send("Second\n")
+    terminal.expect("<seen 2 users, 1 answers, 1 images>\r\n[^>]*> ")
+    terminal.send("Third\n")
+    terminal.expect("<seen 3 users, 2 answers, 0 images>\r\n[^>]*> ")
+    terminal.send("/reset\n")
+    terminal.expect("> ")
+    terminal.send("Fourth\n")
+    terminal.expect("<seen 1 users, 0 answers, 0 images>\r\n[^>]*> ")
+    terminal.send("\x04")
+    assert terminal.status() == 0
+    assert "Traceback" not in terminal.text
+
+
+def test_mistakes_do_not_end_it(start: Start, tmp_path: Path) -> None:
+    terminal = start("--max-tokens", "6")
+    terminal.expect("> ")
+    terminal.send(f"/image {tmp_path / 'none.png'}\n")
+    terminal.expect("error: .*does not exist[^>]*> ")
+    terminal.send("/image\n")
+    terminal.expect("error: /image needs a path\r\n> ")
+    terminal.send("/imgae x\n")
+    terminal.expect("error: there is no command /imgae; /help lists them\r\n> ")
+    terminal.send("/help\n")
+    terminal.expect("/image PATH(.|\n)*/reset(.|\n)*/exit(.|\n)*> ")
+    terminal.send("word " * 600 + "\n")
+    terminal.expect("error: the prompt takes [^>]*> ")
+    terminal.send("Short\n")
+    terminal.expect("<seen 1 users, 0 answers, 0 images>\r\n[^>]*> ")
+    terminal.send("/exit\n")
+    assert terminal.status() == 0
+
+
+def test_ctrl_c_stops_the_answer_only(start: Start) -> None:
+    terminal = start("--max-tokens", "200")
+    terminal.expect("> ")
+    terminal.send("First\n")
+    terminal.expect("<seen 1 users, 0 answers, 0 images>\r\n.{5}")
+    terminal.send("\x03")
+    terminal.expect("\r\n> ")
+    terminal.send("Second\n")
+    terminal.expect("<seen 2 users, 1 answers, 0 images>\r\n.{5}")
+    terminal.send("\x03")
+    terminal.expect("\r\n> ")
+    terminal.send("half a li")
+    terminal.expect("half a li")
+    terminal.send("\x03")
+    terminal.expect("Ctrl-C again or Ctrl-D leaves[^>]*> ")
+    terminal.send("/help\n")
+    terminal.expect("stops an answer(.|\n)*> ")
+    terminal.send("\x03")
+    terminal.expect("Ctrl-C again or Ctrl-D leaves[^>]*> ")
+    terminal.send("\x03")
+    assert terminal.status() == 130
+    assert "Traceback" not in terminal.text
+
+
+def token_id(folder: Path, text: str) -> int:
+    """Id of the byte token for `text`."""
+    from tokenizers import Tokenizer
+
+    ids: list[int] = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(text).ids
+    assert len(ids) == 1
+    return ids[0]
+
+
+def test_controls_are_spelled_out_on_a_terminal(start: Start, tiny_folder: Path) -> None:
+    texts = ("A", "\x1b", "\r", "\x07", "\t", "B")
+    tokens = ",".join(str(token_id(tiny_folder, text)) for text in texts)
+    terminal = start("Hi", "--max-tokens", "6", tokens=tokens)
+    shown = terminal.expect("B\r\n")
+    assert r"A\x1b\x0d\x07" in shown
+    assert "\x1b" not in shown
+    assert terminal.status() == 0
+
+
+def test_answers_go_to_a_file_and_prompts_to_the_terminal(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "answers.txt"
+    terminal = start("--max-tokens", "6", "--json", stdout=path)
+    terminal.expect("> ")
+    terminal.send("First\n")
+    terminal.expect("> ")
+    terminal.send("\x04")
+    assert terminal.status() == 0
+    lines = path.read_text().splitlines()
+    assert [line[:1] for line in lines] == ["<", "{"]
+
+
+def test_split_sources(picture: Path) -> None:
+    from mlx_smolvlm.cli.chat import split_sources
+
+    spaced = picture.with_name("a b.png")
+    picture.rename(spaced)
+    assert split_sources(str(spaced)) == [str(spaced)]  # as it stands
+    assert split_sources(r"a\ b.png 'c d.png'") == ["a b.png", "c d.png"]  # as dropped
+    assert split_sources("it's.png") == ["it's.png"]
+    assert split_sources("https://example.org/a b.png") == ["https://example.org/a b.png"]
+    assert split_sources("") == []
+
+
+def test_one_shot_says_what_the_picture_costs(start: Start, picture: Path) -> None:
+    terminal = start("Hi", "-i", picture, "--max-tokens", "3", "--detail", "low")
+    terminal.expect("my photo's.png: 1 tile, \\d+ tokens")
+    assert terminal.status() == 0
