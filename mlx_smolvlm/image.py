@@ -117,10 +117,10 @@ def _resizes(size: Size, config: Config, detail: Detail) -> tuple[Size, Size]:
     aspect = width / height
     if width >= height:
         width = math.ceil(width / tile) * tile
-        height = math.ceil(max(1, int(width / aspect)) / tile) * tile
+        height = math.ceil(int(width / aspect) / tile) * tile
     else:
         height = math.ceil(height / tile) * tile
-        width = math.ceil(max(1, int(height * aspect)) / tile) * tile
+        width = math.ceil(int(height * aspect) / tile) * tile
     return first, (width, height)
 
 

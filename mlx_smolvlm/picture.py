@@ -6,7 +6,6 @@ What differs from transformers on purpose is in docs/decisions/images.md.
 from __future__ import annotations
 
 import io
-import math
 import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -155,7 +154,7 @@ def _from_deep(image: Image.Image, name: str) -> Image.Image:
     low, high = float(values.min()), float(values.max())
     peaks = (1, 255, 65535) if image.mode == "F" else (65535,)
     peak = next((peak for peak in peaks if low >= 0 and high <= peak), None)
-    if peak is None or math.isnan(low):
+    if peak is None:  # also if a value is not a number
         raise MediaError(
             f"{name} holds gray values from {low:g} to {high:g}; "
             "bring them to 0..1 (float), 0..255 or 0..65535 first"

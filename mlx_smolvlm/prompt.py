@@ -165,10 +165,12 @@ class PromptBuilder:
 
     def _check_tokens(self) -> None:
         """Refuse a tokenizer that does not belong to this configuration."""
-        vocab_size, limit = self.tokenizer.get_vocab_size(), self.config.text.vocab_size
-        if vocab_size > limit:
+        limit = self.config.text.vocab_size
+        added = [token_id for token_id, _ in self._tokens.values()]
+        highest = max([self.tokenizer.get_vocab_size() - 1, *added])
+        if highest >= limit:
             raise CheckpointError(
-                f"the tokenizer has {vocab_size} tokens and config has text.vocab_size {limit}; "
+                f"the tokenizer has token id {highest} and text.vocab_size is {limit} in config; "
                 "they belong to different checkpoints"
             )
         if not self._template.takes_images:

@@ -140,6 +140,7 @@ CONVERSATIONS: list[tuple[list[dict[str, Any]], list[tuple[int, int]], bool]] = 
     ([user("Numbers 1234567 and 3.14159; tabs\t\tand\r\nreturns")], [], True),
     ([user("Größe, naïve, 图片里有什么？ 🦥👩‍👩‍👧 עברית مرحبا")], [], True),  # noqa: RUF001
     ([user("private use \ue000\U000f0000 and null \x00 here")], [], True),
+    ([user("Steps:\n\n1. one\n2. two\n  10 more,  20 in all\n\n\n3")], [], True),
     ([user("def f(x):\n    return x ** 2  # spaces\n")], [], True),
     ([system("You are terse."), user("Hello")], [], True),
     ([user("Hi"), assistant("Hello. What can I do?"), user("Count to 3.")], [], True),

@@ -177,6 +177,8 @@ def test_an_empty_picture_has_no_grid():
 def test_sides_are_bounded():
     wide = cases.config(tile=1024, longest_edge=6144)
     assert grid_of((6144, 3072), wide) == Grid(2, 4)
+    assert grid_of((100_000, 1), wide) == Grid(1, 4)
+    assert grid_of((1, 100_000), wide) == Grid(4, 1)
 
 
 def test_num_tiles_counts_the_global_tile():

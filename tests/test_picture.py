@@ -114,9 +114,16 @@ def test_data_uri(uri):
     assert same(open_image(uri))
 
 
+@pytest.mark.parametrize("extra", [0, 1, 2])
+def test_data_uri_without_padding(extra):
+    text = base64.b64encode(PNG + bytes(extra)).decode().rstrip("=")
+    assert same(open_image(f"data:image/png;base64,{text}"))
+
+
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
+        ("data:image/png;base64," + base64.b64encode(PNG).decode() + "!!!!", "not valid base64"),
         ("data:image/png;base64", "has no comma"),
         ("data:image/png;base64,a", "not valid base64"),
         ("data:image/png;base64,a!!!", "not valid base64"),
@@ -360,6 +367,11 @@ def test_sixteen_bits_are_scaled_to_eight(mode):
     assert same(open_image(image), expected)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_dark_sixteen_bits_stay_dark(dtype):
+    assert open_image(Image.fromarray(np.full((4, 4), 255, dtype))).getpixel((0, 0)) == (1, 1, 1)
+
+
 @pytest.mark.parametrize("form", ["PNG", "TIFF", "PPM"])
 def test_sixteen_bits_in_a_file(form):
     expected = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
@@ -413,9 +425,18 @@ def test_exif_orientation(orientation, form):
     assert result.size == ((23, 37) if orientation > 4 else (37, 23))
 
 
-def test_damaged_metadata_does_not_matter():
-    data = encoded(PICTURE, "JPEG")
-    damaged = encoded(PICTURE, "JPEG", exif=b"Exif\0\0MM\0\x2a\xff\xff\xff\xff broken")
+@pytest.mark.parametrize("form", ["JPEG", "PNG"])
+@pytest.mark.parametrize(
+    "exif",
+    [
+        b"Exif\0\0MM\0\x2a\xff\xff\xff\xff broken",
+        b"Exif\0\0garbage that is no header",
+        b"Exif\0\0MM",
+    ],
+)
+def test_damaged_metadata_does_not_matter(exif, form):
+    data = encoded(PICTURE, form)
+    damaged = encoded(PICTURE, form, exif=exif)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert same(open_image(damaged), open_image(data))

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from transformers import AutoTokenizer, GPT2Tokenizer
+from transformers import PreTrainedTokenizerFast
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.idefics3.processing_idefics3 import Idefics3Processor
 from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
@@ -82,10 +82,13 @@ class Oracle:
     def __init__(self, name: str) -> None:
         self.kind, self.image_seq_len, *_ = CHECKPOINTS[name]
         folder, template = REFERENCE / "checkpoints" / name, chat_template(name)
+        # Not AutoTokenizer: transformers 5 makes a GPT2Tokenizer of these folders, which drops
+        # the Digits step of tokenizer.json, so that white space before a digit splits in
+        # another way than in training (docs/decisions/prompts.md).
         if (folder / "tokenizer.json").exists():
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         else:
-            tokenizer = GPT2Tokenizer(tokenizer_file=str(tokenizer_json(name)))
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_json(name)))
         self.tokenizer = tokenizer
         self.processor: Any = None
         if self.kind == "idefics3":

@@ -1,0 +1,94 @@
+"""Prompts against transformers' processors, on the published tokenizers and templates."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_smolvlm.image import Grid
+from mlx_smolvlm.prompt import PromptBuilder
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+HERE = Path(__file__).parent
+cases, oracle = load(HERE.parent / "media_cases.py"), load(HERE / "oracle.py")
+
+pytestmark = pytest.mark.skipif(
+    not (oracle.REFERENCE / "checkpoints").is_dir(),
+    reason="the published tokenizers are not here; set SMOLVLM_REFERENCE",
+)
+
+
+@pytest.fixture(scope="module", params=sorted(oracle.CHECKPOINTS))
+def pair(request):
+    """(our builder, transformers, whether there are images) of a published checkpoint."""
+    kind, seq_len, image_token_id, vocab_size, _ = oracle.CHECKPOINTS[request.param]
+    side, scale = {64: (32, 4), 81: (27, 3)}[seq_len]
+    config = cases.config(
+        tile=side * 16, scale=scale, image_token_id=image_token_id, vocab_size=vocab_size
+    )
+    builder = PromptBuilder(
+        oracle.tokenizer_json(request.param), oracle.chat_template(request.param), config
+    )
+    return builder, oracle.Oracle(request.param), kind != "text"
+
+
+def compare(pair, messages, grids, generation):
+    ours, theirs, _ = pair
+    result = ours.build(messages, [Grid(*grid) for grid in grids], generation).tolist()
+    assert result == theirs.input_ids(messages, grids, generation)
+
+
+def test_conversations(pair):
+    compared = 0
+    for messages, grids, generation in cases.CONVERSATIONS:
+        if pair[2] or not grids:
+            compare(pair, messages, grids, generation)
+            compared += 1
+    assert compared >= 16
+
+
+def test_every_grid(pair):
+    if not pair[2]:
+        pytest.skip("a checkpoint for text")
+    for rows in range(1, 7):
+        compare(pair, [cases.user(cases.IMAGE, "x")], [(rows, 7 - rows)], True)
+        ours, theirs, _ = pair
+        ids = theirs.input_ids([cases.user("x", cases.IMAGE)], [(rows, 7 - rows)], False)
+        bare = theirs.input_ids([cases.user("x")], [], False)
+        assert ours.tokens_of(Grid(rows, 7 - rows)) == len(ids) - len(bare)
+
+
+text = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), max_size=12),
+    st.text(st.sampled_from("ab 0\n\t.,:'<>|_é🦥"), max_size=12),
+)
+
+
+def test_any_conversation(pair):
+    """Conversations that spell no special token: transformers takes those for real ones."""
+    item = st.one_of(text, st.just(cases.IMAGE)) if pair[2] else text
+    role = st.sampled_from([cases.user, cases.assistant, cases.system])
+    grid = st.one_of(st.just((0, 0)), st.tuples(st.integers(1, 6), st.integers(1, 6)))
+
+    @given(data=st.data())
+    @settings(max_examples=30, deadline=None)
+    def run(data):
+        roles = data.draw(st.lists(role, min_size=1, max_size=4))
+        messages = [make(*data.draw(st.lists(item, min_size=1, max_size=4))) for make in roles]
+        images = sum(i["type"] == "image" for m in messages for i in m["content"])
+        grids = [data.draw(grid) for _ in range(images)]
+        compare(pair, messages, grids, data.draw(st.booleans()))
+
+    run()
