@@ -57,7 +57,6 @@ class ShardWriter:
         path = self._folder / f"part-{len(self._shards)}.safetensors"
         mx.save_safetensors(str(path), self._tensors, {"format": "mlx"})
         self._tensors, self._nbytes = {}, 0
-        mx.clear_cache()
 
     def finish(self) -> None:
         """Write the rest, give the files their names, and write the index if there are several."""

@@ -50,7 +50,7 @@ def staged(dest: Path, force: bool) -> Iterator[Path]:
         CheckpointError: `dest` holds something (see `check_destination`), before the
             block or after it, or the disk refuses.
     """
-    dest = dest.parent.resolve() / dest.name
+    dest = dest.resolve()
     check_destination(dest, force)
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,8 @@ def staged(dest: Path, force: bool) -> Iterator[Path]:
         _sync(partial)
         _publish(partial, dest, force)
     except OSError as error:
-        raise CheckpointError(f"{dest} cannot be written: {error.strerror or error}") from None
+        reason = f"{error.strerror or error} ({error.filename})"
+        raise CheckpointError(f"{dest} cannot be written: {reason}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)

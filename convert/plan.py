@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_smolvlm.config import Config, Quantization, part_of
-from mlx_smolvlm.convert.quantize import check_width, packed_shapes, summarize
+from mlx_smolvlm.convert.quantize import (
+    AFFINE_BITS,
+    AFFINE_GROUPS,
+    FLOAT_MODES,
+    check_width,
+    packed_shapes,
+    summarize,
+)
 from mlx_smolvlm.convert.weights import Entry, canonical, entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import FLOATS, TensorInfo
@@ -114,14 +121,16 @@ def _quantization(values: Mapping[str, Any], where: str) -> Quantization:
     """`values` as a Quantization."""
     bits, group_size = values.get("bits"), values.get("group_size")
     mode = values.get("mode", "affine")
-    if (
-        type(bits) is not int
-        or type(group_size) is not int
-        or not isinstance(mode, str)
-        or not 1 <= bits <= 8
-        or not 1 <= group_size <= 1024
-    ):
+    if type(bits) is not int or type(group_size) is not int or not isinstance(mode, str):
         raise CheckpointError(f"config.json: {where} needs bits and group_size, not {dict(values)}")
+    known = FLOAT_MODES.get(mode) == (bits, group_size)
+    if mode == "affine":
+        known = bits in AFFINE_BITS and group_size in AFFINE_GROUPS
+    if not known:
+        raise CheckpointError(
+            f"config.json: {where} is {bits} bits in groups of {group_size}, mode {mode!r}, "
+            "which MLX cannot read"
+        )
     return Quantization(bits, group_size, mode)
 
 
@@ -200,7 +209,7 @@ def _member(
 
 
 def _source_name(key: str, found: Found) -> str:
-    """The canonical name `key` in the style that its neighbours have in the source."""
+    """The canonical name `key` in the style that its neighbors have in the source."""
     top, rest = key.split(".", 1)
     for other, (name, _) in found.items():
         other_top, other_rest = other.split(".", 1) if "." in other else (other, "")
@@ -235,10 +244,7 @@ def _padded(config: Config, steps: list[Step]) -> tuple[Config, list[Step]]:
     sizes = [
         step.target.group_size
         for step in steps
-        if step.target is not None
-        and part_of(step.entry.path) == "vision"
-        and step.entry.width == vision.intermediate_size
-        and step.entry.path.endswith(".mlp.fc2")
+        if step.target is not None and step.entry.path.endswith(".mlp.fc2")
     ]
     extra = -vision.intermediate_size % max(sizes, default=1)
     result = []

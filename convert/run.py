@@ -155,7 +155,7 @@ def _write_weights(plan: Plan, folder: Path, progress: Progress | None) -> None:
         mx.eval(arrays)
         writer.add({f"{step.entry.path}.{suffix}": a for suffix, a in arrays.items()})
         del arrays
-        mx.clear_cache()
+        mx.clear_cache()  # Metal keeps freed buffers otherwise
         done += step.source_nbytes
         if progress is not None:
             progress(done, total, step.entry.path)

@@ -18,9 +18,7 @@ from mlx_smolvlm.config import Config
 # Where a name starts with the left side, it becomes the right side; first match only.
 PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
-    ("text_model.lm_head.", "lm_head."),
     ("language_model.model.", "text_model."),
-    ("text_model.model.", "text_model."),
     ("language_model.", "text_model."),
 )
 

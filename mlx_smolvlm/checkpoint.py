@@ -122,7 +122,7 @@ def build_model(config: Config) -> Model:
         if quantization is None:
             return False
         width = module.weight.shape[-1]
-        if width % quantization.group_size:
+        if quantization.group_size < 1 or width % quantization.group_size:
             raise CheckpointError(
                 f"config: group_size {quantization.group_size} does not divide the width "
                 f"{width} of '{path}'"

@@ -89,7 +89,7 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
     if model == DEMO:
         return Path(__file__).parent / DEMO
     folder = Path(model).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() and str(model):
         if read_json(folder / CONFIG_FILE).get("format") == FORMAT:
             return folder
         return _local(folder.resolve(), options)

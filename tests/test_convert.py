@@ -351,6 +351,16 @@ def test_an_index_that_disagrees_with_its_files_is_refused(tmp_path):
         convert_checkpoint(source, tmp_path / "out")
 
 
+def test_an_index_that_puts_a_tensor_elsewhere_is_refused(tmp_path):
+    source = hf.make(tmp_path / "s", shards=2)
+    index = json.loads((source / "model.safetensors.index.json").read_text())["weight_map"]
+    first, second = sorted(set(index.values()))
+    name = next(key for key, file in index.items() if file == first)
+    edit_index(source, **{name: second})
+    with pytest.raises(CheckpointError, match=f"'{name}' is in {first}, and .* in {second}"):
+        convert_checkpoint(source, tmp_path / "out")
+
+
 def test_pickled_weights_are_refused(tmp_path):
     source = hf.make(tmp_path / "s")
     (source / "model.safetensors").rename(source / "pytorch_model.bin")

@@ -1,0 +1,263 @@
+"""What a user calls a model leads to one folder of ours, converted once."""
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from mlx_smolvlm import hub
+from mlx_smolvlm.checkpoint import load_model, read_config
+from mlx_smolvlm.convert import source as convert_source
+from mlx_smolvlm.convert.run import convert_checkpoint
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.hub import ResolveOptions, list_cached, resolve
+
+spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
+hf = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hf)
+
+REPO = "HuggingFaceTB/SmolVLM-256M-Instruct"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache of ours, and an empty one of the hub's."""
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def downloads(tmp_path, monkeypatch) -> list[tuple]:
+    """The calls of the hub's download, which finds revision aaaa..., or any other, of any model."""
+    calls = []
+
+    def snapshot(repo, offline=False, revision=None):
+        calls.append((repo, offline, revision))
+        folder = tmp_path / "snapshots" / (revision or "a" * 40)
+        return folder if folder.exists() else hf.make(folder)
+
+    monkeypatch.setattr(convert_source, "download", snapshot)
+    return calls
+
+
+def test_a_folder_of_ours_is_taken_as_it_is(tmp_path, cache):
+    out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
+    assert resolve(out, ResolveOptions(bits=4)) == out
+    assert resolve(str(out)) == out
+    assert not cache.exists()
+
+
+def test_demo_is_the_bundled_folder():
+    assert resolve("demo") == Path(hub.__file__).parent / "demo"
+
+
+def test_a_local_folder_is_converted_once_per_precision(tmp_path, cache):
+    source = hf.make(tmp_path / "my model")
+    calls = []
+    options = ResolveOptions(progress=lambda *call: calls.append(call))
+    first = resolve(source, options)
+    assert calls
+    count = len(calls)
+    assert resolve(source, options) == resolve(str(source), options) == first
+    assert len(calls) == count
+    load_model(first)
+    four = resolve(source, ResolveOptions(bits=4))
+    half = resolve(source, ResolveOptions(dtype="bfloat16"))
+    assert len({first, four, half}) == 3
+    assert read_config(four).quantization.text.bits == 4
+    assert read_config(half).dtype == "bfloat16"
+    assert first.parent.parent == cache
+    assert "my model" in first.parent.name
+
+
+def test_a_local_folder_that_changes_is_converted_again_and_the_old_goes(tmp_path):
+    source = hf.make(tmp_path / "s")
+    old, four = resolve(source), resolve(source, ResolveOptions(bits=4))
+    hf.write_json(source / "generation_config.json", {"eos_token_id": 62})
+    new = resolve(source)
+    assert new != old
+    assert read_config(new).eos_token_ids == (62, 61)
+    assert not old.exists()
+    assert four.exists()
+
+
+def test_two_folders_of_one_name_are_kept_apart(tmp_path):
+    one, two = hf.make(tmp_path / "a" / "s"), hf.make(tmp_path / "b" / "s")
+    first, second = resolve(one), resolve(two)
+    assert first != second
+    assert first.exists()
+
+
+def test_a_damaged_conversion_is_made_again(tmp_path):
+    source = hf.make(tmp_path / "s")
+    folder = resolve(source)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert resolve(source) == folder
+    load_model(folder)
+    (folder / "config.json").write_text("{}")
+    assert resolve(source) == folder
+    load_model(folder)
+
+
+def test_an_alias_is_fetched_once_and_then_found_without_the_network(cache, downloads):
+    folder = resolve("SmolVLM-256M")
+    assert folder == cache / "HuggingFaceTB--SmolVLM-256M-Instruct" / "aaaaaaaaaaaa-source-v1"
+    assert read_config(folder).source == REPO
+    assert resolve(REPO) == resolve("smolvlm-256m", ResolveOptions(offline=True)) == folder
+    assert downloads == [(REPO, False, None)]
+    assert resolve(REPO, ResolveOptions(bits=4)) == folder.with_name("aaaaaaaaaaaa-4bit-v1")
+    assert len(downloads) == 2
+
+
+def test_a_revision_is_its_own_conversion(downloads):
+    first, other = resolve("owner/name"), resolve(f"owner/name@{'b' * 40}")
+    assert (first.name[:12], other.name[:12]) == ("a" * 12, "b" * 12)
+    assert resolve(f"owner/name@{'b' * 40}") == other
+    assert downloads == [("owner/name", False, None), ("owner/name", False, "b" * 40)]
+    assert read_config(other).source == "owner/name"
+
+
+def test_every_alias_is_a_hub_id():
+    assert len(hub.ALIASES) == 8
+    assert all(convert_source.is_hub_id(repo) for repo in hub.ALIASES.values())
+
+
+@pytest.mark.parametrize("name", ["smolvlm-9b", "no/such/folder", "/absent", "owner/", "a b/c", ""])
+def test_an_unknown_model_is_named_with_what_there_is(name, cache):
+    with pytest.raises(CheckpointError, match=r"there is no model .*smolvlm-256m") as error:
+        resolve(name, ResolveOptions(offline=True))
+    assert f"'{name}'" in str(error.value)
+    assert not cache.exists()
+
+
+def test_offline_and_not_cached_is_one_line(cache):
+    with pytest.raises(CheckpointError) as error:
+        resolve("smolvlm-256m", ResolveOptions(offline=True))
+    assert str(error.value) == f"{REPO}: it is not in the local cache, and offline was asked for"
+    assert list(cache.iterdir()) == []
+
+
+def hub_error(kind: str) -> Exception:
+    """An error of the hub's client, built without a response."""
+    from huggingface_hub import errors
+
+    return getattr(errors, kind).__new__(getattr(errors, kind))
+
+
+@pytest.mark.parametrize(
+    ("kind", "match"),
+    [
+        ("GatedRepoError", "its owner asks for a login"),
+        ("RepositoryNotFoundError", "no such repository"),
+        ("RevisionNotFoundError", "no revision"),
+        ("LocalEntryNotFoundError", "the hub cannot be reached"),
+        ("HFValidationError", "no valid repository id"),
+        ("HfHubHTTPError", "the download failed"),
+    ],
+)
+def test_each_failure_of_the_hub_is_one_line(monkeypatch, kind, match):
+    def fail(*_args, **_kwargs):
+        raise hub_error(kind)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(CheckpointError, match=f"{REPO}: .*{match}") as error:
+        resolve(REPO)
+    assert "\n" not in str(error.value)
+
+
+def test_only_the_files_that_are_needed_are_fetched(monkeypatch, tmp_path):
+    seen = {}
+
+    def snapshot(repo, **options):
+        seen.update(options, repo=repo)
+        return str(hf.make(tmp_path / "c0ffee"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    resolve(REPO, ResolveOptions(offline=True))
+    assert set(seen["allow_patterns"]) == {"*.json", "*.safetensors", "*.jinja", "*.txt"}
+    assert (seen["repo"], seen["local_files_only"], seen["revision"]) == (REPO, True, None)
+
+
+def test_a_failed_conversion_leaves_the_cache_empty(tmp_path, cache):
+    source = hf.make(tmp_path / "s", hf.settings(model_type="llava"), {})
+    with pytest.raises(CheckpointError, match="s is a llava checkpoint"):
+        resolve(source)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path / "file"))
+    with pytest.raises(CheckpointError, match="MLX_SMOLVLM_CACHE"):
+        resolve(hf.make(tmp_path / "s"))
+
+
+def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    assert hub.cache_folder() == tmp_path / "cache"
+    monkeypatch.delenv("MLX_SMOLVLM_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert hub.cache_folder() == tmp_path / "xdg" / "mlx-smolvlm"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert hub.cache_folder() == tmp_path / "home" / ".cache" / "mlx-smolvlm"
+
+
+def test_the_cache_is_listed(tmp_path, downloads, cache):
+    assert list_cached() == []
+    paths = {resolve(REPO), resolve(REPO, ResolveOptions(bits=4)), resolve(hf.make(tmp_path / "s"))}
+    (cache / "stray").mkdir()
+    (cache / "stray" / "broken").mkdir()
+    (cache / "file").write_text("x")
+    whole = next(iter(paths))
+    shutil.copytree(whole, whole.with_name(".x.1234.partial"))  # killed before its last step
+    models = list_cached()
+    assert {model.path for model in models} == paths
+    by_path = {model.path.name: model for model in models}
+    four = by_path["aaaaaaaaaaaa-4bit-v1"]
+    assert (four.name, four.bits, four.source) == (f"{REPO} (aaaaaaaaaaaa-4bit-v1)", 4, REPO)
+    assert four.nbytes == sum(file.stat().st_size for file in four.path.iterdir())
+    assert by_path["aaaaaaaaaaaa-source-v1"].bits == 16
+
+
+RESOLVE = """
+    import sys
+    from mlx_smolvlm.hub import ResolveOptions, resolve
+    print("ready", flush=True)
+    sys.stdin.readline()
+    calls = []
+    print(resolve(sys.argv[1], ResolveOptions(progress=lambda *call: calls.append(call))))
+    print(len(calls))
+"""
+
+
+def test_two_processes_convert_once_between_them(tmp_path):
+    source = hf.make(tmp_path / "s")
+    command = [sys.executable, "-c", textwrap.dedent(RESOLVE), str(source)]
+    pair = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    for process in pair:
+        assert process.stdout.readline() == "ready\n"
+    for process in pair:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=120)[0].split("\n") for process in pair]
+    assert said[0][0] == said[1][0] == str(resolve(source))
+    assert sorted(int(lines[1]) > 0 for lines in said) == [False, True]
+
+
+def test_the_converter_is_not_imported_for_a_folder_of_ours(tmp_path):
+    out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
+    code = (
+        "import sys; from mlx_smolvlm.hub import resolve; resolve(sys.argv[1]);"
+        "print([m for m in sys.modules if m == 'huggingface_hub' or '.convert.' in m])"
+    )
+    run = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True)
+    assert run.stdout == "[]\n", run.stderr
