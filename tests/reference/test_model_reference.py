@@ -6,9 +6,11 @@ converted, loaded, and compared from the picture to the 32nd token.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -27,7 +29,6 @@ from transformers import (  # noqa: E402
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
     SmolVLMImageProcessorPil,
-    SmolVLMProcessor,
 )
 
 from mlx_smolvlm.convert.run import convert_checkpoint  # noqa: E402
@@ -36,6 +37,19 @@ from mlx_smolvlm.image import open_image, tiles  # noqa: E402
 from mlx_smolvlm.sampling import Sampling  # noqa: E402
 from mlx_smolvlm.smolvlm import SmolVLM, load  # noqa: E402
 from mlx_smolvlm.train.tokenizer import build_tokenizer  # noqa: E402
+
+
+def load_recorder() -> ModuleType:
+    path = Path(__file__).with_name("recorder.py")
+    spec = importlib.util.spec_from_file_location("recorder", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+recorder = load_recorder()
 
 PIXELS, STATES = 1e-5, 1e-4
 NEW_TOKENS = 32
@@ -154,15 +168,14 @@ def make_processor(case: Case, tokenizer: Any) -> Any:
         pictures = Idefics3ImageProcessorPil(**arguments)
         return Idefics3Processor(pictures, fast, image_seq_len=seq_len, chat_template=TEMPLATE)
     pictures = SmolVLMImageProcessorPil(**arguments)
-    processor = SmolVLMProcessor.__new__(SmolVLMProcessor)
-    # A video processor needs torchvision, which pictures do not.
-    processor.image_processor, processor.tokenizer = pictures, fast
-    processor.chat_template, processor.image_seq_len = TEMPLATE, seq_len
     return IdeficsLike(pictures, fast, seq_len)
 
 
 class IdeficsLike:
-    """SmolVLM's picture processor behind Idefics3's prompts, which are the same."""
+    """SmolVLM's picture processor behind Idefics3's prompts, which are the same.
+
+    SmolVLM's own processor wants a video processor, and that wants torchvision.
+    """
 
     def __init__(self, pictures: Any, tokenizer: Any, seq_len: int) -> None:
         self.pictures = pictures
@@ -269,34 +282,6 @@ def test_pixel_values(pair: Pair, name: str) -> None:
     assert ids.tolist() == inputs["input_ids"][0].tolist()
 
 
-def record(model: Any) -> dict[str, Any]:
-    """Outputs of the modules that are compared, filled as `model` runs."""
-    inner, seen = model.model, {}
-    modules = {
-        "patch embedding": inner.vision_model.embeddings,
-        "post_layernorm": inner.vision_model.post_layernorm,
-        "connector": inner.connector,
-        "norm": inner.text_model.norm,
-    }
-    for number, layer in enumerate(inner.vision_model.encoder.layers):
-        modules[f"encoder layer {number}"] = layer
-    for number, layer in enumerate(inner.text_model.layers):
-        modules[f"decoder layer {number}"] = layer
-    hooks = []
-    for name, module in modules.items():
-
-        def keep(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
-            seen[name] = output[0] if isinstance(output, tuple) else output
-
-        hooks.append(module.register_forward_hook(keep))
-
-    def keep_embeds(_module: Any, _args: Any, named: Any) -> None:
-        seen["merged embeddings"] = named["inputs_embeds"]
-
-    hooks.append(inner.text_model.register_forward_pre_hook(keep_embeds, with_kwargs=True))
-    return {"seen": seen, "hooks": hooks}
-
-
 @pytest.mark.parametrize(
     "names",
     [
@@ -313,12 +298,9 @@ def test_every_stage_and_the_answer(pair: Pair, names: tuple[str, ...]) -> None:
     messages = prompt(len(names))
     inputs = theirs_inputs(pair, messages, pictures)
     inputs = {key: inputs[key] for key in ("input_ids", "pixel_values") if key in inputs}
-    recording = record(pair.theirs)
-    with torch.no_grad():
+    with torch.no_grad(), recorder.recorded(pair.theirs) as seen:
         logits = pair.theirs(**inputs).logits
-    for hook in recording["hooks"]:
-        hook.remove()
-    seen, model = recording["seen"], pair.ours.model
+    model = pair.ours.model
 
     image_embeds = None
     if pictures:

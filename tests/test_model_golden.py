@@ -1,0 +1,43 @@
+"""Every stage of the network against recorded ones of transformers, without torch."""
+
+import gzip
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from mlx_smolvlm.checkpoint import load_model
+from mlx_smolvlm.convert.run import convert_checkpoint
+
+HERE = Path(__file__).parent
+STATES = 1e-4
+
+
+def load_cases() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("network_cases", HERE / "network_cases.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = load_cases()
+GOLDEN = json.loads(gzip.decompress((HERE / "golden" / "network.json.gz").read_bytes()))
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_every_stage(name: str, tmp_path: Path) -> None:
+    folder = convert_checkpoint(cases.make(tmp_path / "hf", name), tmp_path / "ours")
+    model = load_model(folder, "float32")
+    seen = cases.stages(model, *cases.inputs(name))
+    golden = GOLDEN[name]
+    assert list(seen) == list(golden["stages"])
+    for stage, expected in golden["stages"].items():
+        got = np.array(cases.sample(seen[stage]))
+        assert np.abs(got).max() > 0.1
+        assert np.abs(got - np.array(expected)).max() <= STATES, stage
+    assert cases.greedy(model, seen["merged embeddings"]) == golden["token_ids"]
