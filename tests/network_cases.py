@@ -38,6 +38,7 @@ CASES: dict[str, dict[str, Any]] = {
         model_type="idefics3", scale_factor=4, vision__model_type="idefics3_vision",
         vision__image_size=512, vision__patch_size=16, vision__num_attention_heads=2,
         text__num_attention_heads=3, text__num_key_value_heads=1, text__head_dim=32,
+        text__hidden_size=96,
     ),
     "SO400M-like": hf_folder.settings(
         scale_factor=3, vision__image_size=384, vision__patch_size=14, vision__hidden_size=144,
