@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 .PHONY: demo test check format oracles clean
 
 demo: $(VENV)/.app
-	$(BIN)/mlx-smolvlm chat --image examples/shapes.png "What is in this picture?"
+	$(BIN)/mlx-smolvlm chat --image examples/three.png "What is in this picture?"
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q

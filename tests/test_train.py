@@ -1,5 +1,6 @@
 """The demo's training: pictures true to their labels, a sound tokenizer, learning, resuming."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_smolvlm import text, vision
+from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train import questions
 from mlx_smolvlm.train.batches import _conversation, batch, encoder_batch
@@ -16,6 +18,7 @@ from mlx_smolvlm.train.demo import CHAT_TEMPLATE, Run, Stage, start
 from mlx_smolvlm.train.draw import COLORS, Scene, Shape, index_map, render, sample_scene
 from mlx_smolvlm.train.encoder import patch_labels
 from mlx_smolvlm.train.fast import fast_gelu, fast_swiglu
+from mlx_smolvlm.train.grounding import hidden_states, referents, word_table
 from mlx_smolvlm.train.questions import Turn
 from mlx_smolvlm.train.shapes import demo_config
 from mlx_smolvlm.train.tokenizer import FIRST_TOKENS, LAST_TOKENS, build_tokenizer
@@ -34,11 +37,13 @@ def scenes(count: int) -> list[Scene]:
 
 @pytest.fixture(scope="module")
 def builder(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    """The demo's prompts."""
+    """The demo's prompts, with pictures cut into tiles at full detail."""
     path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     tokenizer = build_tokenizer()
     tokenizer.save(str(path))
-    return PromptBuilder(path, CHAT_TEMPLATE, demo_config(tokenizer))
+    config = demo_config(tokenizer)
+    tiled = dataclasses.replace(config, image=dataclasses.replace(config.image, longest_edge=128))
+    return PromptBuilder(path, CHAT_TEMPLATE, tiled)
 
 
 def test_scene_and_picture_follow_from_the_seed() -> None:
@@ -202,7 +207,24 @@ def test_batch_targets_are_the_tokens_after_their_places(builder: PromptBuilder)
     assert (made.input_ids.reshape(-1)[made.places + 1] == made.targets).all()
     assert made.weights.sum() == pytest.approx(1)
     images = (made.input_ids == builder.config.image_token_id).sum()
-    assert images == 16 * len(made.pixel_values)
+    assert images == 16 * len(made.tile_order)
+    assert set(made.tile_order) == set(range(len(made.pixel_values)))
+
+
+def test_words_refer_to_the_shapes_that_they_name() -> None:
+    tokenizer = build_tokenizer()
+    scene = scene_of(("red", "circle", 0), ("blue", "circle", 2), ("red", "star", 7))
+    ids = tokenizer.encode("Is a red circle, a red shape, a star, a cross or a blue there?").ids
+    found = [what for _, *what in referents(scene, ids, word_table(tokenizer))]
+    red_circle, star, blue_circle = [1, 0, 0, 0], [1, 3, 0, 7], [1, 0, 4, 2]
+    reds, none = [2, -1, -1, -1], [0, -1, -1, -1]
+    assert found == [reds, red_circle, reds, reds, star, none, blue_circle]
+
+
+def test_hidden_states_end_as_the_model_ends(builder: PromptBuilder) -> None:
+    text_model = Model(builder.config).text_model
+    embeds = mx.random.normal((2, 7, builder.config.text.hidden_size))
+    assert mx.array_equal(hidden_states(text_model, embeds)[1], text_model(embeds))
 
 
 def test_fast_curves_are_close_and_have_their_slopes() -> None:

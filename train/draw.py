@@ -1,4 +1,4 @@
-"""Pictures of coloured shapes, drawn in code from a seed, with their labels.
+"""Pictures of colored shapes, drawn in code from a seed, with their labels.
 
 A scene holds at most one shape in each of the nine cells of a 3 x 3 division of
 the picture, and each shape's centre keeps clear of the cells' borders: so "where"
@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
 
-# Two to four anchors a colour; a shape's own colour lies between two of them.
+# Two to four anchors a color; a shape's own color lies between two of them.
 COLORS: dict[str, tuple[tuple[int, int, int], ...]] = {
     "red": ((255, 0, 0), (220, 20, 60), (190, 20, 20), (235, 50, 40)),
     "orange": ((255, 165, 0), (255, 140, 0), (240, 120, 20)),
@@ -80,7 +80,7 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
-    """A scene of `count` shapes, or of 0 to 6 where `count` is None; the same for the same `rng`."""
+    """A scene of `count` shapes, of 0 to 6 where `count` is None; it follows from `rng` alone."""
     if count is None:
         count = int(rng.choice(len(_COUNT_WEIGHTS), p=_COUNT_WEIGHTS))
     width, height = _sample_size(rng)
@@ -107,7 +107,7 @@ def _sample_size(rng: np.random.Generator) -> tuple[int, int]:
 
 
 def _sample_rgb(rng: np.random.Generator, color: str) -> RGB:
-    """A colour between two of the anchors of `color`, within a few steps of noise."""
+    """A color between two of the anchors of `color`, within a few steps of noise."""
     anchors = np.array(COLORS[color], float)
     first, second = anchors[rng.integers(len(anchors))], anchors[rng.integers(len(anchors))]
     mixed = first + (second - first) * rng.random()
@@ -128,7 +128,7 @@ def _sample_shapes(
             shape = _sample_shape(rng, size, int(cell), largest)
             if shapes and rng.random() < 0.2:  # repeats make counts and "two red circles"
                 twin = shapes[-1]
-                shape = replace(shape, kind=twin.kind, color=twin.color, rotation=twin.rotation)
+                shape = replace(shape, kind=twin.kind, color=twin.color, rgb=twin.rgb)
             shapes.append(shape)
             if shape.color == background or not _fits(shapes, size):
                 break
@@ -188,7 +188,9 @@ def outline(shape: Shape) -> Points:
         corners = [(-arm, -tip), (arm, -tip), (arm, -arm), (tip, -arm), (tip, arm), (arm, arm)]
         corners += [(-x, -y) for x, y in corners]
     sin, cos, r = math.sin(shape.rotation), math.cos(shape.rotation), shape.radius
-    return [(shape.x + r * (x * cos - y * sin), shape.y + r * (x * sin + y * cos)) for x, y in corners]
+    return [
+        (shape.x + r * (x * cos - y * sin), shape.y + r * (x * sin + y * cos)) for x, y in corners
+    ]
 
 
 def _star() -> list[tuple[float, float]]:

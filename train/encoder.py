@@ -1,12 +1,14 @@
 """Pretraining of the vision encoder on dense labels: what each patch shows.
 
 It stands in for SigLIP's own pretraining: the decoder then starts from features
-that already tell shapes, colours and places apart.
+that already tell shapes, colors and places apart.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,23 +19,27 @@ from mlx_smolvlm.train.draw import COLOR_NAMES, SHAPES, Scene, index_map
 from mlx_smolvlm.vision import VisionModel
 
 _LEAST_COVER = 0.15  # share of a patch that a shape must cover to be its label
-_SIZES = (len(SHAPES) + 1, len(COLOR_NAMES), 2, 10)  # shape, colour, holds a centre, cell
+_SIZES = (len(SHAPES) + 1, len(COLOR_NAMES), 2, 10)  # shape, color, holds a centre, cell
 
 
 def patch_labels(scene: Scene, config: VisionConfig, tiles: int) -> np.ndarray:
     """Labels (N, P, 5) of the tiles of a `tiles` x `tiles` grid, or of one global tile for 1.
 
-    The last axis is kind, colour, whether a centre lies in the patch, cell + 1, and
+    The last axis is kind, color, whether a centre lies in the patch, cell + 1, and
     whether the cell is to be predicted.
     """
     side, grid = config.patch_grid * tiles, config.patch_grid
-    shown = index_map(scene, 8 * side).reshape(side, 8, side, 8).swapaxes(1, 2).reshape(side, side, 64)
+    shown = (
+        index_map(scene, 8 * side).reshape(side, 8, side, 8).swapaxes(1, 2).reshape(side, side, 64)
+    )
     best, cover = np.zeros((side, side), int), np.full((side, side), _LEAST_COVER)
     for i in range(1, len(scene.shapes) + 1):
         share = (shown == i).mean(-1)
         best, cover = np.where(share > cover, i, best), np.maximum(share, cover)
     kinds = np.array([0, *(1 + SHAPES.index(shape.kind) for shape in scene.shapes)])
-    colors = np.array([COLOR_NAMES.index(c) for c in (scene.background, *(s.color for s in scene.shapes))])
+    colors = np.array(
+        [COLOR_NAMES.index(c) for c in (scene.background, *(s.color for s in scene.shapes))]
+    )
     cells = np.array([0, *(1 + shape.cell for shape in scene.shapes)])
     centre = np.zeros((side, side), int)
     for shape in scene.shapes:
@@ -44,23 +50,20 @@ def patch_labels(scene: Scene, config: VisionConfig, tiles: int) -> np.ndarray:
     return labels.reshape(tiles * tiles, grid * grid, 5).astype(np.int32)
 
 
-class DenseEncoder(nn.Module):
-    """The encoder with one linear head over its patch features."""
-
-    def __init__(self, config: VisionConfig) -> None:
-        super().__init__()
-        self.vision_model = VisionModel(config)
-        self.dense_head = nn.Linear(config.hidden_size, sum(_SIZES))
-
-    def __call__(self, pixel_values: mx.array) -> list[mx.array]:
-        """Logits (N, P, classes) of each of the four labels."""
-        ends = np.cumsum(_SIZES)[:-1].tolist()
-        return mx.split(self.dense_head(self.vision_model(pixel_values)), ends, axis=-1)
+def label_head(config: VisionConfig) -> nn.Linear:
+    """A linear layer from patch features to the logits of all labels."""
+    return nn.Linear(config.hidden_size, sum(_SIZES))
 
 
-def dense_loss(model: DenseEncoder, pixel_values: mx.array, labels: mx.array) -> mx.array:
+def _split_labels(logits: mx.array) -> list[mx.array]:
+    """Logits (N, P, classes) of each of the four labels."""
+    parts: Any = mx.split(logits, np.cumsum(_SIZES)[:-1].tolist(), axis=-1)
+    return list(parts)
+
+
+def dense_loss(logits: mx.array, labels: mx.array) -> mx.array:
     """Mean cross-entropy of `labels` (N, P, 5); patches that show a shape weigh most."""
-    kind, color, centre, cell = model(pixel_values)
+    kind, color, centre, cell = _split_labels(logits)
     shown = (labels[..., 0] > 0).astype(mx.float32)
     weight = 0.25 + shown
     losses = (
@@ -72,16 +75,43 @@ def dense_loss(model: DenseEncoder, pixel_values: mx.array, labels: mx.array) ->
     return losses.mean()
 
 
-def dense_accuracy(model: DenseEncoder, pixel_values: mx.array, labels: mx.array) -> list[float]:
-    """Share of right kinds, colours and cells on patches that show a shape, and of centres found."""
-    found = [mx.argmax(logits, -1) for logits in model(pixel_values)]
+def dense_accuracy(logits: mx.array, labels: mx.array) -> list[float]:
+    """Share of right kinds and colors on shapes, of centres found, and of right cells."""
+    found = [mx.argmax(part, -1) for part in _split_labels(logits)]
     shown = labels[..., 0] > 0
     wheres = (shown, shown, labels[..., 2] > 0, shown & (labels[..., 4] > 0))
-    return [
-        float(((found[i] == labels[..., i]) & wheres[i]).sum().item())
-        / max(1, int(wheres[i].sum().item()))
-        for i in range(4)
-    ]
+    right = [np.array((found[i] == labels[..., i]) & wheres[i]).sum() for i in range(4)]
+    return [float(n / max(1, np.array(w).sum())) for n, w in zip(right, wheres, strict=True)]
+
+
+def word_loss(
+    embed_tokens: nn.Embedding, image_embeds: mx.array, labels: mx.array, words: np.ndarray
+) -> mx.array:
+    """Loss that draws what the decoder sees of a shape to the words for its kind and color.
+
+    Without it the decoder is slow to find "the circle" in a picture: a query made of a
+    word has to meet a key made of pixels.
+
+    Args:
+        image_embeds: (N, I, D) of global tiles.
+        labels: Their patches' labels (N, P, 5).
+        words: Ids of the kinds' words, then of the colors'.
+    """
+    n, tokens, width = image_embeds.shape
+    side = int(tokens**0.5)
+    scale = int((labels.shape[1] // tokens) ** 0.5)
+    squares = labels.reshape(n, side, scale, side, scale, 5).swapaxes(2, 3)
+    squares = squares.reshape(n * tokens, scale * scale, 5)
+    best = mx.argmax(squares[..., 0], axis=1)  # a patch that shows a shape, if one does
+    shown = mx.take_along_axis(squares, best[:, None, None], axis=1)[:, 0]  # (N*I, 5)
+    kinds = len(SHAPES)
+    unit = partial(mx.fast.rms_norm, weight=None, eps=1e-5)
+    alike = unit(image_embeds.reshape(n * tokens, width)) @ unit(embed_tokens(mx.array(words))).T
+    alike = alike * (8 / width)  # 8 times the cosine
+    there = (shown[:, 0] > 0).astype(mx.float32)
+    losses = nn.losses.cross_entropy(alike[:, :kinds], mx.maximum(shown[:, 0] - 1, 0))
+    losses = losses + nn.losses.cross_entropy(alike[:, kinds:], shown[:, 1])
+    return (losses * there).sum() / mx.maximum(there.sum(), 1)
 
 
 def start_encoder(model: VisionModel, pixel_values: np.ndarray) -> None:
@@ -93,7 +123,11 @@ def start_encoder(model: VisionModel, pixel_values: np.ndarray) -> None:
     embeddings = model.embeddings
     size, grid = embeddings.patch_size, embeddings.patch_grid
     n = len(pixel_values)
-    x = pixel_values.reshape(n, grid, size, grid, size * 3).swapaxes(2, 3).reshape(-1, size * size * 3)
+    x = (
+        pixel_values.reshape(n, grid, size, grid, size * 3)
+        .swapaxes(2, 3)
+        .reshape(-1, size * size * 3)
+    )
     mean = x.mean(0)
     values, vectors = np.linalg.eigh(np.cov(x, rowvar=False))
     width = embeddings.patch_embedding.weight.shape[0]

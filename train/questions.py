@@ -37,10 +37,16 @@ DESCRIBE = (
 )  # fmt: skip
 COLOR = (
     "What color is the {}?", "What colour is the {}?", "Which color is the {}?",
-    "Which colour does the {} have?", "What is the color of the {}?", "Tell me the color of the {}.",
+    "Which colour does the {} have?", "What is the color of the {}?",
+    "Tell me the color of the {}.",
 )  # fmt: skip
 SHAPE = ("What shape is {}?", "Which shape is {}?", "What is the {} shape?", "What is {}?")
-THE_SHAPE = ("What shape is this?", "What shape is it?", "Which shape is this?", "What shape is shown?")
+THE_SHAPE = (
+    "What shape is this?",
+    "What shape is it?",
+    "Which shape is this?",
+    "What shape is shown?",
+)
 COUNT = (
     "How many {} are there?", "How many {} do you see?", "How many {} are in the picture?",
     "How many {} are in this image?", "Count the {}.", "How many {} can you see?", "How many {}?",
@@ -55,15 +61,24 @@ EXISTS = (
     "Does the picture show {}?", "Is {} in this image?",
 )  # fmt: skip
 BACKGROUND = (
-    "What color is the background?", "What colour is the background?", "Which color is the background?",
+    "What color is the background?", "What colour is the background?",
+    "Which color is the background?",
     "What is the background color?", "What is the color of the background?",
 )  # fmt: skip
 
 GREETING = "Hello! Show me a picture of colored shapes and ask about it."
-ABILITY = "I answer questions about pictures of colored shapes: what, which color, how many and where."
+ABILITY = (
+    "I answer questions about pictures of colored shapes: what, which color, how many and where."
+)
 NO_PICTURE = "I see no picture here. Please add one."
 CHAT: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("Hello", "Hi", "Hello!", "Hi!", "Hey", "Hi there!", "Good morning", "Good day!", "hey there"), GREETING),
+    (
+        (
+            "Hello", "Hi", "Hello!", "Hi!", "Hey", "Hi there!", "Good morning", "Good day!",
+            "hey there",
+        ),
+        GREETING,
+    ),
     (
         (
             "What can you do?", "Who are you?", "What are you?", "Help", "help", "What is this?",
@@ -71,7 +86,10 @@ CHAT: tuple[tuple[tuple[str, ...], str], ...] = (
         ),
         ABILITY,
     ),
-    (("Thanks", "Thank you", "Thanks!", "Thank you!", "Great, thanks.", "Cool, thank you!"), "You are welcome."),
+    (
+        ("Thanks", "Thank you", "Thanks!", "Thank you!", "Great, thanks.", "Cool, thank you!"),
+        "You are welcome.",
+    ),
     (("Bye", "Goodbye", "Bye!", "Goodbye!", "See you!"), "Goodbye!"),
 )  # fmt: skip
 
@@ -83,7 +101,7 @@ def article(noun: str) -> str:
 
 def plural(kind: str) -> str:
     """The plural of a kind of shape."""
-    return f"{kind}es" if kind == "cross" else f"{kind}s"
+    return f"{kind}es" if kind.endswith("cross") else f"{kind}s"
 
 
 def join(parts: list[str]) -> str:
@@ -93,7 +111,7 @@ def join(parts: list[str]) -> str:
 
 
 def name(shape: Shape) -> str:
-    """Colour and kind, as in "red circle"."""
+    """Color and kind, as in "red circle"."""
     return f"{shape.color} {shape.kind}"
 
 
@@ -129,8 +147,8 @@ def describe(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def color(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The colour of the one shape of its kind; of a kind that is absent, that there is none."""
-    single = _unique(scene, "kind")
+    """The color of the one shape of its kind; of a kind that is absent, that there is none."""
+    single = unique(scene, "kind")
     if len(scene.shapes) == 1 and rng.random() < 0.3:
         asked = str(rng.choice(("shape", "object")))
         question = "What color is it?" if rng.random() < 0.4 else _pick(rng, COLOR).format(asked)
@@ -143,10 +161,12 @@ def color(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def shape_of(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The kind of the one shape of its colour."""
+    """The kind of the one shape of its color."""
     if len(scene.shapes) == 1 and rng.random() < 0.5:
-        return Turn("shape", _pick(rng, THE_SHAPE), f"{article(scene.shapes[0].kind).capitalize()}.")
-    single = _unique(scene, "color")
+        return Turn(
+            "shape", _pick(rng, THE_SHAPE), f"{article(scene.shapes[0].kind).capitalize()}."
+        )
+    single = unique(scene, "color")
     if not single:
         return color(scene, rng)
     shape = single[rng.integers(len(single))]
@@ -155,10 +175,13 @@ def shape_of(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def count(scene: Scene, rng: np.random.Generator) -> Turn:
-    """How many shapes there are, in all, of a kind, of a colour or of both."""
+    """How many shapes there are, in all, of a kind, of a color or of both."""
     draw = rng.random()
     if draw < 0.4 or (not scene.shapes and draw < 0.7):
-        asked, number = str(rng.choice(("shapes", "objects", "shapes", "things"))), len(scene.shapes)
+        asked, number = (
+            str(rng.choice(("shapes", "objects", "shapes", "things"))),
+            len(scene.shapes),
+        )
     else:
         kind, hue = str(rng.choice(SHAPES)), str(rng.choice(COLOR_NAMES))
         if scene.shapes and rng.random() < 0.8:
@@ -182,8 +205,8 @@ def where(scene: Scene, rng: np.random.Generator) -> Turn:
         question = "Where is it?" if rng.random() < 0.4 else _pick(rng, WHERE).format(asked)
         return Turn("where", question, _place(scene.shapes[0]))
     names = [name(shape) for shape in scene.shapes]
-    options = [(shape, shape.kind) for shape in _unique(scene, "kind")]
-    options += [(shape, f"{shape.color} shape") for shape in _unique(scene, "color") if draw < 0.6]
+    options = [(shape, shape.kind) for shape in unique(scene, "kind")]
+    options += [(shape, f"{shape.color} shape") for shape in unique(scene, "color") if draw < 0.6]
     options += [(s, name(s)) for s in scene.shapes if names.count(name(s)) == 1 and draw > 0.5]
     if options and rng.random() < 0.9:
         shape, asked = options[rng.integers(len(options))]
@@ -202,7 +225,7 @@ def at(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def exists(scene: Scene, rng: np.random.Generator) -> Turn:
-    """Yes or no to a kind, a colour or both; about half of them, and half of the noes are near."""
+    """Yes or no to a kind, a color or both; about half of them, and half of the noes are near."""
     kinds, hues = [s.kind for s in scene.shapes], [s.color for s in scene.shapes]
     kind, hue = str(rng.choice(SHAPES)), str(rng.choice(COLOR_NAMES))
     if scene.shapes:
@@ -222,7 +245,7 @@ def exists(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def background(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The colour behind the shapes."""
+    """The color behind the shapes."""
     return Turn("background", _pick(rng, BACKGROUND), f"{scene.background.capitalize()}.")
 
 
@@ -245,11 +268,19 @@ MAKERS: tuple[tuple[Maker, float], ...] = (
 )  # fmt: skip
 
 
-def ask(scene: Scene, rng: np.random.Generator, turns: int) -> list[Turn]:
-    """`turns` questions about `scene`, of families drawn by their weights."""
-    weights = np.array([weight for _, weight in MAKERS])
-    picks = rng.choice(len(MAKERS), size=turns, p=weights / weights.sum())
-    return [casual(MAKERS[i][0](scene, rng), rng) for i in picks]
+SHORT_MAKERS = tuple(maker for maker in MAKERS if maker[0] is not describe)
+
+
+def ask(
+    scene: Scene,
+    rng: np.random.Generator,
+    turns: int,
+    makers: tuple[tuple[Maker, float], ...] = MAKERS,
+) -> list[Turn]:
+    """`turns` questions about `scene`, of families drawn by the weights of `makers`."""
+    weights = np.array([weight for _, weight in makers])
+    picks = rng.choice(len(makers), size=turns, p=weights / weights.sum())
+    return [casual(makers[i][0](scene, rng), rng) for i in picks]
 
 
 def casual(turn: Turn, rng: np.random.Generator) -> Turn:
@@ -263,7 +294,7 @@ def casual(turn: Turn, rng: np.random.Generator) -> Turn:
 
 
 def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-    """One of `options`; the first half as likely as the rest together is too few, so uniform."""
+    """One of `options`, each as likely as any other."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -271,8 +302,8 @@ def _place(shape: Shape) -> str:
     return f"{shape.place[0].upper()}{shape.place[1:]}."
 
 
-def _unique(scene: Scene, attribute: str) -> list[Shape]:
-    """Shapes whose kind or colour no other shape of the scene has."""
+def unique(scene: Scene, attribute: str) -> list[Shape]:
+    """Shapes whose kind or color no other shape of the scene has."""
     values = [getattr(shape, attribute) for shape in scene.shapes]
     return [s for s, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]
 

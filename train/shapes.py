@@ -11,10 +11,11 @@ from mlx_smolvlm.config import (
     TextConfig,
     VisionConfig,
 )
+from mlx_smolvlm.train.tokenizer import token_id
 
 
 def demo_config(tokenizer: Tokenizer) -> Config:
-    """Configuration of the demo: tiles of 64 px and 16 tokens, pictures of at most 2 x 2 tiles."""
+    """Configuration of the demo: a picture is one tile of 64 px and 16 tokens."""
     return Config(
         vision=VisionConfig(
             hidden_size=128,
@@ -26,11 +27,11 @@ def demo_config(tokenizer: Tokenizer) -> Config:
             layer_norm_eps=1e-6,
         ),
         text=TextConfig(
-            hidden_size=192,
-            intermediate_size=512,
+            hidden_size=128,
+            intermediate_size=384,
             num_hidden_layers=4,
-            num_attention_heads=3,
-            num_key_value_heads=1,
+            num_attention_heads=4,
+            num_key_value_heads=2,
             head_dim=64,
             rope_theta=10000.0,
             rms_norm_eps=1e-5,
@@ -39,10 +40,10 @@ def demo_config(tokenizer: Tokenizer) -> Config:
             tie_word_embeddings=False,
         ),
         scale_factor=2,
-        image_token_id=tokenizer.token_to_id("<image>"),
-        eos_token_ids=(tokenizer.token_to_id("<end_of_utterance>"),),
+        image_token_id=token_id(tokenizer, "<image>"),
+        eos_token_ids=(token_id(tokenizer, "<end_of_utterance>"),),
         image=ImageConfig(
-            longest_edge=128,
+            longest_edge=64,
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
             do_image_splitting=True,

@@ -58,3 +58,10 @@ def _texts(seed: int) -> list[str]:
     words = [*COLOR_NAMES, *SHAPES, *PLACES, *(plural(kind) for kind in SHAPES)]
     texts += [f" {word}" for word in words] * 40
     return texts
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Id of `token`, which the tokenizer is known to have."""
+    found: int | None = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found

@@ -1,0 +1,237 @@
+"""The training run of the demo checkpoint.
+
+    python -m mlx_smolvlm.train.demo --out FOLDER [--seed S] [--minutes N]
+
+Two stages: the encoder alone on dense labels, then conversations about pictures of one
+tile. A stage can be given pictures cut into several tiles as well. A batch follows
+from the seed and its number, and the schedule from the number of steps, so that a run
+which was stopped and goes on equals one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.model import Model
+from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.train.batches import Batch, EncoderBatch, batch, encoder_batch
+from mlx_smolvlm.train.encoder import dense_loss, label_head, start_encoder, word_loss
+from mlx_smolvlm.train.fast import fast_curves
+from mlx_smolvlm.train.grounding import hidden_states, referent_head, referent_loss
+from mlx_smolvlm.train.optimizer import Optimizer
+from mlx_smolvlm.train.shapes import demo_config
+from mlx_smolvlm.train.tokenizer import build_tokenizer
+
+CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+_DENSE_SHARE = 0.3  # of the dense loss, beside that of the answers
+_LOOKUP_SHARE = 0.15  # of the loss of what a question's words refer to
+_WORD_SHARE = 0.1  # of the loss that draws image embeddings to the words for what they show
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage. `rate` is Muon's at the top; `tiled` is the share of batches at full detail."""
+
+    name: str
+    steps: int
+    size: int
+    rate: float
+    floor: float = 0.05
+    encoder_share: float = 1.0
+    tiled: float = 0.0
+
+
+STAGES = (
+    Stage("encoder", steps=700, size=48, rate=0.012),
+    Stage("single", steps=1900, size=16, rate=0.008, floor=0.02, encoder_share=0.4),
+)
+
+
+class Trainee(nn.Module):
+    """The model with the heads that patch labels and referents are read from."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.model = Model(config)
+        self.dense_head = label_head(config.vision)
+        self.referent_head = referent_head(config.text.hidden_size)
+
+
+def encoder_loss(trainee: Trainee, data: EncoderBatch) -> mx.array:
+    """Loss of the dense labels."""
+    features = trainee.model.vision_model(mx.array(data.pixel_values))
+    return dense_loss(trainee.dense_head(features), mx.array(data.labels))
+
+
+def answer_loss(trainee: Trainee, data: Batch) -> mx.array:
+    """Loss of the answers' tokens, with a share of that of the dense labels."""
+    model = trainee.model
+    features = model.vision_model(mx.array(data.pixel_values))  # (N, P, V)
+    logits = trainee.dense_head(features[mx.array(data.global_tiles)])
+    dense = dense_loss(logits, mx.array(data.labels))
+    image_embeds = model.connector(features)  # (N, I, D)
+    named = image_embeds[mx.array(data.global_tiles)]
+    words = word_loss(model.text_model.embed_tokens, named, mx.array(data.labels), data.words)
+    placed = image_embeds[mx.array(data.tile_order)]
+    embeds = model.embed(data.input_ids.reshape(-1), placed)
+    middle, hidden = hidden_states(model.text_model, embeds.reshape(*data.input_ids.shape, -1))
+    meant = mx.array(data.referents)
+    referring = middle.reshape(data.input_ids.size, -1)[meant[:, 0]]  # (S, D)
+    lookup = referent_loss(trainee.referent_head, referring, meant[:, 1:])
+    hidden = hidden.reshape(data.input_ids.size, -1)[mx.array(data.places)]  # (T, D)
+    losses = nn.losses.cross_entropy(model.head(hidden), mx.array(data.targets))
+    return (
+        (losses * mx.array(data.weights)).sum()
+        + _DENSE_SHARE * dense
+        + _WORD_SHARE * words
+        + _LOOKUP_SHARE * lookup
+    )
+
+
+class Run:
+    """A training run: what is trained, by which optimizer, and how far it has come."""
+
+    def __init__(self, builder: PromptBuilder, stages: tuple[Stage, ...], seed: int) -> None:
+        mx.random.seed(seed)
+        self.builder, self.stages, self.seed = builder, stages, seed
+        self.trainee = Trainee(builder.config)
+        sample = encoder_batch(seed + 999, builder.config, size=400)
+        start_encoder(self.trainee.model.vision_model, sample.pixel_values)
+        self.stage, self.step = 0, 0
+        self._enter_stage()
+
+    @property
+    def done(self) -> bool:
+        """Whether all stages are through."""
+        return self.stage == len(self.stages)
+
+    def _enter_stage(self) -> None:
+        self.trainee.unfreeze()
+        if self.stages[self.stage].name == "encoder":
+            self.trainee.freeze()
+            self.trainee.model.vision_model.unfreeze()
+            self.trainee.dense_head.unfreeze()
+            self._gradient = nn.value_and_grad(self.trainee, encoder_loss)
+        else:
+            self._gradient = nn.value_and_grad(self.trainee, answer_loss)
+        self.optimizer = Optimizer()
+        self.optimizer.init(self.trainee.trainable_parameters())
+
+    def data(self) -> EncoderBatch | Batch:
+        """The batch of the present step."""
+        stage = self.stages[self.stage]
+        seed = 10**9 * self.seed + 10**6 * (self.stage + 1) + self.step
+        if stage.name == "encoder":
+            return encoder_batch(seed, self.builder.config, stage.size)
+        is_tiled = np.random.default_rng(seed).random() < stage.tiled
+        return batch(seed, self.builder, stage.size, "high" if is_tiled else "low")
+
+    def advance(self) -> float:
+        """One step; the loss before it."""
+        stage = self.stages[self.stage]
+        share = 0.5 + 0.5 * math.cos(math.pi * self.step / stage.steps)
+        rate = stage.rate * (stage.floor + (1 - stage.floor) * share)
+        self.optimizer.set_rates(rate * min(1, (self.step + 1) / 20), stage.encoder_share)
+        with fast_curves():
+            loss, gradient = self._gradient(self.trainee, self.data())
+            self.optimizer.update(self.trainee, gradient)
+            mx.eval(self.trainee.parameters(), self.optimizer.state, loss)
+        self.step += 1
+        if self.step == stage.steps:
+            self.stage, self.step = self.stage + 1, 0
+            if not self.done:
+                self._enter_stage()
+        return float(loss.item())
+
+    def save(self, path: Path) -> None:
+        """Write weights, the optimizer's state and the step to `path`, at once."""
+        arrays = dict(
+            tree_flatten({"trainee": self.trainee.parameters(), "optimizer": self.optimizer.state})
+        )
+        part = path.with_suffix(".part.safetensors")
+        mx.save_safetensors(str(part), arrays, {"stage": str(self.stage), "step": str(self.step)})
+        part.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from what `save` wrote to `path`."""
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, place = loaded
+        self.stage, self.step = int(place["stage"]), int(place["step"])
+        if not self.done:
+            self._enter_stage()
+        state: Any = tree_unflatten(list(arrays.items()))
+        self.trainee.update(state["trainee"])
+        self.optimizer.state = state["optimizer"]
+
+
+def save_checkpoint(run: Run, folder: Path) -> None:
+    """Write the model as a checkpoint in float16; the tokenizer and template lie there already."""
+    config = replace(run.builder.config, dtype="float16")
+    parameters: Any = tree_flatten(run.trainee.model.parameters())
+    weights = {name: value.astype(mx.float16) for name, value in parameters}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES) -> Run:
+    """A run that writes to `folder`, with its tokenizer and template written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    builder = PromptBuilder(folder / "tokenizer.json", CHAT_TEMPLATE, demo_config(tokenizer))
+    return Run(builder, stages, seed)
+
+
+def main() -> None:
+    """Train, log, save; go on where an earlier run into the same folder stopped."""
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after so many of CPU time"
+    )
+    options = parser.parse_args()
+    run = start(options.out, options.seed)
+    state, log = options.out / "state.safetensors", options.out / "log.csv"
+    if state.exists():
+        run.restore(state)
+    else:
+        log.write_text("stage,step,loss,cpu_s\n")
+    losses: list[float] = []
+    saved = time.process_time()
+    while not run.done and time.process_time() < options.minutes * 60:
+        name, step = run.stages[run.stage].name, run.step + 1
+        losses.append(run.advance())
+        if step % 50 == 0:
+            with log.open("a") as file:
+                file.write(f"{name},{step},{np.mean(losses):.4f},{time.process_time():.0f}\n")
+            losses.clear()
+        if time.process_time() - saved > 90:
+            run.save(state)
+            save_checkpoint(run, options.out)
+            saved = time.process_time()
+    run.save(state)
+    save_checkpoint(run, options.out)
+
+
+if __name__ == "__main__":
+    main()
