@@ -158,6 +158,18 @@ def chat(
         int | None,
         typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
     ] = None,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(metavar="8|4", help="Precision of the tokens' keys and values; default: all."),
+    ] = None,
+    max_kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Keep the first message, the pictures and the latest tokens, N in all; "
+            "default: every token.",
+        ),
+    ] = None,
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per reply, not streamed.")
@@ -171,6 +183,7 @@ def chat(
     from mlx_smolvlm.cli.options import (
         ChatOptions,
         as_text,
+        make_cache_options,
         make_sampling,
         make_video_options,
         parse_detail,
@@ -200,6 +213,7 @@ def chat(
         ),
         detail=parse_detail(detail),
         bits=bits,
+        cache=make_cache_options(kv_bits=kv_bits, max_kv_tokens=max_kv_tokens),
         offline=offline,
         json=json,
         stats=stats,

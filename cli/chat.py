@@ -86,7 +86,13 @@ def load_model(options: ChatOptions) -> SmolVLM:
 
     progress = ConversionProgress(f"converting {options.model}, once")
     with contextlib.closing(progress):
-        return load(options.model, bits=options.bits, offline=options.offline, progress=progress)
+        return load(
+            options.model,
+            bits=options.bits,
+            offline=options.offline,
+            progress=progress,
+            cache=options.cache,
+        )
 
 
 def show_parts(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import typer
 
 if TYPE_CHECKING:
-    from mlx_smolvlm import Sampling, Video
+    from mlx_smolvlm import CacheOptions, Sampling, Video
 
 Detail = Literal["high", "auto", "low"] | int
 CHAT_BITS = (4, 8, 16)
@@ -47,6 +47,7 @@ class ChatOptions:
     sampling: Sampling
     detail: Detail
     bits: int | None
+    cache: CacheOptions
     offline: bool
     json: bool
     stats: bool
@@ -217,3 +218,20 @@ def make_sampling(
     except ValueError as error:
         name = str(error).split(maxsplit=1)[0]
         raise typer.BadParameter(str(error), param_hint=f"--{name.replace('_', '-')}") from None
+
+
+def make_cache_options(*, kv_bits: int | None, max_kv_tokens: int | None) -> CacheOptions:
+    """The cache that the options describe; `CacheOptions` itself owns the ranges.
+
+    Raises:
+        typer.BadParameter: It names the option and its range.
+    """
+    from mlx_smolvlm import CacheOptions
+
+    if kv_bits not in (None, 4, 8):
+        raise typer.BadParameter(f"{kv_bits} is neither 4 nor 8", param_hint="--kv-bits")
+    try:
+        return CacheOptions(kv_bits=kv_bits, max_kv_tokens=max_kv_tokens)
+    except ValueError as error:
+        text = str(error).removeprefix("max_kv_tokens is ").replace(", and", "")
+        raise typer.BadParameter(text, param_hint="--max-kv-tokens") from None

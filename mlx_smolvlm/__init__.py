@@ -10,6 +10,7 @@ Package.md describes the rest.
 from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
+from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnswerStream",
+    "CacheOptions",
     "CheckpointError",
     "Chunk",
     "Conversation",

@@ -66,10 +66,14 @@ class Reply:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an answer needs: `input_ids` (L,) and what its placeholders stand for, in order."""
+    """What an answer needs: `input_ids` (L,) and what its placeholders stand for, in order.
+
+    A cache of bounded size keeps the first `pinned` tokens.
+    """
 
     input_ids: np.ndarray
     media: tuple[Medium, ...]
+    pinned: int = 0
 
 
 class AnswerStream(Iterator[Chunk]):
@@ -164,7 +168,8 @@ class AnswerStream(Iterator[Chunk]):
         inputs_embeds = vlm.model.embed(prompt.input_ids, joined(prompt.media))
         room = vlm.config.text.max_position_embeddings - prompt.input_ids.size
         limit = min(self._sampling.max_tokens, room)
-        cache, sampler = vlm.model.make_cache(), make_sampler(self._sampling)
+        cache, sampler = vlm.make_cache(), make_sampler(self._sampling)
+        cache.pin(prompt.pinned)
         first = 0.0
         for count, token_id in enumerate(tokens(vlm.model, inputs_embeds, cache, sampler, limit)):
             now = time.perf_counter()

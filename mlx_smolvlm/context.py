@@ -1,9 +1,15 @@
-"""What to tell a user whose prompt exceeds the model's context."""
+"""What to tell a user whose prompt exceeds the model's context, or the cache."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
+import numpy as np
+
+from mlx_smolvlm.bounded import RECENT
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.errors import PromptError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.prompt import PromptBuilder
 
@@ -62,3 +68,37 @@ def _down(value: float) -> str:
 def _clip_tokens(builder: PromptBuilder, footage: Footage) -> int:
     """Tokens that a video takes in the prompt."""
     return builder.tokens_of_clip(footage.clip)
+
+
+def pinned_tokens(input_ids: np.ndarray, config: Config, max_kv_tokens: int | None) -> int:
+    """First tokens of `input_ids` (L,) that a cache of `max_kv_tokens` has to keep.
+
+    They are the first message, unless it fills more than half of the cache, and what there
+    is up to the last picture or video.
+
+    Raises:
+        PromptError: Pictures and videos do not fit.
+    """
+    if max_kv_tokens is None:
+        return 0
+    ends = np.flatnonzero(np.isin(input_ids, config.eos_token_ids))
+    first = int(ends[0]) + 1 if ends.size else 0
+    if first > max_kv_tokens // 2:
+        first = 0
+    places = np.flatnonzero(input_ids == config.image_token_id)
+    media = min(int(places[-1]) + 2, input_ids.size) if places.size else 0  # and its closing token
+    if media > max_kv_tokens - RECENT:
+        raise PromptError(
+            f"the last picture or video of the prompt ends at token {media:,}, and max_kv_tokens "
+            f"is {max_kv_tokens:,}; let it be {media + RECENT:,} or more, or use detail 'low', "
+            "fewer pictures or fewer frames"
+        )
+    pinned = max(first, media)
+    if input_ids.size > max_kv_tokens:
+        warnings.warn(
+            f"the prompt is longer than max_kv_tokens, {max_kv_tokens:,}: of what follows its "
+            f"first {pinned:,} tokens, the oldest is forgotten",
+            SmolVLMWarning,
+            stacklevel=4,
+        )
+    return pinned

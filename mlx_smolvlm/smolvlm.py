@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_smolvlm.answer import AnswerStream, Prompt, Reply
+from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.cache_options import FULL, CacheOptions
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.context import too_long
+from mlx_smolvlm.context import pinned_tokens, too_long
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import PromptError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Picture, encode, in_order, joined
@@ -33,8 +35,16 @@ if TYPE_CHECKING:
 class SmolVLM:
     """A loaded checkpoint. `load` makes one."""
 
-    def __init__(self, path: Path, config: Config, model: Model, builder: PromptBuilder) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        model: Model,
+        builder: PromptBuilder,
+        cache: CacheOptions = FULL,
+    ) -> None:
         self.path, self.config, self.model, self.prompt_builder = path, config, model, builder
+        self.cache_options = cache
         self.hidden_token_ids = builder.framing_token_ids
         # Compiled, a quantized layer's biases join the kernels that follow them.
         self.encoder: Callable[[mx.array], mx.array] = mx.compile(model.encode)
@@ -146,6 +156,10 @@ class SmolVLM:
             pass
         return joined(media)
 
+    def make_cache(self) -> KVCache:
+        """An empty cache, as `load` was asked for."""
+        return self.model.make_cache(self.cache_options)
+
     def opened(self, request: Request, detail: Detail) -> tuple[list[Picture], list[Footage]]:
         """The opened media of `request`; videos are sampled, and not decoded yet.
 
@@ -200,7 +214,8 @@ class SmolVLM:
         media = in_order(messages, pictures, footage)
         if input_ids.size >= self.config.text.max_position_embeddings:
             raise PromptError(too_long(self.prompt_builder, input_ids.size, media))
-        return AnswerStream(self, Prompt(input_ids, media), sampling)
+        pinned = pinned_tokens(input_ids, self.config, self.cache_options.max_kv_tokens)
+        return AnswerStream(self, Prompt(input_ids, media, pinned), sampling)
 
 
 def load(
@@ -210,6 +225,7 @@ def load(
     offline: bool = False,
     dtype: str | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    cache: CacheOptions = FULL,
 ) -> SmolVLM:
     """A model ready to answer.
 
@@ -223,9 +239,10 @@ def load(
             half precision; on a GPU it is the checkpoint's, or bfloat16 if that is
             float32, as SmolVLM2 is published.
         progress: Called during a conversion with bytes done, bytes in all, a name.
+        cache: How keys and values of the tokens are kept; by default all, as computed.
 
     Raises:
-        CheckpointError: It cannot be found, converted or read.
+        CheckpointError: It cannot be found, converted or read, or `cache` does not suit it.
     """
     from mlx_smolvlm.checkpoint import chat_template, load_model, read_config, tokenizer_path
     from mlx_smolvlm.hub import ResolveOptions, resolve
@@ -233,9 +250,10 @@ def load(
 
     path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
     config = read_config(path)
+    cache.check(config.text)
     dtype = dtype or _usual_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
     builder = PromptBuilder(tokenizer_path(path), chat_template(path), config)
-    return SmolVLM(path, config, load_model(path, dtype), builder)
+    return SmolVLM(path, config, load_model(path, dtype), builder, cache)
 
 
 def _usual_dtype(config: Config, on_cpu: bool) -> str:

@@ -15,6 +15,7 @@ import mlx.nn as nn
 
 from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.config import TextConfig
+from mlx_smolvlm.storage import FLOAT, Mask
 
 
 @partial(mx.compile, shapeless=True)
@@ -40,14 +41,11 @@ class Attention(nn.Module):
         qkv = self.qkv_proj(x).reshape(b, length, -1, self.head_dim).swapaxes(1, 2)
         qkv = self._rotate(qkv, positions)  # (B, heads + 2*kv_heads, L, head_dim)
         queries, keys_values = qkv[:, : self.heads], qkv[:, self.heads :]
+        mask: Mask = "causal" if length > 1 else None
         if cache is None:
-            keys, values = mx.split(keys_values, 2, axis=1)
+            x = FLOAT.attend(queries, FLOAT.pack(keys_values), mask)
         else:
-            keys, values = cache.update(self.layer, keys_values)
-        mask = "causal" if length > 1 else None
-        x = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.head_dim**-0.5, mask=mask
-        )
+            x = cache.attend(self.layer, queries, keys_values, mask)
         return self.o_proj(x.swapaxes(1, 2).reshape(b, length, -1))
 
     def _rotate(self, qkv: mx.array, positions: mx.array) -> mx.array:
@@ -118,6 +116,6 @@ class TextModel(nn.Module):
         for layer in self.layers:
             x = layer(x, positions, cache)
         if cache is not None:
-            cache.offset += length
+            cache.advance(length)
         hidden_states: mx.array = self.norm(x)
         return hidden_states
