@@ -160,7 +160,7 @@ def chat(
     ] = None,
     kv_bits: Annotated[
         int | None,
-        typer.Option(metavar="8|4", help="Precision of the tokens' keys and values; default: all."),
+        typer.Option(metavar="8|4", help="Precision of keys and values; default: as computed."),
     ] = None,
     max_kv_tokens: Annotated[
         int | None,
@@ -170,6 +170,19 @@ def chat(
             "default: every token.",
         ),
     ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep what prompts have in common here, for the next run."
+        ),
+    ] = None,
+    on_full: Annotated[
+        str,
+        typer.Option(
+            metavar="error|drop-oldest",
+            help="In a conversation that fills the context: stop, or forget its beginning.",
+        ),
+    ] = "error",
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per reply, not streamed.")
@@ -187,6 +200,7 @@ def chat(
         make_sampling,
         make_video_options,
         parse_detail,
+        parse_on_full,
     )
 
     options = ChatOptions(
@@ -213,7 +227,8 @@ def chat(
         ),
         detail=parse_detail(detail),
         bits=bits,
-        cache=make_cache_options(kv_bits=kv_bits, max_kv_tokens=max_kv_tokens),
+        cache=make_cache_options(folder=cache_dir, kv_bits=kv_bits, max_kv_tokens=max_kv_tokens),
+        on_full=parse_on_full(on_full),
         offline=offline,
         json=json,
         stats=stats,

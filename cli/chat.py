@@ -90,8 +90,8 @@ def load_model(options: ChatOptions) -> SmolVLM:
             options.model,
             bits=options.bits,
             offline=options.offline,
-            progress=progress,
             cache=options.cache,
+            progress=progress,
         )
 
 

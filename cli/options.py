@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions, Sampling, Video
 
 Detail = Literal["high", "auto", "low"] | int
+OnFull = Literal["error", "drop-oldest"]
 CHAT_BITS = (4, 8, 16)
 
 
@@ -48,6 +49,7 @@ class ChatOptions:
     detail: Detail
     bits: int | None
     cache: CacheOptions
+    on_full: OnFull
     offline: bool
     json: bool
     stats: bool
@@ -153,6 +155,7 @@ _OPTION_NAMES = {
     "end_s": "end",
     "chunk_s": "chunk",
     "frames_folder": "frames",
+    "folder": "cache-dir",
 }
 
 
@@ -195,6 +198,19 @@ def parse_detail(text: str) -> Detail:
     )
 
 
+def parse_on_full(text: str) -> OnFull:
+    """What to do when the context is full.
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    choices: tuple[OnFull, ...] = ("error", "drop-oldest")
+    for choice in choices:
+        if text == choice:
+            return choice
+    raise typer.BadParameter(f"{text!r} is neither error nor drop-oldest", param_hint="--on-full")
+
+
 def make_sampling(
     *,
     temperature: float,
@@ -220,7 +236,9 @@ def make_sampling(
         raise typer.BadParameter(str(error), param_hint=f"--{name.replace('_', '-')}") from None
 
 
-def make_cache_options(*, kv_bits: int | None, max_kv_tokens: int | None) -> CacheOptions:
+def make_cache_options(
+    *, folder: Path | None, kv_bits: int | None, max_kv_tokens: int | None
+) -> CacheOptions:
     """The cache that the options describe; `CacheOptions` itself owns the ranges.
 
     Raises:
@@ -228,10 +246,10 @@ def make_cache_options(*, kv_bits: int | None, max_kv_tokens: int | None) -> Cac
     """
     from mlx_smolvlm import CacheOptions
 
-    if kv_bits not in (None, 4, 8):
-        raise typer.BadParameter(f"{kv_bits} is neither 4 nor 8", param_hint="--kv-bits")
     try:
-        return CacheOptions(kv_bits=kv_bits, max_kv_tokens=max_kv_tokens)
+        return CacheOptions(folder=folder, kv_bits=kv_bits, max_kv_tokens=max_kv_tokens)
     except ValueError as error:
-        text = str(error).removeprefix("max_kv_tokens is ").replace(", and", "")
-        raise typer.BadParameter(text, param_hint="--max-kv-tokens") from None
+        name, _, rest = str(error).partition(" ")
+        option = _OPTION_NAMES.get(name, name.replace("_", "-"))
+        rest = rest.replace("kv_bits", "--kv-bits").replace("max_kv_tokens", "--max-kv-tokens")
+        raise typer.BadParameter(rest, param_hint=f"--{option}") from None

@@ -14,6 +14,7 @@ from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
+    ContextError,
     MediaError,
     PromptError,
     SmolVLMError,
@@ -34,6 +35,7 @@ __all__ = [
     "CacheOptions",
     "CheckpointError",
     "Chunk",
+    "ContextError",
     "Conversation",
     "MediaError",
     "Part",

@@ -9,12 +9,16 @@ written (docs/decisions/kv.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.storage import FLOAT, Mask, Storage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 SINKS = 4  # first tokens that attention leans on whatever they say (arXiv 2309.17453)
 RECENT = 32  # latest tokens that must fit beside the pinned ones
@@ -75,39 +79,52 @@ class BoundedKVCache(KVCache):
         self._chunk = None
         super().advance(length)
 
-    def can_trim(self, offset: int) -> bool:
-        """Whether `trim(offset)` is possible: not once a token was dropped."""
-        return offset == self.offset or (super().can_trim(offset) and not self.dropped)
+    def fork(self) -> Self:
+        """A cache that goes on by itself; what is held is shared until either writes."""
+        twin = super().fork()
+        twin.positions = self.positions.copy()
+        return twin
+
+    def can_resume(self, offset: int, pinned: int = 0) -> bool:
+        """Whether `trim(offset)` and `pin(pinned)` give the cache of those tokens alone.
+
+        Once a token was dropped, only the very state that the cache is in will do.
+        """
+        same = offset == self.offset and max(pinned, SINKS) == self.pinned
+        return super().can_resume(offset, pinned) and (not self.dropped or same)
 
     def trim(self, offset: int) -> None:
         """Forget every token from `offset` on.
 
         Raises:
-            ValueError: `can_trim` says no.
+            ValueError: It is no token seen, or a token was dropped: `can_resume` says no.
         """
-        if super().can_trim(offset) and not self.can_trim(offset):
+        if self.dropped and 0 <= offset < self.offset:
             raise ValueError(
                 f"the cache cannot go back to {offset} of {self.offset} tokens, since it has "
-                f"dropped {self.dropped}; ask can_trim first, and begin a new cache"
+                f"dropped {self.dropped}; ask can_resume first, and begin a new cache"
             )
         super().trim(offset)
-        self.positions = self.positions[: min(offset, self.max_tokens)]
+        self.positions = self.positions[:offset]
 
-    def pin(self, count: int) -> bool:
-        """Keep the first `count` tokens; False, with nothing changed, once one was dropped.
+    def pin(self, count: int) -> None:
+        """Never forget the first `count` tokens.
 
         Raises:
-            ValueError: They leave no room for the latest tokens.
+            ValueError: They leave no room for the latest tokens, or a token was dropped while
+                others were pinned.
         """
         count = max(count, SINKS)
         if count > self.max_tokens - RECENT:
             raise ValueError(
-                f"{count} tokens to keep, and {RECENT} recent ones, exceed {self.max_tokens}"
+                f"{count} tokens to keep and {RECENT} recent ones exceed {self.max_tokens}"
             )
         if count != self.pinned and self.dropped:
-            return False
+            raise ValueError(
+                f"the cache cannot keep {count} tokens any more, since it has dropped "
+                f"{self.dropped}; ask can_resume first, and begin a new cache"
+            )
         self.pinned = count
-        return True
 
     @property
     def dropped(self) -> int:

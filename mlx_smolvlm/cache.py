@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from copy import copy
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
 
 from mlx_smolvlm.storage import FLOAT, Held, Mask, Storage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STEP = 256  # tokens by which a full buffer grows
 
@@ -43,23 +49,32 @@ class KVCache:
         """Count `length` tokens that every layer has attended to."""
         self.offset += length
 
-    def can_trim(self, offset: int) -> bool:
-        """Whether `trim(offset)` is possible, as if the later tokens had never come."""
-        return 0 <= offset <= self.offset
+    def fork(self) -> Self:
+        """A cache that goes on by itself; what is held is shared until either writes."""
+        twin = copy(self)
+        twin.buffers = [held and tuple(buffer[:] for buffer in held) for held in self.buffers]
+        return twin
+
+    def can_resume(self, offset: int, pinned: int = 0) -> bool:
+        """Whether `trim(offset)` and `pin(pinned)` give the cache of those tokens alone."""
+        return 0 <= offset <= self.offset and pinned >= 0
 
     def trim(self, offset: int) -> None:
         """Forget every token from `offset` on.
 
         Raises:
-            ValueError: `can_trim` says no.
+            ValueError: `can_resume` says no.
         """
-        if not self.can_trim(offset):
+        if not 0 <= offset <= self.offset:
             raise ValueError(f"offset {offset} is outside 0..{self.offset}")
         self.offset = offset
 
-    def pin(self, count: int) -> bool:
-        """Whether the first `count` tokens are sure to stay; here every token is."""
-        return count >= 0
+    def pin(self, count: int) -> None:
+        """Never forget the first `count` tokens; here no token is forgotten.
+
+        Raises:
+            ValueError: `can_resume` says no.
+        """
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_smolvlm.cache import KVCache
-from mlx_smolvlm.cache_options import FULL, CacheOptions
+from mlx_smolvlm.cache_options import PLAIN, CacheOptions
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.connector import Connector
 from mlx_smolvlm.errors import PromptError
@@ -40,7 +40,7 @@ class Model(nn.Module):
         dtype: mx.Dtype = self.text_model.norm.weight.dtype
         return dtype
 
-    def make_cache(self, options: CacheOptions = FULL) -> KVCache:
+    def make_cache(self, options: CacheOptions = PLAIN) -> KVCache:
         """An empty cache for one conversation; by default of every token, unpacked."""
         return options.make(len(self.text_model.layers))
 
