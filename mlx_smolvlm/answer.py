@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.cache import NONE, KVCache
 from mlx_smolvlm.errors import SmolVLMWarning
 from mlx_smolvlm.generate import StopText, tokens
 from mlx_smolvlm.media import Footage, Medium, Picture, Progress, encode, joined
@@ -77,16 +77,16 @@ class Prompt:
     Attributes:
         input_ids: (L,).
         media: What its placeholders stand for, in order.
-        pinned: First tokens that a bounded cache keeps.
         state: What a conversation holds already.
         is_turn: Whether a conversation keeps the state afterwards.
+        pins: Positions of tokens that a bounded cache never drops.
     """
 
     input_ids: np.ndarray
     media: tuple[Medium, ...]
-    pinned: int = 0
     state: State | None = None
     is_turn: bool = False
+    pins: np.ndarray = field(default_factory=lambda: NONE)
 
 
 class Ready(NamedTuple):
@@ -143,9 +143,9 @@ class AnswerStream(Iterator[Chunk]):
     def _prepare(self) -> Generator[Progress, None, None]:
         """Find out what is there already, and encode the media that are not."""
         mx.reset_peak_memory()
-        vlm, media, pinned = self._vlm, self._prompt.media, self._prompt.pinned
+        vlm, media, pins = self._vlm, self._prompt.media, self._prompt.pins
         content = vlm.content_of(self._prompt)
-        state, start = vlm.memory.recall(content, pinned, self.state)
+        state, start = vlm.memory.recall(content, pins, self.state)
         todo = [one for one, span in zip(media, content.spans, strict=True) if span.stop > start]
         vlm.memory.lend_features(todo)
         for step in encode(todo, vlm.encoder, vlm.config):
@@ -160,7 +160,7 @@ class AnswerStream(Iterator[Chunk]):
         self.reply.cached_tokens = start
         cache = vlm.make_cache() if state is None else state.cache
         cache.trim(start)
-        cache.pin(pinned)
+        cache.pin(pins)
         self._ready = Ready(content, embeds, cache)
 
     def _generate(self) -> Generator[Chunk, None, None]:

@@ -1,8 +1,8 @@
-"""A cache of bounded size: the first tokens and the latest ones.
+"""A cache of bounded size: pinned tokens and the latest ones.
 
-A token t sees, of the tokens up to itself, the first `pinned` and the last
-`max_tokens - pinned`. That does not depend on how a prompt is cut into chunks, and up to
-`max_tokens` it is everything. Keys stay rotated to the positions where they were
+Once it is full, each token takes the place of the oldest that is not pinned. So what a token
+sees does not depend on how a prompt is cut into chunks, nor on what comes after it, and up
+to `max_tokens` it is everything. Keys stay rotated to the positions where they were
 written (docs/decisions/kv.md).
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.cache import NONE, KVCache
 from mlx_smolvlm.storage import FLOAT, Mask, Storage
 
 if TYPE_CHECKING:
@@ -26,25 +26,26 @@ RECENT = 32  # latest tokens that must fit beside the pinned ones
 
 @dataclass(frozen=True)
 class _Chunk:
-    """What several new tokens, after those held, see (`mask`), and which slots then stay."""
+    """What several new tokens, after those held, see (`mask`), and which of all then stay."""
 
+    positions: np.ndarray  # of those that stay, (max_tokens,)
     mask: mx.array  # (L, held + L)
     stay: mx.array  # (max_tokens,), indices into held + L
 
 
 class BoundedKVCache(KVCache):
-    """At most `max_tokens` tokens: the first `pinned` ones, and the latest.
+    """At most `max_tokens` tokens: those that are pinned, and the latest.
 
-    `positions` says which token is in which slot. A single token replaces the oldest
-    one that is not pinned; slots are not in order, which attention does not mind.
+    `positions` says which token is in which slot. They are not in order, which attention
+    does not mind. `pins` are positions, in order; the first `SINKS` are always among them.
     """
 
     def __init__(self, num_layers: int, max_tokens: int, storage: Storage = FLOAT) -> None:
         if max_tokens < SINKS + RECENT:
             raise ValueError(f"max_tokens is {max_tokens}, and must be {SINKS + RECENT} or more")
         super().__init__(num_layers, storage)
-        self.max_tokens, self.pinned = max_tokens, SINKS
-        self.positions = np.arange(0)
+        self.max_tokens = max_tokens
+        self.pins, self.positions = np.arange(SINKS), np.arange(0)
         self._chunk: _Chunk | None = None  # of the forward pass that is under way
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
@@ -74,8 +75,7 @@ class BoundedKVCache(KVCache):
         elif length == 1:
             self.positions[self._oldest()] = self.offset
         else:
-            positions = self._with_new(length)
-            self.positions = positions[self._stay(positions)]
+            self.positions = (self._chunk or self._plan(length)).positions
         self._chunk = None
         super().advance(length)
 
@@ -85,13 +85,14 @@ class BoundedKVCache(KVCache):
         twin.positions = self.positions.copy()
         return twin
 
-    def can_resume(self, offset: int, pinned: int = 0) -> bool:
-        """Whether `trim(offset)` and `pin(pinned)` give the cache of those tokens alone.
+    def can_resume(self, offset: int, pins: np.ndarray = NONE) -> bool:
+        """Whether `trim(offset)` and `pin(pins)` give the cache of those tokens alone.
 
         Once a token was dropped, only the very state that the cache is in will do.
         """
-        same = offset == self.offset and max(pinned, SINKS) == self.pinned
-        return super().can_resume(offset, pinned) and (not self.dropped or same)
+        if not self.dropped:
+            return super().can_resume(offset, pins)
+        return offset == self.offset and self._agree(pins)
 
     def trim(self, offset: int) -> None:
         """Forget every token from `offset` on.
@@ -107,24 +108,24 @@ class BoundedKVCache(KVCache):
         super().trim(offset)
         self.positions = self.positions[:offset]
 
-    def pin(self, count: int) -> None:
-        """Never forget the first `count` tokens.
+    def pin(self, pins: np.ndarray) -> None:
+        """Never drop the tokens at positions `pins`, of which some may be to come.
 
         Raises:
-            ValueError: They leave no room for the latest tokens, or a token was dropped while
-                others were pinned.
+            ValueError: They leave no room for the latest tokens, or differ from those before
+                which a token was dropped.
         """
-        count = max(count, SINKS)
-        if count > self.max_tokens - RECENT:
+        if self.dropped and not self._agree(pins):
             raise ValueError(
-                f"{count} tokens to keep and {RECENT} recent ones exceed {self.max_tokens}"
+                f"the cache cannot pin other tokens among the first {self.offset}, since it has "
+                f"dropped {self.dropped}; ask can_resume first, and begin a new cache"
             )
-        if count != self.pinned and self.dropped:
+        pins = _with_sinks(pins)
+        if pins.size > self.max_tokens - RECENT:
             raise ValueError(
-                f"the cache cannot keep {count} tokens any more, since it has dropped "
-                f"{self.dropped}; ask can_resume first, and begin a new cache"
+                f"{pins.size} tokens to pin and {RECENT} recent ones exceed {self.max_tokens}"
             )
-        self.pinned = count
+        self.pins = pins
 
     @property
     def dropped(self) -> int:
@@ -134,25 +135,32 @@ class BoundedKVCache(KVCache):
     def _capacity(self, end: int) -> int:
         return min(super()._capacity(end), self.max_tokens)
 
+    def _agree(self, pins: np.ndarray) -> bool:
+        """Whether the same tokens are pinned of those that were seen."""
+        old, new = self.pins, _with_sinks(pins)
+        return np.array_equal(old[old < self.offset], new[new < self.offset])
+
     def _oldest(self) -> int:
         """The slot of the oldest token that is not pinned."""
-        positions = self.positions
-        return int(np.argmin(np.where(positions < self.pinned, self.offset, positions)))
-
-    def _with_new(self, length: int) -> np.ndarray:
-        """Positions of the tokens held, then of `length` new ones."""
-        return np.concatenate([self.positions, np.arange(self.offset, self.offset + length)])
-
-    def _stay(self, positions: np.ndarray) -> np.ndarray:
-        """Indices of `positions` that stay, in their order."""
-        order = np.argsort(positions)
-        latest = order[-(self.max_tokens - self.pinned) :]
-        return np.concatenate([order[: self.pinned], latest])
+        free = np.where(np.isin(self.positions, self.pins), self.offset, self.positions)
+        return int(np.argmin(free))
 
     def _plan(self, length: int) -> _Chunk:
-        """What `length` new tokens see and leave."""
-        seen = self._with_new(length)[None]
-        now = np.arange(self.offset, self.offset + length)[:, None]
-        recent = seen > now - (self.max_tokens - self.pinned)
-        mask = (seen <= now) & ((seen < self.pinned) | recent)
-        return _Chunk(mx.array(mask), mx.array(self._stay(seen[0])))
+        """What `length` new tokens see and leave.
+
+        A token t has room for `max_tokens` less the pinned ones up to it. So it sees an
+        unpinned one if t + 1, less the unpinned ones up to that one, is below `max_tokens`.
+        """
+        new = np.arange(self.offset, self.offset + length)
+        positions = np.concatenate([self.positions, new])
+        unpinned = positions + 1 - np.searchsorted(self.pins, positions, side="right")
+        recent = new[:, None] + 1 - unpinned < self.max_tokens
+        pinned = np.isin(positions, self.pins)
+        mask = (positions <= new[:, None]) & (pinned | recent)
+        stay = np.flatnonzero(mask[-1])
+        return _Chunk(positions[stay], mx.array(mask), mx.array(stay))
+
+
+def _with_sinks(pins: np.ndarray) -> np.ndarray:
+    """`pins` and the first tokens, in order, each once."""
+    return np.union1d(pins, np.arange(SINKS)).astype(np.int64)

@@ -6,6 +6,7 @@ from copy import copy
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_smolvlm.storage import FLOAT, Held, Mask, Storage
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 STEP = 256  # tokens by which a full buffer grows
+NONE = np.arange(0)
 
 
 class KVCache:
@@ -55,9 +57,9 @@ class KVCache:
         twin.buffers = [held and tuple(buffer[:] for buffer in held) for held in self.buffers]
         return twin
 
-    def can_resume(self, offset: int, pinned: int = 0) -> bool:
-        """Whether `trim(offset)` and `pin(pinned)` give the cache of those tokens alone."""
-        return 0 <= offset <= self.offset and pinned >= 0
+    def can_resume(self, offset: int, pins: np.ndarray = NONE) -> bool:
+        """Whether `trim(offset)` and `pin(pins)` give the cache of those tokens alone."""
+        return 0 <= offset <= self.offset
 
     def trim(self, offset: int) -> None:
         """Forget every token from `offset` on.
@@ -69,12 +71,8 @@ class KVCache:
             raise ValueError(f"offset {offset} is outside 0..{self.offset}")
         self.offset = offset
 
-    def pin(self, count: int) -> None:
-        """Never forget the first `count` tokens; here no token is forgotten.
-
-        Raises:
-            ValueError: `can_resume` says no.
-        """
+    def pin(self, pins: np.ndarray) -> None:
+        """Never drop the tokens at positions `pins`; here none is dropped anyway."""
 
     @property
     def arrays(self) -> list[mx.array]:

@@ -28,8 +28,8 @@ class CacheOptions:
         kv_bits: Their precision, 8 or 4; None keeps them as they are computed.
         kv_group_size: Numbers that share a scale, 32 or 64, if `kv_bits` is given.
         max_kv_tokens: The most tokens that an answer or a conversation holds. The first
-            message and what there is up to the last picture or video stay, then the latest
-            tokens; the others are forgotten. None keeps all.
+            message, pictures and videos stay, and of the rest the latest tokens; the others
+            are forgotten. None keeps all.
 
     Raises:
         ValueError: A value outside its range, or `folder` together with one of the last three.

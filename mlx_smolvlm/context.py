@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_smolvlm.bounded import RECENT
+from mlx_smolvlm.bounded import RECENT, SINKS
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import PromptError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.reuse import Content
 
 ROOM = 8  # an eighth of the context is left for the answer
 
@@ -70,35 +71,33 @@ def _clip_tokens(builder: PromptBuilder, footage: Footage) -> int:
     return builder.tokens_of_clip(footage.times)
 
 
-def pinned_tokens(input_ids: np.ndarray, config: Config, max_kv_tokens: int | None) -> int:
-    """First tokens of `input_ids` (L,) that a cache of `max_kv_tokens` has to keep.
+def pinned_tokens(content: Content, config: Config, max_kv_tokens: int) -> np.ndarray:
+    """Positions of the tokens of `content` that a cache of `max_kv_tokens` never drops.
 
-    They are the first message, unless it fills more than half of the cache, and what there
-    is up to the last picture or video.
+    They are the first message, unless it fills more than half of the cache, and every picture
+    and video.
 
     Raises:
-        PromptError: Pictures and videos do not fit.
+        PromptError: They do not fit.
     """
-    if max_kv_tokens is None:
-        return 0
-    ends = np.flatnonzero(np.isin(input_ids, config.eos_token_ids))
+    ids = content.ids
+    ends = np.flatnonzero(np.isin(ids, config.eos_token_ids))
     first = int(ends[0]) + 1 if ends.size else 0
-    if first > max_kv_tokens // 2:
-        first = 0
-    places = np.flatnonzero(input_ids == config.image_token_id)
-    media = min(int(places[-1]) + 2, input_ids.size) if places.size else 0  # and its closing token
-    if media > max_kv_tokens - RECENT:
+    parts = [np.arange(first if first <= max_kv_tokens // 2 else 0)]
+    for span in content.spans:  # with the tokens that open and close it
+        parts.append(np.arange(max(0, span.start - 2), min(span.stop + 1, ids.size)))
+    pins: np.ndarray = np.unique(np.concatenate([np.arange(SINKS), *parts]))
+    if pins.size > max_kv_tokens - RECENT:
         raise PromptError(
-            f"the last picture or video of the prompt ends at token {media:,}, and max_kv_tokens "
-            f"is {max_kv_tokens:,}; let it be {media + RECENT:,} or more, or use detail 'low', "
-            "fewer pictures or fewer frames"
+            f"the pictures and videos and what begins the prompt take {pins.size:,} tokens, and "
+            f"max_kv_tokens is {max_kv_tokens:,}; let it be {pins.size + RECENT:,} or more, or "
+            "use detail 'low', fewer pictures or fewer frames"
         )
-    pinned = max(first, media)
-    if input_ids.size > max_kv_tokens:
+    if ids.size > max_kv_tokens:
         warnings.warn(
-            f"the prompt is longer than max_kv_tokens, {max_kv_tokens:,}: of what follows its "
-            f"first {pinned:,} tokens, the oldest is forgotten",
+            f"the prompt is longer than max_kv_tokens, {max_kv_tokens:,}: its oldest text is "
+            "forgotten, but for its first message",
             SmolVLMWarning,
             stacklevel=4,
         )
-    return pinned
+    return pins

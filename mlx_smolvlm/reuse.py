@@ -84,10 +84,10 @@ class State:
         """Tokens that are known and whose keys and values are there."""
         return min(len(self.content.ids), self.cache.offset)
 
-    def resumes(self, content: Content, pinned: int, most: int) -> int:
+    def resumes(self, content: Content, pins: np.ndarray, most: int) -> int:
         """How many tokens of `content`, at most `most`, can be taken from here."""
         length = self.content.common(content, min(most, self.held))
-        return length if self.cache.can_resume(length, pinned) else 0
+        return length if self.cache.can_resume(length, pins) else 0
 
     def fork(self) -> State:
         """The same, to go on with by itself."""
@@ -121,16 +121,18 @@ class Memory:
         self._states.clear()
         self._features.clear()
 
-    def recall(self, content: Content, pinned: int, own: State | None) -> tuple[State | None, int]:
+    def recall(
+        self, content: Content, pins: np.ndarray, own: State | None
+    ) -> tuple[State | None, int]:
         """The state that begins as `content` does for longest, and for how many tokens.
 
         At least one token of `content` is left to be done. `own`, a conversation's, is given
-        back itself, others as forks. A bounded cache is to keep the first `pinned` tokens.
+        back itself, others as forks. A bounded cache is to pin `pins`.
         """
         most = len(content.ids) - 1
-        best, length = own, 0 if own is None else own.resumes(content, pinned, most)
+        best, length = own, 0 if own is None else own.resumes(content, pins, most)
         for state in reversed(self._states):
-            found = state.resumes(content, pinned, most)
+            found = state.resumes(content, pins, most)
             if found > length:
                 best, length = state, found
         stored = self._store and self._store.find(content, most, length)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -224,8 +225,11 @@ class SmolVLM:
         input_ids = self.prompt_builder.build(messages, grids, clips=times)
         if input_ids.size >= self.config.text.max_position_embeddings:
             raise ContextError(too_long(self.prompt_builder, input_ids.size, media))
-        pinned = pinned_tokens(input_ids, self.config, self.cache_options.max_kv_tokens)
-        prompt = Prompt(input_ids, tuple(media), pinned, state, is_turn)
+        prompt = Prompt(input_ids, tuple(media), state, is_turn)
+        limit = self.cache_options.max_kv_tokens
+        if limit is not None:
+            pins = pinned_tokens(self.content_of(prompt), self.config, limit)
+            prompt = replace(prompt, pins=pins)
         return AnswerStream(self, prompt, sampling)
 
     def content_of(self, prompt: Prompt) -> Content:

@@ -1,6 +1,7 @@
 """Packed and bounded caches: what they hold, and what attention finds in them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
+from itertools import pairwise
 
 import mlx.core as mx
 import numpy as np
@@ -33,7 +34,7 @@ def logits(model: Model, embeds: mx.array, cache: KVCache, cuts: Sequence[int] =
     """Logits (L, vocabulary) of all of `embeds`, run in pieces that end at `cuts`."""
     edges = [0, *cuts, embeds.shape[1]]
     parts = []
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         parts.append(model(embeds[:, start:stop], cache)[0])
         mx.eval(parts[-1], cache.arrays)
     return mx.concatenate(parts)
@@ -51,18 +52,17 @@ def unpacked(storage: PackedStorage, held: Held) -> mx.array:
 class Masked(KVCache):
     """Every token is held, and some are masked out: what a bounded cache must equal."""
 
-    def __init__(self, layers: int, limit: int, pinned: int) -> None:
+    def __init__(self, layers: int, limit: int, pins: Collection[int]) -> None:
         super().__init__(layers)
-        self.limit, self.pinned = limit, pinned
+        self.limit, self.pins = limit, pins
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
-        seen = [
-            [
-                token <= now and (token < self.pinned or now - token < self.limit - self.pinned)
-                for token in range(queries.shape[2])
-            ]
-            for now in range(queries.shape[2])
-        ]
+        seen, held = [], list[int]()
+        for now in range(queries.shape[2]):
+            if len(held) == self.limit:
+                held.remove(next(token for token in held if token not in self.pins))
+            held.append(now)
+            seen.append([token in held for token in range(queries.shape[2])])
         return FLOAT.attend(queries, (keys_values,), mx.array(seen))
 
 
@@ -287,19 +287,26 @@ def test_a_bound_that_is_not_reached_changes_no_bit(
     assert mx.array_equal(logits(wide, embeds, bounded, cuts), logits(wide, embeds, full, cuts))
 
 
-@pytest.mark.parametrize("pinned", [0, 40])
+PINS = {
+    "sinks": [],
+    "first": list(range(40)),
+    "apart": [*range(10), *range(60, 80), *range(120, 140), 200],
+}
+
+
+@pytest.mark.parametrize("pins", PINS)
 @pytest.mark.parametrize(
     "cuts",
     [[], range(1, 250), [95], [96], [97], [98, 99, 100, 130], [10, 210], [150, 151, 152, 200]],
     ids=str,
 )
 def test_equals_attention_with_the_others_masked_out(
-    wide: Model, pinned: int, cuts: Sequence[int]
+    wide: Model, pins: str, cuts: Sequence[int]
 ) -> None:
     embeds = normal(1, 250, 64)
-    expected = logits(wide, embeds, Masked(3, LIMIT, pinned or SINKS))
+    expected = logits(wide, embeds, Masked(3, LIMIT, {*range(SINKS), *PINS[pins]}))
     cache = BoundedKVCache(3, LIMIT)
-    cache.pin(pinned)
+    cache.pin(np.array(PINS[pins]))
     assert far(logits(wide, embeds, cache, cuts), expected) < 1e-4
     full = logits(wide, embeds, wide.make_cache())
     assert far(full[:LIMIT], expected[:LIMIT]) < 1e-4
@@ -307,34 +314,49 @@ def test_equals_attention_with_the_others_masked_out(
 
 
 @pytest.mark.parametrize("cuts", [[], [30], [96], range(1, 251), [240, 241]], ids=str)
-def test_the_first_and_the_latest_stay(wide: Model, cuts: Sequence[int]) -> None:
+def test_the_pinned_and_the_latest_stay(wide: Model, cuts: Sequence[int]) -> None:
     cache = BoundedKVCache(3, LIMIT)
-    cache.pin(10)
+    cache.pin(np.array([0, 9, 100, 101, 1000]))
     logits(wide, normal(1, 251, 64), cache, cuts)
-    kept = [*range(10), *range(251 - LIMIT + 10, 251)]
+    kept = [0, 1, 2, 3, 9, 100, 101, *range(251 - LIMIT + 7, 251)]
     assert sorted(cache.positions.tolist()) == kept
     assert cache.dropped == 251 - LIMIT
 
 
+def test_pins_may_come_later(wide: Model) -> None:
+    # As when a conversation goes on to another picture.
+    embeds, pins = normal(1, 250, 64), np.array([*range(10), *range(160, 180)])
+    cache, whole = BoundedKVCache(3, LIMIT), BoundedKVCache(3, LIMIT)
+    cache.pin(pins[:10])
+    first = logits(wide, embeds[:, :150], cache)
+    assert cache.can_resume(150, pins)
+    cache.pin(pins)
+    whole.pin(pins)
+    got = mx.concatenate([first, logits(wide, embeds[:, 150:], cache)])
+    assert far(got, logits(wide, embeds, whole)) < 1e-4
+    assert sorted(cache.positions) == sorted(whole.positions)
+
+
 def test_a_bounded_cache_says_what_it_cannot_do(wide: Model) -> None:
-    cache = BoundedKVCache(3, LIMIT)
-    cache.pin(20)
+    cache, twenty = BoundedKVCache(3, LIMIT), np.arange(20)
+    cache.pin(twenty)
     logits(wide, normal(1, LIMIT, 64), cache)
-    assert cache.can_resume(50, 60)
+    assert cache.can_resume(50, np.arange(60))
     logits(wide, normal(1, 1, 64), cache)
-    assert not cache.can_resume(LIMIT, 20)
-    assert not cache.can_resume(LIMIT + 1, 30)
-    assert cache.can_resume(LIMIT + 1, 20)
+    assert not cache.can_resume(LIMIT, twenty)
+    assert not cache.can_resume(LIMIT + 1, np.arange(30))
+    assert not cache.can_resume(LIMIT + 1)
+    assert cache.can_resume(LIMIT + 1, np.array([*twenty, LIMIT + 1]))
     with pytest.raises(ValueError, match=r"back to 96 of 97 tokens.* dropped 1.*can_resume"):
         cache.trim(LIMIT)
     with pytest.raises(ValueError, match=r"outside 0\.\.97"):
         cache.trim(98)
-    with pytest.raises(ValueError, match=r"keep 30 tokens.* dropped 1.*can_resume"):
-        cache.pin(30)
-    with pytest.raises(ValueError, match=r"keep and 32 recent ones exceed 96"):
-        cache.pin(LIMIT - RECENT + 1)
+    with pytest.raises(ValueError, match=r"among the first 97.* dropped 1.*can_resume"):
+        cache.pin(np.arange(30))
+    with pytest.raises(ValueError, match=r"65 tokens to pin and 32 recent ones exceed 96"):
+        BoundedKVCache(3, LIMIT).pin(np.arange(LIMIT - RECENT + 1))
     cache.trim(LIMIT + 1)
-    cache.pin(20)
+    cache.pin(twenty)
     with pytest.raises(ValueError, match="max_tokens is 35"):
         BoundedKVCache(3, SINKS + RECENT - 1)
 
