@@ -192,7 +192,7 @@ def test_what_was_used_last_is_kept(tiny_folder: Path, folder: Path) -> None:
 
 def test_a_folder_that_cannot_be_used(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="cache folder .* cannot be used"):
+    with pytest.raises(CheckpointError, match=r"cache folder .* cannot be used"):
         run(tiny_folder, tmp_path / "file" / "sub")
 
 
