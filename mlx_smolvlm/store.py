@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +32,7 @@ VERSION = 1
 LEAST_TOKENS = 16  # of a prompt that is worth a file
 _HEADER = "mlx-smolvlm"
 _BLOCK = 1 << 20
+_STALE_S = 3600.0  # an unfinished file that old is nobody's
 
 
 class Store:
@@ -98,13 +100,17 @@ class Store:
 
     def _stored(self) -> Iterator[tuple[Path, Content]]:
         """The files of this checkpoint that can be read, with their contents."""
-        for path in sorted(self._own.glob("*.safetensors")):
+        for path in sorted(self._own.glob("[!.]*.safetensors")):
             with self._tolerant(path):
                 yield path, content_in(read_values(path, "prefix", self._checkpoint))
 
     def _shrink(self, newest: Path) -> None:
-        """Remove what was not used for longest until the limit holds."""
-        files = [(path.stat(), path) for path in self._folder.glob("*/*.safetensors")]
+        """Remove what was not used for longest until the limit holds, and what was left half."""
+        for part in self._folder.glob("*/.*.part.safetensors"):
+            with contextlib.suppress(FileNotFoundError):
+                if part.stat().st_mtime < time.time() - _STALE_S:
+                    part.unlink()
+        files = [(path.stat(), path) for path in self._folder.glob("*/[!.]*.safetensors")]
         total = sum(stat.st_size for stat, _ in files)
         for stat, path in sorted(files, key=lambda one: (one[1] == newest, one[0].st_mtime_ns)):
             if total <= self._limit:
