@@ -181,18 +181,25 @@ def test_trim_forgets_exactly(wide: Model, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["plain", *KINDS])
 def test_forks_go_on_by_themselves(wide: Model, kind: str) -> None:
-    options = KINDS.get(kind, CacheOptions())
+    options, singly = KINDS.get(kind, CacheOptions()), range(1, 12)
     embeds, mine, theirs = normal(1, 90, 64), normal(1, 12, 64, seed=1), normal(1, 13, 64, seed=2)
-    cache, one, other = (wide.make_cache(options) for _ in range(3))
-    for each in (cache, one, other):
+    cache, one = wide.make_cache(options), wide.make_cache(options)
+    for each in (cache, one):
         logits(wide, embeds, each)
-    twin = cache.fork()
-    assert type(twin) is type(cache)
-    for cuts in ([], range(1, 12)):  # at first up to what the bounded ones hold, then beyond
-        got = logits(wide, mine, cache, cuts), logits(wide, theirs, twin, cuts)
-        assert mx.array_equal(got[0], logits(wide, mine, one, cuts))
-        assert mx.array_equal(got[1], logits(wide, theirs, other, cuts))
-    assert (cache.offset, twin.offset) == (114, 116)
+    # At first up to what the bounded ones hold, then beyond, where a token replaces another.
+    for cuts in ([], singly, singly):
+        twin = cache.fork()
+        assert type(twin) is type(cache)
+        logits(wide, theirs, twin, cuts)
+        got = logits(wide, mine, cache, cuts)
+        logits(wide, theirs, twin, cuts)
+        assert mx.array_equal(got, logits(wide, mine, one, cuts))
+        assert twin.offset == cache.offset + 14
+    # And the twin is not disturbed either.
+    twin, other = one.fork(), one.fork()
+    logits(wide, mine, one, singly)
+    expected = logits(wide, theirs, other, singly)
+    assert mx.array_equal(logits(wide, theirs, twin, singly), expected)
 
 
 @pytest.mark.parametrize("kind", ["plain", *KINDS])
