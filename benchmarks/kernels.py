@@ -21,7 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_smolvlm import load
+from mlx_smolvlm import CacheOptions, load
 from mlx_smolvlm.model import Model
 
 VIEWS = {
@@ -80,12 +80,11 @@ def kernels(forward: Callable[[], Any]) -> Counter[str]:
     return Counter(node for node in nodes if node not in VIEWS)
 
 
-def decoded_token(model: Model) -> Counter[str]:
-    """Kernels of one greedy decoding step after a prompt."""
-    cache = model.make_cache()
-    mx.eval(
-        model.text_model(model.text_model.embed_tokens(mx.array([[0, 0]])), cache), cache.arrays
-    )
+def decoded_token(model: Model, options: CacheOptions = CacheOptions()) -> Counter[str]:  # noqa: B008
+    """Kernels of one greedy decoding step after a prompt, which fills a bounded cache."""
+    cache = model.make_cache(options)
+    prompt = mx.zeros((1, options.max_kv_tokens or 2), mx.int32)
+    mx.eval(model.text_model(model.text_model.embed_tokens(prompt), cache), cache.arrays)
     token_id = mx.array([0])
     return kernels(lambda: [mx.argmax(model.step(token_id, cache), keepdims=True), *cache.arrays])
 
@@ -108,6 +107,7 @@ def report(model: Model, tile_size: int) -> dict[str, Any]:
     return {
         "decoder_layers": len(model.text_model.layers),
         "decoded_token": step.total(),
+        "decoded_token_packed_cache": decoded_token(model, CacheOptions(kv_bits=8)).total(),
         "encoder_layers": len(model.vision_model.encoder.layers),
         "encoder_1_tile": one.total(),
         "encoder_13_tiles": many.total(),
