@@ -49,10 +49,19 @@ class BoundedKVCache(KVCache):
         self._chunk: _Chunk | None = None  # of the forward pass that is under way
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
-        """As `KVCache.attend`, without what is no longer seen."""
+        """As `KVCache.attend`, without what is no longer seen.
+
+        Raises:
+            ValueError: The mask is an array, which cannot know what is held.
+        """
         length = queries.shape[2]
         if self.offset + length <= self.max_tokens:
             return super().attend(layer, queries, keys_values, mask)
+        if isinstance(mask, mx.array):
+            raise ValueError(
+                f"{self.offset + length} tokens exceed the {self.max_tokens} of a bounded cache, "
+                "and then it takes no mask; use a cache without a bound"
+            )
         new, held = self.storage.pack(keys_values), self.buffers[layer]
         if length == 1:
             assert held is not None

@@ -36,7 +36,8 @@ class KVCache:
             layer: It holds the new tokens too from here on.
             queries: (B, heads, L, head_dim), of the new tokens.
             keys_values: (B, 2*kv_heads, L, head_dim), keys first.
-            mask: "causal"; or None, when a single token sees all.
+            mask: "causal"; or None, when a single token sees all; or (L, offset + L), True
+                where a new token sees another.
         """
         new = self.storage.pack(keys_values)
         end = self.offset + keys_values.shape[2]

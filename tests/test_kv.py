@@ -362,6 +362,9 @@ def test_a_bounded_cache_says_what_it_cannot_do(wide: Model) -> None:
         cache.pin(np.arange(30))
     with pytest.raises(ValueError, match=r"65 tokens to pin and 32 recent ones exceed 96"):
         BoundedKVCache(3, LIMIT).pin(np.arange(LIMIT - RECENT + 1))
+    few = normal(1, 4, 2, 64)
+    with pytest.raises(ValueError, match=r"99 tokens exceed the 96 .* no mask"):
+        cache.attend(0, few, few, mx.full((2, 99), True))
     cache.trim(LIMIT + 1)
     cache.pin(twenty)
     with pytest.raises(ValueError, match="max_tokens is 35"):
