@@ -205,7 +205,7 @@ def test_forks_go_on_by_themselves(wide: Model, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["plain", *KINDS])
 def test_a_fork_shares_its_arrays_until_one_writes(wide: Model, kind: str) -> None:
     cache = wide.make_cache(KINDS.get(kind, CacheOptions()))
-    logits(wide, normal(1, 900, 64), cache)
+    logits(wide, normal(1, 500, 64), cache)
     before = mx.get_active_memory()
     twin = cache.fork()
     mx.eval(twin.arrays)
