@@ -182,18 +182,22 @@ def on_demo(pictures: int) -> dict[str, dict[str, float]]:
 
 
 def bytes_a_token() -> dict[str, dict[str, float]]:
-    """Bytes that a token takes with each shape and precision, in full caches of float16."""
+    """Bytes that a token takes with each shape and precision, in full caches."""
     results: dict[str, dict[str, float]] = {}
-    choices = {"float16": CacheOptions()} | {
-        f"{bits} bits, groups of {group}": CacheOptions(kv_bits=bits, kv_group_size=group)
+    choices = {"16 bits": (CacheOptions(), mx.float16)} | {
+        f"{bits} bits, groups of {group}{where}": (
+            CacheOptions(kv_bits=bits, kv_group_size=group),
+            dtype,
+        )
         for bits in (8, 4)
         for group in (32, 64)
+        for dtype, where in ((mx.float16, ""), (mx.bfloat16, " (bfloat16)"))
     }
-    for name, options in choices.items():
+    for name, (options, dtype) in choices.items():
         results[name] = {}
         for shape, (layers, heads) in SHAPES.items():
             cache, tokens = options.make(1), 256
-            new = mx.zeros((1, 2 * heads, tokens, 64), mx.float16)
+            new = mx.zeros((1, 2 * heads, tokens, 64), dtype)
             mx.eval(cache.attend(0, new[:, :heads], new, "causal"))
             results[name][shape] = layers * cache.nbytes / tokens
     return results
@@ -222,7 +226,7 @@ def show(results: dict[str, Any]) -> None:
             f"{row['right']:.2%} right"
         )
     for name, row in results.get("bytes", {}).items():
-        print(f"{name:21} " + "  ".join(f"{shape} {row[shape]:>9,.0f}" for shape in row))
+        print(f"{name:31} " + "  ".join(f"{shape} {row[shape]:>9,.0f}" for shape in row))
 
 
 def main() -> None:

@@ -43,7 +43,8 @@ class PackedStorage:
     """Keys and values of `bits` bits, each token's heads in groups of `group_size`.
 
     They are never unpacked: MLX multiplies by the packed arrays. The queries that share
-    a head of keys are rows of one product.
+    a head of keys are rows of one product. Scales are float32 where the network computes in
+    bfloat16, else of its type.
     """
 
     def __init__(self, bits: int, group_size: int) -> None:
@@ -51,6 +52,8 @@ class PackedStorage:
 
     def pack(self, keys_values: mx.array) -> Held:
         """Numbers, scales and biases of `keys_values` (B, 2*kv_heads, L, head_dim)."""
+        if keys_values.dtype == mx.bfloat16:  # too coarse for scales: docs/decisions/kv.md
+            keys_values = keys_values.astype(mx.float32)
         packed, scales, biases = mx.quantize(keys_values, self.group_size, self.bits)
         return packed, scales, biases
 
@@ -59,7 +62,7 @@ class PackedStorage:
         b, heads, length, width = queries.shape
         kv_heads, tokens = held[0].shape[1] // 2, held[0].shape[2]
         keys, values = zip(*(mx.split(part, 2, axis=1) for part in held), strict=True)
-        rows = (queries * width**-0.5).reshape(b, kv_heads, -1, width)
+        rows = (queries * width**-0.5).reshape(b, kv_heads, -1, width).astype(held[1].dtype)
         scores = self._product(rows, keys, transpose=True)  # (B, kv_heads, share*L, tokens)
         if mask is not None:
             scores = scores.reshape(b, kv_heads, -1, length, tokens)
@@ -68,7 +71,7 @@ class PackedStorage:
             scores = scores.reshape(b, kv_heads, -1, tokens)
         weights = mx.softmax(scores, axis=-1, precise=True)
         found = self._product(weights, values, transpose=False)
-        return found.reshape(b, heads, length, width)
+        return found.reshape(b, heads, length, width).astype(queries.dtype)
 
     def _product(self, rows: mx.array, packed: Held, transpose: bool) -> mx.array:
         numbers, scales, biases = packed
