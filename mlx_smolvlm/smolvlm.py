@@ -192,15 +192,26 @@ class SmolVLM:
         Raises:
             PromptError: The messages are malformed, or longer than the context.
         """
+        return AnswerStream(self, self.make_prompt(messages, pictures, footage), sampling)
+
+    def make_prompt(
+        self,
+        messages: list[Message],
+        pictures: Sequence[Picture],
+        footage: Sequence[Footage],
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """Prompt ids and media of `messages`; arguments and errors as in `answer`."""
         input_ids = self.prompt_builder.build(
             messages,
             [picture.grid for picture in pictures],
-            clips=[one.clip for one in footage],
+            add_generation_prompt,
+            [one.clip for one in footage],
         )
         media = in_order(messages, pictures, footage)
         if input_ids.size >= self.config.text.max_position_embeddings:
             raise PromptError(too_long(self.prompt_builder, input_ids.size, media))
-        return AnswerStream(self, Prompt(input_ids, media), sampling)
+        return Prompt(input_ids, media)
 
 
 def load(
