@@ -10,6 +10,7 @@ Package.md describes the rest.
 from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
+from mlx_smolvlm.choose import Choice
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AnswerStream",
     "CheckpointError",
+    "Choice",
     "Chunk",
     "Conversation",
     "MediaError",
