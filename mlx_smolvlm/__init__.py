@@ -14,6 +14,7 @@ from mlx_smolvlm.choose import Choice
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
+    ContextError,
     MediaError,
     PromptError,
     SmolVLMError,
@@ -21,6 +22,7 @@ from mlx_smolvlm.errors import (
 )
 from mlx_smolvlm.media import Progress
 from mlx_smolvlm.parts import Part
+from mlx_smolvlm.reuse import CacheOptions
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.smolvlm import SmolVLM, load
 
@@ -31,9 +33,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnswerStream",
+    "CacheOptions",
     "CheckpointError",
     "Choice",
     "Chunk",
+    "ContextError",
     "Conversation",
     "MediaError",
     "Part",

@@ -6,14 +6,16 @@ import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.errors import SmolVLMWarning
 from mlx_smolvlm.generate import StopText, tokens
 from mlx_smolvlm.media import Footage, Medium, Picture, Progress, encode, joined
+from mlx_smolvlm.reuse import Content, State
 from mlx_smolvlm.sampling import Sampling, make_sampler
 
 if TYPE_CHECKING:
@@ -38,9 +40,11 @@ class Reply:
 
     `finish_reason` is "stop" (the model ended it, or a stop text was met),
     "length" (`max_tokens` or the context is used up) or "interrupted".
-    `image_tiles` are of pictures, `video_frames` of videos.
+    `image_tiles` are of pictures, `video_frames` of videos; `encoded_tiles` is how many of
+    both went through the encoder now. `cached_tokens` is how many of `prompt_tokens` were
+    there already, from what was asked before.
     `time_to_first_token_s` counts from the call, so it includes the pictures;
-    `prompt_tps` counts the decoder's part alone. `peak_memory_gb` is the most
+    `prompt_tps` counts the decoder's part alone, without those tokens. `peak_memory_gb` is the most
     that MLX held, in 10**9 bytes.
     """
 
@@ -50,6 +54,8 @@ class Reply:
     prompt_tokens: int = 0
     image_tiles: int = 0
     video_frames: int = 0
+    encoded_tiles: int = 0
+    cached_tokens: int = 0
     generation_tokens: int = 0
     prompt_tps: float = 0.0
     generation_tps: float = 0.0
@@ -66,14 +72,32 @@ class Reply:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an answer needs: `input_ids` (L,) and what its placeholders stand for, in order."""
+    """What an answer needs.
+
+    Attributes:
+        input_ids: (L,).
+        media: What its placeholders stand for, in order.
+        state: What a conversation holds already.
+        is_turn: Whether a conversation keeps the state afterwards.
+    """
 
     input_ids: np.ndarray
     media: tuple[Medium, ...]
+    state: State | None = None
+    is_turn: bool = False
 
     def room(self, context: int, max_tokens: int) -> int:
         """Tokens that its answer may take: `max_tokens`, or fewer if the context ends before."""
         return min(max_tokens, context - self.input_ids.size)
+
+
+class Ready(NamedTuple):
+    """What the loop starts from: the prompt's content, the embeddings of what is new in it, and
+    the cache of what is not."""
+
+    content: Content
+    inputs_embeds: mx.array
+    cache: KVCache
 
 
 class Answer:
@@ -95,10 +119,11 @@ class Answer:
         self._vlm, self._held = vlm, StopText(stop)
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._started = self._begun = self._first = time.perf_counter()
+        self._prefilled = 0
 
-    def begin(self) -> None:
-        """The media are encoded and the decoder begins."""
-        self._begun = time.perf_counter()
+    def begin(self, prefilled: int) -> None:
+        """The media are encoded and the decoder begins with so many tokens."""
+        self._begun, self._prefilled = time.perf_counter(), prefilled
 
     def add(self, token_id: int) -> str:
         """The text that may be shown now that `token_id` has come."""
@@ -139,20 +164,36 @@ class Answer:
         if not reply.token_ids:
             self._first = now
             reply.time_to_first_token_s = now - self._started
-            reply.prompt_tps = reply.prompt_tokens / (now - self._begun)
+            reply.prompt_tps = self._prefilled / (now - self._begun)
         else:
             reply.generation_tps = len(reply.token_ids) / (now - self._first)
         reply.peak_memory_gb = mx.get_peak_memory() / 1e9
 
 
-def encoding(vlm: SmolVLM, media: Sequence[Medium]) -> Generator[Progress, None, None]:
-    """Decodes and encodes `media` step by step, and passes on the notes about videos."""
+def preparing(vlm: SmolVLM, prompt: Prompt, reply: Reply) -> Generator[Progress, None, Ready]:
+    """Finds out what is there already, and encodes the media that are not, step by step.
+
+    `reply` is told how much that was.
+    """
     mx.reset_peak_memory()
-    yield from encode(media, vlm.encoder, vlm.config)
-    for medium in media:
-        if isinstance(medium, Footage):
+    content = vlm.content_of(prompt)
+    state, start = vlm.memory.recall(content, prompt.state)
+    spans = zip(prompt.media, content.spans, strict=True)
+    todo = [medium for medium, span in spans if span.stop > start]
+    vlm.memory.lend_features(todo)
+    for step in encode(todo, vlm.encoder, vlm.config):
+        reply.encoded_tiles = step.encoded
+        yield step
+    vlm.memory.keep_features(todo)
+    for medium in todo:
+        if isinstance(medium, Footage) and medium.clip is not None:
             for note in medium.clip.notes:
                 warnings.warn(note, SmolVLMWarning, stacklevel=2)
+    embeds = vlm.model.embed(prompt.input_ids[start:], joined(todo))
+    reply.cached_tokens = start
+    cache = vlm.model.make_cache() if state is None else state.cache
+    cache.trim(start)
+    return Ready(content, embeds, cache)
 
 
 class AnswerStream(Iterator[Chunk]):
@@ -160,13 +201,14 @@ class AnswerStream(Iterator[Chunk]):
 
     Pictures and videos are encoded when the first chunk is asked for, or by `prepare`.
     After Ctrl-C, or when the caller stops early, `reply` holds what was said until then.
+    `state` is a conversation's own, before the answer and then after it.
     """
 
     def __init__(self, vlm: SmolVLM, prompt: Prompt, sampling: Sampling) -> None:
-        self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
         self._answer = Answer(vlm, prompt, sampling.stop)
-        self.reply = self._answer.reply
-        self._preparation = encoding(vlm, prompt.media)
+        self.reply, self.state = self._answer.reply, prompt.state
+        self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
+        self._preparation = self._prepare()
         self._chunks = self._generate()
 
     def __next__(self) -> Chunk:
@@ -190,6 +232,9 @@ class AnswerStream(Iterator[Chunk]):
         """
         return self._preparation
 
+    def _prepare(self) -> Generator[Progress, None, None]:
+        self._ready = yield from preparing(self._vlm, self._prompt, self.reply)
+
     def _generate(self) -> Generator[Chunk, None, None]:
         """The chunks, with `reply` kept up to date before each."""
         for token_id in self._token_ids():
@@ -203,12 +248,15 @@ class AnswerStream(Iterator[Chunk]):
             yield Chunk(rest, None)
 
     def _token_ids(self) -> Iterator[int]:
-        """Token ids of the answer."""
+        """Token ids of the answer; what is known afterwards is remembered."""
         vlm, prompt, sampling = self._vlm, self._prompt, self._sampling
         for _ in self._preparation:
             pass
-        self._answer.begin()
-        inputs_embeds = vlm.model.embed(prompt.input_ids, joined(prompt.media))
+        content, embeds, cache = self._ready
+        self._answer.begin(embeds.shape[1])
         limit = prompt.room(vlm.config.text.max_position_embeddings, sampling.max_tokens)
-        sampler = make_sampler(sampling)
-        yield from tokens(vlm.model, inputs_embeds, vlm.model.make_cache(), sampler, limit)
+        try:
+            yield from tokens(vlm.model, embeds, cache, make_sampler(sampling), limit)
+        finally:
+            self.state = State(content.followed_by(self.reply.token_ids), cache)
+            vlm.memory.remember(self.state, content, prompt.is_turn)

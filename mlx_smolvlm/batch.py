@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.answer import Answer, AnswerStream, Prompt, Reply, encoding
+from mlx_smolvlm.answer import Answer, AnswerStream, Prompt, Ready, Reply, preparing
+from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.errors import PromptError
-from mlx_smolvlm.media import joined
-from mlx_smolvlm.packing import CONTEXTS, Rows, beginning, groups, hold
+from mlx_smolvlm.generate import prefill
+from mlx_smolvlm.packing import CONTEXTS, Rows, beginning, groups
+from mlx_smolvlm.reuse import State
 from mlx_smolvlm.sampling import RowSampler, Sampling, make_row_sampler
 
 if TYPE_CHECKING:
@@ -57,20 +59,35 @@ def answer_all(vlm: SmolVLM, prompts: Sequence[Prompt], sampling: Sampling) -> l
         )
         for prompt in prompts
     ]
-    for _ in encoding(vlm, prompts[0].media):
-        pass
-    cache, sampler, waiting = vlm.model.make_cache(), make_row_sampler(sampling), list(rows)
+    first = replace(prompts[0], input_ids=prompts[0].input_ids[:shared])
+    cache = held(vlm, first, rows[0].answer.reply)
+    for row in rows[1:]:
+        row.answer.reply.cached_tokens = shared
+    sampler, waiting = make_row_sampler(sampling), list(rows)
     while waiting:
         number = len(next(groups([row.soon for row in waiting], shared, context)))
         group, waiting = waiting[:number], waiting[number:]
-        for row in group:
-            row.begin()
-        if cache.offset == 0:
-            hold(vlm.model, cache, prompts[0].input_ids[:shared], joined(prompts[0].media))
         cache.trim(shared)
         decoding = Decoding(group, Rows(vlm.model, cache, number), sampler)
         waiting = decoding.run(CONTEXTS * context) + waiting
     return [row.answer.reply for row in rows]
+
+
+def held(vlm: SmolVLM, beginning: Prompt, reply: Reply) -> KVCache:
+    """A cache of `beginning`, which is remembered; `reply` is told what was there already."""
+    if not beginning.input_ids.size:
+        return vlm.model.make_cache()
+    steps = preparing(vlm, beginning, reply)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            ready: Ready = end.value
+            break
+    prefill(vlm.model, ready.inputs_embeds, ready.cache)
+    mx.eval(ready.cache.arrays)
+    vlm.memory.remember(State(ready.content, ready.cache.fork()), ready.content, False)
+    return ready.cache
 
 
 @dataclass(frozen=True)
@@ -96,11 +113,6 @@ class Row:
         """Tokens behind the beginning that it is given room for."""
         return self.suffix.size + min(self.limit, self.count + GROWTH)
 
-    def begin(self) -> None:
-        """Start the decoder's clock, unless the answer has begun before."""
-        if self.count == 0:
-            self.answer.begin()
-
 
 class Decoding:
     """Answers of one group on their way through the decoder, a token of each at a time."""
@@ -124,6 +136,10 @@ class Decoding:
             its tokens so far had been asked.
         """
         suffixes = [row.token_ids for row in self._group]
+        prefilled = sum(suffix.size for suffix in suffixes)
+        for row in self._group:
+            if row.count == 0:
+                row.answer.begin(prefilled)
         live = np.arange(len(suffixes))
         drawn = self._draw(self._rows.prefill(suffixes), live)
         while True:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.answer import Prompt, encoding
+from mlx_smolvlm.answer import Prompt, Reply
+from mlx_smolvlm.batch import held
 from mlx_smolvlm.errors import PromptError
-from mlx_smolvlm.media import joined
-from mlx_smolvlm.packing import Rows, common, groups, hold
+from mlx_smolvlm.packing import Rows, common, groups
 
 if TYPE_CHECKING:
     from mlx_smolvlm.smolvlm import SmolVLM
@@ -141,10 +141,7 @@ def log_probabilities(
     """
     starts = [common(prompt.input_ids, told) for told in transcripts]
     shared = min(starts) - 1  # the token before an answer is in its row: it foretells the first
-    for _ in encoding(vlm, prompt.media):
-        pass
-    cache = vlm.model.make_cache()
-    hold(vlm.model, cache, prompt.input_ids[:shared], joined(prompt.media))
+    cache = held(vlm, replace(prompt, input_ids=prompt.input_ids[:shared]), Reply())
     context = vlm.config.text.max_position_embeddings
     scores = []
     for group in groups([told.size - shared for told in transcripts], shared, context):

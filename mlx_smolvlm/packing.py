@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.cache import KVCache
-from mlx_smolvlm.generate import PREFILL_CHUNK, prefill
+from mlx_smolvlm.generate import PREFILL_CHUNK
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.text import Places
 
@@ -71,15 +71,6 @@ class Rows:
         self._owners = np.concatenate([self._owners, rows])
         np.add.at(self._lengths, rows, 1)
         return Places(positions, mask)
-
-
-def hold(
-    model: Model, cache: KVCache, input_ids: np.ndarray, image_embeds: mx.array | None
-) -> None:
-    """Put the beginning `input_ids` (L,) into the empty `cache`; arguments as in `embed`."""
-    if input_ids.size:
-        prefill(model, model.embed(input_ids, image_embeds), cache)
-        mx.eval(cache.arrays)
 
 
 def common(first: np.ndarray, second: np.ndarray) -> int:

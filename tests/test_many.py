@@ -35,6 +35,12 @@ QUESTIONS = [
 SHORT = Sampling(max_tokens=6)
 
 
+@pytest.fixture(autouse=True)
+def _forget(tiny: SmolVLM) -> None:
+    """Every test begins without what others have asked."""
+    tiny.memory.clear()
+
+
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens of each pass through the decoder."""
@@ -89,6 +95,15 @@ def ending(vlm: SmolVLM, *token_ids: int) -> SmolVLM:
     return SmolVLM(vlm.path, config, vlm.model, vlm.prompt_builder)
 
 
+def alone(vlm: SmolVLM, questions: list[str], **options: object) -> list[Reply]:
+    """Cold replies to `questions`, one after the other."""
+    replies = []
+    for question in questions:
+        vlm.memory.clear()
+        replies.append(vlm.ask(question, **options))  # type: ignore[arg-type]
+    return replies
+
+
 def assert_same(many: list[Reply], single: list[Reply]) -> None:
     """All of the replies but what depends on time and on what was done before."""
     for one, other in zip(many, single, strict=True):
@@ -131,16 +146,16 @@ def test_replies_are_those_of_single_calls(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SmolVLMWarning)  # not trained on videos
         many = vlm.ask_many(images, questions, videos=videos, **common)
-        single = [vlm.ask(one, images=images, videos=videos, **common) for one in questions]
+        single = alone(vlm, questions, images=images, videos=videos, **common)
     assert_same(many, single)
 
 
 def test_the_demo_answers_as_in_single_calls(demo: SmolVLM) -> None:
     many = demo.ask_many(EXAMPLE, QUESTIONS)
-    assert_same(many, [demo.ask(question, images=[EXAMPLE]) for question in QUESTIONS])
+    assert_same(many, alone(demo, QUESTIONS, images=[EXAMPLE]))
     assert len({reply.text for reply in many}) >= 6
-    alone = demo.ask_many(None, QUESTIONS)
-    assert_same(alone, [demo.ask(question) for question in QUESTIONS])
+    plain = demo.ask_many(None, QUESTIONS)
+    assert_same(plain, alone(demo, QUESTIONS))
 
 
 def test_one_pass_over_the_picture_and_a_quarter_of_the_tokens(
@@ -154,8 +169,10 @@ def test_one_pass_over_the_picture_and_a_quarter_of_the_tokens(
     sampling = Sampling(max_tokens=1)  # so that nothing is fed but prompts
     many = vlm.ask_many([OTHER], QUESTIONS, sampling=sampling)
     together, tiles = sum(fed), sum(seen)
+    assert [reply.encoded_tiles for reply in many] == [17] + 7 * [0]
+    assert sum(reply.prompt_tokens - reply.cached_tokens for reply in many) == together
     fed.clear()
-    single = [vlm.ask(question, images=[OTHER], sampling=sampling) for question in QUESTIONS]
+    single = alone(vlm, QUESTIONS, images=[OTHER], sampling=sampling)
     assert_same(many, single)
     assert tiles == many[0].image_tiles == 17
     assert sum(fed) == sum(reply.prompt_tokens for reply in many)
@@ -163,7 +180,7 @@ def test_one_pass_over_the_picture_and_a_quarter_of_the_tokens(
 
 
 def test_a_step_feeds_only_answers_that_go_on(tiny: SmolVLM, fed: list[int]) -> None:
-    single = [tiny.ask(question, sampling=SHORT) for question in QUESTIONS[:3]]
+    single = alone(tiny, QUESTIONS[:3], sampling=SHORT)
     last = single[0].token_ids[1]
     vlm = ending(tiny, last)
     ends = [reply.token_ids.index(last) if last in reply.token_ids else 5 for reply in single]
@@ -186,7 +203,7 @@ def test_a_step_feeds_only_answers_that_go_on(tiny: SmolVLM, fed: list[int]) -> 
 )
 def test_a_seed_draws_each_answer_as_alone(tiny: SmolVLM, sampling: Sampling) -> None:
     many = tiny.ask_many([OTHER], QUESTIONS, sampling=sampling)
-    assert_same(many, [tiny.ask(q, images=[OTHER], sampling=sampling) for q in QUESTIONS])
+    assert_same(many, alone(tiny, QUESTIONS, images=[OTHER], sampling=sampling))
     greedy = tiny.ask_many([OTHER], QUESTIONS, sampling=Sampling(max_tokens=9))
     assert [reply.token_ids for reply in many] != [reply.token_ids for reply in greedy]
 
@@ -236,7 +253,7 @@ def test_a_long_beginning_and_long_questions(
     system = "word " * 40
     questions = ["long " * 30, "x", "longer " * 20]
     many = tiny.ask_many(None, questions, system=system, sampling=SHORT)
-    assert_same(many, [tiny.ask(q, system=system, sampling=SHORT) for q in questions])
+    assert_same(many, alone(tiny, questions, system=system, sampling=SHORT))
 
 
 def test_answers_end_with_the_context(tiny: SmolVLM) -> None:
@@ -245,7 +262,7 @@ def test_answers_end_with_the_context(tiny: SmolVLM) -> None:
     questions = ["word " * 60, "word " * 3]
     sampling = Sampling(max_tokens=10_000)
     many = vlm.ask_many(None, questions, sampling=sampling)
-    assert_same(many, [vlm.ask(question, sampling=sampling) for question in questions])
+    assert_same(many, alone(vlm, questions, sampling=sampling))
     assert {reply.prompt_tokens + reply.generation_tokens for reply in many} == {512}
 
 
@@ -261,8 +278,21 @@ def test_a_template_that_shows_pictures_last(tiny: SmolVLM, seen: list[int]) -> 
     vlm.encoder = tiny.encoder
     many = vlm.ask_many(PICTURE, QUESTIONS[:3], sampling=SHORT)
     assert sum(seen) == 5
-    single = [vlm.ask(question, images=[PICTURE], sampling=SHORT) for question in QUESTIONS[:3]]
+    single = alone(vlm, QUESTIONS[:3], images=[PICTURE], sampling=SHORT)
     assert_same(many, single)
+
+
+def test_what_is_known_is_not_done_again(tiny: SmolVLM, fed: list[int], seen: list[int]) -> None:
+    cold = tiny.ask_many([PICTURE], QUESTIONS[:4], sampling=SHORT)
+    tiles, first = sum(seen), fed[0]
+    warm = tiny.ask_many([PICTURE], QUESTIONS[4:], sampling=SHORT)
+    assert sum(seen) == tiles
+    assert warm[0].encoded_tiles == 0
+    assert warm[0].cached_tokens == first - 1 == cold[1].cached_tokens - 1  # one is always left
+    then = tiny.ask("And this?", images=[PICTURE], sampling=SHORT)
+    assert then.cached_tokens == first
+    assert_same([then], alone(tiny, ["And this?"], images=[PICTURE], sampling=SHORT))
+    assert_same(warm, alone(tiny, QUESTIONS[4:], images=[PICTURE], sampling=SHORT))
 
 
 def test_times_count_from_the_call(demo: SmolVLM) -> None:
