@@ -63,7 +63,7 @@ def checked_choices(choices: Sequence[str], normalize: str) -> tuple[str, ...]:
     if isinstance(choices, str):
         raise ValueError(f"choices is one text, {choices!r:.100}; give a list of two or more")
     if len(choices) < 2:
-        raise ValueError(f"there are {len(choices)} choices; give two or more")
+        raise ValueError(f"the number of choices is {len(choices)}; give two or more")
     seen: dict[str, int] = {}
     for number, choice in enumerate(choices, 1):
         if not isinstance(choice, str):
