@@ -14,7 +14,7 @@ from mlx_smolvlm.cli.media import (
     open_picture,
     sampled,
 )
-from mlx_smolvlm.cli.options import ChatOptions
+from mlx_smolvlm.cli.options import ChatOptions, ModelOptions
 from mlx_smolvlm.cli.render import Bar, ConversionProgress, say, stats_line, write, write_json
 from mlx_smolvlm.errors import PromptError
 
@@ -76,7 +76,7 @@ def read_prompt() -> str:
     return text
 
 
-def load_model(options: ChatOptions) -> SmolVLM:
+def load_model(options: ModelOptions) -> SmolVLM:
     """The model to talk to; a conversion shows on stderr.
 
     Raises:

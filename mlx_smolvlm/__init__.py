@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
 from mlx_smolvlm.cache_options import CacheOptions
+from mlx_smolvlm.choose import Choice
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
@@ -34,6 +35,7 @@ __all__ = [
     "AnswerStream",
     "CacheOptions",
     "CheckpointError",
+    "Choice",
     "Chunk",
     "ContextError",
     "Conversation",

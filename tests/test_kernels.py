@@ -76,6 +76,11 @@ def test_decoded_token_with_a_packed_cache(wide: Model, bench: ModuleType) -> No
     assert bench.decoded_token(wide, CacheOptions(kv_bits=8)).total() <= 18 * 3 + 8
 
 
+@pytest.mark.parametrize("answers", [1, 2, 9])
+def test_decoded_tokens_of_several_answers(model: Model, bench: ModuleType, answers: int) -> None:
+    assert bench.decoded_tokens(model, answers).total() <= bench.decoded_token(model).total() + 1
+
+
 def test_encoder(model: Model, bench: ModuleType) -> None:
     # A packed product has no fused bias: q, k and v's costs one more kernel a layer; the
     # other biases join the kernels that follow them (docs/decisions/kernels.md).
