@@ -13,6 +13,7 @@ from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
+    ConstraintError,
     MediaError,
     PromptError,
     SmolVLMError,
@@ -32,6 +33,7 @@ __all__ = [
     "AnswerStream",
     "CheckpointError",
     "Chunk",
+    "ConstraintError",
     "Conversation",
     "MediaError",
     "Part",

@@ -12,9 +12,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.errors import SmolVLMWarning
-from mlx_smolvlm.generate import StopText, tokens
+from mlx_smolvlm.generate import StopText, constrained_tokens, tokens
 from mlx_smolvlm.media import Footage, Medium, Picture, Progress, encode, joined
 from mlx_smolvlm.sampling import Sampling, make_sampler
+from mlx_smolvlm.schema import jsonable, value_of
 
 if TYPE_CHECKING:
     from mlx_smolvlm.smolvlm import SmolVLM
@@ -41,7 +42,8 @@ class Reply:
     `image_tiles` are of pictures, `video_frames` of videos.
     `time_to_first_token_s` counts from the call, so it includes the pictures;
     `prompt_tps` counts the decoder's part alone. `peak_memory_gb` is the most
-    that MLX held, in 10**9 bytes.
+    that MLX held, in 10**9 bytes. `parsed` is the value of an answer held to a schema, an
+    instance if that is a pydantic model; None without a schema, or if the answer was cut.
     """
 
     text: str = ""
@@ -55,13 +57,14 @@ class Reply:
     generation_tps: float = 0.0
     time_to_first_token_s: float = 0.0
     peak_memory_gb: float = 0.0
+    parsed: Any = None
 
     def __str__(self) -> str:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "parsed": jsonable(self.parsed)}
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class AnswerStream(Iterator[Chunk]):
         )
         self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
         self._started = time.perf_counter()
+        self._constraint = vlm.constrainer(sampling) if sampling.is_constrained else None
         self._preparation = self._prepare()
         self._chunks = self._generate()
 
@@ -123,9 +127,12 @@ class AnswerStream(Iterator[Chunk]):
     def _generate(self) -> Generator[Chunk, None, None]:
         """The chunks, with `reply` kept up to date before each."""
         text = StopText(self._sampling.stop)
+        lead = None if self._constraint is None else self._constraint.lead
         for token_id, piece in self._decode():
             shown = text.feed(piece)
-            if not self.reply.text:
+            if lead:
+                shown, lead = shown[len(lead) :], lead[len(shown) :]
+            elif lead is None and not self.reply.text:
                 shown = shown.lstrip()  # the space after "Assistant:"
             self.reply.text += shown
             if text.stopped:
@@ -138,6 +145,8 @@ class AnswerStream(Iterator[Chunk]):
         if rest:
             self.reply.text += rest
             yield Chunk(rest, None)
+        if self._constraint is not None and self._constraint.ended:
+            self.reply.parsed = value_of(self.reply.text, self._sampling.schema)
 
     def _decode(self) -> Iterator[tuple[int, str]]:
         """Token ids with the text that each completes, up to the end of the answer."""
@@ -153,7 +162,8 @@ class AnswerStream(Iterator[Chunk]):
                 return
             if token_id not in vlm.hidden_token_ids:
                 yield token_id, decoder.step(tokenizer, token_id) or ""
-        reply.finish_reason = "length"
+        ended = self._constraint is not None and self._constraint.ended
+        reply.finish_reason = "stop" if ended else "length"
 
     def _token_ids(self) -> Iterator[int]:
         """Token ids of the answer, with the clocks of `reply`."""
@@ -165,8 +175,13 @@ class AnswerStream(Iterator[Chunk]):
         room = vlm.config.text.max_position_embeddings - prompt.input_ids.size
         limit = min(self._sampling.max_tokens, room)
         cache, sampler = vlm.model.make_cache(), make_sampler(self._sampling)
+        if self._constraint is None:
+            ids = tokens(vlm.model, inputs_embeds, cache, sampler, limit)
+        else:
+            held = self._constraint
+            ids = constrained_tokens(vlm.model, inputs_embeds, cache, sampler, held, limit)
         first = 0.0
-        for count, token_id in enumerate(tokens(vlm.model, inputs_embeds, cache, sampler, limit)):
+        for count, token_id in enumerate(ids):
             now = time.perf_counter()
             if count == 0:
                 first = now

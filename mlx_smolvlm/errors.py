@@ -21,5 +21,9 @@ class PromptError(SmolVLMError):
     """The messages cannot be turned into a prompt that the model can read."""
 
 
+class ConstraintError(SmolVLMError):
+    """An answer cannot be held to a schema or a regular expression."""
+
+
 class SmolVLMWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""

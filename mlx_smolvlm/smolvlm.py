@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ import mlx.core as mx
 
 from mlx_smolvlm.answer import AnswerStream, Prompt, Reply
 from mlx_smolvlm.config import Config
+from mlx_smolvlm.constrain import Constrainer
 from mlx_smolvlm.context import too_long
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import PromptError, SmolVLMWarning
@@ -39,6 +41,15 @@ class SmolVLM:
         # Compiled, a quantized layer's biases join the kernels that follow them.
         self.encoder: Callable[[mx.array], mx.array] = mx.compile(model.encode)
         self._video_warned = False
+
+    @cached_property
+    def constrainer(self) -> Constrainer:
+        """What holds answers to schemas; made once, when it is first needed.
+
+        Raises:
+            ConstraintError: llguidance is not installed.
+        """
+        return Constrainer(self.prompt_builder)
 
     def __repr__(self) -> str:
         return f"SmolVLM({self.config.source!r}, path={str(self.path)!r})"

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "mlx_smolvlm"
 LEAVES = {
     "vision", "connector", "text", "cache", "sampling", "picture", "fetch", "image", "decode",
-    "readers", "scenes", "frames", "video",
+    "readers", "scenes", "frames", "video", "schema",
 }  # fmt: skip
 
 
