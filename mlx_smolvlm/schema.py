@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -168,16 +169,16 @@ _OPENING = ("additionalProperties", "unevaluatedProperties", "patternProperties"
 
 
 def closed(schema: dict[str, Any]) -> dict[str, Any]:
-    """`schema` whose objects have no properties but those that it lists.
+    """A copy of `schema` whose objects have no properties but those that it lists.
 
     JSON Schema allows an object any others, and a small model, asked for two, would make
-    up more without an end. Whatever fits the result fits `schema`. It stays as it is
-    where properties come from several places, which closing one of them would shut out.
+    up more without an end. Whatever fits the result fits `schema`. Its objects stay open
+    if properties come from several places, which closing one of them would shut out.
     """
     nodes: list[dict[str, Any]] = []
     copy: dict[str, Any] = _copied(schema, nodes)
     if any(_joins(node) for node in nodes):
-        return schema
+        return copy
     for node in nodes:
         listed = node.get("properties")
         if not isinstance(listed, dict) or any(name in node for name in _OPENING):
@@ -196,7 +197,7 @@ def _joins(node: dict[str, Any]) -> bool:
 
 
 def _copied(schema: Any, nodes: list[dict[str, Any]]) -> Any:
-    """A copy of `schema`; every schema in it is appended to `nodes`."""
+    """A copy of `schema`, with references spelled as URIs; every schema in it joins `nodes`."""
     if not isinstance(schema, Mapping):
         return schema
     node = dict(schema)
@@ -207,5 +208,7 @@ def _copied(schema: Any, nodes: list[dict[str, Any]]) -> Any:
             node[name] = {key: _copied(one, nodes) for key, one in value.items()}
         elif name in _ONE:
             node[name] = _copied(value, nodes)
+        elif name == "$ref" and isinstance(value, str):
+            node[name] = quote(value, safe="#/:?&=%~!$'()*+,;@[]")
     nodes.append(node)
     return node
