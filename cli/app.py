@@ -74,6 +74,8 @@ Examples:
   mlx-smolvlm chat "Read the text." -i page.png -m smolvlm2-500m --bits 4
   echo "Why is the sky blue?" | mlx-smolvlm chat -m smolvlm2-2.2b
   curl -s https://example.org/a.jpg | mlx-smolvlm chat "Describe it." -i - --json
+  mlx-smolvlm chat "Read the receipt." -i receipt.jpg -m smolvlm2-500m --schema receipt.json
+  mlx-smolvlm chat "What colour is it?" -i photo.png --regex "red|green|blue"
   mlx-smolvlm chat -m smolvlm2-256m"""
 
 
@@ -118,6 +120,14 @@ def chat(
     seed: Annotated[int | None, typer.Option(metavar="N", help="Repeat a varied answer.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option(metavar="TEXT", help="End the answer at this text; repeats.")
+    ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Answer with JSON that fits this JSON Schema."),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Answer with what this regular expression matches."),
     ] = None,
     detail: Annotated[
         str,
@@ -201,6 +211,7 @@ def chat(
         make_video_options,
         parse_detail,
         parse_on_full,
+        read_schema,
     )
 
     options = ChatOptions(
@@ -224,6 +235,8 @@ def chat(
             max_tokens=max_tokens,
             seed=seed,
             stop=tuple(stop or ()),
+            schema=read_schema(schema),
+            regex=None if regex is None else as_text("--regex", regex),
         ),
         detail=parse_detail(detail),
         bits=bits,

@@ -243,6 +243,23 @@ def parse_on_full(text: str) -> OnFull:
     raise typer.BadParameter(f"{text!r} is neither error nor drop-oldest", param_hint="--on-full")
 
 
+def read_schema(value: str | None) -> str | None:
+    """The JSON Schema that `value` is, if it begins with {, or that the file of that name holds.
+
+    Raises:
+        typer.BadParameter: The file cannot be read as text.
+    """
+    if value is None or value.lstrip().startswith("{"):
+        return None if value is None else as_text("--schema", value)
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror or str(error)
+    except ValueError as error:  # no text, or no name of a file
+        reason = str(error)
+    raise typer.BadParameter(f"{value}: {reason}", param_hint="--schema")
+
+
 def make_sampling(
     *,
     temperature: float,
@@ -250,6 +267,8 @@ def make_sampling(
     max_tokens: int,
     seed: int | None,
     stop: tuple[str, ...],
+    schema: str | None,
+    regex: str | None,
 ) -> Sampling:
     """The sampling that the options describe; `Sampling` itself owns the ranges.
 
@@ -261,7 +280,13 @@ def make_sampling(
     stop = tuple(as_text("--stop", text) for text in stop)
     try:
         return Sampling(
-            temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed, stop=stop
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=stop,
+            schema=schema,
+            regex=regex,
         )
     except ValueError as error:
         name = str(error).split(maxsplit=1)[0]

@@ -15,6 +15,7 @@ from mlx_smolvlm.choose import Choice
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
+    ConstraintError,
     ContextError,
     MediaError,
     PromptError,
@@ -37,6 +38,7 @@ __all__ = [
     "CheckpointError",
     "Choice",
     "Chunk",
+    "ConstraintError",
     "ContextError",
     "Conversation",
     "MediaError",

@@ -13,10 +13,11 @@ import numpy as np
 
 from mlx_smolvlm.cache import NONE, KVCache
 from mlx_smolvlm.errors import SmolVLMWarning
-from mlx_smolvlm.generate import StopText, tokens
+from mlx_smolvlm.generate import StopText, constrained_tokens, tokens
 from mlx_smolvlm.media import Footage, Medium, Picture, Progress, encode, joined
 from mlx_smolvlm.reuse import Content, State
 from mlx_smolvlm.sampling import Sampling, make_sampler
+from mlx_smolvlm.schema import jsonable, value_of
 
 if TYPE_CHECKING:
     from mlx_smolvlm.smolvlm import SmolVLM
@@ -44,8 +45,9 @@ class Reply:
     both went through the encoder now. `cached_tokens` is how many of `prompt_tokens` were
     there already, from what was asked before.
     `time_to_first_token_s` counts from the call, so it includes the pictures;
-    `prompt_tps` counts the decoder's part alone, without those tokens. `peak_memory_gb` is the most
-    that MLX held, in 10**9 bytes.
+    `prompt_tps` counts the decoder's part alone, without those tokens. `peak_memory_gb` is the
+    most that MLX held, in 10**9 bytes. `parsed` is the value of an answer held to a schema, an
+    instance if that is a pydantic model; None without a schema, or if the answer was cut.
     """
 
     text: str = ""
@@ -61,13 +63,14 @@ class Reply:
     generation_tps: float = 0.0
     time_to_first_token_s: float = 0.0
     peak_memory_gb: float = 0.0
+    parsed: Any = None
 
     def __str__(self) -> str:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "parsed": jsonable(self.parsed)}
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,13 @@ class Ready(NamedTuple):
 class Answer:
     """An answer under way: token ids go in, text comes out; `reply` is the answer so far.
 
-    The clock of the first token runs from here. `ended` says that no token may follow.
+    The clock of the first token runs from here. `ended` says that no token may follow. The
+    text is shown without its `lead`; None stands for any white space.
     """
 
-    def __init__(self, vlm: SmolVLM, prompt: Prompt, stop: Sequence[str]) -> None:
+    def __init__(
+        self, vlm: SmolVLM, prompt: Prompt, stop: Sequence[str], lead: str | None = None
+    ) -> None:
         from tokenizers.decoders import DecodeStream
 
         tiles = [(isinstance(one, Picture), one.num_tiles) for one in prompt.media]
@@ -118,10 +124,15 @@ class Answer:
             video_frames=sum(count for is_picture, count in tiles if not is_picture),
         )
         self.ended = False
-        self._vlm, self._held = vlm, StopText(stop)
+        self._vlm, self._held, self._lead = vlm, StopText(stop), lead
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._started = self._begun = self._first = time.perf_counter()
         self._prefilled = 0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a stop text ended it."""
+        return self._held.stopped
 
     def begin(self, prefilled: int) -> None:
         """The media are encoded and the decoder begins with so many tokens."""
@@ -144,10 +155,10 @@ class Answer:
             self._end("stop")
         return self._shown(text)
 
-    def finish(self) -> str:
-        """The text that was held back, once no more tokens come."""
+    def finish(self, reason: Literal["stop", "length"] = "length") -> str:
+        """The text that was held back, once no more tokens come; `reason` says why they do not."""
         if not self.ended:
-            self._end("length")
+            self._end(reason)
         return self._shown(self._held.flush())
 
     def _end(self, reason: Literal["stop", "length"]) -> None:
@@ -155,7 +166,9 @@ class Answer:
 
     def _shown(self, text: str) -> str:
         """`text` joined to the reply, without the space after "Assistant:"."""
-        if not self.reply.text:
+        if self._lead:
+            text, self._lead = text[len(self._lead) :], self._lead[len(text) :]
+        elif self._lead is None and not self.reply.text:
             text = text.lstrip()
         self.reply.text += text
         return text
@@ -208,7 +221,9 @@ class AnswerStream(Iterator[Chunk]):
     """
 
     def __init__(self, vlm: SmolVLM, prompt: Prompt, sampling: Sampling) -> None:
-        self._answer = Answer(vlm, prompt, sampling.stop)
+        self._constraint = vlm.constrainer(sampling) if sampling.is_constrained else None
+        lead = None if self._constraint is None else self._constraint.lead
+        self._answer = Answer(vlm, prompt, sampling.stop, lead)
         self.reply, self.state = self._answer.reply, prompt.state
         self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
         self._preparation = self._prepare()
@@ -246,9 +261,13 @@ class AnswerStream(Iterator[Chunk]):
                 yield Chunk(shown, token_id)
             if self._answer.ended:
                 break
-        rest = self._answer.finish()
+        held = self._constraint
+        whole = held is not None and held.ended and not self._answer.is_cut
+        rest = self._answer.finish("stop" if whole else "length")
         if rest:
             yield Chunk(rest, None)
+        if whole:
+            self.reply.parsed = value_of(self.reply.text, self._sampling.schema)
 
     def _token_ids(self) -> Iterator[int]:
         """Token ids of the answer; what is known afterwards is remembered."""
@@ -258,8 +277,12 @@ class AnswerStream(Iterator[Chunk]):
         content, embeds, cache = self._ready
         self._answer.begin(embeds.shape[1])
         limit = prompt.room(vlm.config.text.max_position_embeddings, sampling.max_tokens)
+        sampler, held = make_sampler(sampling), self._constraint
         try:
-            yield from tokens(vlm.model, embeds, cache, make_sampler(sampling), limit)
+            if held is None:
+                yield from tokens(vlm.model, embeds, cache, sampler, limit)
+            else:
+                yield from constrained_tokens(vlm.model, embeds, cache, sampler, held, limit)
         finally:
             self.state = State(content.followed_by(self.reply.token_ids), cache)
             vlm.memory.remember(self.state, content, prompt.is_turn)

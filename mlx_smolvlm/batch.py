@@ -41,14 +41,15 @@ def answer_all(vlm: SmolVLM, prompts: Sequence[Prompt], sampling: Sampling) -> l
     """Replies to `prompts`, which all have the same media.
 
     What they begin with goes through the decoder once, the rest of them together. The
-    media belong to the beginning; if a chat template puts them elsewhere, the prompts
-    are answered one by one, with the media encoded once.
+    media belong to the beginning; if a chat template puts them elsewhere, or the answers are
+    held to a schema, the prompts are answered one by one, with the media encoded once.
     """
     if not prompts:
         return []
     shared = beginning([prompt.input_ids for prompt in prompts])
     image_token_id = vlm.config.image_token_id
-    if any((prompt.input_ids[shared:] == image_token_id).any() for prompt in prompts):
+    outside = any((prompt.input_ids[shared:] == image_token_id).any() for prompt in prompts)
+    if outside or sampling.is_constrained:
         return [AnswerStream(vlm, prompt, sampling).finished() for prompt in prompts]
     context = vlm.config.text.max_position_embeddings
     rows = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -26,9 +27,14 @@ class Sampling:
         max_tokens: The answer's length at most, in tokens.
         seed: Repeats a sampled answer; None is a new one each time.
         stop: Texts that end the answer; they are not part of it.
+        schema: A JSON Schema, as an object or a text, or a pydantic model, that the
+            answer fits; `Reply.parsed` is its value.
+        regex: A regular expression that the whole answer matches.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, a schema or an expression that no answer can
+            be held to, or both.
+        ConstraintError: There is a schema or an expression, and llguidance is not installed.
     """
 
     temperature: float = 0.0
@@ -38,6 +44,8 @@ class Sampling:
     max_tokens: int = 1024
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    schema: dict[str, Any] | type[Any] | str | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -52,6 +60,17 @@ class Sampling:
         for holds, name, range_ in checks:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
+        if self.schema is not None and self.regex is not None:
+            raise ValueError("schema and regex are both given; an answer is held to one of them")
+        if self.is_constrained:
+            from mlx_smolvlm.schema import check
+
+            check(self.schema, self.regex)
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer is held to a schema or a regular expression."""
+        return self.schema is not None or self.regex is not None
 
 
 def make_sampler(sampling: Sampling) -> Sampler:

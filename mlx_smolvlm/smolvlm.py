@@ -20,6 +20,7 @@ from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.choose import Choice, Normalize, checked_choices, chosen
 from mlx_smolvlm.config import Config
+from mlx_smolvlm.constrain import Constrainer
 from mlx_smolvlm.context import pinned_tokens, too_long
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
 from mlx_smolvlm.errors import ContextError, SmolVLMWarning
@@ -54,6 +55,15 @@ class SmolVLM:
         # Compiled, a quantized layer's biases join the kernels that follow them.
         self.encoder: Callable[[mx.array], mx.array] = mx.compile(model.encode)
         self._video_warned = False
+
+    @cached_property
+    def constrainer(self) -> Constrainer:
+        """What holds answers to schemas; made once, when it is first needed.
+
+        Raises:
+            ConstraintError: llguidance is not installed.
+        """
+        return Constrainer(self.prompt_builder)
 
     def __repr__(self) -> str:
         return f"SmolVLM({self.config.source!r}, path={str(self.path)!r})"

@@ -331,7 +331,7 @@ def test_wrong_arguments(tiny: SmolVLM, seen: list[int]) -> None:
     assert seen == []
 
 
-@pytest.mark.parametrize("options", [{"kv_bits": 8}, {"max_kv_tokens": 64}])
+@pytest.mark.parametrize("options", [{"kv_bits": 8}, {"max_kv_tokens": 96}])
 def test_other_caches_answer_too(tmp_path: Path, options: dict[str, int]) -> None:
     """Packed rows equal packed single calls; rows side by side need every token."""
     vlm = load("demo", cache=CacheOptions(memory_bytes=0, **options))
@@ -342,3 +342,13 @@ def test_other_caches_answer_too(tmp_path: Path, options: dict[str, int]) -> Non
     assert [reply.text for reply in replies] == texts
     choice = vlm.choose("Where is the triangle?", [texts[2], "In the center."], images=[picture])
     assert choice.best == texts[2]
+
+
+def test_answers_held_to_a_regex() -> None:
+    vlm = load("demo")
+    picture = Path(__file__).parents[1] / "examples" / "two.png"
+    sampling = Sampling(regex="[0-9]")
+    questions = ["How many shapes are there?", "How many triangles are there?"]
+    replies = vlm.ask_many([picture], questions, sampling=sampling)
+    assert [reply.text for reply in replies] == ["2", "1"]
+    assert [reply.encoded_tiles for reply in replies] == [1, 0]
