@@ -99,7 +99,6 @@ def measure(path: Path, seconds: int, frames: int, model: str, media: bool) -> R
     import mlx_smolvlm as smolvlm
     from mlx_smolvlm.checkpoint import read_config
     from mlx_smolvlm.hub import ResolveOptions, resolve
-    from mlx_smolvlm.media import Footage
     from mlx_smolvlm.video import open_video
 
     vlm = None if media else smolvlm.load(model)
@@ -111,13 +110,21 @@ def measure(path: Path, seconds: int, frames: int, model: str, media: bool) -> R
             clip = open_video(wanted, config)
         with stages_timed(row):
             if vlm is None:
-                row["tiles"] = sum(1 for _ in Footage(clip).tiles(config))
+                row["tiles"] = _resized(clip, config)
             else:
                 row |= _answered(vlm, clip, row)
     row["frames"] = len(clip.indices)
     row["s_per_frame"] = row["total_s"] / row["frames"]
     row["peak_mb"] = peak_mb()
     return row
+
+
+def _resized(clip: Any, config: Any) -> int:
+    """How many tiles `clip` has, each made as for the encoder and dropped."""
+    from mlx_smolvlm import image
+
+    edge = config.video.longest_edge if config.video else config.tile_size
+    return sum(len(image.frame_tile(one.picture, edge, config)) for one in clip.frames())
 
 
 def _answered(vlm: Any, clip: Any, row: Row) -> Row:
