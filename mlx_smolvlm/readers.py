@@ -1,7 +1,7 @@
 """Frames of a video by their numbers: a file through PyAV, an animated picture, a list.
 
-A reader states `num_frames`, `fps`, `duration_s` and `size` (width, height), and `read` yields the
-frames that are asked for, upright and in RGB. None holds more than a few at once.
+A reader states `num_frames`, `fps` and `duration_s`, and `read` yields the frames that are
+asked for, upright and in RGB. None holds more than a few at once.
 """
 
 from __future__ import annotations
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
-
-Size = tuple[int, int]  # width, height
 
 # Signs of the display matrix's a, b, c and d: a point (x, y) goes to (ax + cy, bx + dy).
 _TURNS = {
@@ -52,7 +50,6 @@ class Reader(Protocol):
     num_frames: int
     fps: float
     duration_s: float
-    size: Size
     notes: list[str]
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -73,7 +70,7 @@ class FramesReader:
             raise MediaError("the video has no frames; give at least one")
         self._frames, self.num_frames, self.fps = frames, len(frames), fps
         self.duration_s = self.num_frames / fps
-        self.size = open_image(frames[0]).size
+        open_image(frames[0])  # so that what is no picture is refused now
         self.notes: list[str] = []
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -84,19 +81,20 @@ class FramesReader:
 class AnimationReader:
     """A GIF, WebP or PNG that moves, through Pillow, which composes it as browsers do.
 
-    `fps` is the mean, as PyAV's is. A delay below 0.02 s is one of 0.1 s.
+    `fps` is the mean. A delay below 0.02 s is one of 0.1 s.
     """
 
     def __init__(self, open_stream: Callable[[], BinaryIO], name: str) -> None:
         self._open, self._name, self.notes = open_stream, name, list[str]()
         delays: list[float] = []
         with self._image() as image:
-            self.size = image.size
-            check_size(self.size, name)
+            check_size(image.size, name)
             if getattr(image, "n_frames", 1) == 1:
                 raise MediaError(f"{name} is a single picture; give it as an image")
             for number in range(image.n_frames):  # type: ignore[attr-defined]
                 image.seek(number)
+                if image.format == "WEBP":
+                    image.load()  # only then is the delay known
                 delay = float(image.info.get("duration") or 0) / 1000
                 delays.append(delay if delay >= _LEAST_DELAY_S else _USUAL_DELAY_S)
         self.num_frames, self.duration_s = len(delays), sum(delays)
@@ -137,7 +135,6 @@ class FileReader:
 
         self._open, self._name, self.notes = open_stream, name, list[str]()
         with self.opened() as (container, stream):
-            self.size: Size = (stream.width, stream.height)
             self._index = read_index(container, stream)
             rate, claimed = stream.average_rate or stream.guessed_rate, stream.frames
         self.num_frames = len(self._index.times)
