@@ -7,6 +7,7 @@ asked for, upright and in RGB. None holds more than a few at once.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -41,7 +42,7 @@ _FORMATS = (
     "dv,vc1,mjpeg,yuv4mpegpipe,mp3,wav,aac,flac"
 )
 _BUFFER = 1 << 18  # bytes read at a time
-_LEAST_DELAY_S, _USUAL_DELAY_S = 0.02, 0.1  # of an animated picture, as browsers have it
+_LEAST_DELAY_MS, _USUAL_DELAY_MS = 20, 100  # of an animated picture, as browsers have it
 
 
 class Reader(Protocol):
@@ -81,7 +82,7 @@ class FramesReader:
 class AnimationReader:
     """A GIF, WebP or PNG that moves, through Pillow, which composes it as browsers do.
 
-    `fps` is the mean. A delay below 0.02 s is one of 0.1 s.
+    `fps` is the mean. A delay below 20 ms is one of 100 ms.
     """
 
     def __init__(self, open_stream: Callable[[], BinaryIO], name: str) -> None:
@@ -95,9 +96,9 @@ class AnimationReader:
                 image.seek(number)
                 if image.format == "WEBP":
                     image.load()  # only then is the delay known
-                delay = float(image.info.get("duration") or 0) / 1000
-                delays.append(delay if delay >= _LEAST_DELAY_S else _USUAL_DELAY_S)
-        self.num_frames, self.duration_s = len(delays), sum(delays)
+                delay = float(image.info.get("duration") or 0)
+                delays.append(delay if delay >= _LEAST_DELAY_MS else _USUAL_DELAY_MS)
+        self.num_frames, self.duration_s = len(delays), math.fsum(delays) / 1000
         self.fps = self.num_frames / self.duration_s
 
     @contextlib.contextmanager

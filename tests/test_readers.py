@@ -2,7 +2,6 @@
 
 import importlib.util
 import io
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,14 +109,6 @@ def test_a_stream_without_real_keyframes_is_decoded_once_more_from_the_start(mon
 # Rotation
 
 
-def with_matrix(data, matrix):
-    """An mp4 whose track is turned by (a, b, c, d)."""
-    place = data.index(b"tkhd") + 4 + 40
-    a, b, c, d = (value << 16 for value in matrix)
-    packed = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
-    return data[:place] + packed + data[place + 36 :]
-
-
 def turned(picture, matrix):
     """Each pixel (x, y) at (ax + cy, bx + dy), moved so that all coordinates are above 0."""
     a, b, c, d = matrix
@@ -145,7 +136,7 @@ MATRICES = [
 
 @pytest.mark.parametrize("matrix", MATRICES)
 def test_frames_are_turned_as_the_display_matrix_says(matrix):
-    data = with_matrix(cases.data("odd size"), matrix)
+    data = cases.with_matrix(cases.data("odd size"), matrix)
     stored = cases.decoded(data)[7]
     (got,) = reader_of(data).read([7])
     expected = turned(stored, matrix)
@@ -158,7 +149,7 @@ def test_frames_are_turned_as_the_display_matrix_says(matrix):
 
 
 def test_other_angles_are_left_alone():
-    data = with_matrix(cases.data("odd size"), (1, 1, -1, 1))
+    data = cases.with_matrix(cases.data("odd size"), (1, 1, -1, 1))
     assert cases.same(list(reader_of(data).read([3])), [cases.decoded(data)[3]])
 
 

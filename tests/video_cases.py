@@ -6,6 +6,7 @@ Loaded by path, since tests are no package.
 import functools
 import io
 import os
+import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -119,6 +120,14 @@ def same(first: Sequence[Image.Image], second: Sequence[Image.Image]) -> bool:
     return len(first) == len(second) and all(
         a.size == b.size and a.tobytes() == b.tobytes() for a, b in zip(first, second, strict=True)
     )
+
+
+def with_matrix(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
+    """An mp4 whose track is turned by (a, b, c, d)."""
+    place = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value << 16 for value in matrix)
+    packed = struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    return data[:place] + packed + data[place + 36 :]
 
 
 def x264(params: str) -> dict[str, str]:
