@@ -108,7 +108,7 @@ class VideoOracle:
     """Prompts and pixels of videos by the processor of one checkpoint.
 
     Args:
-        folder: With its preprocessor_config.json.
+        folder: With preprocessor_config.json or video_preprocessor_config.json.
         tokenizer: A fast tokenizer.
         image_seq_len: Tokens a tile.
         pictures: Settings of the image processor that are to differ.
@@ -116,8 +116,10 @@ class VideoOracle:
 
     def __init__(self, folder: Any, tokenizer: Any, image_seq_len: int, **pictures: Any) -> None:
         self.videos = SmolVLMVideoProcessor.from_pretrained(folder)
-        # As loaded, it has the size of pictures (docs/decisions/video.md).
-        settings = json.loads((Path(folder) / "preprocessor_config.json").read_text())
+        # As loaded, it may have the size of pictures (docs/decisions/video.md).
+        names = ("video_preprocessor_config.json", "preprocessor_config.json")
+        path = next(Path(folder) / name for name in names if (Path(folder) / name).exists())
+        settings = json.loads(path.read_text(encoding="utf-8"))
         self.videos.size = settings["video_sampling"]["video_size"]
         self.processor = _Processor(
             SmolVLMImageProcessorPil(**pictures),
