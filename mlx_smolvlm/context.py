@@ -44,7 +44,7 @@ def _advice(
         return "ask about fewer or smaller pictures and videos, or shorten the text"
     times = [one.clip.timestamps_s for one in footage]
     shown_s = sum(time[-1] - time[0] for time in times) * frames / max(1, frames - len(times))
-    fps, part_s = fit / shown_s, shown_s * fit / frames
+    fps, part_s = fit / shown_s, fit / max(one.clip.rate for one in footage)
     return (
         f"{fit} frames would fit: an fps of {_down(fps)}, a max_frames of {fit // len(footage)}, "
         f"or parts of {_down(part_s)} s, one after the other (--chunk)"

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 
 NTSC = Fraction(30000, 1001)
+QUESTION = "What happens?"
 
 
 @dataclass(frozen=True)
@@ -177,3 +178,40 @@ SPECS: dict[str, Spec] = {
     "ffv1 mkv": Spec("matroska", "ffv1", frames=20),
     "flv": Spec("flv", options=x264("keyint=15"), frames=40),
 }
+
+
+@dataclass(frozen=True)
+class FrameCase:
+    """Frames made from numbers, which need no decoder, and how they are sampled.
+
+    Attributes:
+        frames: How many.
+        source_fps: Of these a second.
+        size: Width and height in pixels.
+        fps: Frames to take a second; None is the checkpoint's.
+        max_frames: At most so many; None likewise.
+    """
+
+    frames: int
+    source_fps: float
+    size: tuple[int, int] = (64, 48)
+    fps: float | None = None
+    max_frames: int | None = None
+
+    def pictures(self) -> list[np.ndarray]:
+        """The frames (H, W, 3)."""
+        return [moving(number, self.size) for number in range(self.frames)]
+
+
+FRAME_CASES = [
+    FrameCase(3, 10.0),
+    FrameCase(1, 25.0, (5, 4)),
+    FrameCase(150, 30000 / 1001),
+    FrameCase(90, 30.0, (46, 80)),
+    FrameCase(40, 7.5, (333, 217)),
+    FrameCase(300, 60.0, (48, 27), fps=2),
+    FrameCase(700, 10.0, (32, 24)),
+    FrameCase(1800, 10.0, (16, 12), max_frames=8),
+    FrameCase(240, 24.0, (24, 32), fps=0.5, max_frames=64),
+    FrameCase(100, 12.5, (700, 20), fps=30, max_frames=3),
+]
