@@ -120,7 +120,7 @@ class Decoder:
                 continue
             if time == self._key_due and frame.pict_type not in _REFERRING:
                 self._key_due = None
-            exact = self._key_due is None
+            exact = self._key_due is None and not frame.is_corrupt
             while self._wanted and self._wanted[0] <= time:
                 wanted = self._wanted[0]
                 nearer = before is not None and wanted - before_time < time - wanted

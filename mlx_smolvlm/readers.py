@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
+
+    from mlx_smolvlm.decode import Index
 
 # Signs of the display matrix's a, b, c and d: a point (x, y) goes to (ax + cy, bx + dy).
 _TURNS = {
@@ -41,6 +45,7 @@ _FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,asf,ogg,mxf,nut,rm,"
     "dv,vc1,mjpeg,yuv4mpegpipe,mp3,wav,aac,flac"
 )
+_LEAST_LOSS_S = 0.5  # between the last frame and the end that a file claims
 _BUFFER = 1 << 18  # bytes read at a time
 _LEAST_DELAY_MS, _USUAL_DELAY_MS = 20, 100  # of an animated picture, as browsers have it
 
@@ -88,7 +93,7 @@ class AnimationReader:
     def __init__(self, open_stream: Callable[[], BinaryIO], name: str) -> None:
         self._open, self._name, self.notes = open_stream, name, list[str]()
         delays: list[float] = []
-        with self._image() as image:
+        with self._image() as image, _without_warnings():
             check_size(image.size, name)
             if getattr(image, "n_frames", 1) == 1:
                 raise MediaError(f"{name} is a single picture; give it as an image")
@@ -105,8 +110,11 @@ class AnimationReader:
     def _image(self) -> Iterator[Image.Image]:
         """The opened file, with any failure as a MediaError."""
         try:
-            with self._open() as stream, Image.open(stream) as image:
-                yield image
+            with self._open() as stream:
+                with _without_warnings():
+                    image = Image.open(stream)
+                with image:
+                    yield image
         except MediaError:
             raise
         except Exception as error:  # a format plugin raises anything on damaged data
@@ -119,8 +127,18 @@ class AnimationReader:
         """The frames at `indices`."""
         with self._image() as image:
             for index in indices:
-                image.seek(index)
-                yield open_image(image.copy())
+                with _without_warnings():
+                    image.seek(index)
+                    picture = open_image(image.copy())
+                yield picture
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Pillow warns of large pictures and damaged metadata; that would reach the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class FileReader:
@@ -138,6 +156,7 @@ class FileReader:
         with self.opened() as (container, stream):
             self._index = read_index(container, stream)
             rate, claimed = stream.average_rate or stream.guessed_rate, stream.frames
+            end_s, claimed_s = _ends(stream, self._index)
         self.num_frames = len(self._index.times)
         if not self.num_frames:
             raise MediaError(f"{name} has no frames; it may be truncated or damaged")
@@ -147,6 +166,8 @@ class FileReader:
             self.notes.append(
                 f"{name} is cut off: {self._index.packets} of {claimed} frames are there"
             )
+        elif claimed_s - end_s > _LEAST_LOSS_S:
+            self.notes.append(f"{name} is cut off: {end_s:.2f} of {claimed_s:.2f} s are there")
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -195,8 +216,8 @@ class FileReader:
             raise MediaError(f"{self._name} cannot be decoded; it may be damaged")
         if replaced:
             self.notes.append(
-                f"{self._name} is damaged: {replaced} of {len(indices)} frames are replaced by "
-                "the nearest that can be decoded"
+                f"{self._name} is damaged: {replaced} of {len(indices)} frames are damaged "
+                "themselves, or replaced by the nearest that can be decoded"
             )
 
 
@@ -220,11 +241,27 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
 
     for stream in container.streams.video:
         if Disposition.attached_pic not in Disposition(stream.disposition):
+            if stream.codec_context is None:
+                raise MediaError(
+                    f"{name} has pictures in a format that is not known; convert it to H.264 first"
+                )
             check_size((stream.width, stream.height), name)
             return stream
     if container.streams.audio:
         raise MediaError(f"{name} has sound only; give a file with a picture track")
     raise MediaError(f"{name} has no picture track")
+
+
+def _ends(stream: VideoStream, index: Index) -> tuple[float, float]:
+    """When the last frame begins, and when the stream ends as Matroska and WebM have it.
+
+    Both in seconds; 0 where it is not known.
+    """
+    claim = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
+    if claim is None or not index.positions or stream.time_base is None:
+        return 0.0, 0.0
+    hours, minutes, seconds = map(float, claim.groups())
+    return float(index.times[-1] * stream.time_base), 3600 * hours + 60 * minutes + seconds
 
 
 def _upright(frame: VideoFrame, name: str) -> Image.Image:

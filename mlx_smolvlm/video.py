@@ -63,7 +63,11 @@ class Video:
             (0 <= start < math.inf, "start_s", "0 or above"),
             (end > start, "end_s", "after start_s"),
             (self.sample in ("even", "scene"), "sample", "'even' or 'scene'"),
-            (self.source_fps is None or 0 < self.source_fps < math.inf, "source_fps", "above 0"),
+            (
+                self.source_fps is None or 1e-6 <= self.source_fps <= 1e6,
+                "source_fps",
+                "1e-6 to 1e6",
+            ),
         )
         for holds, name, range_ in checks:
             if not holds:
@@ -288,7 +292,7 @@ def sample_indices(
 
     Source: transformers 5.23, SmolVLMVideoProcessor.sample_frames.
     """
-    wanted = max(1, min(round(chosen.fps * duration_s), chosen.max_frames))
+    wanted = max(1, round(min(chosen.fps * duration_s, chosen.max_frames)))
     start, end, skip = 0, total - 1, chosen.skip_secs
     if skip > 0 and duration_s - 2 * skip > chosen.max_frames * chosen.fps:
         start, end = int(skip * fps), min(int(total - skip * fps), total - 1)

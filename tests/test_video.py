@@ -123,7 +123,7 @@ def test_indices_that_were_worked_out_by_hand(total, fps, expected, last):
         ({"start_s": 5, "end_s": 5}, "end_s is 5; it must be after start_s"),
         ({"end_s": float("nan")}, "end_s is nan"),
         ({"sample": "odd"}, "sample is 'odd'; it must be 'even' or 'scene'"),
-        ({"source_fps": 0}, "source_fps is 0; it must be above 0"),
+        ({"source_fps": 0}, "source_fps is 0; it must be 1e-6 to 1e6"),
     ],
 )
 def test_values_outside_their_range(options, words):
