@@ -51,7 +51,9 @@ def _advice(
         return "ask about fewer or smaller pictures and videos, or shorten the text"
     times = [one.times.timestamps_s for one in footage]
     shown_s = sum(time[-1] - time[0] for time in times) * frames / max(1, frames - len(times))
-    fps, part_s = fit / shown_s, shown_s * fit / frames
+    fps = fit / shown_s
+    rates = [one.clip.rate for one in footage if one.clip is not None]
+    part_s = fit / max(rates, default=frames / shown_s)
     return (
         f"{fit} frames would fit: an fps of {_down(fps)}, a max_frames of {fit // len(footage)}, "
         f"or parts of {_down(part_s)} s, one after the other (--chunk)"

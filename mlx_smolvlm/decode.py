@@ -15,8 +15,10 @@ from typing import NamedTuple
 import av
 from av.container import InputContainer
 from av.packet import Packet
-from av.video.frame import VideoFrame
+from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
+
+_REFERRING = (PictureType.P, PictureType.B)
 
 SEEK_PACKETS = 256  # a gap from which on seeking beats reading over it
 
@@ -100,21 +102,29 @@ class Decoder:
         self._wanted = collections.deque(index.times[i] for i in indices)
         self._all_wanted = frozenset(self._wanted)
         self._jump = jump and bool(index.positions)
+        self._key_due: int | None = None  # time of the keyframe jumped to, until it is decoded
         self._count = 0
         stream.thread_type = "AUTO"
 
     def frames(self) -> Iterator[tuple[VideoFrame, bool]]:
-        """Each wanted frame and True; in place of a damaged one, the nearest and False."""
+        """Each wanted frame and True; in place of a damaged one, the nearest and False.
+
+        What is called a keyframe and does not come out of the decoder, or refers to others,
+        is none: what follows it is not right, even if the decoder shows it.
+        """
         before: VideoFrame | None = None
         before_time = 0
         for frame in self._decoded():
             time = self._time(frame)
             if time is None:
                 continue
+            if time == self._key_due and frame.pict_type not in _REFERRING:
+                self._key_due = None
+            exact = self._key_due is None and not frame.is_corrupt
             while self._wanted and self._wanted[0] <= time:
                 wanted = self._wanted[0]
                 nearer = before is not None and wanted - before_time < time - wanted
-                yield (before if nearer and before is not None else frame), time == wanted
+                yield (before if nearer and before is not None else frame), exact and time == wanted
                 self._wanted.popleft()
             if not self._wanted:
                 return
@@ -163,6 +173,7 @@ class Decoder:
                 sought = None
                 yield packet
                 continue
+            self._key_due = key.time
             yield None
             if key.place - place > SEEK_PACKETS and key != sought:
                 sought = key

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlx_smolvlm.errors import MediaError
 
@@ -165,6 +166,35 @@ def _opener() -> OpenerDirector:
     ):
         opener.add_handler(handler)
     return opener
+
+
+class Rereading(io.RawIOBase):
+    """The file behind a descriptor from its beginning, wherever others are in it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._place = descriptor, 0
+
+    def readable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seekable(self) -> bool:
+        """Yes."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """The new place."""
+        size = os.fstat(self._descriptor).st_size
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: size}[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        """Bytes read into `buffer`; 0 at the end."""
+        data = os.pread(self._descriptor, len(buffer), self._place)
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
 
 
 def _copied(stream: BinaryIO, name: str, video: bool, deadline_s: float | None = None) -> BinaryIO:

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from mlx_smolvlm.image import Grid
 
 
+_LONGEST_S = 1e9  # that a clock is asked to show
+
+
 class FrameTimes(Protocol):
     """What the prompt says of a clip: when its frames are shown, and how long the video is."""
 
@@ -33,7 +36,7 @@ def stamp(seconds: float) -> str:
 
 def clock(seconds: float) -> str:
     """`seconds` as H:MM:SS, cut down to whole ones."""
-    return str(timedelta(seconds=int(seconds)))
+    return str(timedelta(seconds=int(min(seconds, _LONGEST_S))))
 
 
 def with_frames(

@@ -1,13 +1,17 @@
 """Frames of a video by their numbers: a file through PyAV, an animated picture, a list.
 
-A reader states `num_frames`, `fps`, `duration_s` and `size` (width, height), and `read` yields the
-frames that are asked for, upright and in RGB. None holds more than a few at once.
+A reader states `num_frames`, `fps` and `duration_s`, and `read` yields the frames that are
+asked for, upright and in RGB. None holds more than a few at once.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
+import re
+import warnings
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -24,7 +28,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-Size = tuple[int, int]  # width, height
+    from mlx_smolvlm.decode import Index
 
 # Signs of the display matrix's a, b, c and d: a point (x, y) goes to (ax + cy, bx + dy).
 _TURNS = {
@@ -44,8 +48,9 @@ _FORMATS = (
     "dv,vc1,mjpeg,yuv4mpegpipe,mp3,wav,aac,flac"
 )
 _BUFFER = 1 << 18  # bytes that PyAV reads at a time
-_BLOCK = 1 << 20  # bytes that are digested at a time
-_LEAST_DELAY_S, _USUAL_DELAY_S = 0.02, 0.1  # of an animated picture, as browsers have it
+_BLOCK = 1 << 18  # bytes that are digested at a time
+_LEAST_LOSS_S = 0.5  # between the last frame and the end that a file claims
+_LEAST_DELAY_MS, _USUAL_DELAY_MS = 20, 100  # of an animated picture, as browsers have it
 
 
 class Reader(Protocol):
@@ -54,7 +59,6 @@ class Reader(Protocol):
     num_frames: int
     fps: float
     duration_s: float
-    size: Size
     notes: list[str]
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -79,7 +83,7 @@ class FramesReader:
             raise MediaError("the video has no frames; give at least one")
         self._frames, self.num_frames, self.fps = frames, len(frames), fps
         self.duration_s = self.num_frames / fps
-        self.size = open_image(frames[0]).size
+        open_image(frames[0])  # so that what is no picture is refused now
         self.notes: list[str] = []
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -97,30 +101,34 @@ class FramesReader:
 class AnimationReader:
     """A GIF, WebP or PNG that moves, through Pillow, which composes it as browsers do.
 
-    `fps` is the mean, as PyAV's is. A delay below 0.02 s is one of 0.1 s.
+    `fps` is the mean. A delay below 20 ms is one of 100 ms.
     """
 
     def __init__(self, open_stream: Callable[[], BinaryIO], name: str) -> None:
         self._open, self._name, self.notes = open_stream, name, list[str]()
         delays: list[float] = []
-        with self._image() as image:
-            self.size = image.size
-            check_size(self.size, name)
+        with self._image() as image, _without_warnings():
+            check_size(image.size, name)
             if getattr(image, "n_frames", 1) == 1:
                 raise MediaError(f"{name} is a single picture; give it as an image")
             for number in range(image.n_frames):  # type: ignore[attr-defined]
                 image.seek(number)
-                delay = float(image.info.get("duration") or 0) / 1000
-                delays.append(delay if delay >= _LEAST_DELAY_S else _USUAL_DELAY_S)
-        self.num_frames, self.duration_s = len(delays), sum(delays)
+                if image.format == "WEBP":
+                    image.load()  # only then is the delay known
+                delay = float(image.info.get("duration") or 0)
+                delays.append(delay if delay >= _LEAST_DELAY_MS else _USUAL_DELAY_MS)
+        self.num_frames, self.duration_s = len(delays), math.fsum(delays) / 1000
         self.fps = self.num_frames / self.duration_s
 
     @contextlib.contextmanager
     def _image(self) -> Iterator[Image.Image]:
         """The opened file, with any failure as a MediaError."""
         try:
-            with self._open() as stream, Image.open(stream) as image:
-                yield image
+            with self._open() as stream:
+                with _without_warnings():
+                    image = Image.open(stream)
+                with image:
+                    yield image
         except MediaError:
             raise
         except Exception as error:  # a format plugin raises anything on damaged data
@@ -133,12 +141,22 @@ class AnimationReader:
         """The frames at `indices`."""
         with self._image() as image:
             for index in indices:
-                image.seek(index)
-                yield open_image(image.copy())
+                with _without_warnings():
+                    image.seek(index)
+                    picture = open_image(image.copy())
+                yield picture
 
     def digest(self, indices: Sequence[int]) -> bytes:
         """Digest of the file."""
         return _file_digest(self._open)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Pillow warns of large pictures and damaged metadata; that would reach the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 class FileReader:
@@ -154,9 +172,9 @@ class FileReader:
 
         self._open, self._name, self.notes = open_stream, name, list[str]()
         with self.opened() as (container, stream):
-            self.size: Size = (stream.width, stream.height)
             self._index = read_index(container, stream)
             rate, claimed = stream.average_rate or stream.guessed_rate, stream.frames
+            end_s, claimed_s = _ends(stream, self._index)
         self.num_frames = len(self._index.times)
         if not self.num_frames:
             raise MediaError(f"{name} has no frames; it may be truncated or damaged")
@@ -166,6 +184,8 @@ class FileReader:
             self.notes.append(
                 f"{name} is cut off: {self._index.packets} of {claimed} frames are there"
             )
+        elif claimed_s - end_s > _LEAST_LOSS_S:
+            self.notes.append(f"{name} is cut off: {end_s:.2f} of {claimed_s:.2f} s are there")
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
@@ -214,8 +234,8 @@ class FileReader:
             raise MediaError(f"{self._name} cannot be decoded; it may be damaged")
         if replaced:
             self.notes.append(
-                f"{self._name} is damaged: {replaced} of {len(indices)} frames are replaced by "
-                "the nearest that can be decoded"
+                f"{self._name} is damaged: {replaced} of {len(indices)} frames are damaged "
+                "themselves, or replaced by the nearest that can be decoded"
             )
 
     def digest(self, indices: Sequence[int]) -> bytes:
@@ -224,11 +244,15 @@ class FileReader:
 
 
 def _file_digest(open_stream: Callable[[], BinaryIO]) -> bytes:
-    """Digest of all that `open_stream` gives."""
+    """Digest of all that `open_stream` gives.
+
+    It is one of the blocks' checksums, which costs half of one of the bytes: a video has
+    gigabytes, and the digest has to tell files apart that nobody made to look alike.
+    """
     total = hashlib.blake2b(digest_size=16)
     with open_stream() as stream:
         while block := stream.read(_BLOCK):
-            total.update(block)
+            total.update(b"%d %d;" % (len(block), zlib.crc32(block)))
     return total.digest()
 
 
@@ -252,11 +276,27 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
 
     for stream in container.streams.video:
         if Disposition.attached_pic not in Disposition(stream.disposition):
+            if stream.codec_context is None:
+                raise MediaError(
+                    f"{name} has pictures in a format that is not known; convert it to H.264 first"
+                )
             check_size((stream.width, stream.height), name)
             return stream
     if container.streams.audio:
         raise MediaError(f"{name} has sound only; give a file with a picture track")
     raise MediaError(f"{name} has no picture track")
+
+
+def _ends(stream: VideoStream, index: Index) -> tuple[float, float]:
+    """When the last frame begins, and when the stream ends as Matroska and WebM have it.
+
+    Both in seconds; 0 where it is not known.
+    """
+    claim = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
+    if claim is None or not index.positions or stream.time_base is None:
+        return 0.0, 0.0
+    hours, minutes, seconds = map(float, claim.groups())
+    return float(index.times[-1] * stream.time_base), 3600 * hours + 60 * minutes + seconds
 
 
 def _upright(frame: VideoFrame, name: str) -> Image.Image:

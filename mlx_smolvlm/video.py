@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from PIL import Image
 
 from mlx_smolvlm.config import Config, VideoConfig
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.fetch import open_bytes, short_name
+from mlx_smolvlm.fetch import Rereading, open_bytes, short_name
 from mlx_smolvlm.frames import stamp
 from mlx_smolvlm.readers import FramesReader, Reader, open_reader
 
@@ -62,7 +63,11 @@ class Video:
             (0 <= start < math.inf, "start_s", "0 or above"),
             (end > start, "end_s", "after start_s"),
             (self.sample in ("even", "scene"), "sample", "'even' or 'scene'"),
-            (self.source_fps is None or 0 < self.source_fps < math.inf, "source_fps", "above 0"),
+            (
+                self.source_fps is None or 1e-6 <= self.source_fps <= 1e6,
+                "source_fps",
+                "1e-6 to 1e6",
+            ),
         )
         for holds, name, range_ in checks:
             if not holds:
@@ -105,12 +110,14 @@ class Clip:
         fps: Frames a second of the file.
         num_frames: All of the file's.
         indices: Numbers of the frames to look at, ascending.
+        rate: Of these a second, if there were no limit to their number.
     """
 
     name: str
     fps: float
     num_frames: int
     indices: tuple[int, ...]
+    rate: float
     _reader: Reader = field(repr=False)
 
     @property
@@ -239,10 +246,13 @@ def _opener(source: str | Path) -> Callable[[], BinaryIO]:
         stream.close()
         return lambda: open_bytes(source, video=True)
 
-    def reopened() -> BinaryIO:
-        stream.seek(0)
-        return os.fdopen(os.dup(stream.fileno()), "rb")
+    descriptor = os.dup(stream.fileno())
+    stream.close()
 
+    def reopened() -> BinaryIO:
+        return io.BufferedReader(Rereading(descriptor))
+
+    weakref.finalize(reopened, os.close, descriptor)
     return reopened
 
 
@@ -255,13 +265,15 @@ def _sampled(video: Video, opened: _Opened, chosen: VideoConfig) -> Clip:
         from mlx_smolvlm.scenes import scene_starts
 
         indices = scene_starts(numbers, reader.read(numbers), chosen.max_frames)
+        rate = len(indices) * reader.fps / len(numbers)
     else:
         duration = reader.duration_s
         if video.is_part:
             chosen, duration = replace(chosen, skip_secs=0.0), len(numbers) / reader.fps
         indices = sample_indices(len(numbers), reader.fps, duration, chosen)
         indices = tuple(index + first for index in indices)
-    return Clip(opened.name, reader.fps, reader.num_frames, indices, reader)
+        rate = min(chosen.fps, reader.fps)
+    return Clip(opened.name, reader.fps, reader.num_frames, indices, rate, reader)
 
 
 def _range(video: Video, opened: _Opened) -> tuple[int, int]:
@@ -284,7 +296,7 @@ def sample_indices(
 
     Source: transformers 5.23, SmolVLMVideoProcessor.sample_frames.
     """
-    wanted = max(1, min(round(chosen.fps * duration_s), chosen.max_frames))
+    wanted = max(1, round(min(chosen.fps * duration_s, chosen.max_frames)))
     start, end, skip = 0, total - 1, chosen.skip_secs
     if skip > 0 and duration_s - 2 * skip > chosen.max_frames * chosen.fps:
         start, end = int(skip * fps), min(int(total - skip * fps), total - 1)

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from mlx_smolvlm.config import (
     ImageConfig,
     QuantizationConfig,
     TextConfig,
+    VideoConfig,
     VisionConfig,
 )
 from mlx_smolvlm.model import Model
@@ -85,3 +87,24 @@ def wide() -> Model:
     config = tiny_config()
     text = replace(config.text, num_hidden_layers=3, head_dim=64, max_position_embeddings=4096)
     return randomize(Model(replace(config, text=text)))
+
+
+@pytest.fixture(scope="session")
+def tiny_video_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same of a checkpoint for videos, with a context of 1,024 tokens."""
+    folder = tmp_path_factory.mktemp("tiny-video") / "model"
+    shutil.copytree(tiny_folder, folder)
+    config = tiny_config()
+    config = replace(
+        config,
+        video=VideoConfig(fps=1.0, max_frames=64, longest_edge=32, skip_secs=1.0),
+        text=replace(config.text, max_position_embeddings=1024),
+    )
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_video(tiny_video_folder: Path) -> SmolVLM:
+    """A loaded model for videos with random weights."""
+    return load(tiny_video_folder)
