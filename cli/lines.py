@@ -10,7 +10,7 @@ from typing import Protocol
 from mlx_smolvlm.cli.commands import COMMANDS
 from mlx_smolvlm.cli.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, completions
 from mlx_smolvlm.cli.render import say
-from mlx_smolvlm.cli.terminal import can_edit
+from mlx_smolvlm.cli.terminal import can_edit, columns_and_rows
 
 _PATHS = {"/image": IMAGE_SUFFIXES, "/video": VIDEO_SUFFIXES, "/save": (), "/load": ()}
 
@@ -107,6 +107,6 @@ def make_edited_lines() -> Lines:
         is_edited = True
 
         def read(self, status: str) -> str:
-            return session.prompt(bottom_toolbar=status)
+            return session.prompt(bottom_toolbar=status[: columns_and_rows()[0]])
 
     return EditedLines()

@@ -55,14 +55,15 @@ class LiveScreen:
     def update(self) -> None:
         """Show what has been said by now, a dozen times a second at most."""
         now = time.monotonic()
+        is_settled = self._region.is_settled(now)
         if now - self._drawn_at < self.INTERVAL_S:
             return
-        self._drawn_at = now
         if self._region.is_narrowed():
-            if not self._region.is_settled(now):
+            if not is_settled:
                 return
             self._restart()
             self._region.turn_page()
+        self._drawn_at = now
         reply = self._reply
         text = neutral(reply.text)
         complete = blocks(text[self._final : text.rfind("\n") + 1])

@@ -19,7 +19,7 @@ from markdown_it.rules_inline.state_inline import Delimiter
 from markdown_it.token import Token
 from rich import box
 from rich.console import COLOR_SYSTEMS, Console, ConsoleOptions, RenderResult
-from rich.markdown import CodeBlock, Heading, Markdown, TableElement
+from rich.markdown import CodeBlock, Heading, ListElement, Markdown, TableElement
 from rich.segment import Segment
 from rich.syntax import Syntax
 from rich.table import Table
@@ -141,6 +141,15 @@ class _Heading(Heading):
     LEVEL_ALIGN = {}  # noqa: RUF012 (as in the parent class)
 
 
+class _Numbers(ListElement):
+    """A numbered list, no wider than its numbers."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        first = self.list_start or 0
+        for number, item in enumerate(self.items, first):
+            yield from item.render_number(console, options, number, first + len(self.items) - 1)
+
+
 class _Table(TableElement):
     """A table that folds what is too wide, and shortens nothing."""
 
@@ -162,6 +171,7 @@ class _Answer(Markdown):
     elements = {  # noqa: RUF012 (as in the parent class)
         **Markdown.elements,
         "heading_open": _Heading,
+        "ordered_list_open": _Numbers,
         "fence": _Code,
         "code_block": _Code,
         "table_open": _Table,

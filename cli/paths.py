@@ -24,15 +24,13 @@ _LONGEST = 1 << 14  # a longer line is no list of paths
 
 def split_sources(argument: str) -> list[str]:
     """Paths and URLs in `argument`: one as it stands, or several quoted as for a shell."""
-    argument = argument.strip()
-    if not argument:
-        return []
-    if is_url(argument) or os.path.exists(os.path.expanduser(argument)):
-        return [argument]
+    stripped = argument.strip()
+    if is_url(stripped) or os.path.exists(os.path.expanduser(stripped)):
+        return [stripped]
     try:
         words = shlex.split(argument)
     except ValueError:  # an apostrophe in a name
-        words = [argument]
+        words = [stripped]
     return [local_path(word) for word in words]
 
 
@@ -121,7 +119,7 @@ def _last_word(text: str) -> tuple[int, str, str]:
 
 def _quoted(path: str, quote: str, is_dir: bool) -> str:
     """`path` as it is typed: in the quote that was begun, else with escapes."""
-    if quote and quote not in path:
+    if quote and quote not in path and "\\" not in path:
         return quote + path + ("/" if is_dir else quote)
     home, rest = ("~", path[1:]) if path.startswith("~") else ("", path)
     return home + re.sub(r"([^\w@%+=:,./-])", r"\\\1", rest) + "/" * is_dir

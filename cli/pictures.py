@@ -116,13 +116,13 @@ def _sixel(picture: Image.Image) -> Iterator[str]:
     palette, pixels = image.getpalette() or [], np.asarray(image)
     height, width = pixels.shape
     yield f'\x1bP0;1q"1;1;{width};{height}'
-    for colour in np.unique(pixels):
+    for colour in np.unique(pixels).tolist():
         red, green, blue = (round(v / 2.55) for v in palette[3 * colour : 3 * colour + 3])
         yield f"#{colour};2;{red};{green};{blue}"
     for top in range(0, height, 6):
         band = pixels[top : top + 6]
         weights = 1 << np.arange(len(band))[:, None]
-        for colour in np.unique(band):
+        for colour in np.unique(band).tolist():
             bits = ((band == colour) * weights).sum(axis=0)
             yield f"#{colour}{_runs(bits.tolist())}$"
         yield "-"

@@ -58,7 +58,7 @@ class Session:
                 interrupted = True
                 say("Ctrl-C again or Ctrl-D leaves", dim=True)
                 continue
-            if not self._handle(line.strip()):
+            if not self._handle(line.lstrip()):
                 return 0
 
     def _handle(self, line: str) -> bool:
@@ -84,8 +84,8 @@ class Session:
             return self._command(word, "".join(rest))
         if paths := dropped(line):
             self.talk.add(paths)
-        elif line:
-            self.talk.ask(readable(line.removeprefix("/") if line.startswith("//") else line))
+        elif message := readable(line).rstrip():
+            self.talk.ask(message.removeprefix("/") if message.startswith("//") else message)
         return True
 
     def _command(self, word: str, argument: str) -> bool:
@@ -99,7 +99,7 @@ class Session:
                 fail(f"{word} needs a path")
             talk.add(sources, word == "/video")
         elif word == "/system":
-            talk.system(readable(argument))
+            talk.system(readable(argument).rstrip())
         elif word == "/save":
             talk.save(argument)
         elif word == "/load":

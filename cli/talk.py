@@ -164,7 +164,10 @@ class Talk:
     def save(self, argument: str) -> None:
         """Write the conversation to the file that `argument` names."""
         path = _one_path("/save", argument)
-        self._conversation.save(path)
+        try:
+            self._conversation.save(path)
+        except OSError as error:  # it names the file that is written first
+            raise OSError(error.errno, error.strerror, path) from None
         say(f"saved as {path}", dim=True)
 
     def load(self, argument: str) -> None:
