@@ -84,8 +84,8 @@ class LiveScreen:
 
     def close(self) -> None:
         """Remove what is not final, and show typed keys again."""
-        self._region.draw([], [])
-        self._open.close()
+        with self._open:
+            self._region.draw([], [])
 
     def _restart(self) -> None:
         """Let nothing be shown for good."""

@@ -12,6 +12,7 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pyte
 
@@ -76,7 +77,13 @@ PATIENCE_S = 60
 class Emulator:
     """A process on a terminal, with a screen that a terminal emulator draws."""
 
-    def __init__(self, command: list[str], env: Mapping[str, str], size: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        env: Mapping[str, str],
+        size: tuple[int, int],
+        stdout: Path | None = None,
+    ) -> None:
         columns, rows = size
         self.raw = b""
         self.screen = pyte.HistoryScreen(columns, rows, history=10_000, ratio=0.5)
@@ -85,15 +92,17 @@ class Emulator:
         self._set_size(columns, rows)
         self.screen.write_process_input = self._answer
         self.attributes = b"\x1b[?62;22c"
+        out = inner if stdout is None else os.open(stdout, os.O_WRONLY | os.O_CREAT)
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=inner,
-            stdout=inner,
+            stdout=out,
             stderr=inner,
             start_new_session=True,
             env=dict(env),
         )
-        os.close(inner)
+        for fd in {inner, out}:
+            os.close(fd)
 
     def _answer(self, data: str) -> None:
         """Send what the emulator answers to a question of the program."""

@@ -65,10 +65,11 @@ def start(tmp_path: Path) -> Iterator[Talk]:
         answers: dict[str, str] | None = None,
         env: dict[str, str] | None = None,
         size: tuple[int, int] = (80, 24),
+        stdout: Path | None = None,
     ) -> Any:
         program = Program(tmp_path, answers or {}, env or {})
         command = ["-c", pty_terminal.PROGRAM, "chat", *map(str, options)]
-        terminal = pty_terminal.Emulator(command, program.env, size)
+        terminal = pty_terminal.Emulator(command, program.env, size, stdout)
         terminal.program = program
         opened.append(terminal)
         terminal.expect("/help lists the commands")
@@ -527,6 +528,17 @@ def test_no_pictures_inline(
     terminal.expect("red one.png: 1 tile")
     for sequence in (b"1337", b"\x1b_G", b"\x1bP"):
         assert sequence not in terminal.raw
+
+
+def test_answers_go_to_a_file(start: Talk, tmp_path: Path, picture: Path) -> None:
+    path = tmp_path / "answers.txt"
+    terminal = start("-i", picture, answers={"First": "**one** [x]"}, stdout=path)
+    terminal.ready()
+    terminal.enter("First")
+    terminal.wait(lambda: "tokens/s" in terminal.toolbar(), "the next prompt")
+    terminal.send("\x04")
+    assert terminal.status() == 0
+    assert path.read_text() == "**one** [x]\n"
 
 
 def test_nothing_for_terminals_goes_to_pipes(picture: Path, tmp_path: Path) -> None:
