@@ -10,9 +10,12 @@ Package.md describes the rest.
 from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
+from mlx_smolvlm.cache_options import CacheOptions
+from mlx_smolvlm.choose import Choice
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
+    ConstraintError,
     ContextError,
     MediaError,
     PromptError,
@@ -21,7 +24,6 @@ from mlx_smolvlm.errors import (
 )
 from mlx_smolvlm.media import Progress
 from mlx_smolvlm.parts import Part
-from mlx_smolvlm.reuse import CacheOptions
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.smolvlm import SmolVLM, load
 
@@ -34,7 +36,9 @@ __all__ = [
     "AnswerStream",
     "CacheOptions",
     "CheckpointError",
+    "Choice",
     "Chunk",
+    "ConstraintError",
     "ContextError",
     "Conversation",
     "MediaError",

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.cache import NONE, KVCache
 from mlx_smolvlm.errors import SmolVLMWarning
-from mlx_smolvlm.generate import StopText, tokens
+from mlx_smolvlm.generate import StopText, constrained_tokens, tokens
 from mlx_smolvlm.media import Footage, Medium, Picture, Progress, encode, joined
 from mlx_smolvlm.reuse import Content, State
 from mlx_smolvlm.sampling import Sampling, make_sampler
+from mlx_smolvlm.schema import jsonable, value_of
 
 if TYPE_CHECKING:
     from mlx_smolvlm.smolvlm import SmolVLM
@@ -44,8 +45,9 @@ class Reply:
     both went through the encoder now. `cached_tokens` is how many of `prompt_tokens` were
     there already, from what was asked before.
     `time_to_first_token_s` counts from the call, so it includes the pictures;
-    `prompt_tps` counts the decoder's part alone, without those tokens. `peak_memory_gb` is the most
-    that MLX held, in 10**9 bytes.
+    `prompt_tps` counts the decoder's part alone, without those tokens. `peak_memory_gb` is the
+    most that MLX held, in 10**9 bytes. `parsed` is the value of an answer held to a schema, an
+    instance if that is a pydantic model; None without a schema, or if the answer was cut.
     """
 
     text: str = ""
@@ -61,13 +63,14 @@ class Reply:
     generation_tps: float = 0.0
     time_to_first_token_s: float = 0.0
     peak_memory_gb: float = 0.0
+    parsed: Any = None
 
     def __str__(self) -> str:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return asdict(self)
+        return {**asdict(self), "parsed": jsonable(self.parsed)}
 
 
 @dataclass(frozen=True)
@@ -79,12 +82,18 @@ class Prompt:
         media: What its placeholders stand for, in order.
         state: What a conversation holds already.
         is_turn: Whether a conversation keeps the state afterwards.
+        pins: Positions of tokens that a bounded cache never drops.
     """
 
     input_ids: np.ndarray
     media: tuple[Medium, ...]
     state: State | None = None
     is_turn: bool = False
+    pins: np.ndarray = field(default_factory=lambda: NONE)
+
+    def room(self, context: int, max_tokens: int) -> int:
+        """Tokens that its answer may take: `max_tokens`, or fewer if the context ends before."""
+        return min(max_tokens, context - self.input_ids.size)
 
 
 class Ready(NamedTuple):
@@ -96,6 +105,113 @@ class Ready(NamedTuple):
     cache: KVCache
 
 
+class Answer:
+    """An answer under way: token ids go in, text comes out; `reply` is the answer so far.
+
+    The clock of the first token runs from here. `ended` says that no token may follow. The
+    text is shown without its `lead`; None stands for any white space.
+    """
+
+    def __init__(
+        self, vlm: SmolVLM, prompt: Prompt, stop: Sequence[str], lead: str | None = None
+    ) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        tiles = [(isinstance(one, Picture), one.num_tiles) for one in prompt.media]
+        self.reply = Reply(
+            prompt_tokens=prompt.input_ids.size,
+            image_tiles=sum(count for is_picture, count in tiles if is_picture),
+            video_frames=sum(count for is_picture, count in tiles if not is_picture),
+        )
+        self.ended = False
+        self._vlm, self._held, self._lead = vlm, StopText(stop), lead
+        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._started = self._begun = self._first = time.perf_counter()
+        self._prefilled = 0
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether a stop text ended it."""
+        return self._held.stopped
+
+    def begin(self, prefilled: int) -> None:
+        """The media are encoded and the decoder begins with so many tokens."""
+        self._begun, self._prefilled = time.perf_counter(), prefilled
+
+    def add(self, token_id: int) -> str:
+        """The text that may be shown now that `token_id` has come."""
+        vlm, reply = self._vlm, self.reply
+        self._tick()
+        reply.token_ids.append(token_id)
+        reply.generation_tokens += 1
+        if token_id in vlm.config.eos_token_ids:
+            self._end("stop")
+            return ""
+        if token_id in vlm.hidden_token_ids:
+            return ""
+        tokenizer = vlm.prompt_builder.tokenizer
+        text = self._held.feed(self._decoder.step(tokenizer, token_id) or "")
+        if self._held.stopped:
+            self._end("stop")
+        return self._shown(text)
+
+    def finish(self, reason: Literal["stop", "length"] = "length") -> str:
+        """The text that was held back, once no more tokens come; `reason` says why they do not."""
+        if not self.ended:
+            self._end(reason)
+        return self._shown(self._held.flush())
+
+    def _end(self, reason: Literal["stop", "length"]) -> None:
+        self.ended, self.reply.finish_reason = True, reason
+
+    def _shown(self, text: str) -> str:
+        """`text` joined to the reply, without the space after "Assistant:"."""
+        if self._lead:
+            text, self._lead = text[len(self._lead) :], self._lead[len(text) :]
+        elif self._lead is None and not self.reply.text:
+            text = text.lstrip()
+        self.reply.text += text
+        return text
+
+    def _tick(self) -> None:
+        """A token has come: set the times and the memory of the reply."""
+        now, reply = time.perf_counter(), self.reply
+        if not reply.token_ids:
+            self._first = now
+            reply.time_to_first_token_s = now - self._started
+            reply.prompt_tps = self._prefilled / (now - self._begun)
+        else:
+            reply.generation_tps = len(reply.token_ids) / (now - self._first)
+        reply.peak_memory_gb = mx.get_peak_memory() / 1e9
+
+
+def preparing(vlm: SmolVLM, prompt: Prompt, reply: Reply) -> Generator[Progress, None, Ready]:
+    """Finds out what is there already, and encodes the media that are not, step by step.
+
+    `reply` is told how much that was.
+    """
+    mx.reset_peak_memory()
+    content = vlm.content_of(prompt)
+    state, start = vlm.memory.recall(content, prompt.pins, prompt.state)
+    spans = zip(prompt.media, content.spans, strict=True)
+    todo = [medium for medium, span in spans if span.stop > start]
+    vlm.memory.lend_features(todo)
+    for step in encode(todo, vlm.encoder, vlm.config):
+        reply.encoded_tiles = step.encoded
+        yield step
+    vlm.memory.keep_features(todo)
+    for medium in todo:
+        if isinstance(medium, Footage) and medium.clip is not None:
+            for note in medium.clip.notes:
+                warnings.warn(note, SmolVLMWarning, stacklevel=2)
+    embeds = vlm.model.embed(prompt.input_ids[start:], joined(todo))
+    reply.cached_tokens = start
+    cache = vlm.make_cache() if state is None else state.cache
+    cache.trim(start)
+    cache.pin(prompt.pins)
+    return Ready(content, embeds, cache)
+
+
 class AnswerStream(Iterator[Chunk]):
     """Yields an answer's chunks; `reply` is the answer so far.
 
@@ -105,15 +221,11 @@ class AnswerStream(Iterator[Chunk]):
     """
 
     def __init__(self, vlm: SmolVLM, prompt: Prompt, sampling: Sampling) -> None:
-        tiles = [(isinstance(one, Picture), one.num_tiles) for one in prompt.media]
-        self.reply = Reply(
-            prompt_tokens=prompt.input_ids.size,
-            image_tiles=sum(count for is_picture, count in tiles if is_picture),
-            video_frames=sum(count for is_picture, count in tiles if not is_picture),
-        )
-        self.state = prompt.state
+        self._constraint = vlm.constrainer(sampling) if sampling.is_constrained else None
+        lead = None if self._constraint is None else self._constraint.lead
+        self._answer = Answer(vlm, prompt, sampling.stop, lead)
+        self.reply, self.state = self._answer.reply, prompt.state
         self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
-        self._started = time.perf_counter()
         self._preparation = self._prepare()
         self._chunks = self._generate()
 
@@ -139,83 +251,38 @@ class AnswerStream(Iterator[Chunk]):
         return self._preparation
 
     def _prepare(self) -> Generator[Progress, None, None]:
-        """Find out what is there already, and encode the media that are not."""
-        mx.reset_peak_memory()
-        vlm, media = self._vlm, self._prompt.media
-        content = vlm.content_of(self._prompt)
-        state, start = vlm.memory.recall(content, self.state)
-        todo = [one for one, span in zip(media, content.spans, strict=True) if span.stop > start]
-        vlm.memory.lend_features(todo)
-        for step in encode(todo, vlm.encoder, vlm.config):
-            self.reply.encoded_tiles = step.encoded
-            yield step
-        vlm.memory.keep_features(todo)
-        for medium in todo:
-            if isinstance(medium, Footage) and medium.clip is not None:
-                for note in medium.clip.notes:
-                    warnings.warn(note, SmolVLMWarning, stacklevel=2)
-        embeds = vlm.model.embed(self._prompt.input_ids[start:], joined(todo))
-        self.reply.cached_tokens = start
-        cache = vlm.model.make_cache() if state is None else state.cache
-        cache.trim(start)
-        self._ready = Ready(content, embeds, cache)
+        self._ready = yield from preparing(self._vlm, self._prompt, self.reply)
 
     def _generate(self) -> Generator[Chunk, None, None]:
         """The chunks, with `reply` kept up to date before each."""
-        text = StopText(self._sampling.stop)
-        for token_id, piece in self._decode():
-            shown = text.feed(piece)
-            if not self.reply.text:
-                shown = shown.lstrip()  # the space after "Assistant:"
-            self.reply.text += shown
-            if text.stopped:
-                self.reply.finish_reason = "stop"
+        for token_id in self._token_ids():
+            shown = self._answer.add(token_id)
             if shown:
                 yield Chunk(shown, token_id)
-            if text.stopped:
-                return
-        rest = text.flush()
+            if self._answer.ended:
+                break
+        held = self._constraint
+        whole = held is not None and held.ended and not self._answer.is_cut
+        rest = self._answer.finish("stop" if whole else "length")
         if rest:
-            self.reply.text += rest
             yield Chunk(rest, None)
-
-    def _decode(self) -> Iterator[tuple[int, str]]:
-        """Token ids with the text that each completes, up to the end of the answer."""
-        from tokenizers.decoders import DecodeStream
-
-        vlm, reply = self._vlm, self.reply
-        decoder, tokenizer = DecodeStream(skip_special_tokens=False), vlm.prompt_builder.tokenizer
-        for token_id in self._token_ids():
-            reply.token_ids.append(token_id)
-            reply.generation_tokens += 1
-            if token_id in vlm.config.eos_token_ids:
-                reply.finish_reason = "stop"
-                return
-            if token_id not in vlm.hidden_token_ids:
-                yield token_id, decoder.step(tokenizer, token_id) or ""
-        reply.finish_reason = "length"
+        if whole:
+            self.reply.parsed = value_of(self.reply.text, self._sampling.schema)
 
     def _token_ids(self) -> Iterator[int]:
-        """Token ids of the answer, with the clocks of `reply`."""
-        vlm, prompt, reply = self._vlm, self._prompt, self.reply
+        """Token ids of the answer; what is known afterwards is remembered."""
+        vlm, prompt, sampling = self._vlm, self._prompt, self._sampling
         for _ in self._preparation:
             pass
-        encoded = time.perf_counter()
         content, embeds, cache = self._ready
-        room = vlm.config.text.max_position_embeddings - prompt.input_ids.size
-        limit = min(self._sampling.max_tokens, room)
-        sampler, first = make_sampler(self._sampling), 0.0
+        self._answer.begin(embeds.shape[1])
+        limit = prompt.room(vlm.config.text.max_position_embeddings, sampling.max_tokens)
+        sampler, held = make_sampler(sampling), self._constraint
         try:
-            for count, token_id in enumerate(tokens(vlm.model, embeds, cache, sampler, limit)):
-                now = time.perf_counter()
-                if count == 0:
-                    first = now
-                    reply.time_to_first_token_s = first - self._started
-                    reply.prompt_tps = embeds.shape[1] / (first - encoded)
-                else:
-                    reply.generation_tps = count / (now - first)
-                reply.peak_memory_gb = mx.get_peak_memory() / 1e9
-                yield token_id
+            if held is None:
+                yield from tokens(vlm.model, embeds, cache, sampler, limit)
+            else:
+                yield from constrained_tokens(vlm.model, embeds, cache, sampler, held, limit)
         finally:
-            self.state = State(content.followed_by(reply.token_ids), cache)
+            self.state = State(content.followed_by(self.reply.token_ids), cache)
             vlm.memory.remember(self.state, content, prompt.is_turn)

@@ -25,5 +25,9 @@ class ContextError(PromptError):
     """The prompt is longer than the model's context."""
 
 
+class ConstraintError(SmolVLMError):
+    """An answer cannot be held to a schema or a regular expression."""
+
+
 class SmolVLMWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""

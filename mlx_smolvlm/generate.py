@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.constrain import Constraint
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.sampling import Sampler
 
@@ -45,6 +47,41 @@ def tokens(
         yield _host(token_id)
         token_id = following
     yield _host(token_id)
+
+
+def constrained_tokens(
+    model: Model,
+    inputs_embeds: mx.array,
+    cache: KVCache,
+    sampler: Sampler,
+    constraint: Constraint,
+    max_tokens: int,
+) -> Iterator[int]:
+    """Yields up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D) and are allowed.
+
+    Tokens that have no alternative go through the decoder together, the first ones with the
+    prompt. What may come next is found out while the device computes how likely it is. The
+    cache may hold forced tokens beyond those that were taken.
+    """
+    pending = constraint.forced(max_tokens)
+    if pending:
+        inputs_embeds = mx.concatenate([inputs_embeds, model.embed(np.array(pending))], axis=1)
+    logits = prefill(model, inputs_embeds, cache)
+    mx.async_eval(logits)
+    left = max_tokens - len(pending)
+    while left and not constraint.ended:
+        allowed = constraint.allowed()
+        token_id = _host(sampler(mx.where(allowed, logits, -mx.inf)))
+        constraint.take(token_id)
+        new = [token_id, *constraint.forced(left - 1)]
+        left -= len(new)
+        if left and not constraint.ended:
+            logits = prefill(model, model.embed(np.array(new)), cache)
+            mx.async_eval(logits)
+        yield from (*pending, *new)
+        pending = []
+    mx.eval(logits)
+    yield from pending
 
 
 def _host(token_id: mx.array) -> int:

@@ -45,7 +45,7 @@ class PromptBuilder:
 
     `tokenizer` is set to read special tokens in text as text; it decodes as usual.
     `framing_token_ids` are of the tokens that frame turns and pictures, which are no part
-    of an answer's text.
+    of an answer's text. `answer_lead` is white space that every answer begins with.
     """
 
     def __init__(self, tokenizer_json: Path, chat_template: str, config: Config) -> None:
@@ -58,6 +58,7 @@ class PromptBuilder:
             token_id for text, (token_id, _) in self._tokens.items() if _FRAMING.fullmatch(text)
         )
         self._template = ChatTemplate(chat_template)
+        self.answer_lead = self._template.answer_lead()
         self._image_ids: dict[Grid, tuple[int, ...]] = {}
         self._check_tokens()
 

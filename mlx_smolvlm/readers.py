@@ -269,7 +269,12 @@ def _upright(frame: VideoFrame, name: str) -> Image.Image:
 
 def _turn(frame: VideoFrame) -> Image.Transpose | None:
     """How to turn a frame, from its display matrix; other angles than right ones are left."""
-    data: Any = frame.side_data.get("DISPLAYMATRIX")
+    from av.sidedata.sidedata import SideDataContainer
+
+    # Once `frame.side_data` is asked for, it and the frame hold each other, and the frame
+    # stays until Python looks for such circles, which may be hundreds of frames later.
+    side_data: Any = SideDataContainer
+    data: Any = side_data(frame).get("DISPLAYMATRIX")
     if data is None:
         return None
     a, b, _, c, d = np.sign(np.frombuffer(data, np.int32, count=5)).tolist()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 Sampler = Callable[[mx.array], mx.array]
 """Takes `logits` (vocabulary,), gives a token id (1,)."""
+RowSampler = Callable[[mx.array, np.ndarray], mx.array]
+"""Takes `logits` (B, vocabulary) and how many tokens each answer has (B,), gives token ids (B,)."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +27,14 @@ class Sampling:
         max_tokens: The answer's length at most, in tokens.
         seed: Repeats a sampled answer; None is a new one each time.
         stop: Texts that end the answer; they are not part of it.
+        schema: A JSON Schema, as an object or a text, or a pydantic model, that the
+            answer fits; `Reply.parsed` is its value.
+        regex: A regular expression that the whole answer matches.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value outside its range, a schema or an expression that no answer can
+            be held to, or both.
+        ConstraintError: There is a schema or an expression, and llguidance is not installed.
     """
 
     temperature: float = 0.0
@@ -35,6 +44,8 @@ class Sampling:
     max_tokens: int = 1024
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    schema: dict[str, Any] | type[Any] | str | None = None
+    regex: str | None = None
 
     def __post_init__(self) -> None:
         checks = (
@@ -49,6 +60,17 @@ class Sampling:
         for holds, name, range_ in checks:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
+        if self.schema is not None and self.regex is not None:
+            raise ValueError("schema and regex are both given; an answer is held to one of them")
+        if self.is_constrained:
+            from mlx_smolvlm.schema import check
+
+            check(self.schema, self.regex)
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer is held to a schema or a regular expression."""
+        return self.schema is not None or self.regex is not None
 
 
 def make_sampler(sampling: Sampling) -> Sampler:
@@ -77,3 +99,45 @@ def make_sampler(sampling: Sampling) -> Sampler:
         return token_id
 
     return draw
+
+
+def make_row_sampler(sampling: Sampling) -> RowSampler:
+    """The sampler that `sampling` describes, for the next tokens of several answers.
+
+    With a seed, each answer is drawn as it would be alone: the n-th tokens of all are
+    drawn from the same random state. Without one, they are drawn independently.
+    """
+    if sampling.temperature == 0:
+        return lambda logits, _: mx.argmax(logits, axis=-1)
+    sampler = make_sampler(sampling)
+    if sampling.seed is None:
+        return lambda logits, _: mx.concatenate([sampler(row) for row in logits])
+    states = RandomStates(sampling.seed)
+
+    def draw(logits: mx.array, counts: np.ndarray) -> mx.array:
+        token_ids = []
+        for row, count in zip(logits, counts.tolist(), strict=True):
+            mx.random.seed(states.after(count))
+            token_ids.append(sampler(row))
+        return mx.concatenate(token_ids)
+
+    return draw
+
+
+class RandomStates:
+    """MLX's random state at a seed and after each draw, as the seeds that set it.
+
+    A state is two halves of 64 bits. They are computed on the CPU, so that nothing waits
+    for what a GPU is at.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seeds, self._state = [seed], mx.random.key(seed)
+
+    def after(self, draws: int) -> int:
+        """The seed of the state after so many draws."""
+        while len(self._seeds) <= draws:
+            self._state = mx.random.split(self._state, stream=mx.cpu)[0]
+            high, low = np.array(self._state).tolist()
+            self._seeds.append(high << 32 | low)
+        return self._seeds[draws]

@@ -51,6 +51,19 @@ class ChatTemplate:
                 f"the chat template refuses the messages: {one_line(error)}"
             ) from None
 
+    def answer_lead(self) -> str:
+        """White space between the heading of an answer and the answer: that after "Assistant:"."""
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": _PROBE}]}
+            for role in ("user", "assistant")
+        ]
+        try:
+            heading, whole = self.render(messages[:1], True), self.render(messages, False)
+        except PromptError:
+            return ""
+        lead, found, _ = whole.removeprefix(heading).partition(_PROBE)
+        return lead if found and whole.startswith(heading) and not lead.strip() else ""
+
     def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         return self._template.render(
             messages=messages,

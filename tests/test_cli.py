@@ -116,6 +116,66 @@ def test_system_and_stop_reach_the_model(tiny_folder: Path, answer: str) -> None
     assert counts[1] > counts[0]
 
 
+SCHEMA = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"]}
+
+
+@pytest.mark.parametrize("in_a_file", [True, False])
+def test_schema(tiny_folder: Path, tmp_path: Path, in_a_file: bool) -> None:
+    schema = json.dumps(SCHEMA)
+    if in_a_file:
+        (tmp_path / "schema.json").write_text("\ufeff" + schema)
+        schema = str(tmp_path / "schema.json")
+    arguments = ("chat", "Hello", "-m", tiny_folder, "--schema", schema)
+    text = run(*arguments).stdout.decode()
+    assert text in ('{"sure":true}\n', '{"sure":false}\n')
+    reply = json.loads(run(*arguments, "--json").stdout)
+    assert reply["parsed"] == json.loads(reply["text"]) == json.loads(text)
+    assert reply["finish_reason"] == "stop"
+
+
+def test_regex(tiny_folder: Path) -> None:
+    arguments = ("chat", "Hello", "-m", tiny_folder, "--regex", "gr(ü|ee)n")
+    assert run(*arguments).stdout.decode() in ("grün\n", "green\n")
+    assert json.loads(run(*arguments, "--json").stdout)["parsed"] is None
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [
+        ("--schema", "nowhere.json", ("nowhere.json", "No such file")),
+        ("--schema", "text.json", ("not JSON",)),
+        ("--schema", "bytes.json", ("bytes.json", "utf-8")),
+        ("--schema", ".", ("Is a directory",)),
+        ("--schema", '{"type": "strng"}', ("Invalid type: strng",)),
+        ("--regex", "(a", ("unclosed group",)),
+    ],
+)
+def test_a_wrong_schema_or_expression(
+    tmp_path: Path, option: str, value: str, words: tuple[str, ...]
+) -> None:
+    (tmp_path / "text.json").write_text("a schema")
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe")
+    result = subprocess.run(
+        [*COMMAND, "chat", "Hello", option, value],
+        capture_output=True,
+        timeout=60,
+        env=environment(),
+        cwd=tmp_path,
+    )
+    assert_one_error(result, option, *words, status=2)
+
+
+def test_without_llguidance() -> None:
+    code = "import sys; sys.modules['llguidance'] = None; import mlx_smolvlm.cli.app as a; a.main()"
+    result = subprocess.run(
+        [sys.executable, "-c", code, "chat", "Hello", "--regex", "a"],
+        capture_output=True,
+        timeout=60,
+        env=environment(),
+    )
+    assert_one_error(result, "llguidance", "pip install 'mlx-smolvlm[json]'")
+
+
 def bomb(width: int, height: int) -> bytes:
     """A valid PNG header of a large picture, without its pixels."""
     size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
@@ -198,6 +258,9 @@ def test_stdin_without_a_prompt(tiny_folder: Path, picture: Path) -> None:
         (("Hi", "--top-p", "1.5"), ("--top-p", "at most 1")),
         (("Hi", "--detail", "huge"), ("--detail", "huge")),
         (("Hi", "--bits", "5"), ("--bits", "4, 8, 16")),
+        (("Hi", "--kv-bits", "3"), ("--kv-bits", "4 or 8")),
+        (("Hi", "--max-kv-tokens", "9"), ("--max-kv-tokens", "72 or above")),
+        (("Hi", "--kv-bits", "8", "--cache-dir", "x"), ("--cache-dir", "--kv-bits")),
         (("Hi", "-i", "-", "-i", "-"), ("-i", "twice")),
         (("Hi", "-i", "https://example.org/a.png", "--offline"), ("--offline", "network")),
         (("",), ("PROMPT", "empty")),
@@ -351,7 +414,17 @@ def test_help_and_version() -> None:
     assert "Examples:\n" in text
     for option in (
         *("--image", "--model", "--system", "--max-tokens", "--temperature", "--top-p"),
-        *("--seed", "--stop", "--detail", "--bits", "--offline", "--json", "--stats"),
+        *(
+            "--seed",
+            "--stop",
+            "--detail",
+            "--bits",
+            "--kv-bits",
+            "--max-kv-tokens",
+            "--offline",
+            "--json",
+            "--stats",
+        ),
     ):
         assert option in text
 

@@ -1,0 +1,204 @@
+"""What holding answers to a schema costs.
+
+    python benchmarks/schema.py [--tokenizer FILE] [--tokens N] [--rounds N]
+
+For the demo, and for a decoder of SmolVLM-256M's size with random weights and the vocabulary
+in FILE (a tokenizer.json of such a checkpoint; without one the second part is left out):
+a free answer, the same length with a mask at every token, and an answer to a schema with its
+forced tokens decoded one by one and together. All are timed in turns, in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+import mlx_smolvlm
+from mlx_smolvlm import Sampling
+from mlx_smolvlm.config import Config, ImageConfig, QuantizationConfig, TextConfig, VisionConfig
+from mlx_smolvlm.constrain import Constrainer, Constraint
+from mlx_smolvlm.generate import constrained_tokens, tokens
+from mlx_smolvlm.model import Model
+from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.sampling import make_sampler
+
+POINT = {
+    "type": "object",
+    "properties": {
+        "x": {"type": "integer", "minimum": 0, "maximum": 999},
+        "y": {"type": "integer", "minimum": 0, "maximum": 999},
+    },
+    "required": ["x", "y"],
+}
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "maxLength": 24},
+        "kind": {"enum": ["receipt", "invoice", "letter"]},
+        "date": {"type": "string", "format": "date"},
+        "is_paid": {"type": "boolean"},
+        "corners": {"type": "array", "items": POINT, "minItems": 2, "maxItems": 2},
+    },
+    "required": ["title", "kind", "date", "is_paid", "corners"],
+}
+ANYTHING = "(?s:.{4000})"  # every text, and too long to end within the benchmark
+TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+class Timed(Constraint):
+    """Adds up the seconds that llguidance takes on the host."""
+
+    masks_s, steps_s, chosen = 0.0, 0.0, 0
+
+    def allowed(self) -> mx.array:
+        started = time.perf_counter()
+        mask = super().allowed()
+        self.masks_s += time.perf_counter() - started
+        self.chosen += 1
+        return mask
+
+    def take(self, token_id: int) -> None:
+        started = time.perf_counter()
+        super().take(token_id)
+        self.steps_s += time.perf_counter() - started
+
+    def forced(self, most: int) -> list[int]:
+        started = time.perf_counter()
+        token_ids = super().forced(most)
+        self.steps_s += time.perf_counter() - started
+        return token_ids
+
+
+class OneByOne(Timed):
+    """Has every token chosen, the forced ones out of one."""
+
+    def forced(self, most: int) -> list[int]:
+        return []
+
+
+class Runs:
+    """Answers of one model, free and constrained, that are timed in turns."""
+
+    def __init__(self, model: Model, constrainer: Constrainer, most: int) -> None:
+        self._model, self._constrainer, self._most = model, constrainer, most
+        self._embeds = model.embed(np.arange(100, 108))
+        mx.eval(self._embeds)
+        self.last: dict[str, tuple[list[int], Timed | None]] = {}
+
+    def constraint(self, kind: type[Timed], sampling: Sampling) -> Timed:
+        """A constraint that keeps time."""
+        made = self._constrainer(sampling)
+        made.__class__ = kind
+        assert isinstance(made, Timed)
+        return made
+
+    def run(self, name: str) -> float:
+        """Seconds that the answer takes, after a prompt of 8 tokens."""
+        model, constraint = self._model, None
+        sampler, cache = make_sampler(Sampling()), model.make_cache()
+        ids: Iterator[int]
+        if name == "free":
+            ids = tokens(model, self._embeds, cache, sampler, self._most)
+        else:
+            kind = OneByOne if name == "schema, one by one" else Timed
+            held = Sampling(regex=ANYTHING) if name == "masked" else Sampling(schema=SCHEMA)
+            most = self._most if name == "masked" else 1000
+            constraint = self.constraint(kind, held)
+            ids = constrained_tokens(model, self._embeds, cache, sampler, constraint, most)
+        started = time.perf_counter()
+        said = list(ids)
+        elapsed = time.perf_counter() - started
+        self.last[name] = said, constraint
+        return elapsed
+
+
+def report(title: str, runs: Runs, rounds: int) -> None:
+    """Print medians over `rounds`, after one that warms up."""
+    names = ("free", "masked", "schema, one by one", "schema, together")
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds + 1):
+        for name in names:
+            elapsed = runs.run(name)
+            if number:
+                times[name].append(elapsed)
+    assert runs.last[names[2]][0] == runs.last[names[3]][0], "forced tokens changed the answer"
+    print(title)
+    print(
+        f"{'':22}{'tokens':>7}{'chosen':>7}{'ms':>8}{'ms a token':>12}{'mask ms':>9}{'rest ms':>9}"
+    )
+    for name in names:
+        said, constraint = runs.last[name]
+        total = 1000 * statistics.median(times[name])
+        chosen = len(said) if constraint is None else constraint.chosen
+        line = f"{name:22}{len(said):7}{chosen:7}{total:8.1f}{total / len(said):12.3f}"
+        if constraint is not None:
+            mask, rest = constraint.masks_s, constraint.steps_s
+            line += f"{1000 * mask / chosen:9.3f}{1000 * rest / chosen:9.3f}"
+        print(line)
+    ratios = [m / f for m, f in zip(times["masked"], times["free"], strict=True)]
+    saved = [o / t for o, t in zip(times[names[2]], times[names[3]], strict=True)]
+    print(f"masked / free, a token: {statistics.median(ratios):.3f}")
+    print(f"schema, one by one / together: {statistics.median(saved):.2f}\n")
+
+
+def large(tokenizer: Path) -> tuple[Model, Constrainer]:
+    """A decoder of SmolVLM-256M's size with random weights, and its constrainer."""
+    config = Config(
+        vision=VisionConfig(64, 128, 1, 2, 32, 8, 1e-6),
+        text=TextConfig(576, 1536, 30, 9, 3, 64, 1e5, 1e-5, 49280, 8192, False),
+        scale_factor=2,
+        image_token_id=49190,
+        eos_token_ids=(49279,),
+        image=ImageConfig(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), True),
+        video=None,
+        quantization=QuantizationConfig(None, None, None, None),
+        dtype="float32",
+        source="random",
+    )
+    mx.random.seed(0)
+    model = Model(config)
+    mx.eval(model.parameters())
+    started = time.perf_counter()
+    constrainer = Constrainer(PromptBuilder(tokenizer, TEMPLATE, config))
+    print(f"reading a tokenizer of 49,280 tokens: {time.perf_counter() - started:.2f} s, once\n")
+    return model, constrainer
+
+
+def compile_s(make: Callable[[], object]) -> float:
+    """Median seconds that `make` takes."""
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        make()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Cost of constrained answers.")
+    parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json of 49,280 tokens")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    demo = mlx_smolvlm.load("demo")
+    report("demo", Runs(demo.model, demo.constrainer, options.tokens), options.rounds)
+    if options.tokenizer is not None:
+        model, constrainer = large(options.tokenizer)
+        report("256M, random weights", Runs(model, constrainer, options.tokens), options.rounds)
+        sampling = Sampling(schema=SCHEMA)
+        print(f"checking the schema: {1000 * compile_s(lambda: Sampling(schema=SCHEMA)):.1f} ms")
+        print(f"starting an answer: {1000 * compile_s(lambda: constrainer(sampling)):.1f} ms")
+
+
+if __name__ == "__main__":
+    main()

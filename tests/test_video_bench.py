@@ -1,0 +1,126 @@
+"""The clips and the lines of benchmarks/video.py, and the memory that they watch over."""
+
+import gc
+import importlib.util
+from fractions import Fraction
+from pathlib import Path
+from types import ModuleType
+
+import av
+import pytest
+from av.video.frame import PictureType, VideoFrame
+
+import mlx_smolvlm as smolvlm
+from mlx_smolvlm import Sampling, SmolVLMWarning, Video
+from mlx_smolvlm.checkpoint import read_config
+from mlx_smolvlm.hub import ResolveOptions, resolve
+from mlx_smolvlm.video import open_video
+
+SIZE = (64, 48)
+
+
+@pytest.fixture
+def video_clips(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    return importlib.import_module("video_clips")
+
+
+@pytest.fixture
+def bench(video_clips: ModuleType) -> ModuleType:
+    path = Path(__file__).parent.parent / "benchmarks" / "video.py"
+    spec = importlib.util.spec_from_file_location("video_bench", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def packets(path: Path) -> list[tuple[int, bool]]:
+    """Time in frames, and whether it is a keyframe, of each packet in the order shown."""
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        assert stream.time_base is not None
+        unit = stream.time_base * Fraction(30)
+        found = [(p.pts * unit, p.is_keyframe) for p in container.demux(stream) if p.size]
+    return sorted((int(time), key) for time, key in found if time.denominator == 1)
+
+
+def test_clip_has_its_frames_and_keyframes(video_clips: ModuleType, tmp_path: Path) -> None:
+    path = video_clips.clip(tmp_path, 2, 25, SIZE)
+    assert packets(path) == [(i, i in (0, 25, 50)) for i in range(60)]
+    with av.open(str(path)) as container:
+        kinds = {PictureType(frame.pict_type).name for frame in container.decode(video=0)}
+    assert kinds == {"I", "P", "B"}  # B-frames as cameras' and most files have them
+    made = path.stat().st_mtime_ns
+    assert video_clips.clip(tmp_path, 2, 25, SIZE).stat().st_mtime_ns == made
+
+
+def test_long_clip_repeats_a_minute(
+    video_clips: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(video_clips, "MINUTE", 1)
+    path = video_clips.clip(tmp_path, 3, 25, SIZE)
+    assert packets(path) == [(i, i % 30 in (0, 25)) for i in range(90)]
+    with av.open(str(path)) as container:
+        frames = [frame.to_ndarray() for frame in container.decode(video=0)]
+    assert (frames[7] == frames[67]).all()
+    assert (frames[7] != frames[8]).any()
+    monkeypatch.setattr(video_clips, "MINUTE", 2)
+    with pytest.raises(ValueError, match="multiple"):
+        video_clips.clip(tmp_path, 5, 25, SIZE)
+
+
+def test_frames_are_let_go_without_the_garbage_collector(
+    video_clips: ModuleType, tmp_path: Path
+) -> None:
+    path = video_clips.clip(tmp_path, 4, 25, SIZE)
+    config = read_config(resolve("demo", ResolveOptions()))
+    clip = open_video(Video(path, fps=30, max_frames=120), config)
+    gc.collect()
+    gc.disable()
+    try:
+        held = [sum(isinstance(o, VideoFrame) for o in gc.get_objects()) for _ in clip.frames()]
+    finally:
+        gc.enable()
+    assert len(held) == 120
+    assert max(held) < 60  # the decoder's last are as many as it has threads
+
+
+def test_measured_line(bench: ModuleType, video_clips: ModuleType, tmp_path: Path) -> None:
+    path = video_clips.clip(tmp_path, 2, 25, SIZE)
+    rows = [bench.measure(path, 2, frames, "demo", media=True) for frames in (3, 5)]
+    assert [(row["frames"], row["tiles"]) for row in rows] == [(3, 3), (5, 5)]
+    with pytest.warns(SmolVLMWarning, match="not trained on videos"):
+        row = bench.measure(path, 2, 4, "demo", media=False)
+    assert (row["frames"], row["tiles"]) == (4, 4)
+    vlm = smolvlm.load("demo")
+    with pytest.warns(SmolVLMWarning, match="not trained on videos"):
+        reply = vlm.ask(
+            "What happens here?",
+            videos=[Video(path, fps=2, max_frames=4)],
+            sampling=Sampling(max_tokens=1),
+        )
+    assert row["tokens"] == reply.prompt_tokens
+    parts = ("index_s", "decode_s", "resize_s", "encode_s", "prefill_s")
+    assert sum(row[part] for part in parts) <= row["total_s"]
+    assert all(name in row for name in bench.COLUMNS)
+    assert len(bench.line(row)) >= len(bench.line(row, heading=True))
+
+
+def test_each_length_is_compared_with_the_shortest_of_as_many_frames(bench: ModuleType) -> None:
+    rows = [
+        {"frames": frames, "seconds": seconds, "peak_mb": frames + seconds, "total_s": seconds}
+        for frames in (10, 64)
+        for seconds in (10, 60)
+    ]
+    assert bench.against_shortest(rows) == [
+        {
+            "frames": frames,
+            "seconds": 60,
+            "shortest_seconds": 10,
+            "more_peak_mb": 50,
+            "times_as_long": 6,
+        }
+        for frames in (10, 64)
+    ]
