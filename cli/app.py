@@ -11,7 +11,14 @@ from typing import Annotated
 
 import typer
 
-from mlx_smolvlm.cli.render import OutputClosedError, fail, prepare_streams, write
+from mlx_smolvlm.cli.render import (
+    OutputClosedError,
+    fail,
+    os_fault,
+    out_of_memory,
+    prepare_streams,
+    write,
+)
 from mlx_smolvlm.errors import SmolVLMError
 
 OUTPUT_CLOSED = 141
@@ -35,15 +42,12 @@ def main() -> None:
         sys.exit(OUTPUT_CLOSED)
     except SmolVLMError as error:
         fail(error)
-    except MemoryError:
-        fail("out of memory; try --detail low, or a smaller model or --bits 4")
     except OSError as error:
-        name = f": {error.filename}" if error.filename is not None else ""
-        fail(f"{error.strerror or error}{name}")
-    except RuntimeError as error:
-        if "malloc" not in str(error) and "Insufficient Memory" not in str(error):
+        fail(os_fault(error))
+    except (MemoryError, RuntimeError) as error:
+        if (message := out_of_memory(error)) is None:
             raise
-        fail(f"out of memory ({error}); try --detail low, or a smaller model or --bits 4")
+        fail(message)
     sys.exit(1)
 
 
@@ -200,6 +204,12 @@ def chat(
     stats: Annotated[
         bool, typer.Option("--stats", help="Print counts, speed and memory on stderr.")
     ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="In a conversation: answers as they are, not Markdown.")
+    ] = False,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="In a conversation: show no pictures inline.")
+    ] = False,
 ) -> None:
     """Ask about pictures, videos or text, once or in a conversation."""
     from mlx_smolvlm.cli.chat import chat as run
@@ -245,6 +255,8 @@ def chat(
         offline=offline,
         json=json,
         stats=stats,
+        plain=plain,
+        pictures=not no_images,
     )
     raise typer.Exit(run(options))
 

@@ -15,11 +15,12 @@ from mlx_smolvlm.cli.media import (
     sampled,
 )
 from mlx_smolvlm.cli.options import ChatOptions, ModelOptions
-from mlx_smolvlm.cli.render import Bar, ConversionProgress, say, stats_line, write, write_json
+from mlx_smolvlm.cli.render import Bar, ConversionProgress, say, stats_line, write_json
+from mlx_smolvlm.cli.screen import NoScreen, PlainScreen, Screen
 from mlx_smolvlm.errors import PromptError
 
 if TYPE_CHECKING:
-    from mlx_smolvlm import AnswerStream, SmolVLM
+    from mlx_smolvlm import AnswerStream, Reply, SmolVLM
     from mlx_smolvlm.cli.media import OpenedVideo
 
 INTERRUPTED = 130
@@ -38,9 +39,9 @@ def chat(options: ChatOptions) -> int:
     vlm = load_model(options)
     printer = Printer(vlm, options)
     if prompt is None:
-        from mlx_smolvlm.cli.session import Session
+        from mlx_smolvlm.cli.session import converse
 
-        return Session(vlm, options, printer, [*images, *videos]).run()
+        return converse(vlm, options, printer, [*images, *videos])
     if options.frames.chunk_s is not None:
         return show_parts(vlm, options, printer, prompt, videos[0])
     for image in images:
@@ -130,26 +131,26 @@ class Printer:
             label: What to write before it.
             extra: More fields for `--json`.
         """
-        finished, shown = False, 0
-        try:
-            self._prepare(stream)
-            if label and not self._options.json:
-                write(f"{label}: ")
-            for chunk in stream:
-                if not self._options.json:
-                    shown += len(chunk.text)
-                    write(chunk.text)
-            finished = True
-        except KeyboardInterrupt:
-            stream.close()
-        reply = stream.reply
+        finished, reply = False, stream.reply
+        with contextlib.closing(self._screen(reply)) as screen:
+            try:
+                self._prepare(stream)
+                screen.begin(label)
+                for _ in stream:
+                    screen.update()
+                finished = True
+            except KeyboardInterrupt:
+                stream.close()
+            screen.finish()
         if self._options.json:
             write_json({**reply.to_dict(), **(extra or {})})
-        else:
-            write(reply.text[shown:] + ("" if reply.text.endswith("\n") else "\n"))
         if self._options.stats:
             say(stats_line(reply))
         return finished
+
+    def _screen(self, reply: Reply) -> Screen:
+        """What shows `reply`."""
+        return NoScreen() if self._options.json else PlainScreen(reply)
 
     def _prepare(self, stream: AnswerStream) -> None:
         """Decode and encode pictures and videos, with a bar; write frames if asked to."""

@@ -54,6 +54,8 @@ class ChatOptions:
     offline: bool
     json: bool
     stats: bool
+    plain: bool
+    pictures: bool
 
     def __post_init__(self) -> None:
         if self.prompt is not None and not self.prompt.strip():

@@ -62,8 +62,13 @@ def write(text: str) -> None:
     Raises:
         OutputClosedError: The reader of the pipe is gone.
     """
+    write_raw(neutral(text) if sys.stdout.isatty() else text)
+
+
+def write_raw(text: str) -> None:
+    """Put `text` on stdout now as it is; errors as `write`."""
     try:
-        sys.stdout.write(neutral(text) if sys.stdout.isatty() else text)
+        sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
         _discard(sys.stdout)
@@ -101,6 +106,22 @@ def warn(message: object) -> None:
 def fail(message: object) -> None:
     """Put "error: ..." on stderr, in one line."""
     say("error: " + " ".join(str(message).splitlines()))
+
+
+def os_fault(error: OSError) -> str:
+    """What the system could not do, and with which file."""
+    name = f": {error.filename}" if error.filename is not None else ""
+    return f"{error.strerror or error}{name}"
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What to tell a user if `error` is a lack of memory, as MLX tells it or Python."""
+    advice = "try --detail low, or a smaller model or --bits 4"
+    if isinstance(error, MemoryError):
+        return f"out of memory; {advice}"
+    if "malloc" in str(error) or "Insufficient Memory" in str(error):
+        return f"out of memory ({error}); {advice}"
+    return None
 
 
 def _discard(stream: TextIO) -> None:

@@ -158,6 +158,22 @@ class Conversation:
         self._turns, self._open = turns, stream
         return stream
 
+    def retry(self, sampling: Sampling | None = None) -> AnswerStream:
+        """Another answer to the last question, in place of the one that was given.
+
+        Args:
+            sampling: How it is generated; None as every turn.
+
+        Raises:
+            PromptError: There is no question.
+        """
+        self._settle()
+        if not self._turns:
+            raise PromptError("there is no question to ask again")
+        turns = [*self._turns[:-1], replace(self._turns[-1], answer=None)]
+        self._turns, self._open = self._fitting(turns, sampling)
+        return self._open
+
     def undo(self) -> str | None:
         """Take the last question and its answer back; its text, or None if there is none."""
         self._settle()
@@ -204,9 +220,11 @@ class Conversation:
         if vlm.cache_options.is_plain:  # as files are; other caches begin anew
             self._state = saved.state
 
-    def _fitting(self, turns: list[Turn]) -> tuple[list[Turn], AnswerStream]:
+    def _fitting(
+        self, turns: list[Turn], sampling: Sampling | None = None
+    ) -> tuple[list[Turn], AnswerStream]:
         """The turns that the context holds, and the stream of the last one's answer."""
-        sampling, drops = self._options.sampling, self._options.on_full == "drop-oldest"
+        sampling, drops = sampling or self._options.sampling, self._options.on_full == "drop-oldest"
         room = min(sampling.max_tokens, self.context_size // 8)
         while True:
             messages, media = self._transcript(turns), _media(turns)

@@ -26,12 +26,12 @@ def tokens(model, inputs_embeds, cache, sampler, limit):
         yield TOKENS[i % len(TOKENS)]
 mlx_smolvlm.answer.tokens = tokens
 old = smolvlm.SmolVLM.answer
-def answer(self, messages, *rest):
+def answer(self, messages, *rest, **options):
     users = [m for m in messages if m["role"] == "user"]
     said = [len(m["content"][0]["text"]) > 0 for m in messages if m["role"] == "assistant"]
     items = [item["type"] for item in users[-1]["content"]]
     print(f"<seen {len(users)} users, {len(said)} answers, {items.count('image')} images>")
-    return old(self, messages, *rest)
+    return old(self, messages, *rest, **options)
 smolvlm.SmolVLM.answer = answer
 TOKENS = [int(n) for n in sys.argv.pop(1).split(",")]
 from mlx_smolvlm.cli.app import main
@@ -151,7 +151,7 @@ def test_mistakes_do_not_end_it(start: Start, tmp_path: Path) -> None:
     terminal.send("/image\n")
     terminal.expect("error: /image needs a path\r\n> ")
     terminal.send("/imgae x\n")
-    terminal.expect("error: there is no command /imgae; /help lists them\r\n> ")
+    terminal.expect("error: there is no command /imgae; did you mean /image[^>]*> ")
     terminal.send("/help\n")
     terminal.expect("/image PATH(.|\n)*/reset(.|\n)*/exit(.|\n)*> ")
     terminal.send("word " * 600 + "\n")
@@ -218,7 +218,7 @@ def test_answers_go_to_a_file_and_prompts_to_the_terminal(start: Start, tmp_path
 
 
 def test_split_sources(picture: Path) -> None:
-    from mlx_smolvlm.cli.session import split_sources
+    from mlx_smolvlm.cli.paths import split_sources
 
     spaced = picture.with_name("a b.png")
     picture.rename(spaced)

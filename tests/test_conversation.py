@@ -320,6 +320,25 @@ def test_undo(warm: SmolVLM) -> None:
     assert reply.cached_tokens > 5
 
 
+def test_retry_answers_the_last_question_anew(warm: SmolVLM, cold: SmolVLM) -> None:
+    chat = warm.chat(sampling=SHORT)
+    with pytest.raises(PromptError, match="no question"):
+        chat.retry()
+    chat.ask("What?", images=[noise(1)])
+    first = chat.ask("And?")
+    assert chat.retry().finished().text == first.text
+    varied = Sampling(max_tokens=9, temperature=5.0, seed=3)
+    again = chat.retry(varied).finished()
+    assert again.encoded_tiles == 0
+    assert again.text != first.text
+    said = [message["content"][-1]["text"] for message in chat.messages]
+    assert said[2:] == ["And?", again.text]
+    transcript = chat.messages[:-1]
+    transcript[0] = {**transcript[0], "content": [{"type": "image"}, transcript[0]["content"][-1]]}
+    alone = cold.ask(transcript, images=[noise(1)], sampling=varied)
+    assert alone.text == again.text
+
+
 def test_fork_goes_on_by_itself(warm: SmolVLM, cold: SmolVLM, logits: list[np.ndarray]) -> None:
     chat = warm.chat(sampling=SHORT)
     chat.ask("What?", images=[PICTURES[0]])

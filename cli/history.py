@@ -1,0 +1,54 @@
+"""What was typed in earlier conversations, in a file that only its owner can read.
+
+It is $MLX_SMOLVLM_HISTORY, else `history` in the cache folder; an empty variable turns it off.
+A file that cannot be read or written is done without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+from mlx_smolvlm.hub import cache_folder
+
+VARIABLE = "MLX_SMOLVLM_HISTORY"
+MAX_BYTES = 1 << 20  # of a file; its older half goes
+
+
+def open_history() -> History:
+    """The history for this conversation."""
+    name = os.environ.get(VARIABLE)
+    if name == "":
+        return InMemoryHistory()
+    path = cache_folder() / "history" if name is None else Path(name).expanduser()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
+        _shorten(path)
+    except (OSError, RuntimeError):
+        return InMemoryHistory()
+    return _History(str(path))
+
+
+def _shorten(path: Path) -> None:
+    """Drop the older half of a long history."""
+    if path.stat().st_size > MAX_BYTES:
+        _, _, newer = path.read_bytes()[-MAX_BYTES // 2 :].partition(b"\n\n")
+        path.write_bytes(b"\n" + newer)
+
+
+class _History(FileHistory):
+    """A file that may fail, and takes what is no UTF-8."""
+
+    def load_history_strings(self) -> Iterable[str]:
+        with contextlib.suppress(OSError):
+            return list(super().load_history_strings())
+        return []
+
+    def store_string(self, string: str) -> None:
+        with contextlib.suppress(OSError):
+            super().store_string(string.encode("utf-8", "replace").decode())

@@ -1,0 +1,243 @@
+r"""Markdown on a terminal, of which no word gets lost.
+
+CommonMark hides what a model means to say: HTML, link targets, the backslashes of formulas, the
+underscores of __init__. What hides text is therefore shown as it stands, and a block is shown
+as it stands if one of its words would still be missing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline
+from markdown_it.rules_inline.state_inline import Delimiter
+from markdown_it.token import Token
+from rich import box
+from rich.console import COLOR_SYSTEMS, Console, ConsoleOptions, RenderResult
+from rich.markdown import CodeBlock, Heading, ListElement, Markdown, TableElement
+from rich.segment import Segment
+from rich.syntax import Syntax
+from rich.table import Table
+from rich.text import Text
+from rich.theme import Theme
+
+_THEME = Theme(
+    {
+        "markdown.h1": "bold underline",
+        "markdown.h2": "bold",
+        "markdown.h3": "bold",
+        "markdown.code": "cyan",
+        "markdown.block_quote": "none",
+        "markdown.item.number": "none",
+    }
+)
+_CODE_THEME = "ansi_dark"  # the terminal's own colours, without a background
+_FORMULA = re.compile(
+    r"\$\$.+?\$\$|\$(?![\s$])[^$\n]+?(?<!\s)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL
+)
+_DECORATION = re.compile(r"[\s\u2022\u258c\u2500\u2501\u2502]+")  # bullets, quotes, borders
+
+
+@dataclass(frozen=True)
+class Block:
+    """A part of an answer that is rendered by itself; `is_tight` if no line goes before it."""
+
+    text: str
+    is_tight: bool
+
+
+def blocks(text: str) -> list[Block]:
+    """`text` cut into its blocks, the items of a list each by itself; joined, they are `text`."""
+    starts: list[tuple[int, bool]] = []
+    for token in _PARSER.parse(text):
+        is_item = token.type == "list_item_open" and token.level == 1
+        is_block = token.level == 0 and token.nesting >= 0 and "list" not in token.type
+        if token.map and (is_item or is_block):
+            starts.append((token.map[0], is_item))
+    if not starts:
+        return [Block(text, True)] if text else []
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
+    edges = [0, *(start for start, _ in starts[1:]), len(lines)]
+    found: list[Block] = []
+    for number, (start, end) in enumerate(itertools.pairwise(edges)):
+        follows_item = number > 0 and starts[number][1] and starts[number - 1][1]
+        is_tight = number == 0 or (follows_item and bool(lines[start - 1].strip()))
+        found.append(Block("".join(lines[start:end]), is_tight))
+    return found
+
+
+class Renderer:
+    """Renders blocks for the terminal that stdout is."""
+
+    def __init__(self) -> None:
+        self._console = Console(file=sys.stdout, theme=_THEME, highlight=False, emoji=False)
+
+    def lines(self, text: str, columns: int) -> list[str]:
+        """`text`, free of control characters, in lines of at most so many columns."""
+        text = text.strip("\n")
+        if not text.strip():
+            return []
+        rendered = self._rendered(_Answer(text), columns)
+        if not _has_words(rendered, text):
+            rendered = self._rendered(Text(text, overflow="fold"), columns)
+        while rendered and not any(part.text.strip() for part in rendered[0]):
+            rendered = rendered[1:]
+        while rendered and not any(part.text.strip() for part in rendered[-1]):
+            rendered = rendered[:-1]
+        return [self._ansi(line) for line in rendered]
+
+    def _rendered(self, what: Markdown | Text, columns: int) -> list[list[Segment]]:
+        options = self._console.options.update(width=columns, height=None)
+        lines = self._console.render_lines(what, options, pad=False)
+        return [_trimmed(line) for line in lines]
+
+    def _ansi(self, line: Iterable[Segment]) -> str:
+        colours = COLOR_SYSTEMS.get(self._console.color_system or "")
+        return "".join(
+            part.style.render(part.text, color_system=colours) if part.style else part.text
+            for part in line
+        )
+
+
+def _trimmed(line: list[Segment]) -> list[Segment]:
+    """`line` without the blanks at its end."""
+    line = list(line)
+    while line and not line[-1].text.strip():
+        line.pop()
+    if line:
+        line[-1] = Segment(line[-1].text.rstrip(), line[-1].style)
+    return line
+
+
+def _has_words(lines: list[list[Segment]], text: str) -> bool:
+    """Whether every word of `text` is in `lines`, in order; a long one may go on in the next."""
+    shown = _DECORATION.sub("", "".join(part.text for line in lines for part in line))
+    place = 0
+    for word in re.findall(r"\w+", text):
+        place = shown.find(word, place) + len(word)
+        if place < len(word):
+            return False
+    return True
+
+
+class _Code(CodeBlock):
+    """A block of code under the name of its language."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if self.lexer_name != "text":
+            yield Text(self.lexer_name, style="dim")
+        code = str(self.text).rstrip("\n")
+        yield Syntax(code, self.lexer_name, theme=self.theme, word_wrap=True, tab_size=4)
+
+
+class _Heading(Heading):
+    """A heading where the text begins."""
+
+    LEVEL_ALIGN = {}  # noqa: RUF012 (as in the parent class)
+
+
+class _Numbers(ListElement):
+    """A numbered list, no wider than its numbers."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        first = self.list_start or 0
+        for number, item in enumerate(self.items, first):
+            yield from item.render_number(console, options, number, first + len(self.items) - 1)
+
+
+class _Table(TableElement):
+    """A table that folds what is too wide, and shortens nothing."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
+        rows = [row.cells for row in self.body.rows] if self.body else []
+        for cell in self.header.row.cells if self.header and self.header.row else ():
+            heading = cell.content.copy()
+            heading.stylize("bold")
+            table.add_column(heading, overflow="fold", justify=cell.justify)
+        for cells in rows:
+            table.add_row(*(cell.content for cell in cells))
+        yield table
+
+
+class _Answer(Markdown):
+    """Markdown by this module's rules."""
+
+    elements = {  # noqa: RUF012 (as in the parent class)
+        **Markdown.elements,
+        "heading_open": _Heading,
+        "ordered_list_open": _Numbers,
+        "fence": _Code,
+        "code_block": _Code,
+        "table_open": _Table,
+    }
+
+    def __init__(self, text: str) -> None:
+        super().__init__("", code_theme=_CODE_THEME)
+        self.parsed = _PARSER.parse(text)
+        _keep_line_breaks(self.parsed)
+
+
+def _keep_line_breaks(tokens: list[Token]) -> None:
+    """Let a line break be one, as in a text that was read from a picture."""
+    for token in tokens:
+        if token.type == "softbreak":
+            token.type = "hardbreak"
+        _keep_line_breaks(token.children or [])
+
+
+def _formula(state: StateInline, silent: bool) -> bool:
+    """$...$, $$...$$, \\(...\\) and \\[...\\] as they stand."""
+    match = _FORMULA.match(state.src, state.pos, state.posMax)
+    if match is None:
+        return False
+    if not silent:
+        state.push("text", "", 0).content = match[0]
+    state.pos = match.end()
+    return True
+
+
+def _escape(state: StateInline, silent: bool) -> bool:
+    """A backslash and the sign that it takes the meaning from, as they stand."""
+    pair = state.src[state.pos : min(state.pos + 2, state.posMax)]
+    if len(pair) < 2 or pair[0] != "\\" or pair[1].isalnum() or pair[1].isspace():
+        return False
+    if not silent:
+        state.push("text", "", 0).content = pair
+    state.pos += 2
+    return True
+
+
+def _stars(state: StateInline, silent: bool) -> bool:
+    """Emphasis by stars around words; within them a star is a product: 2*3*4."""
+    marker = state.src[state.pos]
+    if silent or marker not in "*_":
+        return False
+    scanned = state.scanDelims(state.pos, False)
+    for _ in range(scanned.length):
+        state.push("text", "", 0).content = marker
+        if marker == "*":
+            last = len(state.tokens) - 1
+            state.delimiters.append(
+                Delimiter(42, scanned.length, last, -1, scanned.can_open, scanned.can_close)
+            )
+    state.pos += scanned.length
+    return True
+
+
+def _make_parser() -> MarkdownIt:
+    parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
+    parser.disable(["reference", "entity", "autolink", "link", "image", "html_block"])
+    parser.disable("html_inline")
+    parser.inline.ruler.before("escape", "formula", _formula)
+    parser.inline.ruler.at("escape", _escape)
+    parser.inline.ruler.at("emphasis", _stars)
+    return parser
+
+
+_PARSER = _make_parser()

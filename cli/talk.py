@@ -1,0 +1,192 @@
+"""A conversation with what waits for its next message; each slash command is a method here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from mlx_smolvlm.cli.media import (
+    Opened,
+    OpenedImage,
+    OpenedVideo,
+    describe_image,
+    open_footage,
+    open_picture,
+    sampled,
+)
+from mlx_smolvlm.cli.paths import is_video, split_sources
+from mlx_smolvlm.cli.pictures import Thumbnails
+from mlx_smolvlm.cli.render import say, stats_line
+from mlx_smolvlm.errors import PromptError
+
+if TYPE_CHECKING:
+    from mlx_smolvlm import AnswerStream, Conversation, Reply, SmolVLM
+    from mlx_smolvlm.cli.chat import Printer
+    from mlx_smolvlm.cli.options import ChatOptions
+    from mlx_smolvlm.video import Clip
+
+RETRY_TEMPERATURE, RETRY_TOP_P = 0.7, 0.95  # where the answers are greedy
+
+
+class Talk:
+    """A conversation on a terminal. What goes wrong is a SmolVLMError, and changes nothing."""
+
+    def __init__(self, vlm: SmolVLM, options: ChatOptions, printer: Printer) -> None:
+        self._vlm, self._options, self._printer = vlm, options, printer
+        self._thumbnails = Thumbnails(options.pictures)
+        self._images: list[OpenedImage] = []
+        self._clips: list[Clip] = []
+        self._reply: Reply | None = None
+        self._retries = 0
+        self._conversation = self._begin(options.system)
+
+    def _begin(self, system: str | None) -> Conversation:
+        options = self._options
+        return self._vlm.chat(
+            system=system,
+            sampling=options.sampling,
+            detail=options.detail,
+            on_full=options.on_full,
+        )
+
+    def status(self) -> str:
+        """The model, the context, what waits, and the last answer's speed, in one line."""
+        conversation, reply = self._conversation, self._reply
+        parts = [self._options.model]
+        parts.append(f"{conversation.context_used:,} of {conversation.context_size:,} tokens")
+        if waiting := self._waiting():
+            parts.append(f"{waiting} for the next message")
+        if reply is not None and reply.generation_tps:
+            parts.append(f"{reply.generation_tps:.1f} tokens/s")
+        return " | ".join(parts)
+
+    def _waiting(self) -> str:
+        counts = ((len(self._images), "picture"), (len(self._clips), "video"))
+        return ", ".join(f"{n} {noun}{'s' * (n > 1)}" for n, noun in counts if n)
+
+    def add(self, sources: Sequence[str], is_footage: bool | None = None) -> None:
+        """Keep pictures and videos for the next message; None tells them by their suffix."""
+        media: list[Opened] = []
+        for source in sources:
+            if is_video(source) if is_footage is None else is_footage:
+                media.append(open_footage(source, self._options.frames))
+            else:
+                media.append(open_picture(source))
+        self.take(media)
+
+    def take(self, media: Sequence[Opened]) -> None:
+        """Keep `media` for the next message; show them, and say what they cost."""
+        images = [one for one in media if isinstance(one, OpenedImage)]
+        clips = []
+        for image in images:
+            self._thumbnails.show(image.image)
+            describe_image(self._vlm, image, self._options.detail)
+        for one in media:
+            if isinstance(one, OpenedVideo):
+                clips.append(sampled(self._vlm, one))
+                self._thumbnails.show_clip(clips[-1])
+        self._images += images
+        self._clips += clips
+
+    def ask(self, text: str) -> None:
+        """Ask with the media at hand, and show the answer.
+
+        A question that fails, or is stopped before its answer begins, is taken back.
+        """
+        images, clips = self._images, self._clips
+        stream = self._conversation.stream(text, images=[one.image for one in images], videos=clips)
+        self._images, self._clips, self._retries = [], [], 0
+        if not self._show(stream):
+            self._conversation.undo()
+            self._images, self._clips = images, clips
+
+    def _show(self, stream: AnswerStream) -> bool:
+        """Show an answer; False if it was stopped before its first word."""
+        try:
+            finished = self._printer.show(stream)
+        except Exception:
+            self._conversation.undo()
+            raise
+        if finished or stream.reply.text:
+            self._reply = stream.reply
+            return True
+        say("stopped; the question is taken back", dim=True)
+        return False
+
+    def retry(self) -> None:
+        """Ask the last question again, with sampling; stopped at once, the old answer stays.
+
+        Raises:
+            PromptError: There is none.
+        """
+        before, sampling = self._conversation.fork(), self._options.sampling
+        self._retries += 1
+        if sampling.temperature == 0:
+            sampling = replace(sampling, temperature=RETRY_TEMPERATURE, top_p=RETRY_TOP_P)
+        if sampling.seed is not None:
+            sampling = replace(sampling, seed=sampling.seed + self._retries)
+        try:
+            kept = self._show(self._conversation.retry(sampling))
+        except Exception:
+            self._conversation = before
+            raise
+        if not kept:
+            self._conversation = before
+
+    def undo(self) -> None:
+        """Let go of what waits, else take the last question and its answer back.
+
+        Raises:
+            PromptError: There is nothing.
+        """
+        if waiting := self._waiting():
+            self._images, self._clips = [], []
+            say(f"let go of {waiting}", dim=True)
+            return
+        question = self._conversation.undo()
+        if question is None:
+            raise PromptError("there is nothing to take back")
+        say(f"took back: {' '.join(question.split())[:200]}", dim=True)
+
+    def reset(self) -> None:
+        """Begin anew with the same system message."""
+        self._images, self._clips = [], []
+        self._conversation.reset()
+
+    def system(self, text: str) -> None:
+        """Begin anew with the system message `text`; an empty one shows which there is."""
+        if text:
+            self._conversation = self._begin(text)
+        else:
+            say(self._conversation.system or "there is no system message", dim=True)
+
+    def save(self, argument: str) -> None:
+        """Write the conversation to the file that `argument` names."""
+        path = _one_path("/save", argument)
+        try:
+            self._conversation.save(path)
+        except OSError as error:  # it names the file that is written first
+            raise OSError(error.errno, error.strerror, path) from None
+        say(f"saved as {path}", dim=True)
+
+    def load(self, argument: str) -> None:
+        """Go on with the conversation in the file that `argument` names."""
+        self._conversation.load(_one_path("/load", argument))
+        questions = sum(message["role"] == "user" for message in self._conversation.messages)
+        say(f"{questions} question{'s' * (questions != 1)} and what was answered", dim=True)
+
+    def stats(self) -> None:
+        """Say what the last answer cost, and how full the context is."""
+        conversation = self._conversation
+        say(stats_line(self._reply) if self._reply else "there is no answer yet")
+        say(f"context: {conversation.context_used:,} of {conversation.context_size:,} tokens")
+
+
+def _one_path(command: str, argument: str) -> str:
+    """The path in `argument`."""
+    sources = split_sources(argument)
+    if len(sources) != 1:
+        fault = "needs a path" if not sources else "takes one path; quote its spaces"
+        raise PromptError(f"{command} {fault}")
+    return sources[0]

@@ -1,0 +1,159 @@
+"""Markdown on a terminal: no word gets lost, and blocks are the text."""
+
+import io
+import re
+
+import pyte
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from mlx_smolvlm.cli import live, markdown
+from mlx_smolvlm.cli.markdown import Renderer, blocks
+from mlx_smolvlm.cli.render import neutral
+
+
+def renderer() -> Renderer:
+    one = Renderer()
+    one._console = Console(file=io.StringIO(), force_terminal=True, color_system="truecolor")
+    return one
+
+
+def shown(text: str, columns: int = 60) -> list[str]:
+    """The lines that a terminal shows of `text`."""
+    lines = [line for block in blocks(text) for line in renderer().lines(block.text, columns)]
+    screen = pyte.Screen(columns + 10, len(lines) + 1)
+    pyte.Stream(screen).feed("".join(line + "\r\n" for line in lines))
+    return [line.rstrip() for line in screen.display[: len(lines)]]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines"),
+    [
+        ("[x] and [bold] and [/red]", ["[x] and [bold] and [/red]"]),
+        ("[x](http://y.org 'title')", ["[x](http://y.org 'title')"]),
+        ("![alt](a.png) <http://z.org>", ["![alt](a.png) <http://z.org>"]),
+        ("[x]: http://y.org", ["[x]: http://y.org"]),
+        ("<doctag><loc_12>Text</doctag>", ["<doctag><loc_12>Text</doctag>"]),
+        ("<div>\nhtml\n</div>", ["<div>", "html", "</div>"]),
+        ("<!-- note -->", ["<!-- note -->"]),
+        ("a &lt; b &amp; c", ["a &lt; b &amp; c"]),
+        (r"\*not\* \[x\] \\ \n", [r"\*not\* \[x\] \\ \n"]),
+        ("2*3*4 and __init__ and a_b_c", ["2*3*4 and __init__ and a_b_c"]),
+        ("$a_1*b*c$ and $5 or $6", ["$a_1*b*c$ and $5 or $6"]),
+        ("$$\na*b*c\n$$", ["$$", "a*b*c", "$$"]),
+        (r"\(a*b*c\) \[d*e*f\]", [r"\(a*b*c\) \[d*e*f\]"]),
+        ("**bold** *em* ~~gone~~ `code`", ["bold em gone code"]),
+        ("one\ntwo", ["one", "two"]),
+        ("# Title\ntext", ["Title", "text"]),
+        ("- [ ] todo\n- [x] done\n  - inner", [" • [ ] todo", " • [x] done", "    • inner"]),
+        ("7. seven\n9. nine", [" 7 seven", " 9 nine"]),
+        ("> said\n> more", ["▌ said", "▌ more"]),
+        ("```python\nx = [1]\n\n", ["python", "x = [1]"]),
+        ("**unclosed [x", ["**unclosed [x"]),
+        ("| a |\n|---|\n| 1 | 2 |", ["| a |", "|---|", "| 1 | 2 |"]),
+        (":smile: \U0001f600 \u6f22\u5b57", None),
+        ("a" * 130, ["a" * 60, "a" * 60, "a" * 10]),
+    ],
+)
+def test_samples(text: str, lines: list[str] | None) -> None:
+    if lines is None:  # the emulator gives a wide character two cells
+        assert [re.sub(r"\s", "", line) for line in shown(text)] == [re.sub(r"\s", "", text)]
+    else:
+        assert shown(text) == lines
+
+
+def test_a_table_is_aligned() -> None:
+    header, rule, *rows = shown("| name | n |\n|---|--:|\n| one | 1 |\n| two | 22 |")
+    assert header.split() == ["name", "n"]
+    assert set(rule.strip()) == {"─"}
+    assert [row.split() for row in rows] == [["one", "1"], ["two", "22"]]
+    assert {len(row) for row in rows} == {len(rows[0])}
+
+
+def test_emphasis_is_drawn() -> None:
+    bold, em = renderer().lines("**bold**\n*em*", 60)
+    assert bold == "\x1b[1mbold\x1b[0m"
+    assert em == "\x1b[3mem\x1b[0m"
+
+
+PIECES = st.sampled_from(
+    [
+        *("alpha", "beta", "42", "x", "漢字", "😀", "__init__", "word" * 30),
+        *(" ", " ", "\n", "\n\n", "  ", "\t", "- ", "* ", "1. ", "> ", "# ", "    "),
+        *(
+            "*",
+            "**",
+            "_",
+            "`",
+            "```",
+            "```py\n",
+            "~~",
+            "~~~\n",
+            "|",
+            "\n|---|---|\n",
+            "| a | b |\n",
+        ),
+        *("[", "]", "[x]", "](u)", "[a]: b\n", "!", "<b>", "</b>", "<loc_9>", "<!--", "-->", "<"),
+        *("\\", "\\*", "\\[", "\\]", "$", "$$", "&amp;", "&", "---\n", "===\n", "- [ ] ", ":"),
+    ]
+)
+
+
+@given(pieces=st.lists(PIECES, max_size=40), columns=st.integers(2, 90))
+@settings(max_examples=400, deadline=None)
+def test_every_word_is_shown(pieces: list[str], columns: int) -> None:
+    text = neutral("".join(pieces))
+    parts = blocks(text)
+    assert "".join(block.text for block in parts) == text
+    place, seen = 0, "".join("".join(shown(text, columns)).split())
+    seen = re.sub("[▌•─]", "", seen)
+    for word in re.findall(r"\w+", text):
+        place = seen.find(word, place) + len(word)
+        assert place >= len(word), (word, text, seen)
+
+
+@given(pieces=st.lists(PIECES, max_size=30), cut=st.data())
+@settings(max_examples=100, deadline=None)
+def test_what_is_final_does_not_depend_on_when_it_was_drawn(
+    pieces: list[str], cut: st.DataObject
+) -> None:
+    """However the answer arrives, the terminal shows every word of it once, in order."""
+    from mlx_smolvlm import Reply
+
+    text, reply = "".join(pieces), Reply()
+    terminal = pyte.HistoryScreen(60, 12, history=1000, ratio=0.5)
+    stream = pyte.Stream(terminal)
+    stream.feed("\x1b[20h")  # a line feed returns to the left, as terminals' drivers have it
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(live, "write_raw", stream.feed)
+        patch.setattr(live, "columns_and_rows", lambda: (60, 12))
+        patch.setattr(live, "unechoed", live.contextlib.nullcontext)
+        patch.setattr(live.LiveScreen, "INTERVAL_S", -1.0)
+        screen = live.LiveScreen(reply, renderer())
+        screen.begin("")
+        while len(reply.text) < len(text):
+            size = cut.draw(st.integers(1, 20))
+            reply.text = text[: len(reply.text) + size]
+            screen.update()
+        screen.finish()
+        screen.close()
+    rows = ["".join(row[x].data for x in range(60)) for row in terminal.history.top]
+    seen = re.sub("[▌•─]", "", "".join("".join([*rows, *terminal.display]).split()))
+    place = 0
+    for word in re.findall(r"\w+", neutral(text)):
+        place = seen.find(word, place) + len(word)
+        assert place >= len(word), (word, text, seen)
+    assert "tokens/s" not in seen
+
+
+def test_a_block_that_would_lose_a_word_is_shown_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Lossy(markdown.Text):
+        def __init__(self, text: str) -> None:
+            super().__init__(text.replace("two", ""))
+
+    monkeypatch.setattr(markdown, "_Answer", Lossy)
+    assert shown("one **two** three") == ["one **two** three"]
