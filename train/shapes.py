@@ -9,9 +9,12 @@ from mlx_smolvlm.config import (
     ImageConfig,
     QuantizationConfig,
     TextConfig,
+    VideoConfig,
     VisionConfig,
 )
 from mlx_smolvlm.train.tokenizer import token_id
+
+VIDEO = VideoConfig(fps=1.0, max_frames=32, longest_edge=64)  # SmolVLM2's frame a second
 
 
 def demo_config(tokenizer: Tokenizer) -> Config:
@@ -48,7 +51,7 @@ def demo_config(tokenizer: Tokenizer) -> Config:
             std=(0.5, 0.5, 0.5),
             do_image_splitting=True,
         ),
-        video=None,
+        video=VIDEO,
         quantization=QuantizationConfig(text=None, vision=None, connector=None, embeddings=None),
         dtype="float32",
         source="mlx_smolvlm.train.demo",
