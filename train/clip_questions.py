@@ -106,6 +106,13 @@ def story(clip: Clip) -> str:
     return f"{event(clip)}{',' if clip.paints else ''} {ground}."
 
 
+def way(clip: Clip, shape: Shape) -> str:
+    """Answer to which way `shape`, one of the clip's, moves."""
+    if clip.motion == "none" or shape != clip.shapes[0]:
+        return STILL
+    return f"{_WAYS[clip.motion].capitalize()}."
+
+
 def happens(clip: Clip, rng: np.random.Generator) -> Turn:
     """What happens, in a few words."""
     return Turn("happens", pick(rng, HAPPENS), f"{event(clip)}.")
@@ -124,10 +131,8 @@ def direction(clip: Clip, rng: np.random.Generator) -> Turn:
         return Turn("absent", pick(rng, DIRECTION).format(f"the {kind}"), f"There is no {kind}.")
     shape = _one_of(clip, rng)
     asked = _naming(clip, shape, rng)
-    if shape is not clip.shapes[0] or clip.motion == "none":
-        return Turn("direction", pick(rng, DIRECTION).format(asked), STILL)
-    answer = f"{_WAYS[clip.motion].capitalize()}."
-    if rng.random() < 0.3:
+    answer = way(clip, shape)
+    if answer != STILL and rng.random() < 0.3:
         wording = ACROSS if clip.motion in ("left", "right") else ALONG
         return Turn("direction", pick(rng, wording).format(asked), answer)
     return Turn("direction", pick(rng, DIRECTION).format(asked), answer)
