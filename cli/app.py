@@ -69,6 +69,8 @@ CHAT_EPILOG = """\
 \b
 Examples:
   mlx-smolvlm chat "What is in this picture?" -i photo.png
+  mlx-smolvlm chat "What happens?" -v clip.mp4 -m smolvlm2-256m
+  mlx-smolvlm chat "What is said on the signs?" -v walk.mp4 --chunk 60 -m smolvlm2-500m
   mlx-smolvlm chat "Read the text." -i page.png -m smolvlm2-500m --bits 4
   echo "Why is the sky blue?" | mlx-smolvlm chat -m smolvlm2-2.2b
   curl -s https://example.org/a.jpg | mlx-smolvlm chat "Describe it." -i - --json
@@ -88,6 +90,12 @@ def chat(
         list[str] | None,
         typer.Option(
             "--image", "-i", metavar="IMAGE", help="A path, URL, data URI, or - for stdin; repeats."
+        ),
+    ] = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--video", "-v", metavar="VIDEO", help="A path, URL, data URI, or - for stdin; repeats."
         ),
     ] = None,
     model: Annotated[
@@ -119,6 +127,33 @@ def chat(
             "a number: tiles along the longer side at most.",
         ),
     ] = "high",
+    fps: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Frames of a video a second; default: as in training."),
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Frames of a video at most; likewise.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="S", help="Begin the video here: seconds, or MM:SS.")
+    ] = None,
+    end: Annotated[str | None, typer.Option(metavar="S", help="End the video here.")] = None,
+    sample: Annotated[
+        str,
+        typer.Option(
+            metavar="even|scene", help="Frames at equal distances, or where scenes change."
+        ),
+    ] = "even",
+    chunk: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="Answer for each part of so many seconds, then over the parts."
+        ),
+    ] = None,
+    frames: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the frames that the model sees to this folder."),
+    ] = None,
     bits: Annotated[
         int | None,
         typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
@@ -131,13 +166,29 @@ def chat(
         bool, typer.Option("--stats", help="Print counts, speed and memory on stderr.")
     ] = False,
 ) -> None:
-    """Ask about pictures or text, once or in a conversation."""
+    """Ask about pictures, videos or text, once or in a conversation."""
     from mlx_smolvlm.cli.chat import chat as run
-    from mlx_smolvlm.cli.options import ChatOptions, as_text, make_sampling, parse_detail
+    from mlx_smolvlm.cli.options import (
+        ChatOptions,
+        as_text,
+        make_sampling,
+        make_video_options,
+        parse_detail,
+    )
 
     options = ChatOptions(
         prompt=None if prompt is None else as_text("PROMPT", prompt),
         images=tuple(image or ()),
+        videos=tuple(video or ()),
+        frames=make_video_options(
+            fps=fps,
+            max_frames=max_frames,
+            start=start,
+            end=end,
+            sample=sample,
+            chunk=chunk,
+            frames=frames,
+        ),
         model=model,
         system=None if system is None else as_text("--system", system),
         sampling=make_sampling(

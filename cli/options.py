@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import os
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import typer
 
 if TYPE_CHECKING:
-    from mlx_smolvlm import Sampling
+    from mlx_smolvlm import Sampling, Video
 
 Detail = Literal["high", "auto", "low"] | int
 CHAT_BITS = (4, 8, 16)
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """Which frames of each video to take, see `Video`; where to write them, if anywhere.
+
+    `chunk_s` is the length of the parts that a long video is asked about in.
+    """
+
+    fps: float | None = None
+    max_frames: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+    sample: Literal["even", "scene"] = "even"
+    chunk_s: float | None = None
+    frames_folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -21,6 +40,8 @@ class ChatOptions:
 
     prompt: str | None
     images: tuple[str, ...]
+    videos: tuple[str, ...]
+    frames: VideoOptions
     model: str
     system: str | None
     sampling: Sampling
@@ -35,14 +56,24 @@ class ChatOptions:
             raise typer.BadParameter("it is empty", param_hint="PROMPT")
         if self.bits is not None and self.bits not in CHAT_BITS:
             raise typer.BadParameter(f"{self.bits} is none of 4, 8, 16", param_hint="--bits")
-        if self.images.count("-") > 1:
-            raise typer.BadParameter("stdin holds one picture; '-' came twice", param_hint="-i")
-        if "-" in self.images and self.prompt is None:
+        sources = (*self.images, *self.videos)
+        if sources.count("-") > 1:
             raise typer.BadParameter(
-                "it is needed with '-i -', since stdin is the picture", param_hint="PROMPT"
+                "stdin holds one picture or video; '-' came twice", param_hint="-i, -v"
             )
-        if self.offline and (url := next(filter(is_url, self.images), None)):
+        if "-" in sources and self.prompt is None:
+            raise typer.BadParameter(
+                "it is needed with '-', since stdin is the picture or video", param_hint="PROMPT"
+            )
+        if self.offline and (url := next(filter(is_url, sources), None)):
             raise typer.BadParameter(f"{url} needs the network", param_hint="--offline")
+        if self.prompt is not None and not self.videos:
+            for name in fields(self.frames):
+                if getattr(self.frames, name.name) != name.default:
+                    option = _OPTION_NAMES.get(name.name, name.name.replace("_", "-"))
+                    raise typer.BadParameter("it needs a video (-v)", param_hint=f"--{option}")
+        if self.frames.chunk_s is not None and (len(self.videos) != 1 or self.images):
+            raise typer.BadParameter("it needs one video (-v), alone", param_hint="--chunk")
 
 
 def as_text(name: str, value: str) -> str:
@@ -60,6 +91,82 @@ def as_text(name: str, value: str) -> str:
         return os.fsencode(value).decode()
     except UnicodeError:
         raise typer.BadParameter("it is not valid UTF-8 text", param_hint=name) from None
+
+
+def parse_time(name: str, text: str | None) -> float | None:
+    """Seconds in `text`: a number of them, or MM:SS, or H:MM:SS.
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)", text, re.ASCII)
+    if match is None:
+        raise typer.BadParameter(
+            f"{text!r} is no time; give seconds, MM:SS or H:MM:SS", param_hint=f"--{name}"
+        )
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def make_video_options(
+    *,
+    fps: float | None,
+    max_frames: int | None,
+    start: str | None,
+    end: str | None,
+    sample: str,
+    chunk: float | None,
+    frames: Path | None,
+) -> VideoOptions:
+    """The choice of frames that the options describe; `Video` itself owns the ranges.
+
+    Raises:
+        typer.BadParameter: It names the option and its range.
+    """
+    options = VideoOptions(
+        fps=fps,
+        max_frames=max_frames,
+        start_s=parse_time("start", start),
+        end_s=parse_time("end", end),
+        sample=sample,  # type: ignore[arg-type]  # Video checks it
+        chunk_s=chunk,
+        frames_folder=frames,
+    )
+    if chunk is not None and not 0 < chunk < math.inf:
+        raise typer.BadParameter(f"{chunk:g} is not above 0", param_hint="--chunk")
+    if options != VideoOptions(chunk_s=chunk, frames_folder=frames):  # Video brings Pillow
+        try:
+            make_video("", options)
+        except ValueError as error:
+            name, _, rest = str(error).partition(" ")
+            option = _OPTION_NAMES.get(name, name.replace("_", "-"))
+            rest = rest.replace("start_s", "--start")
+            raise typer.BadParameter(rest, param_hint=f"--{option}") from None
+    return options
+
+
+_OPTION_NAMES = {
+    "start_s": "start",
+    "end_s": "end",
+    "chunk_s": "chunk",
+    "frames_folder": "frames",
+}
+
+
+def make_video(source: str, options: VideoOptions) -> Video:
+    """The video at `source`, sampled as `options` say."""
+    from mlx_smolvlm import Video
+
+    return Video(
+        source,
+        fps=options.fps,
+        max_frames=options.max_frames,
+        start_s=options.start_s,
+        end_s=options.end_s,
+        sample=options.sample,
+    )
 
 
 def is_url(image: str) -> bool:

@@ -6,8 +6,11 @@ import contextlib
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
+
+from mlx_smolvlm.errors import SmolVLMWarning
 
 if TYPE_CHECKING:
     from mlx_smolvlm import Reply
@@ -24,14 +27,28 @@ def prepare_streams() -> None:
     """Make stdin, stdout and stderr usable whatever they are.
 
     A closed one becomes the null device, and characters that the locale lacks
-    become "?" instead of an error.
+    become "?" instead of an error. A warning of this package is one line on stderr.
     """
+    warnings.showwarning = _show_warning
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError):  # replaced by a caller's own stream
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # see above
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Put a warning on stderr; other packages' are of no use to who runs the command."""
+    if issubclass(category, SmolVLMWarning):
+        warn(message)
 
 
 def neutral(text: str) -> str:
@@ -76,6 +93,11 @@ def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
         _discard(sys.stderr)
 
 
+def warn(message: object) -> None:
+    """Put "warning: ..." on stderr, in one line."""
+    say("warning: " + " ".join(str(message).splitlines()))
+
+
 def fail(message: object) -> None:
     """Put "error: ..." on stderr, in one line."""
     say("error: " + " ".join(str(message).splitlines()))
@@ -96,10 +118,14 @@ def size(nbytes: int) -> str:
 
 def stats_line(reply: Reply) -> str:
     """What `reply` cost, in one line."""
-    plural = "" if reply.image_tiles == 1 else "s"
-    tiles = f" ({reply.image_tiles} tile{plural})" if reply.image_tiles else ""
+    seen = [
+        f"{count} {noun}{'' if count == 1 else 's'}"
+        for count, noun in ((reply.image_tiles, "tile"), (reply.video_frames, "frame"))
+        if count
+    ]
+    media = f" ({', '.join(seen)})" if seen else ""
     return (
-        f"prompt: {reply.prompt_tokens} tokens{tiles}, {reply.prompt_tps:.1f} tokens/s; "
+        f"prompt: {reply.prompt_tokens} tokens{media}, {reply.prompt_tps:.1f} tokens/s; "
         f"answer: {reply.generation_tokens} tokens, {reply.generation_tps:.1f} tokens/s; "
         f"first token after {reply.time_to_first_token_s:.2f} s; "
         f"peak memory {reply.peak_memory_gb:.2f} GB"
@@ -114,35 +140,52 @@ def table(rows: Sequence[tuple[str, ...]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-class ConversionProgress:
-    """Called with bytes done, bytes in all and a name; shows them if stderr is a terminal.
+class Bar:
+    """A line on stderr that shows how far something is; nothing if that is no terminal.
 
-    `announcement`, if there is one, is put on stderr when a conversion begins.
+    It appears after `delay_s` seconds, so that what is done sooner does not flicker.
     """
 
     WIDTH, INTERVAL_S = 24, 0.1
 
-    def __init__(self, announcement: str = "") -> None:
-        self._announcement = announcement
+    def __init__(self, delay_s: float = 0.0) -> None:
+        self._begins_at = time.monotonic() + delay_s
         self._drawn_at = 0.0
         self._drawn = False
+
+    def draw(self, done: float, total: float, text: str) -> None:
+        """Show `done` of `total`, at most ten times a second, and `text` beside it."""
+        now = time.monotonic()
+        if not sys.stderr.isatty() or now < self._begins_at:
+            return
+        if now - self._drawn_at < self.INTERVAL_S and done < total:
+            return
+        self._drawn_at, self._drawn = now, True
+        filled = int(self.WIDTH * done / max(total, 1))
+        bar = "#" * filled + "." * (self.WIDTH - filled)
+        sys.stderr.write(f"\r\x1b[K[{bar}] {text}")
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """Remove the line."""
+        if self._drawn:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+            self._drawn = False
+
+
+class ConversionProgress(Bar):
+    """Called with bytes done, bytes in all and a name.
+
+    `announcement`, if there is one, is put on stderr when a conversion begins.
+    """
+
+    def __init__(self, announcement: str = "") -> None:
+        super().__init__()
+        self._announcement = announcement
 
     def __call__(self, done: int, total: int, name: str) -> None:
         if self._announcement:
             say(self._announcement, dim=True)
             self._announcement = ""
-        now = time.monotonic()
-        if not sys.stderr.isatty() or (now - self._drawn_at < self.INTERVAL_S and done < total):
-            return
-        self._drawn_at, self._drawn = now, True
-        filled = self.WIDTH * done // max(total, 1)
-        bar = "#" * filled + "." * (self.WIDTH - filled)
-        sys.stderr.write(f"\r\x1b[K[{bar}] {size(done)} of {size(total)}")
-        sys.stderr.flush()
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._drawn:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-            self._drawn = False
+        self.draw(done, total, f"{size(done)} of {size(total)}")

@@ -17,6 +17,7 @@ from mlx_smolvlm.safetensors import read_json
 
 LONGEST_EDGE, TILE = 4 * 364, 364  # the image processors' defaults, in pixels
 LANCZOS = 1
+SKIP_SECS = 1.0  # the default of SmolVLMVideoProcessor.sample_frames
 END_OF_UTTERANCE = "<end_of_utterance>"
 
 FIXED_IMAGE = {
@@ -100,6 +101,7 @@ def video_config(images: Section, videos: Section | None) -> VideoConfig | None:
                 fps=sampling.number("fps", None),
                 max_frames=sampling.integer("max_frames", None),
                 longest_edge=_longest_edge(sampling, "video_size", LONGEST_EDGE),
+                skip_secs=sampling.number("skip_secs", SKIP_SECS, zero=True),
             )
     if videos is None or videos.values.get("fps") is None:
         return None
@@ -107,6 +109,7 @@ def video_config(images: Section, videos: Section | None) -> VideoConfig | None:
         fps=videos.number("fps", None),
         max_frames=videos.integer("num_frames", None),
         longest_edge=_longest_edge(videos, "size", LONGEST_EDGE),
+        skip_secs=videos.number("skip_secs", SKIP_SECS, zero=True),
     )
 
 

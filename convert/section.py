@@ -40,14 +40,15 @@ class Section:
             raise self.error(key, f"it must be an integer from 1 to {largest}")
         return value
 
-    def number(self, key: str, default: float | None) -> float:
-        """The positive number at `key`; `default` if it is absent or null."""
+    def number(self, key: str, default: float | None, *, zero: bool = False) -> float:
+        """The positive number at `key`, or 0 if `zero`; `default` if it is absent or null."""
         value = self.values.get(key)
         if value is None:
             value = default
-        if value is None or type(value) not in (int, float) or not 0 < value < float("inf"):
-            raise self.error(key, "it must be a number above 0")
-        return float(value)
+        usable = type(value) in (int, float) and 0 <= value < float("inf")  # type: ignore[operator]
+        if not usable or not (value or zero):
+            raise self.error(key, f"it must be a number {'from' if zero else 'above'} 0")
+        return float(value)  # type: ignore[arg-type]
 
     def flag(self, key: str, default: bool) -> bool:
         """The boolean at `key`; `default` if it is absent or null."""

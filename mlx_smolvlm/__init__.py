@@ -7,9 +7,24 @@
 Package.md describes the rest.
 """
 
-from mlx_smolvlm.errors import CheckpointError, MediaError, PromptError, SmolVLMError
+from typing import TYPE_CHECKING, Any
+
+from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
+from mlx_smolvlm.conversation import Conversation
+from mlx_smolvlm.errors import (
+    CheckpointError,
+    MediaError,
+    PromptError,
+    SmolVLMError,
+    SmolVLMWarning,
+)
+from mlx_smolvlm.media import Progress
+from mlx_smolvlm.parts import Part
 from mlx_smolvlm.sampling import Sampling
-from mlx_smolvlm.smolvlm import AnswerStream, Chunk, Conversation, Reply, SmolVLM, load
+from mlx_smolvlm.smolvlm import SmolVLM, load
+
+if TYPE_CHECKING:
+    from mlx_smolvlm.video import Video
 
 __version__ = "0.1.0"
 
@@ -19,10 +34,27 @@ __all__ = [
     "Chunk",
     "Conversation",
     "MediaError",
+    "Part",
+    "Progress",
     "PromptError",
     "Reply",
     "Sampling",
     "SmolVLM",
     "SmolVLMError",
+    "SmolVLMWarning",
+    "Video",
     "load",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`Video`, when it is first asked for: it brings Pillow, which import alone does not."""
+    if name != "Video":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mlx_smolvlm.video import Video
+
+    return Video
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

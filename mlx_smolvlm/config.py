@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from mlx_smolvlm.errors import CheckpointError
 
 FORMAT = "mlx-smolvlm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 PARTS = ("text", "vision", "connector", "embeddings")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -81,11 +81,17 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """How frames are sampled: `fps` frames a second, `max_frames` at most."""
+    """How a video becomes frames.
+
+    `fps` frames a second are taken, `max_frames` at most; of a video that is longer than
+    those, the first and last `skip_secs` seconds are left out. `longest_edge` is the side,
+    in pixels, that a frame is resized to before it is squashed to a tile.
+    """
 
     fps: float
     max_frames: int
     longest_edge: int
+    skip_secs: float
 
 
 @dataclass(frozen=True)
@@ -211,7 +217,7 @@ class Config:
                         f"config: {prefix}.{field.name} is {value}; "
                         f"it must be above 0 and below 2**31"
                     )
-        vision, text, image = self.vision, self.text, self.image
+        vision, text, image, video = self.vision, self.text, self.image, self.video
         checks = (
             (
                 vision.hidden_size % vision.num_attention_heads == 0,
@@ -244,6 +250,12 @@ class Config:
             (
                 len(image.mean) == len(image.std) == 3 and 0 not in image.std,
                 "image.mean and image.std need three numbers each, and no std may be 0",
+            ),
+            (
+                video is None
+                or (min(video.fps, video.max_frames, video.longest_edge) > 0 <= video.skip_secs),
+                "video.fps, video.max_frames and video.longest_edge must be above 0, and "
+                "video.skip_secs at least 0",
             ),
         )
         for holds, message in checks:

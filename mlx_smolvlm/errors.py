@@ -19,3 +19,7 @@ class MediaError(SmolVLMError):
 
 class PromptError(SmolVLMError):
     """The messages cannot be turned into a prompt that the model can read."""
+
+
+class SmolVLMWarning(UserWarning):
+    """Something that a user should know and that does not stop the work."""

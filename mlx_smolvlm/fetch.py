@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
@@ -14,9 +15,11 @@ from mlx_smolvlm.errors import MediaError
 if TYPE_CHECKING:
     from urllib.request import OpenerDirector
 
-MAX_BYTES = 256 * 1024**2  # of a download or a pipe
+MAX_BYTES = 256 * 1024**2  # of a picture that is downloaded or piped
+MAX_VIDEO_BYTES = 4 * 1024**3  # of such a video, which is kept in a temporary file
 TIMEOUT_S = 20.0  # without an answer
 DEADLINE_S = 120.0  # for the whole download
+VIDEO_DEADLINE_S = 3600.0
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", re.IGNORECASE)
 _CHUNK = 1 << 16
@@ -45,31 +48,33 @@ def is_remote(source: str | Path) -> bool:
     return isinstance(source, str) and _SCHEME.match(source) is not None
 
 
-def open_bytes(source: str | Path) -> BinaryIO:
+def open_bytes(source: str | Path, *, video: bool = False) -> BinaryIO:
     """A seekable stream of what `source` names; the caller closes it.
 
     Args:
         source: A path, "-" for standard input, an http(s) URL or a data URI.
+        video: Whether what has to be copied first goes to a temporary file, and may
+            have `MAX_VIDEO_BYTES`; else it goes to memory, `MAX_BYTES` of it.
 
     Raises:
-        MediaError: It is missing, cannot be read, or has more than `MAX_BYTES`.
+        MediaError: It is missing, cannot be read, or is too large.
     """
     if isinstance(source, str) and source == "-":
-        return io.BytesIO(_capped(sys.stdin.buffer, "standard input"))
+        return _copied(sys.stdin.buffer, "standard input", video)
     match = _SCHEME.match(source) if isinstance(source, str) else None
     if not isinstance(source, str) or match is None:
-        return _open_file(source)
+        return _open_file(source, video)
     if match[2]:
         return io.BytesIO(_data_uri(source))
     if match[1].lower() in ("http", "https"):
-        return io.BytesIO(_download(source))
+        return _download(source, video)
     raise MediaError(
         f"{short_name(source)} has the scheme '{match[1]}'; give an http or https URL, or a path"
     )
 
 
-def _open_file(source: str | Path) -> BinaryIO:
-    """The file at `source`; a pipe is read into memory first."""
+def _open_file(source: str | Path, video: bool) -> BinaryIO:
+    """The file at `source`; a pipe is copied first."""
     name = short_name(source)
     if not str(source):
         raise MediaError("the path is empty; give a file, URL or data URI")
@@ -78,7 +83,7 @@ def _open_file(source: str | Path) -> BinaryIO:
         if stream.seekable():
             return stream
         with stream:
-            return io.BytesIO(_capped(stream, name))
+            return _copied(stream, name, video)
     except FileNotFoundError:
         raise MediaError(f"{name} does not exist; check the path") from None
     except IsADirectoryError:
@@ -109,8 +114,8 @@ def _data_uri(source: str) -> bytes:
         raise MediaError(f"the data URI is not valid base64: {error}") from None
 
 
-def _download(url: str) -> bytes:
-    """The body at `url`, within `MAX_BYTES`, `TIMEOUT_S` and `DEADLINE_S`."""
+def _download(url: str, video: bool) -> BinaryIO:
+    """The body at `url`, within the limits of size and time."""
     import http.client
     from urllib.error import HTTPError, URLError
     from urllib.parse import quote
@@ -124,7 +129,7 @@ def _download(url: str) -> bytes:
         )
         with _opener().open(request, timeout=TIMEOUT_S) as response:
             length = response.headers.get("Content-Length") or ""
-            data = _capped(response, name, time.monotonic() + DEADLINE_S)
+            copy = _copied(response, name, video, VIDEO_DEADLINE_S if video else DEADLINE_S)
     except HTTPError as error:
         error.close()
         reason = one_line(error.reason)
@@ -136,9 +141,12 @@ def _download(url: str) -> bytes:
         raise MediaError(f"{name} sent nothing for {TIMEOUT_S:g} s; try again") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
-    if length.isdigit() and len(data) < int(length):
-        raise MediaError(f"{name} sent {len(data)} of {length} bytes; try again")
-    return data
+    size = copy.seek(0, io.SEEK_END)
+    copy.seek(0)
+    if length.isdigit() and size < int(length):
+        copy.close()
+        raise MediaError(f"{name} sent {size} of {length} bytes; try again")
+    return copy
 
 
 def _opener() -> OpenerDirector:
@@ -159,13 +167,19 @@ def _opener() -> OpenerDirector:
     return opener
 
 
-def _capped(stream: BinaryIO, name: str, deadline_s: float | None = None) -> bytes:
-    """All of `stream`, at most `MAX_BYTES`, before the monotonic time `deadline_s`."""
-    data = bytearray()
-    while chunk := stream.read(_CHUNK):
-        data += chunk
-        if len(data) > MAX_BYTES:
-            raise MediaError(f"{name} is larger than {MAX_BYTES // 1024**2} MiB; make it smaller")
-        if deadline_s is not None and time.monotonic() > deadline_s:
-            raise MediaError(f"{name} took longer than {DEADLINE_S:g} s to arrive; try again")
-    return bytes(data)
+def _copied(stream: BinaryIO, name: str, video: bool, deadline_s: float | None = None) -> BinaryIO:
+    """A copy of all of `stream`, if it fits and comes within `deadline_s` seconds."""
+    most, started = MAX_VIDEO_BYTES if video else MAX_BYTES, time.monotonic()
+    copy = tempfile.TemporaryFile() if video else io.BytesIO()  # noqa: SIM115 (the caller's)
+    try:
+        while chunk := stream.read(_CHUNK):
+            copy.write(chunk)
+            if copy.tell() > most:
+                raise MediaError(f"{name} is larger than {most // 1024**2} MiB; make it smaller")
+            if deadline_s is not None and time.monotonic() - started > deadline_s:
+                raise MediaError(f"{name} took longer than {deadline_s:g} s to arrive; try again")
+    except BaseException:
+        copy.close()
+        raise
+    copy.seek(0)
+    return copy

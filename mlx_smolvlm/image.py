@@ -18,7 +18,16 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.picture import MAX_PIXELS, open_image
 
-__all__ = ["MAX_PIXELS", "Detail", "Grid", "Tiles", "grid_of", "open_image", "tiles"]
+__all__ = [
+    "MAX_PIXELS",
+    "Detail",
+    "Grid",
+    "Tiles",
+    "frame_tile",
+    "grid_of",
+    "open_image",
+    "tiles",
+]
 
 Detail = Literal["high", "auto", "low"] | int
 Size = tuple[int, int]  # width, height
@@ -74,6 +83,20 @@ def tiles(picture: Image.Image, config: Config, detail: Detail = "high") -> Tile
         for col in range(grid.cols)
     ]
     return Tiles(_normalized([*crops, np.asarray(whole)], config), grid)
+
+
+def frame_tile(picture: Image.Image, longest_edge: int, config: Config) -> np.ndarray:
+    """`pixel_values` float32 (1, H, W, 3) of a frame: one tile, whatever `do_image_splitting`.
+
+    It is resized to `longest_edge` first and squashed to the tile then.
+
+    Source: transformers 5.23, SmolVLMVideoProcessor.resize.
+    """
+    tile = config.tile_size
+    for size in (_fit(picture.size, longest_edge), (tile, tile)):
+        if picture.size != size:
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+    return _normalized([np.asarray(picture)], config)
 
 
 def grid_of(size: Size, config: Config, detail: Detail = "high") -> Grid:

@@ -46,7 +46,7 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
     if isinstance(source, np.ndarray):
         return _from_array(source)
     if isinstance(source, Image.Image):
-        _check_size(source.size, "the image")
+        check_size(source.size, "the image")
         return _guarded(source, "the image")
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(source), "the data")
@@ -80,7 +80,7 @@ def _decode(stream: BinaryIO, name: str) -> Image.Image:
             raise MediaError(f"{name} is too large: {error}") from None
         except Exception as error:  # a format plugin raises anything on damaged data
             raise MediaError(_damaged(name, error)) from None
-        _check_size(image.size, name)
+        check_size(image.size, name)
         return _guarded(image, name)
 
 
@@ -99,7 +99,7 @@ def _damaged(name: str, error: Exception) -> str:
     return f"{name} cannot be decoded; it may be truncated or damaged ({one_line(error)})"
 
 
-def _check_size(size: Size, name: str) -> None:
+def check_size(size: Size, name: str) -> None:
     """Refuse an empty picture and one with more than `MAX_PIXELS`."""
     width, height = size
     if width < 1 or height < 1:
@@ -175,7 +175,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
             f"an array of shape {array.shape} is not a picture; "
             "give (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), channels last"
         )
-    _check_size((array.shape[1], array.shape[0]), "the array")
+    check_size((array.shape[1], array.shape[0]), "the array")
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
         if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN is neither

@@ -19,6 +19,7 @@ import numpy as np
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, PromptError
 from mlx_smolvlm.fetch import one_line
+from mlx_smolvlm.frames import FrameTimes, with_frames
 from mlx_smolvlm.template import (
     ChatTemplate,
     Message,
@@ -65,22 +66,25 @@ class PromptBuilder:
         messages: Sequence[Message],
         grids: Sequence[Grid],
         add_generation_prompt: bool = True,
+        clips: Sequence[FrameTimes] = (),
     ) -> np.ndarray:
         """`input_ids` int32 (L,) of a conversation.
 
         Args:
             messages: Each has a "role" of `ROLES` and a "content", a text or a list of
-                {"type": "text", "text": ...} and {"type": "image"}.
+                {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}.
             grids: One for each image item, in order.
             add_generation_prompt: Whether the prompt ends with the start of an answer.
+            clips: One for each video item, in order.
 
         Raises:
-            PromptError: A message is malformed, images and grids differ in number, or
-                the chat template refuses the messages.
+            PromptError: A message is malformed, images and grids or videos and clips differ
+                in number, or the chat template refuses the messages.
         """
         plain = [checked(message, number) for number, message in enumerate(messages, 1)]
         if not plain:
             raise PromptError("there are no messages; give at least one")
+        plain, grids = with_frames(plain, grids, clips)
         images = sum(item["type"] == "image" for message in plain for item in message["content"])
         if images != len(grids):
             raise PromptError(
@@ -96,21 +100,15 @@ class PromptBuilder:
         image_ids = [self.image_ids(grid) for grid in grids]
         return np.array(list(self._encode(prompt, mark, image_ids)), dtype=np.int32)
 
-    def _framing(self, chat_template: str) -> frozenset[int]:
-        """Ids of the tokens that frame turns and pictures, and so are no part of an answer.
-
-        Other special tokens, such as those of DocTags, are.
-        """
-        frames = re.compile(r"<image>|<fake_token_around_image>|<global-img>|<row_\d_col_\d>")
-        return frozenset(
-            token_id
-            for text, (token_id, token) in self._tokens.items()
-            if frames.fullmatch(text) or (token.special and text in chat_template)
-        ) | frozenset(self.config.eos_token_ids)
-
     def tokens_of(self, grid: Grid) -> int:
         """Tokens that a picture cut into `grid` takes in the prompt."""
         return len(self.image_ids(grid))
+
+    def tokens_of_clip(self, clip: FrameTimes) -> int:
+        """Tokens that a clip takes in the prompt, with what introduces its frames."""
+        question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        shown = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}
+        return self.build([shown], [], clips=[clip]).size - self.build([question], []).size
 
     def image_ids(self, grid: Grid) -> tuple[int, ...]:
         """Ids that stand for a picture cut into `grid`.

@@ -1,165 +1,33 @@
 """Load a checkpoint once, then ask.
 
-`SmolVLM._answer` is the only place that orders the steps from messages to text.
+`SmolVLM.answer` is the only place that orders the steps from messages to text.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
-import numpy as np
 
+from mlx_smolvlm.answer import AnswerStream, Prompt, Reply
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.errors import PromptError
-from mlx_smolvlm.generate import StopText, tokens
+from mlx_smolvlm.context import too_long
+from mlx_smolvlm.conversation import Conversation
+from mlx_smolvlm.errors import PromptError, SmolVLMWarning
+from mlx_smolvlm.media import Footage, Picture, encode, in_order, joined
+from mlx_smolvlm.messages import ImageSource, Message, Request, VideoSource, read_request
 from mlx_smolvlm.model import Model
-from mlx_smolvlm.sampling import Sampling, make_sampler
+from mlx_smolvlm.parts import Part, answers_by_part
+from mlx_smolvlm.sampling import Sampling
 
 if TYPE_CHECKING:
     import PIL.Image
 
-    from mlx_smolvlm.image import Detail, Grid
+    from mlx_smolvlm.image import Detail
     from mlx_smolvlm.prompt import PromptBuilder
-
-Message = dict[str, Any]
-ImageSource = Any  # path, URL, data URI, bytes, PIL image or numpy array: see image.open_image
-
-TILE_BATCH = 8  # tiles that go through the encoder at once; bounds its memory
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """A piece of an answer as it appears.
-
-    `token_id` is the token that completed `text`; None for text that was held
-    back in case a stop text followed.
-    """
-
-    text: str
-    token_id: int | None
-
-
-@dataclass
-class Reply:
-    """An answer with what it cost.
-
-    `finish_reason` is "stop" (the model ended it, or a stop text was met),
-    "length" (`max_tokens` or the context is used up) or "interrupted".
-    `time_to_first_token_s` counts from the call, so it includes the pictures;
-    `prompt_tps` counts the decoder's part alone. `peak_memory_gb` is the most
-    that MLX held, in 10**9 bytes.
-    """
-
-    text: str = ""
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: Literal["stop", "length", "interrupted"] = "interrupted"
-    prompt_tokens: int = 0
-    image_tiles: int = 0
-    generation_tokens: int = 0
-    prompt_tps: float = 0.0
-    generation_tps: float = 0.0
-    time_to_first_token_s: float = 0.0
-    peak_memory_gb: float = 0.0
-
-    def __str__(self) -> str:
-        return self.text
-
-    def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """What an answer needs: `input_ids` (L,) and the pictures that its placeholders stand for."""
-
-    input_ids: np.ndarray
-    pictures: list[PIL.Image.Image]
-    image_tiles: int
-    detail: Detail
-
-
-class AnswerStream(Iterator[Chunk]):
-    """Yields an answer's chunks; `reply` is the answer so far.
-
-    The pictures are encoded when the first chunk is asked for. After Ctrl-C, or
-    when the caller stops early, `reply` holds what was said until then.
-    """
-
-    def __init__(self, vlm: SmolVLM, prompt: _Prompt, sampling: Sampling) -> None:
-        self.reply = Reply(prompt_tokens=prompt.input_ids.size, image_tiles=prompt.image_tiles)
-        self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
-        self._started = time.perf_counter()
-        self._chunks = self._generate()
-
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
-
-    def close(self) -> None:
-        """Stop the answer here."""
-        self._chunks.close()
-
-    def _generate(self) -> Generator[Chunk, None, None]:
-        """The chunks, with `reply` kept up to date before each."""
-        text = StopText(self._sampling.stop)
-        for token_id, piece in self._decode():
-            shown = text.feed(piece)
-            if not self.reply.text:
-                shown = shown.lstrip()  # the space after "Assistant:"
-            self.reply.text += shown
-            if text.stopped:
-                self.reply.finish_reason = "stop"
-            if shown:
-                yield Chunk(shown, token_id)
-            if text.stopped:
-                return
-        rest = text.flush()
-        if rest:
-            self.reply.text += rest
-            yield Chunk(rest, None)
-
-    def _decode(self) -> Iterator[tuple[int, str]]:
-        """Token ids with the text that each completes, up to the end of the answer."""
-        from tokenizers.decoders import DecodeStream
-
-        vlm, reply = self._vlm, self.reply
-        decoder, tokenizer = DecodeStream(skip_special_tokens=False), vlm.prompt_builder.tokenizer
-        for token_id in self._token_ids():
-            reply.token_ids.append(token_id)
-            reply.generation_tokens += 1
-            if token_id in vlm.config.eos_token_ids:
-                reply.finish_reason = "stop"
-                return
-            if token_id not in vlm.hidden_token_ids:
-                yield token_id, decoder.step(tokenizer, token_id) or ""
-        reply.finish_reason = "length"
-
-    def _token_ids(self) -> Iterator[int]:
-        """Token ids of the answer, with the clocks of `reply`."""
-        vlm, prompt, reply = self._vlm, self._prompt, self.reply
-        mx.reset_peak_memory()
-        image_embeds = vlm.encode_images(prompt.pictures, prompt.detail)
-        encoded = time.perf_counter()
-        inputs_embeds = vlm.model.embed(prompt.input_ids, image_embeds)
-        room = vlm.config.text.max_position_embeddings - prompt.input_ids.size
-        limit = min(self._sampling.max_tokens, room)
-        cache, sampler = vlm.model.make_cache(), make_sampler(self._sampling)
-        first = 0.0
-        for count, token_id in enumerate(tokens(vlm.model, inputs_embeds, cache, sampler, limit)):
-            now = time.perf_counter()
-            if count == 0:
-                first = now
-                reply.time_to_first_token_s = first - self._started
-                reply.prompt_tps = reply.prompt_tokens / (first - encoded)
-            else:
-                reply.generation_tps = count / (now - first)
-            reply.peak_memory_gb = mx.get_peak_memory() / 1e9
-            yield token_id
 
 
 class SmolVLM:
@@ -169,7 +37,8 @@ class SmolVLM:
         self.path, self.config, self.model, self.prompt_builder = path, config, model, builder
         self.hidden_token_ids = builder.framing_token_ids
         # Compiled, a quantized layer's biases join the kernels that follow them.
-        self._encode = mx.compile(model.encode)
+        self.encoder: Callable[[mx.array], mx.array] = mx.compile(model.encode)
+        self._video_warned = False
 
     def __repr__(self) -> str:
         return f"SmolVLM({self.config.source!r}, path={str(self.path)!r})"
@@ -179,6 +48,7 @@ class SmolVLM:
         prompt: str | Sequence[Message],
         *,
         images: Iterable[ImageSource] = (),
+        videos: Iterable[VideoSource] = (),
         system: str | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         detail: Detail = "high",
@@ -188,29 +58,32 @@ class SmolVLM:
         Args:
             prompt: A question, or messages with "role" and "content" as in Hugging
                 Face's chat templates. An image item may carry its picture under
-                "image"; those that do not take the next one of `images`.
+                "image", a video item its video under "video"; those that do not take
+                the next one of `images` or `videos`.
             images: Paths, http(s) URLs, data URIs, bytes, PIL images or numpy
                 arrays (H, W, 3). With a question as text they come before it.
+            videos: Paths, URLs, data URIs or bytes, `Video` objects, which say which frames
+                to take, or opened clips. With a question as text they come after the images.
             system: A system message.
             sampling: How the answer is generated; greedy by default.
             detail: "high" cuts pictures into tiles as in training, "auto" does so
                 without enlarging them, "low" takes one tile, a number caps the
-                tiles along the longer side.
+                tiles along the longer side. A video's frame is always one tile.
 
         Raises:
-            MediaError: A picture cannot be read.
+            MediaError: A picture or video cannot be read.
             PromptError: The messages are malformed, or longer than the context.
         """
-        stream = self.stream(prompt, images=images, system=system, sampling=sampling, detail=detail)
-        for _ in stream:
-            pass
-        return stream.reply
+        return self.stream(
+            prompt, images=images, videos=videos, system=system, sampling=sampling, detail=detail
+        ).finished()
 
     def stream(
         self,
         prompt: str | Sequence[Message],
         *,
         images: Iterable[ImageSource] = (),
+        videos: Iterable[VideoSource] = (),
         system: str | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         detail: Detail = "high",
@@ -219,8 +92,40 @@ class SmolVLM:
 
         Errors in the arguments are raised here; the work begins with the first chunk.
         """
-        messages, sources = _messages(prompt, _as_list(images), system)
-        return self._answer(messages, sources, sampling, detail)
+        request = read_request(prompt, images, videos, system)
+        return self.answer(request.messages, *self.opened(request, detail), sampling)
+
+    def stream_parts(
+        self,
+        prompt: str,
+        video: VideoSource,
+        seconds: float,
+        *,
+        system: str | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+    ) -> Iterator[Part]:
+        """Answers to `prompt` for each part of a long video, then one over the parts.
+
+        Each `Part` has its time range and the stream of its answer, which is run to its
+        end before the next part begins. A video of one part has no answer over the parts.
+
+        Args:
+            prompt: A question.
+            video: As one of `videos` in `ask`; its start and end hold for the whole.
+            seconds: Length of a part.
+            system: A system message.
+            sampling: How each answer is generated.
+
+        Raises:
+            ValueError: `seconds` is not above 0.
+            MediaError: The video cannot be read.
+            PromptError: A part has more frames than the context holds.
+        """
+        from mlx_smolvlm.video import open_parts
+
+        self._warn_of_videos()
+        clips = open_parts(video, self.config, seconds)
+        return answers_by_part(self, prompt, clips, system, sampling)
 
     def chat(
         self,
@@ -235,100 +140,67 @@ class SmolVLM:
     def encode_images(
         self, pictures: Sequence[PIL.Image.Image], detail: Detail = "high"
     ) -> mx.array | None:
-        """`image_embeds` (N, I, D) of the tiles of `pictures`, in order; None without pictures.
+        """`image_embeds` (N, I, D) of the tiles of `pictures`, in order; None without pictures."""
+        media, _ = self.opened(Request([], images=list(pictures)), detail)
+        for _ in encode(media, self.encoder, self.config):
+            pass
+        return joined(media)
 
-        `TILE_BATCH` tiles at most are in the encoder at once.
+    def opened(self, request: Request, detail: Detail) -> tuple[list[Picture], list[Footage]]:
+        """The opened media of `request`; videos are sampled, and not decoded yet.
+
+        Raises:
+            MediaError: One cannot be opened.
         """
-        from mlx_smolvlm.image import tiles
-
-        done: list[mx.array] = []
-        for picture in pictures:
-            pixel_values = tiles(picture, self.config, detail).pixel_values
-            for start in range(0, len(pixel_values), TILE_BATCH):
-                batch = mx.array(pixel_values[start : start + TILE_BATCH])
-                done.append(self._encode(batch))
-                mx.eval(done[-1])
-        return mx.concatenate(done) if done else None
-
-    def _answer(
-        self,
-        messages: list[Message],
-        sources: Sequence[ImageSource],
-        sampling: Sampling,
-        detail: Detail,
-    ) -> AnswerStream:
-        """Pictures, grids, prompt ids, the context guard; then the stream that does the work."""
         from mlx_smolvlm.image import grid_of, open_image
 
-        pictures = [open_image(source) for source in sources]
-        grids = [grid_of(picture.size, self.config, detail) for picture in pictures]
-        input_ids = self.prompt_builder.build(messages, grids)
-        self._check_context(input_ids.size, grids)
-        prompt = _Prompt(input_ids, pictures, sum(grid.num_tiles for grid in grids), detail)
-        return AnswerStream(self, prompt, sampling)
+        images = [open_image(source) for source in request.images]
+        pictures = [Picture(one, grid_of(one.size, self.config, detail), detail) for one in images]
+        if not request.videos:
+            return pictures, []
+        from mlx_smolvlm.video import open_video
 
-    def _check_context(self, length: int, grids: Sequence[Grid]) -> None:
-        """Refuse a prompt that leaves no room for an answer, before any work is done."""
-        context = self.config.text.max_position_embeddings
-        if length < context:
-            return
-        taken = sum(self.prompt_builder.tokens_of(grid) for grid in grids)
-        advice = "use detail 'low' or fewer pictures" if grids else "shorten the text"
-        raise PromptError(
-            f"the prompt takes {length:,} tokens ({len(grids)} pictures: {taken:,}) and the "
-            f"model's context is {context:,}; {advice}"
-        )
+        self._warn_of_videos()
+        return pictures, [Footage(open_video(source, self.config)) for source in request.videos]
 
+    def _warn_of_videos(self) -> None:
+        """Say once if the checkpoint was not trained on videos."""
+        if self.config.video is None and not self._video_warned:
+            self._video_warned = True
+            warnings.warn(
+                f"{self.config.source} was not trained on videos; its answers about them are "
+                "poor (SmolVLM2 was)",
+                SmolVLMWarning,
+                stacklevel=4,
+            )
 
-class Conversation:
-    """Messages that build on each other.
+    def answer(
+        self,
+        messages: list[Message],
+        pictures: Sequence[Picture],
+        footage: Sequence[Footage],
+        sampling: Sampling,
+    ) -> AnswerStream:
+        """Prompt ids, the context guard; then the stream that does the work.
 
-    Every turn runs the whole transcript again.
-    """
+        Args:
+            messages: Without sources.
+            pictures: One for each image item, in order; those encoded before stay as they are.
+            footage: One for each video item, likewise.
+            sampling: How the answer is generated.
 
-    def __init__(
-        self, vlm: SmolVLM, system: str | None, sampling: Sampling, detail: Detail
-    ) -> None:
-        self._vlm, self._system, self._sampling, self._detail = vlm, system, sampling, detail
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget everything but the system message."""
-        self._open: AnswerStream | None = None
-        self.messages: list[Message] = _system_message(self._system)
-        self._pictures: list[PIL.Image.Image] = []
-
-    def ask(self, prompt: str, *, images: Iterable[ImageSource] = ()) -> Reply:
-        """The whole answer to the next `prompt`; errors as in `SmolVLM.ask`."""
-        stream = self.stream(prompt, images=images)
-        for _ in stream:
-            pass
-        return stream.reply
-
-    def stream(self, prompt: str, *, images: Iterable[ImageSource] = ()) -> AnswerStream:
-        """The answer to the next `prompt` as it is generated.
-
-        A turn joins the transcript once it is asked, with what was said of its
-        answer when the next one is. A turn that raises leaves no trace.
+        Raises:
+            PromptError: The messages are malformed, or longer than the context.
         """
-        from mlx_smolvlm.image import open_image
-
-        self._settle()
-        messages, sources = _messages(prompt, _as_list(images), None)
-        pictures = [*self._pictures, *(open_image(source) for source in sources)]
-        messages = self.messages + messages
-        stream = self._vlm._answer(messages, pictures, self._sampling, self._detail)
-        self.messages, self._pictures = messages, pictures
-        self._open = stream
-        return stream
-
-    def _settle(self) -> None:
-        """Write down what was said in the last turn."""
-        if self._open is not None:
-            self._open.close()
-            said = {"type": "text", "text": self._open.reply.text}
-            self.messages = [*self.messages, {"role": "assistant", "content": [said]}]
-            self._open = None
+        input_ids = self.prompt_builder.build(
+            messages,
+            [picture.grid for picture in pictures],
+            clips=[one.clip for one in footage],
+        )
+        media = in_order(messages, pictures, footage)
+        if input_ids.size >= self.config.text.max_position_embeddings:
+            raise PromptError(too_long(self.prompt_builder, input_ids.size, media))
+        return AnswerStream(self, Prompt(input_ids, media), sampling)
 
 
 def load(
@@ -371,39 +243,3 @@ def _usual_dtype(config: Config, on_cpu: bool) -> str:
     if on_cpu:
         return "float32"
     return "bfloat16" if config.dtype == "float32" else config.dtype
-
-
-def _as_list(images: Iterable[ImageSource]) -> list[ImageSource]:
-    """`images` as a list; a single picture is met with a list of one."""
-    if isinstance(images, (list, tuple)):
-        return list(images)
-    return list(images) if isinstance(images, Iterator) else [images]
-
-
-def _system_message(system: str | None) -> list[Message]:
-    content = [{"type": "text", "text": system}]
-    return [] if system is None else [{"role": "system", "content": content}]
-
-
-def _messages(
-    prompt: str | Sequence[Message], images: list[ImageSource], system: str | None
-) -> tuple[list[Message], list[ImageSource]]:
-    """Messages for the prompt builder, and the pictures in the order of their items."""
-    if isinstance(prompt, str):
-        items: list[Message] = [{"type": "image"} for _ in images]
-        user = {"role": "user", "content": [*items, {"type": "text", "text": prompt}]}
-        return [*_system_message(system), user], images
-    messages, sources, rest = _system_message(system), [], list(images)
-    for message in prompt:
-        content = message.get("content", "")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            if part.get("type") == "image":
-                if "image" not in part and not rest:
-                    raise PromptError("the messages have more image items than there are pictures")
-                sources.append(part["image"] if "image" in part else rest.pop(0))
-        plain = [{k: v for k, v in part.items() if k != "image"} for part in parts]
-        messages.append({"role": message.get("role"), "content": plain})
-    if rest:
-        raise PromptError(f"{len(rest)} pictures have no image item in the messages")
-    return messages, sources

@@ -121,10 +121,12 @@ def checked(message: Message, number: int) -> dict[str, Any]:
 def _checked_item(item: Any, where: str) -> dict[str, str]:
     """A content item rebuilt from plain values."""
     kind = item.get("type") if isinstance(item, Mapping) else None
-    if kind == "image":
-        return {"type": "image"}
+    if kind in ("image", "video"):
+        return {"type": str(kind)}
     if kind != "text":
-        raise PromptError(f"{where} has content of type {kind!r}; it must be 'text' or 'image'")
+        raise PromptError(
+            f"{where} has content of type {kind!r}; it must be 'text', 'image' or 'video'"
+        )
     text = item.get("text")
     if not isinstance(text, str):
         raise PromptError(f"{where} has a text item whose text is {text!r:.100}")

@@ -18,12 +18,12 @@ COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
 # The command with an answer that takes its time and never ends by itself.
 SLOW = """
 import itertools, time
-import mlx_smolvlm.smolvlm
+import mlx_smolvlm.answer
 def tokens(*arguments):
     for i in itertools.count():
         time.sleep(0.02)
         yield 40 + i % 20
-mlx_smolvlm.smolvlm.tokens = tokens
+mlx_smolvlm.answer.tokens = tokens
 from mlx_smolvlm.cli.app import main
 main()
 """
@@ -202,7 +202,7 @@ def test_stdin_without_a_prompt(tiny_folder: Path, picture: Path) -> None:
         (("Hi", "-i", "https://example.org/a.png", "--offline"), ("--offline", "network")),
         (("",), ("PROMPT", "empty")),
         ((b"\xff",), ("PROMPT", "UTF-8")),
-        (("Hi", "--video", "a.mp4"), ("No such option",)),
+        (("Hi", "--film", "a.mp4"), ("No such option",)),
     ],
 )
 def test_wrong_option(arguments: tuple[str | bytes, ...], words: tuple[str, ...]) -> None:

@@ -41,7 +41,7 @@ def test_every_value_is_read(tmp_path):
     assert (config.vision.image_size, config.vision.patch_size) == (24, 6)
     assert (config.scale_factor, config.image_token_id) == (2, 60)
     assert config.image.longest_edge == 96
-    assert config.video == VideoConfig(1.0, 64, 24)
+    assert config.video == VideoConfig(1.0, 64, 24, 1.0)
     assert Config.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
@@ -169,7 +169,7 @@ def test_nested_processor_settings_win(tmp_path):
     videos = {"fps": 2, "num_frames": 8, "size": {"longest_edge": 24}}
     both = {"image_processor": images, "video_processor": videos}
     hf.write_json(folder / "processor_config.json", both)
-    assert read_settings(folder, "s").video == VideoConfig(2.0, 8, 24)
+    assert read_settings(folder, "s").video == VideoConfig(2.0, 8, 24, 1.0)
     (folder / "preprocessor_config.json").unlink()
     assert read_settings(folder, "s").image.longest_edge == 48
 
@@ -180,7 +180,7 @@ def test_a_separate_video_file_is_read(tmp_path):
     assert read_settings(folder, "s").video is None
     videos = {"video_sampling": {"fps": 3, "max_frames": 5, "video_size": {"longest_edge": 24}}}
     hf.write_json(folder / "video_preprocessor_config.json", videos)
-    assert read_settings(folder, "s").video == VideoConfig(3.0, 5, 24)
+    assert read_settings(folder, "s").video == VideoConfig(3.0, 5, 24, 1.0)
 
 
 @pytest.mark.parametrize(

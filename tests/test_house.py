@@ -8,7 +8,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "mlx_smolvlm"
-LEAVES = {"vision", "connector", "text", "cache", "sampling", "picture", "fetch", "image"}
+LEAVES = {
+    "vision", "connector", "text", "cache", "sampling", "picture", "fetch", "image", "decode",
+    "readers", "scenes", "frames", "video",
+}  # fmt: skip
 
 
 def imported(path: Path, lazy: bool) -> set[str]:
@@ -45,7 +48,7 @@ def test_the_converter_and_training_do_not_know_the_command_line(folder: str) ->
 
 @pytest.mark.parametrize("name", sorted(LEAVES))
 def test_leaves_know_only_configuration_and_errors(name: str) -> None:
-    known = {f"mlx_smolvlm.{other}" for other in ("config", "errors", "cache", "picture", "fetch")}
+    known = {f"mlx_smolvlm.{other}" for other in ("config", "errors", *LEAVES)}
     own = {n for n in imported(LIBRARY / f"{name}.py", lazy=True) if n.startswith("mlx_smolvlm")}
     assert own <= known
 

@@ -107,11 +107,11 @@ def test_a_damaged_conversion_is_made_again(tmp_path):
 
 def test_an_alias_is_fetched_once_and_then_found_without_the_network(cache, downloads):
     folder = resolve("SmolVLM-256M")
-    assert folder == cache / "HuggingFaceTB--SmolVLM-256M-Instruct" / "aaaaaaaaaaaa-source-v1"
+    assert folder == cache / "HuggingFaceTB--SmolVLM-256M-Instruct" / "aaaaaaaaaaaa-source-v2"
     assert read_config(folder).source == REPO
     assert resolve(REPO) == resolve("smolvlm-256m", ResolveOptions(offline=True)) == folder
     assert downloads == [(REPO, False, None)]
-    assert resolve(REPO, ResolveOptions(bits=4)) == folder.with_name("aaaaaaaaaaaa-4bit-v1")
+    assert resolve(REPO, ResolveOptions(bits=4)) == folder.with_name("aaaaaaaaaaaa-4bit-v2")
     assert len(downloads) == 2
 
 
@@ -219,10 +219,10 @@ def test_the_cache_is_listed(tmp_path, downloads, cache):
     models = list_cached()
     assert {model.path for model in models} == paths
     by_path = {model.path.name: model for model in models}
-    four = by_path["aaaaaaaaaaaa-4bit-v1"]
-    assert (four.name, four.bits, four.source) == (f"{REPO} (aaaaaaaaaaaa-4bit-v1)", 4, REPO)
+    four = by_path["aaaaaaaaaaaa-4bit-v2"]
+    assert (four.name, four.bits, four.source) == (f"{REPO} (aaaaaaaaaaaa-4bit-v2)", 4, REPO)
     assert four.nbytes == sum(file.stat().st_size for file in four.path.iterdir())
-    assert by_path["aaaaaaaaaaaa-source-v1"].bits == 16
+    assert by_path["aaaaaaaaaaaa-source-v2"].bits == 16
 
 
 RESOLVE = """

@@ -319,7 +319,12 @@ def test_the_text_around_a_template_token_is_tokenized_whole(builder):
         (["hello"], [], "message 1 must be an object"),
         ([{"role": "user", "content": []}], [], r"message 1 \(user\) has no content"),
         ([{"role": "user", "content": None}], [], "has no content"),
-        ([{"role": "user", "content": [{"type": "video"}]}], [], "type 'video'.*'text' or 'image'"),
+        ([{"role": "user", "content": [{"type": "video"}]}], [], "1 videos and 0 clips"),
+        (
+            [{"role": "user", "content": [{"type": "sound"}]}],
+            [],
+            "type 'sound'.*'image' or 'video'",
+        ),
         ([{"role": "user", "content": [{}]}], [], "type None"),
         ([{"role": "user", "content": ["a"]}], [], "type None"),
         ([{"role": "user", "content": [{"type": "text"}]}], [], "text is None"),

@@ -84,7 +84,7 @@ def test_pictures_and_image_items_must_match(tiny: SmolVLM, count: int) -> None:
 def test_context_guard_comes_before_any_work(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(SmolVLM, "encode_images", None)
+    monkeypatch.setattr("mlx_smolvlm.answer.encode", None)
     with pytest.raises(PromptError, match=r"context is 512.*fewer pictures"):
         tiny.stream("What?", images=[PICTURE] * 20)
     with pytest.raises(PromptError, match="shorten the text"):
@@ -159,7 +159,7 @@ def test_tile_batches_do_not_change_the_embeddings(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = np.array(tiny.encode_images([PICTURE, PICTURE.rotate(90, expand=True)]))
-    monkeypatch.setattr("mlx_smolvlm.smolvlm.TILE_BATCH", 2)
+    monkeypatch.setattr("mlx_smolvlm.media.TILE_BATCH", 2)
     parts = np.array(tiny.encode_images([PICTURE, PICTURE.rotate(90, expand=True)]))
     assert whole.shape == (10, 4, 64)
     np.testing.assert_allclose(parts, whole, atol=1e-5)

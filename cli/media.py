@@ -1,0 +1,136 @@
+"""Pictures and videos on the command line: opening them, saying what they cost, frames on disk."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mlx_smolvlm.cli.options import VideoOptions, is_url, make_video
+from mlx_smolvlm.cli.render import say
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from mlx_smolvlm import Progress, SmolVLM, Video
+    from mlx_smolvlm.image import Detail
+    from mlx_smolvlm.video import Clip
+
+
+@dataclass(frozen=True)
+class OpenedImage:
+    """An opened picture and what to call it."""
+
+    name: str
+    image: PIL.Image.Image
+
+
+@dataclass(frozen=True)
+class OpenedVideo:
+    """An opened video and what to call it."""
+
+    name: str
+    video: Video
+
+
+Opened = OpenedImage | OpenedVideo
+
+
+def open_picture(source: str) -> OpenedImage:
+    """The picture at a path, a URL, a data URI or "-" for stdin.
+
+    Raises:
+        MediaError: It cannot be opened.
+    """
+    from mlx_smolvlm.image import open_image
+
+    return OpenedImage(_name(source), open_image(source))
+
+
+def open_footage(source: str, options: VideoOptions) -> OpenedVideo:
+    """The video at a path, a URL, a data URI or "-" for stdin.
+
+    Raises:
+        MediaError: It cannot be opened.
+    """
+    return OpenedVideo(_name(source), make_video(source, options).opened())
+
+
+def _name(source: str) -> str:
+    """What to call a source, in short."""
+    if source == "-":
+        return "stdin"
+    if source[:5].lower() == "data:":
+        return "data URI"
+    path = source.partition("?")[0] if is_url(source) else source
+    return path.rstrip("/").rpartition("/")[2]
+
+
+def describe_image(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> None:
+    """Say what a picture costs, if stderr is a terminal."""
+    from mlx_smolvlm.image import grid_of
+
+    if not sys.stderr.isatty():
+        return
+    grid = grid_of(image.image.size, vlm.config, detail)
+    tiles = "1 tile" if grid.num_tiles == 1 else f"{grid.rows} x {grid.cols} tiles + 1"
+    say(f"{image.name}: {tiles}, {vlm.prompt_builder.tokens_of(grid)} tokens", dim=True)
+
+
+def sampled(vlm: SmolVLM, video: OpenedVideo) -> Clip:
+    """The clip that the model looks at; what it costs is said if stderr is a terminal.
+
+    Raises:
+        MediaError: There is nothing between start and end, or it cannot be decoded.
+    """
+    from mlx_smolvlm.frames import clock
+    from mlx_smolvlm.video import open_video
+
+    clip = open_video(video.video, vlm.config)
+    if sys.stderr.isatty():
+        count = len(clip.indices)
+        frames = "1 frame" if count == 1 else f"{count} frames"
+        tokens = vlm.prompt_builder.tokens_of_clip(clip)
+        say(f"{video.name}: {frames} of {clock(clip.duration_s)}, {tokens} tokens", dim=True)
+    return clip
+
+
+class FrameWriter:
+    """Writes the frames that the model sees, as PNGs of a tile's size, and `frames.jsonl`.
+
+    The list has a line with number and time of each. An earlier run's list, and its frames
+    of the same names, are replaced.
+    """
+
+    def __init__(self, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._mean, self._std = folder, np.array(mean), np.array(std)
+        self._list = folder / "frames.jsonl"
+        self._list.write_text("")
+        self._count = 0
+
+    def write(self, step: Progress) -> None:
+        """Write the frame of `step`, if it has one."""
+        from PIL import Image
+
+        if step.frame is None or step.tile is None:
+            return
+        self._count += 1
+        frame = step.frame
+        name = f"frame-{self._count:04d}-{frame.stamp.replace(':', 'm')}s.png"
+        pixels = np.rint((step.tile * self._std + self._mean) * 255).clip(0, 255)
+        Image.fromarray(pixels.astype(np.uint8)).save(self._folder / name)
+        row = {
+            "file": name,
+            "video": step.name.strip("'"),
+            "index": frame.index,
+            "timestamp_s": round(frame.timestamp_s, 6),
+            "stamp": frame.stamp,
+        }
+        with self._list.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")

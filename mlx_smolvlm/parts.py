@@ -1,0 +1,83 @@
+"""Long videos: an answer for each part, then one over the parts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mlx_smolvlm.answer import AnswerStream
+from mlx_smolvlm.errors import PromptError
+from mlx_smolvlm.frames import stamp
+from mlx_smolvlm.media import Footage
+from mlx_smolvlm.messages import read_request
+from mlx_smolvlm.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mlx_smolvlm.smolvlm import SmolVLM
+    from mlx_smolvlm.video import ClipPart
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a video, in seconds, and the stream of its answer.
+
+    `is_whole` marks the answer over the parts.
+    """
+
+    start_s: float
+    end_s: float
+    stream: AnswerStream
+    is_whole: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its time range, MM:SS-MM:SS."""
+        return _label(self.start_s, self.end_s)
+
+
+Told = tuple[float, float, str]  # start and end in seconds, and the answer
+
+
+def answers_by_part(
+    vlm: SmolVLM,
+    prompt: str,
+    clips: Iterator[ClipPart],
+    system: str | None,
+    sampling: Sampling,
+) -> Iterator[Part]:
+    """An answer for each of `clips`, then one over the answers if there are several."""
+    told: list[Told] = []
+    messages = read_request(prompt, (), [None], system).messages
+    for start, end, clip in clips:
+        part = Part(start, end, vlm.answer(messages, [], [Footage(clip)], sampling))
+        yield part
+        told.append((start, end, part.stream.finished().text))
+    if len(told) > 1:
+        yield Part(told[0][0], told[-1][1], _over(vlm, prompt, told, system, sampling), True)
+
+
+def _over(
+    vlm: SmolVLM, prompt: str, told: list[Told], system: str | None, sampling: Sampling
+) -> AnswerStream:
+    """The answer over the answers in `told`; over those of each half if they do not fit."""
+    lines = "\n".join(f"{_label(start, end)}: {text}" for start, end, text in told)
+    question = (
+        "The parts of a video, one after the other, were asked about. The answers:\n\n"
+        f"{lines}\n\nFrom these, answer for the whole video: {prompt}"
+    )
+    try:
+        return vlm.answer(read_request(question, (), (), system).messages, [], [], sampling)
+    except PromptError:
+        if len(told) < 3:
+            raise
+    middle = len(told) // 2
+    halves = [
+        (half[0][0], half[-1][1], _over(vlm, prompt, half, system, sampling).finished().text)
+        for half in (told[:middle], told[middle:])
+    ]
+    return _over(vlm, prompt, halves, system, sampling)
+
+
+def _label(start_s: float, end_s: float) -> str:
+    return f"{stamp(start_s)}-{stamp(end_s)}"
