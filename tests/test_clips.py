@@ -5,26 +5,31 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-import av
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_smolvlm.image import Grid
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train import clip_questions as questions
 from mlx_smolvlm.train.clip_batches import clip_batch, clip_prefix, clip_row
 from mlx_smolvlm.train.clips import MOTIONS, Clip, Event, Motion, sampled_indices, shown_frames
 from mlx_smolvlm.train.demo import CHAT_TEMPLATE
-from mlx_smolvlm.train.draw import COLOR_NAMES, SHAPES, Shape
+from mlx_smolvlm.train.draw import COLOR_NAMES, SHAPES, Shape, render
 from mlx_smolvlm.train.film import write_mp4
 from mlx_smolvlm.train.grounding import word_table
-from mlx_smolvlm.train.motion import SharedPrefix, frame_labels, layer_states, word_motions
+from mlx_smolvlm.train.motion import (
+    SharedPrefix,
+    frame_labels,
+    layer_states,
+    token_labels,
+    word_motions,
+)
 from mlx_smolvlm.train.questions import Turn
 from mlx_smolvlm.train.sample_clips import SAMPLED, sample_clip
 from mlx_smolvlm.train.shapes import demo_config
 from mlx_smolvlm.train.tokenizer import build_tokenizer
+from mlx_smolvlm.video import open_video
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +71,8 @@ def test_as_many_frames_are_sampled_as_wanted(count: int) -> None:
 
 
 def test_frames_are_sampled_as_smolvlm2_does() -> None:
-    assert sampled_indices(270, 30) == [0, 33, 67, 100, 134, 168, 201, 235, 269]
-    assert sampled_indices(10, 25) == [0]
+    assert sampled_indices(270, 30) == (0, 33, 67, 100, 134, 168, 201, 235, 269)
+    assert sampled_indices(10, 25) == (0,)
     assert len(sampled_indices(1995, 30)) == 32
 
 
@@ -205,27 +210,40 @@ def test_answers_about_colors_are_true() -> None:
     assert ends["What color is the background at the end?"] == "Pink."
 
 
-def test_clips_are_tokenized_as_prompts_are(builder: PromptBuilder) -> None:
-    clip = replace(clip_of("moves", ("red", "circle"), motion="down"), fps=5.0, frames=17)
-    turns = [Turn("happens", "What happens?", "A red circle moves down."), Turn("", "Why?", "Up.")]
-    said = "You are provided the following series of three frames from a 0:00:03 [H:MM:SS] video.\n"
-    content = [{"type": "text", "text": said}]
-    for stamp in ("00:00", "00:01", "00:03"):
-        content += [{"type": "text", "text": f"\nFrame from {stamp}:"}, {"type": "image"}]
-    content.append({"type": "text", "text": f"\n\n{turns[0].question}"})
-    messages = [
-        {"role": "user", "content": content},
-        {"role": "assistant", "content": [{"type": "text", "text": turns[0].answer}]},
-        {"role": "user", "content": [{"type": "text", "text": turns[1].question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": turns[1].answer}]},
-    ]
-    built = builder.build(messages, [Grid(0, 0)] * 3, add_generation_prompt=False)
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_clips_are_tokenized_as_files_are(
+    builder: PromptBuilder, tmp_path: Path, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    clip = sample_clip(rng)
+    turns = questions.ask_clip(clip, rng, 2, questions.makers_of(clip))
+    write_mp4(clip, tmp_path / "clip.mp4")
+    opened = open_video(tmp_path / "clip.mp4", builder.config)
+    assert opened.indices == sampled_indices(clip.frames, clip.fps)
+    messages = []
+    for number, turn in enumerate(turns):
+        asked = [{"type": "video"}] * (number == 0) + [{"type": "text", "text": turn.question}]
+        messages.append({"role": "user", "content": asked})
+        answer = [{"type": "text", "text": turn.answer}]
+        messages.append({"role": "assistant", "content": answer})
+    built = builder.build(messages, [], add_generation_prompt=False, clips=[opened])
     ids, weights = clip_row(builder, turns)
     made = [*clip_prefix(builder, clip), *ids, *builder.tokenizer.encode("\n").ids]
     assert made == built.tolist()
     learned = [token for token, weight in zip(ids, weights, strict=True) if weight]
     answers = builder.tokenizer.decode(learned, skip_special_tokens=False)
     assert answers == "".join(f" {turn.answer}<end_of_utterance>" for turn in turns)
+
+
+def test_prefix_is_in_the_words_of_smolvlm2(builder: PromptBuilder) -> None:
+    clip = replace(clip_of("moves", ("red", "circle"), motion="down"), fps=5.0, frames=17)
+    text = builder.tokenizer.decode(clip_prefix(builder, clip), skip_special_tokens=False)
+    image = "<fake_token_around_image><global-img>" + "<image>" * 16 + "<fake_token_around_image>"
+    assert text == (
+        "<|im_start|>User: You are provided the following series of three frames from a 0:00:03 "
+        f"[H:MM:SS] video.\n\nFrame from 00:00:{image}\nFrame from 00:01:{image}"
+        f"\nFrame from 00:03:{image}"
+    )
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 8])
@@ -275,20 +293,29 @@ def test_continuations_see_their_beginning(builder: PromptBuilder) -> None:
     assert mx.abs(states - whole[:, 7:]).max() < 1e-4
 
 
+def test_image_tokens_tell_what_was_before_and_how_it_moved() -> None:
+    clip = clip_of("moves", ("red", "circle"), ("blue", "square"), motion="down")
+    first, second, third = token_labels(clip, 4).reshape(3, 4, 4, 5)
+    white, red, blue = (COLOR_NAMES.index(color) for color in ("white", "red", "blue"))
+    circle, square, down = (
+        1 + SHAPES.index("circle"),
+        1 + SHAPES.index("square"),
+        2 + MOTIONS.index("up") - 1,
+    )
+    assert (first == -1).all()
+    # The circle goes from y = 30 to 50 to 70 of 100 at x = 30; the square stays at x = 70.
+    assert second[1, 1].tolist() == [circle, red, MOTIONS.index("down"), 2, 2]
+    assert second[2, 1].tolist()[:2] == [0, white]
+    assert third[2, 1].tolist() == [circle, red, down, 2, 2]
+    assert third[1, 2].tolist() == [square, blue, 0, 5, 2]
+    assert third[0, 0].tolist() == [0, white, -1, -1, -1]
+
+
 def test_files_hold_the_frames(tmp_path: Path) -> None:
     clip = sample_clip(np.random.default_rng(3), 3)
     write_mp4(clip, tmp_path / "clip.mp4")
-    with av.open(str(tmp_path / "clip.mp4")) as file:
-        assert float(file.streams.video[0].average_rate or 0) == clip.fps
-        frames = [np.asarray(frame.to_image(), float) for frame in file.decode(video=0)]
-    assert len(frames) == clip.frames
-    for index in sampled_indices(clip.frames, clip.fps):
-        drawn = np.asarray(clip_frame(clip, index), float)
-        assert np.abs(frames[index] - drawn).mean() < 6
-
-
-def clip_frame(clip: Clip, index: int) -> np.ndarray:
-    """Frame `index` of `clip` as drawn."""
-    from mlx_smolvlm.train.draw import render
-
-    return np.asarray(render(clip.scene(index)))
+    opened = open_video(tmp_path / "clip.mp4", demo_config(build_tokenizer()))
+    assert (opened.fps, opened.num_frames) == (clip.fps, clip.frames)
+    for frame in opened.frames():
+        drawn = np.asarray(render(clip.scene(frame.index)), float)
+        assert np.abs(np.asarray(frame.picture, float) - drawn).mean() < 6

@@ -7,20 +7,24 @@ about it after them, each on its own.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from datetime import timedelta
 
 import numpy as np
 from num2words import num2words
 
-from mlx_smolvlm.image import Grid, tiles
+from mlx_smolvlm.config import VisionConfig
+from mlx_smolvlm.frames import clock, stamp
+from mlx_smolvlm.image import Grid, frame_tile
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.clip_questions import ask_clip, makers_of
 from mlx_smolvlm.train.clips import Clip, sampled_indices, shown_frames
+from mlx_smolvlm.train.encoder import patch_labels
 from mlx_smolvlm.train.grounding import word_table
-from mlx_smolvlm.train.motion import frame_labels, word_motions
+from mlx_smolvlm.train.motion import frame_labels, token_labels, word_motions
 from mlx_smolvlm.train.questions import Turn
 from mlx_smolvlm.train.sample_clips import SAMPLED, sample_clip
+from mlx_smolvlm.train.shapes import VIDEO
 from mlx_smolvlm.train.tokenizer import token_id
 
 _SHORT_ROWS, _LONG_ROWS = 5, 2  # questions on a clip
@@ -37,6 +41,9 @@ class ClipBatch:
     Attributes:
         prefix_ids: int32 (C, L), each clip's tokens up to the end of its last frame.
         pixel_values: float32 (C * F, H, W, 3).
+        labels: int32 (C * F, P, 5) of the patches, see `encoder.patch_labels`.
+        image_places: int32 (C * F * I,), flat places of the placeholders in `prefix_ids`.
+        token_labels: int32 (C * F * I, 5), see `motion.token_labels`.
         closings: int32 (C * F,), flat places in `prefix_ids` of the token that ends a frame.
         frame_labels: int32 (C * F, 7), see `motion.frame_labels`.
         row_ids: int32 (C * R, M), the questions with their answers, padded with 0.
@@ -49,6 +56,9 @@ class ClipBatch:
 
     prefix_ids: np.ndarray
     pixel_values: np.ndarray
+    labels: np.ndarray
+    image_places: np.ndarray
+    token_labels: np.ndarray
     closings: np.ndarray
     frame_labels: np.ndarray
     row_ids: np.ndarray
@@ -58,21 +68,28 @@ class ClipBatch:
     words: np.ndarray
 
 
-def clip_batch(seed: int, builder: PromptBuilder, frames: int) -> ClipBatch:
-    """Questions about clips of about `frames` sampled frames in all; follows from its arguments."""
+def clip_batch(
+    seed: int, builder: PromptBuilder, frames: int, longest: int = SAMPLED[-1]
+) -> ClipBatch:
+    """Questions about clips of about `frames` sampled frames in all; follows from its arguments.
+
+    Args:
+        longest: Sampled frames of a clip at most.
+    """
     rng = np.random.default_rng(seed)
-    sampled = int(rng.choice(SAMPLED, p=_SAMPLED_WEIGHTS))
+    weights = np.array(_SAMPLED_WEIGHTS) * (np.array(SAMPLED) <= longest)
+    sampled = int(rng.choice(SAMPLED, p=weights / weights.sum()))
     clips = [sample_clip(rng, sampled) for _ in range(max(2, frames // sampled))]
     prefixes = np.array([clip_prefix(builder, clip) for clip in clips], np.int32)
     pixels = [
-        tiles(frame, builder.config, "low").pixel_values
+        frame_tile(frame, VIDEO.longest_edge, builder.config)
         for clip in clips
         for frame in shown_frames(clip, rng)
     ]
     is_long = rng.random() < _LONG_SHARE
     rows: list[Row] = []
     words: list[list[tuple[int, int]]] = []
-    table = word_table(builder.tokenizer)
+    table, side = word_table(builder.tokenizer), math.isqrt(builder.config.image_seq_len)
     for clip in clips:
         for _ in range(_LONG_ROWS if is_long else _SHORT_ROWS):
             count = 1 + int(is_long and rng.random() < 0.5)
@@ -87,22 +104,33 @@ def clip_batch(seed: int, builder: PromptBuilder, frames: int) -> ClipBatch:
             )
     length = max(len(ids) for ids, _ in rows)
     row_ids = np.zeros((len(rows), length), np.int32)
-    weights = np.zeros((len(rows), length), np.float32)
-    for i, (ids, shares) in enumerate(rows):
-        row_ids[i, : len(ids)], weights[i, : len(ids)] = ids, shares
-    flat = np.flatnonzero(weights)
+    shares = np.zeros((len(rows), length), np.float32)
+    for i, (ids, share) in enumerate(rows):
+        row_ids[i, : len(ids)], shares[i, : len(ids)] = ids, share
+    flat = np.flatnonzero(shares)
     found = [(i * length + at, what) for i, row in enumerate(words) for at, what in row]
     return ClipBatch(
         prefix_ids=prefixes,
         pixel_values=np.concatenate(pixels),
+        labels=np.concatenate([_patch_labels(clip, builder.config.vision) for clip in clips]),
+        image_places=np.flatnonzero(prefixes == builder.config.image_token_id).astype(np.int32),
+        token_labels=np.concatenate([token_labels(clip, side) for clip in clips]).reshape(-1, 5),
         closings=_closings(prefixes, builder.config.image_token_id),
         frame_labels=np.concatenate([frame_labels(clip) for clip in clips]),
         row_ids=row_ids,
         places=(flat - 1).astype(np.int32),
         targets=row_ids.reshape(-1)[flat],
-        weights=weights.reshape(-1)[flat] / weights.sum(),
+        weights=shares.reshape(-1)[flat] / shares.sum(),
         words=np.array(found or [(0, -1)], np.int32),
     )
+
+
+def _patch_labels(clip: Clip, config: VisionConfig) -> np.ndarray:
+    """Labels (F, P, 5) of the sampled frames' patches; cells are not to be told."""
+    scenes = [clip.scene(index) for index in sampled_indices(clip.frames, clip.fps)]
+    labels = np.concatenate([patch_labels(scene, config, 1) for scene in scenes])
+    labels[..., 4] = 0
+    return labels
 
 
 def _closings(prefixes: np.ndarray, image_token_id: int) -> np.ndarray:
@@ -121,15 +149,13 @@ def clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
     test holds.
     """
     indices = sampled_indices(clip.frames, clip.fps)
-    lasts = timedelta(seconds=int(clip.duration_s))
     before = (
         f"User: You are provided the following series of {num2words(len(indices))} frames "
-        f"from a {lasts} [H:MM:SS] video.\n"
+        f"from a {clock(clip.duration_s)} [H:MM:SS] video.\n"
     )
     ids = [token_id(builder.tokenizer, "<|im_start|>")]
     for index in indices:
-        minutes, seconds = divmod(int(index / clip.fps), 60)
-        ids += _encode(builder, f"{before}\nFrame from {minutes:02d}:{seconds:02d}:")
+        ids += _encode(builder, f"{before}\nFrame from {stamp(index / clip.fps)}:")
         ids += builder.image_ids(Grid(0, 0))
         before = ""
     return ids

@@ -14,9 +14,9 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.train.draw import RGB, Scene, Shape, render
 from mlx_smolvlm.train.shapes import VIDEO
+from mlx_smolvlm.video import sample_indices
 
 Event = Literal["moves", "stays", "shape turns", "background turns"]
 Motion = Literal["none", "left", "right", "up", "down"]
@@ -85,10 +85,9 @@ class Clip:
         return Scene(self.width, self.height, ground, ground_rgb, tuple(shapes), self.smooth)
 
 
-def sampled_indices(frames: int, fps: float, video: VideoConfig = VIDEO) -> list[int]:
-    """Frames of a file that the model is shown, as SmolVLM2 samples them."""
-    count = max(1, min(round(video.fps * frames / fps), video.max_frames))
-    return [int(i) for i in np.unique(np.linspace(0, frames - 1, count, dtype=int))]
+def sampled_indices(frames: int, fps: float) -> tuple[int, ...]:
+    """Frames of a file that the demo is shown, as `video.open_video` samples them."""
+    return sample_indices(frames, fps, frames / fps, VIDEO)
 
 
 def cell_of(x: float, y: float, width: int, height: int) -> int:

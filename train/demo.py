@@ -53,6 +53,7 @@ class Stage:
         rate: Muon's learning rate at the top.
         tiled: Share of batches at full detail.
         frames: Sampled frames of the clips in a batch, about; 0 for no clips.
+        longest: Sampled frames of a clip at most.
         heads_only: Whether the model stays as it is.
     """
 
@@ -64,18 +65,22 @@ class Stage:
     encoder_share: float = 1.0
     tiled: float = 0.0
     frames: int = 0
+    longest: int = 8
     heads_only: bool = False
 
 
 STAGES = (
     Stage("encoder", steps=700, size=48, rate=0.012),
     Stage("single", steps=1900, size=16, rate=0.008, floor=0.02, encoder_share=0.4),
-    Stage("clips", steps=2600, size=8, rate=0.006, floor=0.01, encoder_share=0.4, frames=32),
+    Stage(
+        "brief", steps=500, size=8, rate=0.006, floor=0.8, encoder_share=0.4, frames=20, longest=3
+    ),
+    Stage("clips", steps=2000, size=8, rate=0.006, floor=0.01, encoder_share=0.4, frames=28),
 )
 # Those of a run that begins with the weights of a checkpoint.
 STAGES_FROM_WEIGHTS = (
-    Stage("heads", steps=60, size=8, rate=0.01, frames=32, heads_only=True),
-    STAGES[-1],
+    Stage("heads", steps=40, size=8, rate=0.01, frames=20, longest=3, heads_only=True),
+    *STAGES[-2:],
 )
 
 
@@ -122,7 +127,7 @@ class Run:
         is_tiled = np.random.default_rng(seed).random() < stage.tiled
         pictures = batch(seed, self.builder, stage.size, "high" if is_tiled else "low")
         if stage.frames:
-            return pictures, clip_batch(seed, self.builder, stage.frames)
+            return pictures, clip_batch(seed, self.builder, stage.frames, stage.longest)
         return pictures
 
     def advance(self) -> float:

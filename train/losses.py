@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.model import Model
@@ -12,17 +13,21 @@ from mlx_smolvlm.train.clip_batches import ClipBatch
 from mlx_smolvlm.train.encoder import dense_loss, label_head, word_loss
 from mlx_smolvlm.train.grounding import hidden_states, referent_head, referent_loss
 from mlx_smolvlm.train.motion import (
+    BEFORE_LAYERS,
     FRAME_LAYERS,
+    WAY_LAYERS,
     WORD_LAYERS,
     MotionHeads,
     SharedPrefix,
     layer_states,
+    unit,
 )
 
 _DENSE_SHARE = 0.3  # of the dense loss, beside that of the answers
 _LOOKUP_SHARE = 0.15  # of the loss of what a question's words refer to
 _WORD_SHARE = 0.1  # of the loss that draws image embeddings to the words for what they show
-_FRAME_SHARE = 0.15  # of the loss of what the frames of a clip show
+_TOKEN_SHARE = 0.2  # of the loss of what the image tokens of a clip tell
+_FRAME_SHARE = 0.1  # of the loss of what the frames of a clip show
 _MOTION_SHARE = 0.15  # of the loss of how what a question's words refer to moves
 
 
@@ -69,23 +74,37 @@ def answer_loss(trainee: Trainee, data: Batch) -> mx.array:
 
 
 def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
-    """Loss of the answers about clips, with a share of that of what frames and words tell."""
-    model, text_model = trainee.model, trainee.model.text_model
-    image_embeds = model.encode(mx.array(data.pixel_values))
-    embeds = model.embed(data.prefix_ids.reshape(-1), image_embeds)
+    """Loss of the answers about clips, with shares of those of what clips show."""
+    model, text_model, heads = trainee.model, trainee.model.text_model, trainee.motion_head
+    features = model.vision_model(mx.array(data.pixel_values))
+    dense = dense_loss(trainee.dense_head(features), mx.array(data.labels))
+    embeds = model.embed(data.prefix_ids.reshape(-1), model.connector(features))
     cache = SharedPrefix(len(text_model.layers))
     states = layer_states(text_model, embeds.reshape(*data.prefix_ids.shape, -1), cache)
-    closing = states[FRAME_LAYERS - 1].reshape(data.prefix_ids.size, -1)[mx.array(data.closings)]
-    frames = trainee.motion_head.frame_loss(closing, mx.array(data.frame_labels))
+
+    def read(layers: int, places: np.ndarray) -> mx.array:
+        """States (S, D) at flat `places` after `layers` layers."""
+        state = states[layers - 1]
+        return unit(state.reshape(-1, state.shape[-1])[mx.array(places)])
+
+    tokens = heads.token_loss(
+        read(BEFORE_LAYERS, data.image_places),
+        read(WAY_LAYERS, data.image_places),
+        mx.array(data.token_labels),
+    )
+    frames = heads.frame_loss(read(FRAME_LAYERS, data.closings), mx.array(data.frame_labels))
     cache.repeats = len(data.row_ids) // len(data.prefix_ids)
-    embeds = text_model.embed_tokens(mx.array(data.row_ids))
-    states = layer_states(text_model, embeds, cache)
-    words = mx.array(data.words)
-    referring = states[WORD_LAYERS - 1].reshape(data.row_ids.size, -1)[words[:, 0]]
-    motions = trainee.motion_head.word_loss(referring, words[:, 1])
+    states = layer_states(text_model, text_model.embed_tokens(mx.array(data.row_ids)), cache)
+    words = heads.word_loss(read(WORD_LAYERS, data.words[:, 0]), mx.array(data.words[:, 1]))
     hidden = states[-1].reshape(data.row_ids.size, -1)[mx.array(data.places)]  # (T, D)
     losses = nn.losses.cross_entropy(model.head(hidden), mx.array(data.targets))
-    return (losses * mx.array(data.weights)).sum() + _FRAME_SHARE * frames + _MOTION_SHARE * motions
+    return (
+        (losses * mx.array(data.weights)).sum()
+        + _DENSE_SHARE * dense
+        + _TOKEN_SHARE * tokens
+        + _FRAME_SHARE * frames
+        + _MOTION_SHARE * words
+    )
 
 
 def mixed_loss(trainee: Trainee, data: tuple[Batch, ClipBatch]) -> mx.array:

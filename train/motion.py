@@ -1,11 +1,15 @@
-"""Losses on what a clip shows: at the end of each frame, and at a question's words.
+"""Losses on what a clip shows: at each image token, at the end of each frame, at words.
 
-The end of a frame tells what the shape is that moves or turns, where it is by now and
-which way it went; a word of a question tells how what it names moves. The answer has to
+Answers alone teach little of motion: whoever cannot compare frames yet has nothing to
+answer from. So an image token tells what was at its place one frame before, then how the
+shape moved that it shows and where that began; the end of a frame tells of the shape that
+moves or turns; and a word of a question tells how what it names moves. The answer has to
 copy then, as in `grounding.py`.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,14 +18,61 @@ import numpy as np
 from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.text import TextModel
 from mlx_smolvlm.train.clips import MOTIONS, Clip, sampled_indices
-from mlx_smolvlm.train.draw import COLOR_NAMES, SHAPES
+from mlx_smolvlm.train.draw import COLOR_NAMES, SHAPES, Scene, Shape, index_map
 from mlx_smolvlm.train.grounding import ANY, Words
 
-FRAME_LAYERS, WORD_LAYERS = 2, 3  # after so many layers frames and words are read
+# After so many layers is read what was before, how it moved, and what frames and words tell.
+BEFORE_LAYERS, WAY_LAYERS, FRAME_LAYERS, WORD_LAYERS = 1, 2, 3, 3
 _BINS = 8  # of a place along a side
 _LEAST_WAY = 0.04  # share of a side; with less the way is not to be told yet
 _FRAME_SIZES = (len(SHAPES), len(COLOR_NAMES), len(COLOR_NAMES), _BINS, _BINS, len(MOTIONS), 4)
+_BEFORE_SIZES = (len(SHAPES) + 1, len(COLOR_NAMES))
+_WAY_SIZES = (len(MOTIONS), _BINS, _BINS)
 _ABSENT = len(MOTIONS)
+_LEAST_COVER = 0.08  # share of a token's square that a shape must cover to be shown there
+
+
+def token_labels(clip: Clip, side: int) -> np.ndarray:
+    """Labels int32 (F, I, 5) of the image tokens, `side` x `side` a frame; -1 for nothing to tell.
+
+    Kind + 1 (0: background) and color of what was at the token's place one frame before; and of
+    the shape that it shows the motion, and the column and row of eight where that began.
+    """
+    indices = sampled_indices(clip.frames, clip.fps)
+    labels = np.full((len(indices), side * side, 5), -1, np.int32)
+    start, before = clip.scene(0), None
+    for row, index in zip(labels, indices, strict=True):
+        scene = clip.scene(index)
+        shown = _shown(scene, side)
+        if before is not None:
+            row[:, :2] = before
+            for i, (shape, first) in enumerate(zip(scene.shapes, start.shapes, strict=True)):
+                motion = clip.motion if i == 0 else MOTIONS[0]
+                told = motion == "none" or _way(shape, first, scene) > _LEAST_WAY
+                row[shown == i + 1, 2] = MOTIONS.index(motion) if told else -1
+                row[shown == i + 1, 3] = int(_BINS * first.x / scene.width)
+                row[shown == i + 1, 4] = int(_BINS * first.y / scene.height)
+        kinds = np.array([0, *(1 + SHAPES.index(shape.kind) for shape in scene.shapes)])
+        colors = [scene.background, *(shape.color for shape in scene.shapes)]
+        hues = np.array([COLOR_NAMES.index(color) for color in colors])
+        before = np.stack([kinds[shown], hues[shown]], -1)
+    return labels
+
+
+def _shown(scene: Scene, side: int) -> np.ndarray:
+    """Which shape each of `side` x `side` squares shows, flat: 0 for none, else its number."""
+    squares = index_map(scene, 16 * side).reshape(side, 16, side, 16).swapaxes(1, 2)
+    pixels = squares.reshape(side * side, 256)
+    best, cover = np.zeros(side * side, int), np.full(side * side, _LEAST_COVER)
+    for i in range(1, len(scene.shapes) + 1):
+        share = (pixels == i).mean(-1)
+        best, cover = np.where(share > cover, i, best), np.maximum(share, cover)
+    return best
+
+
+def _way(shape: Shape, first: Shape, scene: Scene) -> float:
+    """How far `shape` is from where it was at `first`, as a share of the longer of both ways."""
+    return max(abs(shape.x - first.x) / scene.width, abs(shape.y - first.y) / scene.height)
 
 
 def frame_labels(clip: Clip) -> np.ndarray:
@@ -41,7 +92,7 @@ def frame_labels(clip: Clip) -> np.ndarray:
         if not scene.shapes:
             continue
         shape, first = scene.shapes[0], start.shapes[0]
-        way = max(abs(shape.x - first.x) / scene.width, abs(shape.y - first.y) / scene.height)
+        way = _way(shape, first, scene)
         if len(scene.shapes) == 1 or way > _LEAST_WAY or clip.color_number(index):
             row[0], row[1] = SHAPES.index(shape.kind), COLOR_NAMES.index(shape.color)
             row[3] = int(_BINS * shape.x / scene.width)
@@ -76,29 +127,43 @@ def word_motions(clip: Clip, ids: list[int], words: Words) -> list[tuple[int, in
 
 
 class MotionHeads(nn.Module):
-    """Linear layers from hidden states to the logits of frames' and words' labels."""
+    """Linear layers from hidden states to the logits of all labels."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.before = nn.Linear(width, sum(_BEFORE_SIZES))
+        self.way = nn.Linear(width, sum(_WAY_SIZES))
         self.frame = nn.Linear(width, sum(_FRAME_SIZES))
         self.word = nn.Linear(width, len(MOTIONS) + 1)
 
-    def frame_loss(self, hidden_states: mx.array, labels: mx.array) -> mx.array:
-        """Cross-entropy of `labels` (S, 7) from `hidden_states` (S, D), summed over the labels."""
-        unit = mx.fast.rms_norm(hidden_states, None, 1e-5)
-        parts = mx.split(self.frame(unit), np.cumsum(_FRAME_SIZES)[:-1].tolist(), axis=-1)
-        known = labels >= 0
-        losses = [
-            nn.losses.cross_entropy(part, mx.maximum(labels[:, i], 0)) * known[:, i]
-            for i, part in enumerate(parts)
-        ]
-        return mx.stack(losses).sum() / len(labels)
+    def token_loss(self, first: mx.array, second: mx.array, labels: mx.array) -> mx.array:
+        """Loss of `token_labels` (S, 5) from states (S, D) after the layers that tell them."""
+        before = _loss(self.before(first), labels[:, :2], _BEFORE_SIZES)
+        return before + _loss(self.way(second), labels[:, 2:], _WAY_SIZES)
 
-    def word_loss(self, hidden_states: mx.array, labels: mx.array) -> mx.array:
-        """Mean cross-entropy of `labels` (S,), none where -1, from `hidden_states` (S, D)."""
-        unit = mx.fast.rms_norm(hidden_states, None, 1e-5)
-        losses = nn.losses.cross_entropy(self.word(unit), mx.maximum(labels, 0)) * (labels >= 0)
-        return losses.sum() / len(labels)
+    def frame_loss(self, states: mx.array, labels: mx.array) -> mx.array:
+        """Loss of `frame_labels` (S, 7) from states (S, D)."""
+        return _loss(self.frame(states), labels, _FRAME_SIZES)
+
+    def word_loss(self, states: mx.array, labels: mx.array) -> mx.array:
+        """Loss of the motions `labels` (S,) from states (S, D)."""
+        return _loss(self.word(states), labels[:, None], (len(MOTIONS) + 1,))
+
+
+def unit(hidden_states: mx.array) -> mx.array:
+    """`hidden_states` at length one, as the heads read them."""
+    return mx.fast.rms_norm(hidden_states, None, 1e-5)
+
+
+def _loss(logits: mx.array, labels: mx.array, sizes: tuple[int, ...]) -> mx.array:
+    """Mean cross-entropy of each column of `labels` (S, columns) where it is not -1, summed."""
+    parts: Any = mx.split(logits, np.cumsum(sizes)[:-1].tolist(), axis=-1)
+    total = mx.array(0.0)
+    for i, part in enumerate(parts):
+        known = labels[:, i] >= 0
+        losses = nn.losses.cross_entropy(part, mx.maximum(labels[:, i], 0)) * known
+        total = total + losses.sum() / mx.maximum(known.sum(), 1)
+    return total
 
 
 class SharedPrefix(KVCache):

@@ -145,7 +145,7 @@ def _sample_turns(
     event: Event,
     background: str,
     shapes: list[Shape],
-    seen: list[int],
+    seen: tuple[int, ...],
 ) -> tuple[tuple[Paint, ...], tuple[int, ...]]:
     """Two to four different colors, and the frames at which they appear; each is in `seen`."""
     most = min(4, len(seen))
