@@ -23,7 +23,7 @@ from mlx_smolvlm.train.motion import (
     frame_labels,
     layer_states,
     token_labels,
-    word_motions,
+    word_labels,
 )
 from mlx_smolvlm.train.questions import Turn
 from mlx_smolvlm.train.sample_clips import SAMPLED, sample_clip
@@ -267,18 +267,27 @@ def test_labels_of_frames_and_words() -> None:
         COLOR_NAMES.index("red"),
         SHAPES.index("circle"),
     )
+    down = MOTIONS.index("down")
     assert frame_labels(clip).tolist() == [
-        [-1, -1, white, -1, -1, -1, 0],
-        [circle, red, white, 2, 3, MOTIONS.index("down"), 0],
-        [circle, red, white, 2, 5, MOTIONS.index("down"), 0],
+        [-1, -1, white, -1, -1, -1, 0, -1, -1],
+        [circle, red, white, 2, 3, down, 0, -1, red],
+        [circle, red, white, 2, 5, down, 0, red, red],
     ]
+    blue, pink = COLOR_NAMES.index("blue"), COLOR_NAMES.index("pink")
     turning = frame_labels(clip_of("shape turns", ("red", "circle")))
-    assert turning[:, 1].tolist() == [COLOR_NAMES.index(c) for c in ("red", "blue", "pink")]
-    assert turning[:, 6].tolist() == [0, 1, 2]
+    assert turning[:, 1].tolist() == [red, blue, pink]
+    assert turning[:, 6:].tolist() == [[0, -1, red], [1, red, red], [2, blue, red]]
+    ground = frame_labels(clip_of("background turns", ("green", "star")))
+    assert ground[:, 2].tolist() == [red, blue, pink]
+    assert ground[:, 6:].tolist() == turning[:, 6:].tolist()
     tokenizer = build_tokenizer()
     ids = tokenizer.encode("Is a red circle, a square, a star, a blue circle or a shape there?").ids
-    found = [motion for _, motion in word_motions(clip, ids, word_table(tokenizer))]
-    assert found == [MOTIONS.index("down"), 0, len(MOTIONS), len(MOTIONS)]
+    found = [labels for _, *labels in word_labels(clip, ids, word_table(tokenizer))]
+    none = [len(MOTIONS), -1, -1]
+    assert found == [[down, red, red], [0, blue, blue], none, none]
+    ids = tokenizer.encode("What color is the circle?").ids
+    turning_clip = clip_of("shape turns", ("red", "circle"))
+    assert word_labels(turning_clip, ids, word_table(tokenizer))[0][1:] == (0, red, pink)
 
 
 def test_continuations_see_their_beginning(builder: PromptBuilder) -> None:
@@ -297,14 +306,11 @@ def test_image_tokens_tell_what_was_before_and_how_it_moved() -> None:
     clip = clip_of("moves", ("red", "circle"), ("blue", "square"), motion="down")
     first, second, third = token_labels(clip, 4).reshape(3, 4, 4, 5)
     white, red, blue = (COLOR_NAMES.index(color) for color in ("white", "red", "blue"))
-    circle, square, down = (
-        1 + SHAPES.index("circle"),
-        1 + SHAPES.index("square"),
-        2 + MOTIONS.index("up") - 1,
-    )
+    circle, square = 1 + SHAPES.index("circle"), 1 + SHAPES.index("square")
+    down = MOTIONS.index("down")
     assert (first == -1).all()
     # The circle goes from y = 30 to 50 to 70 of 100 at x = 30; the square stays at x = 70.
-    assert second[1, 1].tolist() == [circle, red, MOTIONS.index("down"), 2, 2]
+    assert second[1, 1].tolist() == [circle, red, down, 2, 2]
     assert second[2, 1].tolist()[:2] == [0, white]
     assert third[2, 1].tolist() == [circle, red, down, 2, 2]
     assert third[1, 2].tolist() == [square, blue, 0, 5, 2]

@@ -21,7 +21,7 @@ from mlx_smolvlm.train.clip_questions import ask_clip, makers_of
 from mlx_smolvlm.train.clips import Clip, sampled_indices, shown_frames
 from mlx_smolvlm.train.encoder import patch_labels
 from mlx_smolvlm.train.grounding import word_table
-from mlx_smolvlm.train.motion import frame_labels, token_labels, word_motions
+from mlx_smolvlm.train.motion import frame_labels, token_labels, word_labels
 from mlx_smolvlm.train.questions import Turn
 from mlx_smolvlm.train.sample_clips import SAMPLED, sample_clip
 from mlx_smolvlm.train.shapes import VIDEO
@@ -45,13 +45,13 @@ class ClipBatch:
         image_places: int32 (C * F * I,), flat places of the placeholders in `prefix_ids`.
         token_labels: int32 (C * F * I, 5), see `motion.token_labels`.
         closings: int32 (C * F,), flat places in `prefix_ids` of the token that ends a frame.
-        frame_labels: int32 (C * F, 7), see `motion.frame_labels`.
+        frame_labels: int32 (C * F, 9), see `motion.frame_labels`.
         row_ids: int32 (C * R, M), the questions with their answers, padded with 0.
         places: Flat places (T,) in `row_ids` whose next token is to be predicted.
         targets: Those tokens, int32 (T,).
         weights: What each counts, float32 (T,), at sum 1.
-        words: int32 (S, 2), flat place in `row_ids` of a question's word and the motion of
-            what it refers to; -1 for nothing to tell.
+        words: int32 (S, 4), flat place in `row_ids` of a question's word and its labels, see
+            `motion.word_labels`; -1 for nothing to tell.
     """
 
     prefix_ids: np.ndarray
@@ -88,27 +88,22 @@ def clip_batch(
     ]
     is_long = rng.random() < _LONG_SHARE
     rows: list[Row] = []
-    words: list[list[tuple[int, int]]] = []
+    words: list[list[tuple[int, int, int, int]]] = []
     table, side = word_table(builder.tokenizer), math.isqrt(builder.config.image_seq_len)
     for clip in clips:
         for _ in range(_LONG_ROWS if is_long else _SHORT_ROWS):
             count = 1 + int(is_long and rng.random() < 0.5)
             turns = ask_clip(clip, rng, count, makers_of(clip, is_long))
             rows.append(clip_row(builder, turns))
-            words.append(
-                [
-                    (at, what)
-                    for at, what in word_motions(clip, rows[-1][0], table)
-                    if not rows[-1][1][at]
-                ]
-            )
+            told = word_labels(clip, rows[-1][0], table)
+            words.append([label for label in told if not rows[-1][1][label[0]]])
     length = max(len(ids) for ids, _ in rows)
     row_ids = np.zeros((len(rows), length), np.int32)
     shares = np.zeros((len(rows), length), np.float32)
     for i, (ids, share) in enumerate(rows):
         row_ids[i, : len(ids)], shares[i, : len(ids)] = ids, share
     flat = np.flatnonzero(shares)
-    found = [(i * length + at, what) for i, row in enumerate(words) for at, what in row]
+    found = [(i * length + at, *what) for i, row in enumerate(words) for at, *what in row]
     return ClipBatch(
         prefix_ids=prefixes,
         pixel_values=np.concatenate(pixels),
@@ -121,7 +116,7 @@ def clip_batch(
         places=(flat - 1).astype(np.int32),
         targets=row_ids.reshape(-1)[flat],
         weights=shares.reshape(-1)[flat] / shares.sum(),
-        words=np.array(found or [(0, -1)], np.int32),
+        words=np.array(found or [(0, -1, -1, -1)], np.int32),
     )
 
 

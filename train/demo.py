@@ -75,7 +75,7 @@ STAGES = (
     Stage(
         "brief", steps=500, size=8, rate=0.006, floor=0.8, encoder_share=0.4, frames=20, longest=3
     ),
-    Stage("clips", steps=2000, size=8, rate=0.006, floor=0.01, encoder_share=0.4, frames=28),
+    Stage("clips", steps=1600, size=8, rate=0.006, floor=0.01, encoder_share=0.4, frames=28),
 )
 # Those of a run that begins with the weights of a checkpoint.
 STAGES_FROM_WEIGHTS = (

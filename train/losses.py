@@ -28,7 +28,7 @@ _LOOKUP_SHARE = 0.15  # of the loss of what a question's words refer to
 _WORD_SHARE = 0.1  # of the loss that draws image embeddings to the words for what they show
 _TOKEN_SHARE = 0.2  # of the loss of what the image tokens of a clip tell
 _FRAME_SHARE = 0.1  # of the loss of what the frames of a clip show
-_MOTION_SHARE = 0.15  # of the loss of how what a question's words refer to moves
+_MOTION_SHARE = 0.1  # of the loss of what a question's words refer to in a clip
 
 
 class Trainee(nn.Module):
@@ -95,7 +95,7 @@ def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
     frames = heads.frame_loss(read(FRAME_LAYERS, data.closings), mx.array(data.frame_labels))
     cache.repeats = len(data.row_ids) // len(data.prefix_ids)
     states = layer_states(text_model, text_model.embed_tokens(mx.array(data.row_ids)), cache)
-    words = heads.word_loss(read(WORD_LAYERS, data.words[:, 0]), mx.array(data.words[:, 1]))
+    words = heads.word_loss(read(WORD_LAYERS, data.words[:, 0]), mx.array(data.words[:, 1:]))
     hidden = states[-1].reshape(data.row_ids.size, -1)[mx.array(data.places)]  # (T, D)
     losses = nn.losses.cross_entropy(model.head(hidden), mx.array(data.targets))
     return (

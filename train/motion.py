@@ -3,8 +3,8 @@
 Answers alone teach little of motion: whoever cannot compare frames yet has nothing to
 answer from. So an image token tells what was at its place one frame before, then how the
 shape moved that it shows and where that began; the end of a frame tells of the shape that
-moves or turns; and a word of a question tells how what it names moves. The answer has to
-copy then, as in `grounding.py`.
+moves or turns; and a word of a question tells how what it names moves and which colors it
+has. The answer has to copy then, as in `grounding.py`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from mlx_smolvlm.train.grounding import ANY, Words
 BEFORE_LAYERS, WAY_LAYERS, FRAME_LAYERS, WORD_LAYERS = 1, 2, 3, 3
 _BINS = 8  # of a place along a side
 _LEAST_WAY = 0.04  # share of a side; with less the way is not to be told yet
-_FRAME_SIZES = (len(SHAPES), len(COLOR_NAMES), len(COLOR_NAMES), _BINS, _BINS, len(MOTIONS), 4)
+_HUES = len(COLOR_NAMES)
+_FRAME_SIZES = (len(SHAPES), _HUES, _HUES, _BINS, _BINS, len(MOTIONS), 4, _HUES, _HUES)
+_WORD_SIZES = (len(MOTIONS) + 1, _HUES, _HUES)
 _BEFORE_SIZES = (len(SHAPES) + 1, len(COLOR_NAMES))
 _WAY_SIZES = (len(MOTIONS), _BINS, _BINS)
 _ABSENT = len(MOTIONS)
@@ -76,19 +78,23 @@ def _way(shape: Shape, first: Shape, scene: Scene) -> float:
 
 
 def frame_labels(clip: Clip) -> np.ndarray:
-    """Labels int32 (F, 7) of the sampled frames of `clip`; -1 where there is nothing to tell.
+    """Labels int32 (F, 9) of the sampled frames of `clip`; -1 where there is nothing to tell.
 
     Kind and color of the first shape, the background's color, the shape's column and row of
-    eight, its motion so far, and which of the colors it is by now. Which of two shapes moves
-    is not to be told from the first frame.
+    eight, its motion so far, and which of the colors it is by now; then the color of what turns
+    (or of the shape) one frame before and in the first frame. Which of two shapes moves is not
+    to be told from the first frame.
     """
     indices = sampled_indices(clip.frames, clip.fps)
     labels = np.full((len(indices), len(_FRAME_SIZES)), -1, np.int32)
-    start = clip.scene(0)
+    start, before = clip.scene(0), -1
     for row, index in zip(labels, indices, strict=True):
         scene = clip.scene(index)
         row[2] = COLOR_NAMES.index(scene.background)
         row[6] = clip.color_number(index)
+        if clip.event == "background turns":
+            row[7:] = before, COLOR_NAMES.index(start.background)
+            before = row[2]
         if not scene.shapes:
             continue
         shape, first = scene.shapes[0], start.shapes[0]
@@ -97,18 +103,22 @@ def frame_labels(clip: Clip) -> np.ndarray:
             row[0], row[1] = SHAPES.index(shape.kind), COLOR_NAMES.index(shape.color)
             row[3] = int(_BINS * shape.x / scene.width)
             row[4] = int(_BINS * shape.y / scene.height)
+            if clip.event != "background turns":
+                row[7:] = before, COLOR_NAMES.index(first.color)
+                before = row[1]
         if index and (clip.motion == "none" or way > _LEAST_WAY):
             row[5] = MOTIONS.index(clip.motion)
     return labels
 
 
-def word_motions(clip: Clip, ids: list[int], words: Words) -> list[tuple[int, int]]:
-    """Place in `ids` and motion of what each word for a kind of shape refers to.
+def word_labels(clip: Clip, ids: list[int], words: Words) -> list[tuple[int, int, int, int]]:
+    """Place in `ids`, motion, first and last color of what each word for a kind refers to.
 
-    The motion is an index of `MOTIONS`, or one more if there is no such shape. Words that
-    fit several shapes are left out.
+    The motion is an index of `MOTIONS`, or one more if there is no such shape, whose colors
+    are -1 then. Words that fit several shapes are left out.
     """
     found = []
+    ends = clip.scene(0).shapes, clip.scene(clip.frames - 1).shapes
     for place, token in enumerate(ids):
         if token not in words or words[token][0] != "kind":
             continue
@@ -117,12 +127,17 @@ def word_motions(clip: Clip, ids: list[int], words: Words) -> list[tuple[int, in
         if before and before[0] == "color":
             asked.append(before)
         asked = [(name, value) for name, value in asked if value != ANY]
-        shapes = [s for s in clip.shapes if all(getattr(s, n) == value for n, value in asked)]
-        if not shapes:
-            found.append((place, _ABSENT))
-        elif len(shapes) == 1:
-            motion = clip.motion if shapes[0] is clip.shapes[0] else MOTIONS[0]
-            found.append((place, MOTIONS.index(motion)))
+        numbers = [
+            number
+            for number, shape in enumerate(clip.shapes)
+            if all(getattr(shape, name) == value for name, value in asked)
+        ]
+        if not numbers:
+            found.append((place, _ABSENT, -1, -1))
+        elif len(numbers) == 1:
+            motion = MOTIONS[0] if numbers[0] else clip.motion
+            first, last = (COLOR_NAMES.index(shapes[numbers[0]].color) for shapes in ends)
+            found.append((place, MOTIONS.index(motion), first, last))
     return found
 
 
@@ -134,7 +149,7 @@ class MotionHeads(nn.Module):
         self.before = nn.Linear(width, sum(_BEFORE_SIZES))
         self.way = nn.Linear(width, sum(_WAY_SIZES))
         self.frame = nn.Linear(width, sum(_FRAME_SIZES))
-        self.word = nn.Linear(width, len(MOTIONS) + 1)
+        self.word = nn.Linear(width, sum(_WORD_SIZES))
 
     def token_loss(self, first: mx.array, second: mx.array, labels: mx.array) -> mx.array:
         """Loss of `token_labels` (S, 5) from states (S, D) after the layers that tell them."""
@@ -142,12 +157,12 @@ class MotionHeads(nn.Module):
         return before + _loss(self.way(second), labels[:, 2:], _WAY_SIZES)
 
     def frame_loss(self, states: mx.array, labels: mx.array) -> mx.array:
-        """Loss of `frame_labels` (S, 7) from states (S, D)."""
+        """Loss of `frame_labels` (S, 9) from states (S, D)."""
         return _loss(self.frame(states), labels, _FRAME_SIZES)
 
     def word_loss(self, states: mx.array, labels: mx.array) -> mx.array:
-        """Loss of the motions `labels` (S,) from states (S, D)."""
-        return _loss(self.word(states), labels[:, None], (len(MOTIONS) + 1,))
+        """Loss of `word_labels` (S, 3) from states (S, D)."""
+        return _loss(self.word(states), labels, _WORD_SIZES)
 
 
 def unit(hidden_states: mx.array) -> mx.array:
