@@ -158,6 +158,19 @@ def chat(
         int | None,
         typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
     ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep what prompts have in common here, for the next run."
+        ),
+    ] = None,
+    on_full: Annotated[
+        str,
+        typer.Option(
+            metavar="error|drop-oldest",
+            help="In a conversation that fills the context: stop, or forget its beginning.",
+        ),
+    ] = "error",
     offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per reply, not streamed.")
@@ -174,6 +187,7 @@ def chat(
         make_sampling,
         make_video_options,
         parse_detail,
+        parse_on_full,
     )
 
     options = ChatOptions(
@@ -200,6 +214,8 @@ def chat(
         ),
         detail=parse_detail(detail),
         bits=bits,
+        cache_dir=cache_dir,
+        on_full=parse_on_full(on_full),
         offline=offline,
         json=json,
         stats=stats,

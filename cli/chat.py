@@ -82,11 +82,17 @@ def load_model(options: ChatOptions) -> SmolVLM:
     Raises:
         CheckpointError: It cannot be found, converted or read.
     """
-    from mlx_smolvlm import load
+    from mlx_smolvlm import CacheOptions, load
 
     progress = ConversionProgress(f"converting {options.model}, once")
     with contextlib.closing(progress):
-        return load(options.model, bits=options.bits, offline=options.offline, progress=progress)
+        return load(
+            options.model,
+            bits=options.bits,
+            offline=options.offline,
+            cache=CacheOptions(folder=options.cache_dir),
+            progress=progress,
+        )
 
 
 def show_parts(

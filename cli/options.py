@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_smolvlm import Sampling, Video
 
 Detail = Literal["high", "auto", "low"] | int
+OnFull = Literal["error", "drop-oldest"]
 CHAT_BITS = (4, 8, 16)
 
 
@@ -47,6 +48,8 @@ class ChatOptions:
     sampling: Sampling
     detail: Detail
     bits: int | None
+    cache_dir: Path | None
+    on_full: OnFull
     offline: bool
     json: bool
     stats: bool
@@ -192,6 +195,19 @@ def parse_detail(text: str) -> Detail:
         f"{text!r} is none of high, auto, low, or a number of tiles from 1 to {MAX_TILES_PER_SIDE}",
         param_hint="--detail",
     )
+
+
+def parse_on_full(text: str) -> OnFull:
+    """What to do when the context is full.
+
+    Raises:
+        typer.BadParameter: It is neither.
+    """
+    choices: tuple[OnFull, ...] = ("error", "drop-oldest")
+    for choice in choices:
+        if text == choice:
+            return choice
+    raise typer.BadParameter(f"{text!r} is neither error nor drop-oldest", param_hint="--on-full")
 
 
 def make_sampling(

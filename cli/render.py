@@ -123,6 +123,8 @@ def stats_line(reply: Reply) -> str:
         for count, noun in ((reply.image_tiles, "tile"), (reply.video_frames, "frame"))
         if count
     ]
+    if reply.cached_tokens:
+        seen.append(f"{reply.cached_tokens} from before")
     media = f" ({', '.join(seen)})" if seen else ""
     return (
         f"prompt: {reply.prompt_tokens} tokens{media}, {reply.prompt_tps:.1f} tokens/s; "

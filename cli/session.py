@@ -48,7 +48,10 @@ class Session:
         self.clips: list[Clip] = []
         self.media = media
         self.conversation = vlm.chat(
-            system=options.system, sampling=options.sampling, detail=options.detail
+            system=options.system,
+            sampling=options.sampling,
+            detail=options.detail,
+            on_full=options.on_full,
         )
 
     def run(self) -> int:

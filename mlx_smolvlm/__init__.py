@@ -13,6 +13,7 @@ from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
+    ContextError,
     MediaError,
     PromptError,
     SmolVLMError,
@@ -20,6 +21,7 @@ from mlx_smolvlm.errors import (
 )
 from mlx_smolvlm.media import Progress
 from mlx_smolvlm.parts import Part
+from mlx_smolvlm.reuse import CacheOptions
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.smolvlm import SmolVLM, load
 
@@ -30,8 +32,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AnswerStream",
+    "CacheOptions",
     "CheckpointError",
     "Chunk",
+    "ContextError",
     "Conversation",
     "MediaError",
     "Part",

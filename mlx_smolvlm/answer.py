@@ -6,14 +6,16 @@ import time
 import warnings
 from collections.abc import Generator, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.errors import SmolVLMWarning
 from mlx_smolvlm.generate import StopText, tokens
 from mlx_smolvlm.media import Footage, Medium, Picture, Progress, encode, joined
+from mlx_smolvlm.reuse import Content, State
 from mlx_smolvlm.sampling import Sampling, make_sampler
 
 if TYPE_CHECKING:
@@ -38,9 +40,11 @@ class Reply:
 
     `finish_reason` is "stop" (the model ended it, or a stop text was met),
     "length" (`max_tokens` or the context is used up) or "interrupted".
-    `image_tiles` are of pictures, `video_frames` of videos.
+    `image_tiles` are of pictures, `video_frames` of videos; `encoded_tiles` is how many of
+    both went through the encoder now. `cached_tokens` is how many of `prompt_tokens` were
+    there already, from what was asked before.
     `time_to_first_token_s` counts from the call, so it includes the pictures;
-    `prompt_tps` counts the decoder's part alone. `peak_memory_gb` is the most
+    `prompt_tps` counts the decoder's part alone, without those tokens. `peak_memory_gb` is the most
     that MLX held, in 10**9 bytes.
     """
 
@@ -50,6 +54,8 @@ class Reply:
     prompt_tokens: int = 0
     image_tiles: int = 0
     video_frames: int = 0
+    encoded_tiles: int = 0
+    cached_tokens: int = 0
     generation_tokens: int = 0
     prompt_tps: float = 0.0
     generation_tps: float = 0.0
@@ -66,10 +72,28 @@ class Reply:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What an answer needs: `input_ids` (L,) and what its placeholders stand for, in order."""
+    """What an answer needs.
+
+    Attributes:
+        input_ids: (L,).
+        media: What its placeholders stand for, in order.
+        state: What a conversation holds already.
+        is_turn: Whether a conversation keeps the state afterwards.
+    """
 
     input_ids: np.ndarray
     media: tuple[Medium, ...]
+    state: State | None = None
+    is_turn: bool = False
+
+
+class Ready(NamedTuple):
+    """What the loop starts from: the prompt's content, the embeddings of what is new in it, and
+    the cache of what is not."""
+
+    content: Content
+    inputs_embeds: mx.array
+    cache: KVCache
 
 
 class AnswerStream(Iterator[Chunk]):
@@ -77,6 +101,7 @@ class AnswerStream(Iterator[Chunk]):
 
     Pictures and videos are encoded when the first chunk is asked for, or by `prepare`.
     After Ctrl-C, or when the caller stops early, `reply` holds what was said until then.
+    `state` is a conversation's own, before the answer and then after it.
     """
 
     def __init__(self, vlm: SmolVLM, prompt: Prompt, sampling: Sampling) -> None:
@@ -86,6 +111,7 @@ class AnswerStream(Iterator[Chunk]):
             image_tiles=sum(count for is_picture, count in tiles if is_picture),
             video_frames=sum(count for is_picture, count in tiles if not is_picture),
         )
+        self.state = prompt.state
         self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
         self._started = time.perf_counter()
         self._preparation = self._prepare()
@@ -113,12 +139,26 @@ class AnswerStream(Iterator[Chunk]):
         return self._preparation
 
     def _prepare(self) -> Generator[Progress, None, None]:
+        """Find out what is there already, and encode the media that are not."""
         mx.reset_peak_memory()
-        yield from encode(self._prompt.media, self._vlm.encoder, self._vlm.config)
-        for medium in self._prompt.media:
-            if isinstance(medium, Footage):
+        vlm, media = self._vlm, self._prompt.media
+        content = vlm.content_of(self._prompt)
+        state, start = vlm.memory.recall(content, self.state)
+        todo = [one for one, span in zip(media, content.spans, strict=True) if span.stop > start]
+        vlm.memory.lend_features(todo)
+        for step in encode(todo, vlm.encoder, vlm.config):
+            self.reply.encoded_tiles = step.encoded
+            yield step
+        vlm.memory.keep_features(todo)
+        for medium in todo:
+            if isinstance(medium, Footage) and medium.clip is not None:
                 for note in medium.clip.notes:
                     warnings.warn(note, SmolVLMWarning, stacklevel=2)
+        embeds = vlm.model.embed(self._prompt.input_ids[start:], joined(todo))
+        self.reply.cached_tokens = start
+        cache = vlm.model.make_cache() if state is None else state.cache
+        cache.trim(start)
+        self._ready = Ready(content, embeds, cache)
 
     def _generate(self) -> Generator[Chunk, None, None]:
         """The chunks, with `reply` kept up to date before each."""
@@ -161,18 +201,21 @@ class AnswerStream(Iterator[Chunk]):
         for _ in self._preparation:
             pass
         encoded = time.perf_counter()
-        inputs_embeds = vlm.model.embed(prompt.input_ids, joined(prompt.media))
+        content, embeds, cache = self._ready
         room = vlm.config.text.max_position_embeddings - prompt.input_ids.size
         limit = min(self._sampling.max_tokens, room)
-        cache, sampler = vlm.model.make_cache(), make_sampler(self._sampling)
-        first = 0.0
-        for count, token_id in enumerate(tokens(vlm.model, inputs_embeds, cache, sampler, limit)):
-            now = time.perf_counter()
-            if count == 0:
-                first = now
-                reply.time_to_first_token_s = first - self._started
-                reply.prompt_tps = reply.prompt_tokens / (first - encoded)
-            else:
-                reply.generation_tps = count / (now - first)
-            reply.peak_memory_gb = mx.get_peak_memory() / 1e9
-            yield token_id
+        sampler, first = make_sampler(self._sampling), 0.0
+        try:
+            for count, token_id in enumerate(tokens(vlm.model, embeds, cache, sampler, limit)):
+                now = time.perf_counter()
+                if count == 0:
+                    first = now
+                    reply.time_to_first_token_s = first - self._started
+                    reply.prompt_tps = embeds.shape[1] / (first - encoded)
+                else:
+                    reply.generation_tps = count / (now - first)
+                reply.peak_memory_gb = mx.get_peak_memory() / 1e9
+                yield token_id
+        finally:
+            self.state = State(content.followed_by(reply.token_ids), cache)
+            vlm.memory.remember(self.state, content, prompt.is_turn)

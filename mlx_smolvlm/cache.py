@@ -38,6 +38,13 @@ class KVCache:
         self.buffers[layer] = buffer
         return buffer[:, : heads // 2, :end], buffer[:, heads // 2 :, :end]
 
+    def fork(self) -> KVCache:
+        """A cache that goes on by itself; what is held is shared until either writes."""
+        twin = KVCache(len(self.buffers))
+        twin.buffers = [None if buffer is None else mx.array(buffer) for buffer in self.buffers]
+        twin.offset = self.offset
+        return twin
+
     def trim(self, offset: int) -> None:
         """Forget every token from `offset` on."""
         if not 0 <= offset <= self.offset:

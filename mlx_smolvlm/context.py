@@ -42,7 +42,7 @@ def _advice(
     fit = int((context - context // ROOM - (length - taken)) // (taken / frames))
     if fit < len(footage):
         return "ask about fewer or smaller pictures and videos, or shorten the text"
-    times = [one.clip.timestamps_s for one in footage]
+    times = [one.times.timestamps_s for one in footage]
     shown_s = sum(time[-1] - time[0] for time in times) * frames / max(1, frames - len(times))
     fps, part_s = fit / shown_s, shown_s * fit / frames
     return (
@@ -61,4 +61,4 @@ def _down(value: float) -> str:
 
 def _clip_tokens(builder: PromptBuilder, footage: Footage) -> int:
     """Tokens that a video takes in the prompt."""
-    return builder.tokens_of_clip(footage.clip)
+    return builder.tokens_of_clip(footage.times)

@@ -1,39 +1,111 @@
-"""A conversation: messages that build on each other."""
+"""A conversation: messages that build on each other, and never the same work twice."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from mlx_smolvlm.answer import AnswerStream, Reply
+from mlx_smolvlm.errors import ContextError, PromptError, SmolVLMWarning
+from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.messages import ImageSource, Message, VideoSource, read_request, system_message
+from mlx_smolvlm.reuse import State
 from mlx_smolvlm.sampling import Sampling
 
 if TYPE_CHECKING:
     from mlx_smolvlm.image import Detail
-    from mlx_smolvlm.media import Footage, Picture
     from mlx_smolvlm.smolvlm import SmolVLM
+
+
+@dataclass(frozen=True)
+class ConversationOptions:
+    """What holds for every turn; see `SmolVLM.chat`.
+
+    Raises:
+        ValueError: `on_full` is neither "error" nor "drop-oldest".
+    """
+
+    sampling: Sampling
+    detail: Detail
+    on_full: Literal["error", "drop-oldest"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.on_full not in ("error", "drop-oldest"):
+            raise ValueError(f"on_full is {self.on_full!r}; it must be 'error' or 'drop-oldest'")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question as a message, its media in order, and the answer once it was given."""
+
+    question: Message
+    media: tuple[Medium, ...]
+    answer: str | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The question, and the answer if there is one."""
+        if self.answer is None:
+            return [self.question]
+        said = {"type": "text", "text": self.answer}
+        return [self.question, {"role": "assistant", "content": [said]}]
 
 
 class Conversation:
     """Messages that build on each other.
 
-    Pictures and videos are encoded once. Every turn runs the tokens of the whole
-    transcript again.
+    A turn encodes the pictures and videos that are new, and runs the tokens that are:
+    keys and values of the others are kept. The answers are those that the whole
+    transcript would get from `SmolVLM.ask`.
     """
 
-    def __init__(
-        self, vlm: SmolVLM, system: str | None, sampling: Sampling, detail: Detail
-    ) -> None:
-        self._vlm, self._system, self._sampling, self._detail = vlm, system, sampling, detail
-        self.reset()
+    def __init__(self, vlm: SmolVLM, system: str | None, options: ConversationOptions) -> None:
+        self._vlm, self._system, self._options = vlm, system, options
+        self._turns: list[Turn] = []
+        self._open: AnswerStream | None = None
+        self._state: State | None = None
+
+    @property
+    def system(self) -> str | None:
+        """The system message."""
+        return self._system
+
+    @property
+    def messages(self) -> list[Message]:
+        """The transcript, with the last answer as far as it was said."""
+        turns, stream = self._turns, self._open
+        if stream is not None and stream.reply.token_ids:
+            turns = [*turns[:-1], replace(turns[-1], answer=stream.reply.text)]
+        return self._transcript(turns)
+
+    @property
+    def context_size(self) -> int:
+        """Tokens that the model can look at."""
+        return self._vlm.config.text.max_position_embeddings
+
+    @property
+    def context_used(self) -> int:
+        """Tokens of the transcript, and of the answer that is being given."""
+        messages = self._transcript(self._turns)
+        if not messages:
+            return 0
+        media = _media(self._turns)
+        ids = self._vlm.prompt_builder.build(
+            messages,
+            [one.grid for one in media if isinstance(one, Picture)],
+            add_generation_prompt=self._open is not None,
+            clips=[one.times for one in media if isinstance(one, Footage)],
+        )
+        return ids.size + (0 if self._open is None else self._open.reply.generation_tokens)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
-        self._open: AnswerStream | None = None
-        self.messages: list[Message] = system_message(self._system)
-        self._pictures: list[Picture] = []
-        self._footage: list[Footage] = []
+        self._settle()
+        self._turns, self._state = [], None
 
     def ask(
         self,
@@ -47,7 +119,7 @@ class Conversation:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[Message],
         *,
         images: Iterable[ImageSource] = (),
         videos: Iterable[VideoSource] = (),
@@ -56,21 +128,111 @@ class Conversation:
 
         A turn joins the transcript once it is asked, with what was said of its
         answer when the next one is. A turn that raises leaves no trace.
+
+        Args:
+            prompt: A question; or a list of one user message, whose items say where
+                between its texts the media go.
+            images: As in `SmolVLM.ask`.
+            videos: Likewise.
+
+        Raises:
+            MediaError: A picture or video cannot be read.
+            ContextError: The transcript is longer than the context (with
+                `on_full="drop-oldest"`: this question alone is).
+            PromptError: The message is malformed.
         """
         self._settle()
         request = read_request(prompt, images, videos, None)
-        pictures, footage = self._vlm.opened(request, self._detail)
-        messages = self.messages + request.messages
-        pictures, footage = self._pictures + pictures, self._footage + footage
-        stream = self._vlm.answer(messages, pictures, footage, self._sampling)
-        self.messages, self._pictures, self._footage = messages, pictures, footage
-        self._open = stream
+        if len(request.messages) != 1 or request.messages[0]["role"] != "user":
+            raise PromptError("a turn is one message of the user")
+        turn = Turn(request.messages[0], self._vlm.opened(request, self._options.detail))
+        turns, stream = self._fitting([*self._turns, turn])
+        dropped = len(self._turns) + 1 - len(turns)
+        if dropped:
+            warnings.warn(
+                f"the context is full: the oldest {dropped} of {len(self._turns)} questions are "
+                "forgotten with their answers, and the rest is run again",
+                SmolVLMWarning,
+                stacklevel=2,
+            )
+        self._turns, self._open = turns, stream
         return stream
 
+    def undo(self) -> str | None:
+        """Take the last question and its answer back; its text, or None if there is none."""
+        self._settle()
+        if not self._turns:
+            return None
+        question = self._turns.pop().question
+        return "".join(item.get("text", "") for item in question["content"])
+
+    def fork(self) -> Conversation:
+        """A conversation that goes on from here by itself; nothing is encoded or run again."""
+        self._settle()
+        twin = Conversation(self._vlm, self._system, self._options)
+        twin._turns = list(self._turns)
+        twin._state = None if self._state is None else self._state.fork()
+        return twin
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the transcript, its encoded media and its keys and values to one file.
+
+        Raises:
+            OSError: It cannot be written; a file that was there stays as it was.
+            MediaError: A video that was not looked at yet cannot be decoded.
+        """
+        from mlx_smolvlm.saved import Saved, save
+
+        self._settle()
+        for medium in _media(self._turns):
+            self._vlm.encode([medium])
+        saved = Saved(self._system, self._turns, self._state)
+        save(saved, Path(path).expanduser(), self._vlm.checkpoint_digest)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote to `path`; what was said here is forgotten.
+
+        Raises:
+            CheckpointError: It is no such file, damaged, or of another checkpoint or version.
+        """
+        from mlx_smolvlm.saved import load
+
+        vlm = self._vlm
+        saved = load(Path(path).expanduser(), vlm.checkpoint_digest, vlm.config)
+        self.reset()
+        self._system, self._turns, self._state = saved.system, saved.turns, saved.state
+
+    def _fitting(self, turns: list[Turn]) -> tuple[list[Turn], AnswerStream]:
+        """The turns that the context holds, and the stream of the last one's answer."""
+        sampling, drops = self._options.sampling, self._options.on_full == "drop-oldest"
+        room = min(sampling.max_tokens, self.context_size // 8)
+        while True:
+            messages, media = self._transcript(turns), _media(turns)
+            try:
+                stream = self._vlm.answer(messages, media, sampling, self._state, is_turn=True)
+            except ContextError:
+                if not drops or len(turns) == 1:
+                    raise
+            else:
+                fits = stream.reply.prompt_tokens <= self.context_size - room
+                if fits or not drops or len(turns) == 1:
+                    return turns, stream
+            turns = turns[1:]
+
+    def _transcript(self, turns: Sequence[Turn]) -> list[Message]:
+        """The messages of `turns`, after the system message."""
+        said = [message for turn in turns for message in turn.messages]
+        return [*system_message(self._system), *said]
+
     def _settle(self) -> None:
-        """Write down what was said in the last turn."""
+        """Write down what was said in the last turn, and keep what it has computed."""
         if self._open is not None:
             self._open.close()
-            said = {"type": "text", "text": self._open.reply.text}
-            self.messages = [*self.messages, {"role": "assistant", "content": [said]}]
+            self._turns[-1] = replace(self._turns[-1], answer=self._open.reply.text)
+            self._state = self._open.state
             self._open = None
+
+
+def _media(turns: Sequence[Turn]) -> list[Medium]:
+    """All media of `turns`, in order."""
+    return [medium for turn in turns for medium in turn.media]

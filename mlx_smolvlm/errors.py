@@ -21,5 +21,9 @@ class PromptError(SmolVLMError):
     """The messages cannot be turned into a prompt that the model can read."""
 
 
+class ContextError(PromptError):
+    """The prompt is longer than the model's context."""
+
+
 class SmolVLMWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""

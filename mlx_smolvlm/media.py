@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from mlx_smolvlm.config import Config
 if TYPE_CHECKING:
     import PIL.Image
 
+    from mlx_smolvlm.frames import FrameTimes
     from mlx_smolvlm.image import Detail, Grid
     from mlx_smolvlm.video import Clip, Frame
 
@@ -22,47 +24,82 @@ TILE_BATCH = 8  # tiles that go through the encoder at once; bounds its memory
 Tile = tuple["Frame | None", np.ndarray]
 
 
-@dataclass
 class Picture:
-    """A picture in a prompt; `image_embeds` (N, I, D) once it has been encoded."""
+    """A picture in a prompt; `image_embeds` (N, I, D) once it has been encoded.
 
-    image: PIL.Image.Image
-    grid: Grid
-    detail: Detail
-    image_embeds: mx.array | None = field(default=None, repr=False)
+    `image` is None if only its embeddings were kept; `digest` is then given.
+    """
+
+    def __init__(
+        self, image: PIL.Image.Image | None, grid: Grid, detail: Detail, digest: str | None = None
+    ) -> None:
+        self.image, self.grid, self._detail, self._digest = image, grid, detail, digest
+        self.image_embeds: mx.array | None = None
 
     @property
     def num_tiles(self) -> int:
         """Tiles that the encoder sees (N)."""
         return self.grid.num_tiles
 
+    @property
+    def digest(self) -> str:
+        """Of the pixels and of how they are cut: equal for pictures with equal tiles."""
+        if self._digest is None:
+            assert self.image is not None
+            size, pixels = self.image.size, self.image.tobytes()
+            self._digest = _digest(f"picture {size} {self.grid} {self._detail}", pixels)
+        return self._digest
+
     def tiles(self, config: Config) -> Iterator[Tile]:
         """Its tiles, (H, W, 3) each."""
         from mlx_smolvlm.image import tiles
 
-        for tile in tiles(self.image, config, self.detail).pixel_values:
+        assert self.image is not None
+        for tile in tiles(self.image, config, self._detail).pixel_values:
             yield None, tile
 
 
-@dataclass
 class Footage:
-    """A video in a prompt; `image_embeds` (N, I, D) once it has been encoded."""
+    """A video in a prompt; `image_embeds` (N, I, D) once it has been encoded.
 
-    clip: Clip
-    image_embeds: mx.array | None = field(default=None, repr=False)
+    `times` says when its frames are shown; `clip` is None if only its embeddings were
+    kept; `digest` is then given.
+    """
+
+    def __init__(
+        self, times: FrameTimes, clip: Clip | None = None, digest: str | None = None
+    ) -> None:
+        self.times, self.clip, self._digest = times, clip, digest
+        self.image_embeds: mx.array | None = None
 
     @property
     def num_tiles(self) -> int:
         """Tiles that the encoder sees (N), one a frame."""
-        return len(self.clip.indices)
+        return len(self.times.timestamps_s)
+
+    @property
+    def digest(self) -> str:
+        """Of the file and of the frames taken from it."""
+        if self._digest is None:
+            assert self.clip is not None
+            self._digest = _digest("video", self.clip.digest())
+        return self._digest
 
     def tiles(self, config: Config) -> Iterator[Tile]:
         """Its frames, each with its tile (H, W, 3), decoded as they are asked for."""
         from mlx_smolvlm.image import frame_tile
 
+        assert self.clip is not None
         edge = config.video.longest_edge if config.video else config.tile_size
         for frame in self.clip.frames():
             yield frame, frame_tile(frame.picture, edge, config)[0]
+
+
+def _digest(text: str, data: bytes) -> str:
+    """Digest of a description and of data."""
+    total = hashlib.blake2b(text.encode(), digest_size=16)
+    total.update(data)
+    return total.hexdigest()
 
 
 Medium = Picture | Footage
@@ -123,7 +160,7 @@ def encode(
         for count, (frame, tile) in enumerate(medium.tiles(config), 1):
             batch.append(tile)
             decoded += 1
-            if isinstance(medium, Footage):
+            if isinstance(medium, Footage) and medium.clip is not None:
                 yield Progress(decoded, encoded, total, frame, tile, medium.clip.name)
             if len(batch) == TILE_BATCH or count == medium.num_tiles:
                 if done:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.answer import AnswerStream
-from mlx_smolvlm.errors import PromptError
+from mlx_smolvlm.errors import ContextError
 from mlx_smolvlm.frames import stamp
 from mlx_smolvlm.media import Footage
 from mlx_smolvlm.messages import read_request
@@ -50,7 +50,7 @@ def answers_by_part(
     told: list[Told] = []
     messages = read_request(prompt, (), [None], system).messages
     for start, end, clip in clips:
-        part = Part(start, end, vlm.answer(messages, [], [Footage(clip)], sampling))
+        part = Part(start, end, vlm.answer(messages, [Footage(clip, clip)], sampling))
         yield part
         told.append((start, end, part.stream.finished().text))
     if len(told) > 1:
@@ -67,8 +67,8 @@ def _over(
         f"{lines}\n\nFrom these, answer for the whole video: {prompt}"
     )
     try:
-        return vlm.answer(read_request(question, (), (), system).messages, [], [], sampling)
-    except PromptError:
+        return vlm.answer(read_request(question, (), (), system).messages, [], sampling)
+    except ContextError:
         if len(told) < 3:
             raise
     middle = len(told) // 2

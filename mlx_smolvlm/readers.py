@@ -7,6 +7,7 @@ frames that are asked for, upright and in RGB. None holds more than a few at onc
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -42,7 +43,8 @@ _FORMATS = (
     "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,m4v,h264,hevc,av1,obu,ivf,flv,asf,ogg,mxf,nut,rm,"
     "dv,vc1,mjpeg,yuv4mpegpipe,mp3,wav,aac,flac"
 )
-_BUFFER = 1 << 18  # bytes read at a time
+_BUFFER = 1 << 18  # bytes that PyAV reads at a time
+_BLOCK = 1 << 20  # bytes that are digested at a time
 _LEAST_DELAY_S, _USUAL_DELAY_S = 0.02, 0.1  # of an animated picture, as browsers have it
 
 
@@ -57,6 +59,10 @@ class Reader(Protocol):
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """The frames at `indices`, which ascend."""
+        ...
+
+    def digest(self, indices: Sequence[int]) -> bytes:
+        """Digest of the file, or of the frames at `indices` where there is none."""
         ...
 
 
@@ -79,6 +85,13 @@ class FramesReader:
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """The frames at `indices`."""
         return (open_image(self._frames[index]) for index in indices)
+
+    def digest(self, indices: Sequence[int]) -> bytes:
+        """Digest of the frames at `indices`."""
+        total = hashlib.blake2b(digest_size=16)
+        for picture in self.read(indices):
+            total.update(repr(picture.size).encode() + picture.tobytes())
+        return total.digest()
 
 
 class AnimationReader:
@@ -122,6 +135,10 @@ class AnimationReader:
             for index in indices:
                 image.seek(index)
                 yield open_image(image.copy())
+
+    def digest(self, indices: Sequence[int]) -> bytes:
+        """Digest of the file."""
+        return _file_digest(self._open)
 
 
 class FileReader:
@@ -200,6 +217,19 @@ class FileReader:
                 f"{self._name} is damaged: {replaced} of {len(indices)} frames are replaced by "
                 "the nearest that can be decoded"
             )
+
+    def digest(self, indices: Sequence[int]) -> bytes:
+        """Digest of the file."""
+        return _file_digest(self._open)
+
+
+def _file_digest(open_stream: Callable[[], BinaryIO]) -> bytes:
+    """Digest of all that `open_stream` gives."""
+    total = hashlib.blake2b(digest_size=16)
+    with open_stream() as stream:
+        while block := stream.read(_BLOCK):
+            total.update(block)
+    return total.digest()
 
 
 def open_reader(open_stream: Callable[[], BinaryIO], name: str) -> Reader:

@@ -61,6 +61,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: The file is cut off, damaged or not safetensors.
     """
+    header, room = _raw_header(path)
+    header.pop("__metadata__", None)
+    return {name: _tensor_info(path, name, entry, room) for name, entry in header.items()}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The texts that the safetensors file at `path` carries besides its tensors.
+
+    Raises:
+        CheckpointError: As `read_header`.
+    """
+    metadata = _raw_header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header's JSON object, and how many bytes of data follow it."""
     try:
         with path.open("rb") as file:
             total = path.stat().st_size
@@ -77,9 +94,7 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again")
-    header.pop("__metadata__", None)
-    room = total - 8 - length
-    return {name: _tensor_info(path, name, entry, room) for name, entry in header.items()}
+    return header, total - 8 - length
 
 
 def _tensor_info(path: Path, name: str, entry: Any, room: int) -> TensorInfo:

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import mlx.core as mx
 
 from mlx_smolvlm.answer import AnswerStream, Prompt, Reply
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.context import too_long
-from mlx_smolvlm.conversation import Conversation
-from mlx_smolvlm.errors import PromptError, SmolVLMWarning
-from mlx_smolvlm.media import Footage, Picture, encode, in_order, joined
+from mlx_smolvlm.conversation import Conversation, ConversationOptions
+from mlx_smolvlm.errors import ContextError, SmolVLMWarning
+from mlx_smolvlm.media import Footage, Medium, Picture, encode, in_order, joined
 from mlx_smolvlm.messages import ImageSource, Message, Request, VideoSource, read_request
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.parts import Part, answers_by_part
+from mlx_smolvlm.reuse import CacheOptions, Content, State, content_of, make_memory
 from mlx_smolvlm.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -33,8 +35,16 @@ if TYPE_CHECKING:
 class SmolVLM:
     """A loaded checkpoint. `load` makes one."""
 
-    def __init__(self, path: Path, config: Config, model: Model, builder: PromptBuilder) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: Config,
+        model: Model,
+        builder: PromptBuilder,
+        cache: CacheOptions = CacheOptions(),  # noqa: B008 (frozen)
+    ) -> None:
         self.path, self.config, self.model, self.prompt_builder = path, config, model, builder
+        self.memory = make_memory(cache, path, config)
         self.hidden_token_ids = builder.framing_token_ids
         # Compiled, a quantized layer's biases join the kernels that follow them.
         self.encoder: Callable[[mx.array], mx.array] = mx.compile(model.encode)
@@ -93,7 +103,7 @@ class SmolVLM:
         Errors in the arguments are raised here; the work begins with the first chunk.
         """
         request = read_request(prompt, images, videos, system)
-        return self.answer(request.messages, *self.opened(request, detail), sampling)
+        return self.answer(request.messages, self.opened(request, detail), sampling)
 
     def stream_parts(
         self,
@@ -133,21 +143,28 @@ class SmolVLM:
         system: str | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
         detail: Detail = "high",
+        on_full: Literal["error", "drop-oldest"] = "error",
     ) -> Conversation:
-        """An empty conversation; `sampling` and `detail` hold for its every turn."""
-        return Conversation(self, system, sampling, detail)
+        """An empty conversation.
+
+        Args:
+            system: A system message.
+            sampling: How each answer is generated.
+            detail: As in `ask`, for every picture.
+            on_full: What to do when the context is full: "error" raises a ContextError,
+                "drop-oldest" forgets the oldest questions and answers, warns of it, and
+                runs what is left again.
+        """
+        return Conversation(self, system, ConversationOptions(sampling, detail, on_full))
 
     def encode_images(
         self, pictures: Sequence[PIL.Image.Image], detail: Detail = "high"
     ) -> mx.array | None:
         """`image_embeds` (N, I, D) of the tiles of `pictures`, in order; None without pictures."""
-        media, _ = self.opened(Request([], images=list(pictures)), detail)
-        for _ in encode(media, self.encoder, self.config):
-            pass
-        return joined(media)
+        return self.encode(self.opened(read_request("", pictures, (), None), detail))
 
-    def opened(self, request: Request, detail: Detail) -> tuple[list[Picture], list[Footage]]:
-        """The opened media of `request`; videos are sampled, and not decoded yet.
+    def opened(self, request: Request, detail: Detail) -> tuple[Medium, ...]:
+        """The opened media of `request`, in order; videos are sampled, and not decoded yet.
 
         Raises:
             MediaError: One cannot be opened.
@@ -157,11 +174,12 @@ class SmolVLM:
         images = [open_image(source) for source in request.images]
         pictures = [Picture(one, grid_of(one.size, self.config, detail), detail) for one in images]
         if not request.videos:
-            return pictures, []
+            return tuple(pictures)
         from mlx_smolvlm.video import open_video
 
         self._warn_of_videos()
-        return pictures, [Footage(open_video(source, self.config)) for source in request.videos]
+        clips = [open_video(source, self.config) for source in request.videos]
+        return in_order(request.messages, pictures, [Footage(clip, clip) for clip in clips])
 
     def _warn_of_videos(self) -> None:
         """Say once if the checkpoint was not trained on videos."""
@@ -177,30 +195,49 @@ class SmolVLM:
     def answer(
         self,
         messages: list[Message],
-        pictures: Sequence[Picture],
-        footage: Sequence[Footage],
+        media: Sequence[Medium],
         sampling: Sampling,
+        state: State | None = None,
+        is_turn: bool = False,
     ) -> AnswerStream:
         """Prompt ids, the context guard; then the stream that does the work.
 
         Args:
             messages: Without sources.
-            pictures: One for each image item, in order; those encoded before stay as they are.
-            footage: One for each video item, likewise.
+            media: Pictures and videos in the order of their items; what was encoded before
+                stays as it is.
             sampling: How the answer is generated.
+            state: What a conversation holds already.
+            is_turn: Whether the stream's caller keeps its state, so that the memory need not.
 
         Raises:
             PromptError: The messages are malformed, or longer than the context.
         """
-        input_ids = self.prompt_builder.build(
-            messages,
-            [picture.grid for picture in pictures],
-            clips=[one.clip for one in footage],
-        )
-        media = in_order(messages, pictures, footage)
+        grids = [one.grid for one in media if isinstance(one, Picture)]
+        times = [one.times for one in media if isinstance(one, Footage)]
+        input_ids = self.prompt_builder.build(messages, grids, clips=times)
         if input_ids.size >= self.config.text.max_position_embeddings:
-            raise PromptError(too_long(self.prompt_builder, input_ids.size, media))
-        return AnswerStream(self, Prompt(input_ids, media), sampling)
+            raise ContextError(too_long(self.prompt_builder, input_ids.size, media))
+        return AnswerStream(self, Prompt(input_ids, tuple(media), state, is_turn), sampling)
+
+    def content_of(self, prompt: Prompt) -> Content:
+        """What `prompt` means, to compare it with what was asked before."""
+        config = self.config
+        ids, media = prompt.input_ids, prompt.media
+        return content_of(ids, media, config.image_token_id, config.image_seq_len)
+
+    def encode(self, media: Sequence[Medium]) -> mx.array | None:
+        """`image_embeds` (N, I, D) of `media`, in order; None without any."""
+        for _ in encode(media, self.encoder, self.config):
+            pass
+        return joined(media)
+
+    @cached_property
+    def checkpoint_digest(self) -> str:
+        """Digest of the checkpoint's files; it reads them all."""
+        from mlx_smolvlm.store import checkpoint_digest
+
+        return checkpoint_digest(self.path)
 
 
 def load(
@@ -209,6 +246,7 @@ def load(
     bits: int | None = None,
     offline: bool = False,
     dtype: str | None = None,
+    cache: CacheOptions = CacheOptions(),  # noqa: B008 (frozen)
     progress: Callable[[int, int, str], None] | None = None,
 ) -> SmolVLM:
     """A model ready to answer.
@@ -222,6 +260,7 @@ def load(
         dtype: Type to compute in. None is float32 on a CPU, where MLX is slower in
             half precision; on a GPU it is the checkpoint's, or bfloat16 if that is
             float32, as SmolVLM2 is published.
+        cache: What is kept from one prompt to the next, in memory and on disk.
         progress: Called during a conversion with bytes done, bytes in all, a name.
 
     Raises:
@@ -235,7 +274,7 @@ def load(
     config = read_config(path)
     dtype = dtype or _usual_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
     builder = PromptBuilder(tokenizer_path(path), chat_template(path), config)
-    return SmolVLM(path, config, load_model(path, dtype), builder)
+    return SmolVLM(path, config, load_model(path, dtype), builder, cache)
 
 
 def _usual_dtype(config: Config, on_cpu: bool) -> str:

@@ -128,6 +128,10 @@ class Clip:
         """What is wrong with the file, as far as it has been read."""
         return tuple(self._reader.notes)
 
+    def digest(self) -> bytes:
+        """Digest of the source and of the choice from it."""
+        return self._reader.digest(self.indices) + repr(self.indices).encode()
+
     def frames(self) -> Iterator[Frame]:
         """The chosen frames, decoded as they are asked for.
 

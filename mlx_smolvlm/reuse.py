@@ -1,0 +1,193 @@
+"""Work that need not be done again: keys and values of a prompt's beginning, encoded media.
+
+What may be reused is decided by content. Placeholders are the same if what they stand for
+is, whatever their ids; so a picture that took another's place is seen.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.media import Medium
+
+if TYPE_CHECKING:
+    from mlx_smolvlm.store import Store
+
+PREFIX_BYTES = 256 * 1024**2
+FEATURE_BYTES = 64 * 1024**2
+FOLDER_BYTES = 4 * 1024**3
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What is kept from one prompt to the next.
+
+    Attributes:
+        memory_bytes: Of keys and values of prompts that were asked; 0 keeps none. A
+            conversation keeps its own besides.
+        folder: Where to keep them on disk, for later runs; None does not.
+        folder_bytes: At most so much there; what was not used for longest goes first.
+
+    Raises:
+        ValueError: A value outside its range.
+    """
+
+    memory_bytes: int = PREFIX_BYTES
+    folder: str | os.PathLike[str] | None = None
+    folder_bytes: int = FOLDER_BYTES
+
+    def __post_init__(self) -> None:
+        for name in ("memory_bytes", "folder_bytes"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 0 or above")
+
+
+@dataclass(frozen=True)
+class Span:
+    """Placeholders from `start` up to `stop`, and the digest of what they stand for."""
+
+    start: int
+    stop: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """Tokens by what they mean: `ids` int32 (L,), and the spans of their placeholders."""
+
+    ids: np.ndarray
+    spans: tuple[Span, ...] = ()
+
+    def followed_by(self, token_ids: Sequence[int]) -> Content:
+        """These tokens and then `token_ids`, which are no placeholders."""
+        return Content(np.concatenate([self.ids, np.array(token_ids, np.int32)]), self.spans)
+
+    def common(self, other: Content, most: int) -> int:
+        """How many tokens both begin with, at most `most`; never a part of a medium."""
+        length = min(len(self.ids), len(other.ids), most)
+        different = np.flatnonzero(self.ids[:length] != other.ids[:length])
+        length = int(different[0]) if different.size else length
+        for mine, theirs in zip_longest(self.spans, other.spans):
+            starts = [span.start for span in (mine, theirs) if span is not None]
+            if min(starts) >= length:
+                break
+            if mine != theirs or mine.stop > length:
+                return min(starts)
+        return length
+
+
+def content_of(ids: np.ndarray, media: Sequence[Medium], placeholder: int, each: int) -> Content:
+    """The content of a prompt `ids` (L,) with `media`, of `each` placeholders a tile."""
+    places = np.flatnonzero(ids == placeholder)
+    spans, at = [], 0
+    for medium in media:
+        last = at + medium.num_tiles * each - 1
+        spans.append(Span(int(places[at]), int(places[last]) + 1, medium.digest))
+        at = last + 1
+    return Content(ids, tuple(spans))
+
+
+@dataclass
+class State:
+    """A cache, and the content that it holds keys and values of."""
+
+    content: Content
+    cache: KVCache
+
+    @property
+    def held(self) -> int:
+        """Tokens that are known and whose keys and values are there."""
+        return min(len(self.content.ids), self.cache.offset)
+
+    def fork(self) -> State:
+        """The same, to go on with by itself."""
+        return State(self.content, self.cache.fork())
+
+
+def make_memory(options: CacheOptions, checkpoint: Path, config: Config) -> Memory:
+    """The memory of the model that was loaded from the folder `checkpoint`.
+
+    Raises:
+        CheckpointError: The folder for the cache cannot be used.
+    """
+    if options.folder is None:
+        return Memory(options)
+    from mlx_smolvlm.store import Store
+
+    folder = Path(options.folder).expanduser()
+    return Memory(options, Store(folder, options.folder_bytes, checkpoint, config))
+
+
+class Memory:
+    """What one loaded model remembers of its prompts, within bounds."""
+
+    def __init__(self, options: CacheOptions, store: Store | None = None) -> None:
+        self._options, self._store = options, store
+        self._states: list[State] = []  # the one used last is at the end
+        self._features: OrderedDict[str, mx.array] = OrderedDict()
+
+    def clear(self) -> None:
+        """Forget what is held in memory."""
+        self._states.clear()
+        self._features.clear()
+
+    def recall(self, content: Content, own: State | None) -> tuple[State | None, int]:
+        """The state that begins as `content` does for longest, and for how many tokens.
+
+        At least one token of `content` is left to be done. `own`, a conversation's, is given
+        back itself, others as forks.
+        """
+        most = len(content.ids) - 1
+        best, length = own, 0 if own is None else own.content.common(content, min(most, own.held))
+        for state in reversed(self._states):
+            found = state.content.common(content, min(most, state.held))
+            if found > length:
+                best, length = state, found
+        stored = self._store and self._store.find(content, most, length)
+        if stored:
+            best, length = stored, stored.content.common(content, min(most, stored.held))
+        elif best is not None and best is not own:
+            self._states.sort(key=lambda state: state is best)
+            best = best.fork()
+        return (best, length) if length else (None, 0)
+
+    def remember(self, state: State, prompt: Content, is_own: bool) -> None:
+        """Keep `state` after an answer to `prompt`; a conversation keeps its own itself."""
+        if self._store is not None:
+            self._store.put(state, prompt)
+        limit = self._options.memory_bytes
+        if is_own or state.cache.nbytes > limit:
+            return
+        self._states = [
+            old for old in self._states if old.content.common(state.content, old.held) < old.held
+        ]
+        self._states.append(state)
+        while sum(one.cache.nbytes for one in self._states) > limit:
+            del self._states[0]
+
+    def lend_features(self, media: Sequence[Medium]) -> None:
+        """Give `media` the embeddings of equal ones that were encoded before."""
+        for medium in media:
+            if medium.image_embeds is None and medium.digest in self._features:
+                self._features.move_to_end(medium.digest)
+                medium.image_embeds = self._features[medium.digest]
+
+    def keep_features(self, media: Sequence[Medium]) -> None:
+        """Keep the embeddings of `media`."""
+        for medium in media:
+            if medium.image_embeds is not None:
+                self._features[medium.digest] = medium.image_embeds
+                self._features.move_to_end(medium.digest)
+        while sum(one.nbytes for one in self._features.values()) > FEATURE_BYTES:
+            self._features.popitem(last=False)

@@ -1,0 +1,226 @@
+"""What prompts have in common, kept on disk: found again, bounded, never trusted blindly."""
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_smolvlm import (
+    CacheOptions,
+    CheckpointError,
+    Reply,
+    Sampling,
+    SmolVLM,
+    SmolVLMWarning,
+    load,
+)
+from mlx_smolvlm.store import checkpoint_digest, write
+
+SHORT = Sampling(max_tokens=4)
+PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
+OTHER = Image.fromarray(np.random.default_rng(1).integers(0, 255, (48, 64, 3), np.uint8))
+
+
+def run(
+    model: Path, folder: Path, question: str = "What?", picture: Image.Image = PICTURE
+) -> Reply:
+    """The answer of a new run that keeps its cache in `folder`."""
+    vlm = load(model, cache=CacheOptions(folder=folder))
+    return vlm.ask(question, images=[picture], sampling=SHORT)
+
+
+def files(folder: Path) -> list[Path]:
+    """The files of states in `folder`."""
+    return sorted(folder.glob("*/*.safetensors"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "a cache" / "folder"
+
+
+def test_a_second_run_goes_on_from_the_first(
+    tiny_folder: Path, tiny: SmolVLM, folder: Path
+) -> None:
+    tiny.memory.clear()
+    cold = tiny.ask("Where is it?", images=[PICTURE], sampling=SHORT)
+    first = run(tiny_folder, folder)
+    assert (first.cached_tokens, first.encoded_tiles) == (0, 5)
+    same = run(tiny_folder, folder)
+    assert (same.cached_tokens, same.encoded_tiles) == (same.prompt_tokens - 1, 0)
+    assert same.token_ids == first.token_ids
+    other = run(tiny_folder, folder, "Where is it?")
+    assert other.encoded_tiles == 0
+    assert other.cached_tokens > 5 * 4
+    assert other.token_ids == cold.token_ids
+    assert len(files(folder)) == 1  # the second question adds too little for a file
+
+
+def test_another_picture_is_another_content(tiny_folder: Path, folder: Path) -> None:
+    run(tiny_folder, folder)
+    reply = run(tiny_folder, folder, picture=OTHER)
+    assert reply.encoded_tiles == 5
+    assert reply.cached_tokens < 7  # up to the first placeholder
+    assert len(files(folder)) == 2
+
+
+def test_a_longer_prompt_replaces_what_it_holds(tiny_folder: Path, folder: Path) -> None:
+    vlm = load(tiny_folder, cache=CacheOptions(folder=folder))
+    chat = vlm.chat(sampling=SHORT)
+    chat.ask("What?", images=[PICTURE])
+    kept = files(folder)
+    text = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What"}]}]
+    vlm.ask(text, images=[PICTURE], sampling=SHORT)
+    assert files(folder) == kept
+    chat.ask("And what else is there to be seen in it, if one looks at it for long enough?")
+    assert len(files(folder)) == 1 or files(folder)[0] not in kept
+
+
+def test_another_checkpoint_does_not_use_it(
+    tiny_folder: Path, folder: Path, tmp_path: Path
+) -> None:
+    run(tiny_folder, folder)
+    twin = Path(shutil.copytree(tiny_folder, tmp_path / "twin"))
+    assert run(twin, folder).encoded_tiles == 0  # the same bytes are the same checkpoint
+    weights = mx.load(str(twin / "model.safetensors"))
+    assert isinstance(weights, dict)
+    name = sorted(weights)[0]
+    weights[name] = weights[name] + 0.01
+    mx.save_safetensors(str(twin / "model.safetensors"), weights)
+    assert run(twin, folder).encoded_tiles == 5
+    assert len(files(folder)) == 2
+
+
+def test_the_digest_of_a_checkpoint_is_remembered_by_size_and_time(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memo = tmp_path / "checkpoints.json"
+    digest = checkpoint_digest(tiny_folder, memo)
+    assert digest == checkpoint_digest(tiny_folder)
+    values = json.loads(memo.read_text())
+    values[str(tiny_folder.resolve())][1] = "remembered"
+    memo.write_text(json.dumps(values))
+    assert checkpoint_digest(tiny_folder, memo) == "remembered"
+    twin = Path(shutil.copytree(tiny_folder, tmp_path / "twin"))
+    assert checkpoint_digest(twin, memo) == digest
+    os.utime(tiny_folder / "config.json", ns=(1, 1))
+    assert checkpoint_digest(tiny_folder, memo) == digest
+    memo.write_text("not json")
+    assert checkpoint_digest(tiny_folder, memo) == digest
+    with pytest.raises(CheckpointError):
+        checkpoint_digest(tmp_path / "none")
+
+
+def damages(path: Path) -> Iterator[tuple[str, bytes]]:
+    """Ways in which the file at `path` may be spoilt."""
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[-10] ^= 4
+    yield "flipped bit", bytes(flipped)
+    yield "cut", data[: len(data) // 2]
+    yield "empty", b""
+    yield "text", b"hello " * 100
+    yield "other kind", data.replace(b'\\"prefix\\"', b'\\"prefiX\\"')
+    yield "other version", data.replace(b'\\"version\\": 1', b'\\"version\\": 2')
+    yield "ids that are none", data.replace(b'\\"ids\\": [1,', b'\\"ids\\": {1,')
+    yield "huge header", (2**62).to_bytes(8, "little") + data[8:]
+
+
+def test_spoilt_files_are_passed_over_with_one_warning(tiny_folder: Path, folder: Path) -> None:
+    first = run(tiny_folder, folder)
+    [path] = files(folder)
+    for name, contents in damages(path):
+        assert contents != path.read_bytes(), name
+        for other in files(folder):
+            other.unlink()
+        path.write_bytes(contents)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            reply = run(tiny_folder, folder)
+        assert (reply.encoded_tiles, reply.token_ids) == (5, first.token_ids), name
+        assert [one.category for one in caught] == [SmolVLMWarning], name
+        assert str(path) in str(caught[0].message)
+
+
+def test_a_foreign_file_of_another_shape_is_passed_over(tiny_folder: Path, folder: Path) -> None:
+    run(tiny_folder, folder)
+    [path] = files(folder)
+    from mlx_smolvlm.store import read
+
+    digest = checkpoint_digest(tiny_folder)
+    _, values = read(path, "prefix", digest)
+    for tensors in ({"x": mx.zeros((3,))}, {"layer.0": mx.zeros((1, 2, 3, 4))}):
+        write(path, "prefix", digest, tensors, values)
+        with pytest.warns(SmolVLMWarning, match="layer 0 are missing or of another shape"):
+            assert run(tiny_folder, folder).encoded_tiles == 5
+
+
+def test_the_folder_is_bounded(tiny_folder: Path, folder: Path) -> None:
+    run(tiny_folder, folder)
+    each = files(folder)[0].stat().st_size
+    options = CacheOptions(folder=folder, folder_bytes=int(2.5 * each))
+    for number in range(4):
+        vlm = load(tiny_folder, cache=options)
+        pixels = np.full((48, 64, 3), 40 * number, np.uint8)
+        vlm.ask("What?", images=[pixels], sampling=SHORT)
+        os.utime(files(folder)[-1])
+    assert len(files(folder)) == 2
+    assert not [path for path in folder.rglob("*") if "part" in path.name]
+
+
+def test_what_was_used_last_is_kept(tiny_folder: Path, folder: Path) -> None:
+    run(tiny_folder, folder)
+    [old] = files(folder)
+    run(tiny_folder, folder, picture=OTHER)
+    [other] = [path for path in files(folder) if path != old]
+    for path, when in ((old, 1000), (other, 2000)):
+        os.utime(path, (when, when))
+    run(tiny_folder, folder)  # uses the old one
+    options = CacheOptions(folder=folder, folder_bytes=int(2.5 * old.stat().st_size))
+    vlm = load(tiny_folder, cache=options)
+    vlm.ask("What?", images=[np.zeros((48, 64, 3), np.uint8)], sampling=SHORT)
+    assert old.exists()
+    assert not other.exists()
+
+
+def test_a_folder_that_cannot_be_used(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match=r"cache folder .* cannot be used"):
+        run(tiny_folder, tmp_path / "file" / "sub")
+
+
+def test_no_room_stops_no_answer(
+    tiny_folder: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlx_smolvlm.store.os.replace", full)
+    with pytest.warns(SmolVLMWarning, match="No space left"):
+        reply = run(tiny_folder, folder)
+    assert reply.generation_tokens == 4
+    assert not list(folder.rglob("*.safetensors"))
+
+
+def test_short_prompts_make_no_files(tiny_folder: Path, folder: Path) -> None:
+    load(tiny_folder, cache=CacheOptions(folder=folder)).ask("Hi", sampling=SHORT)
+    assert files(folder) == []
+
+
+def test_what_a_killed_run_leaves_is_not_read_and_goes(tiny_folder: Path, folder: Path) -> None:
+    run(tiny_folder, folder)
+    part = files(folder)[0].with_name(".left.part.safetensors")
+    part.write_bytes(b"half a file")
+    run(tiny_folder, folder, picture=OTHER)  # without a warning
+    assert part.exists()  # it may be another run's, which is writing it now
+    os.utime(part, (1, 1))
+    run(tiny_folder, folder, "And what is it that can be seen over there, on the left?", PICTURE)
+    run(tiny_folder, folder, picture=Image.new("RGB", (64, 48)))
+    assert not part.exists()
