@@ -269,17 +269,18 @@ def test_labels_of_frames_and_words() -> None:
     )
     down = MOTIONS.index("down")
     assert frame_labels(clip).tolist() == [
-        [-1, -1, white, -1, -1, -1, 0, -1, -1],
-        [circle, red, white, 2, 3, down, 0, -1, red],
-        [circle, red, white, 2, 5, down, 0, red, red],
+        [-1, -1, white, -1, -1, -1, 0, -1, -1, -1],
+        [circle, red, white, 2, 3, down, 0, -1, red, 0],
+        [circle, red, white, 2, 5, down, 0, red, red, 0],
     ]
     blue, pink = COLOR_NAMES.index("blue"), COLOR_NAMES.index("pink")
     turning = frame_labels(clip_of("shape turns", ("red", "circle")))
     assert turning[:, 1].tolist() == [red, blue, pink]
-    assert turning[:, 6:].tolist() == [[0, -1, red], [1, red, red], [2, blue, red]]
+    assert turning[:, 6:].tolist() == [[0, -1, red, -1], [1, red, red, 2], [2, blue, red, 2]]
     ground = frame_labels(clip_of("background turns", ("green", "star")))
     assert ground[:, 2].tolist() == [red, blue, pink]
-    assert ground[:, 6:].tolist() == turning[:, 6:].tolist()
+    assert ground[:, 6:9].tolist() == turning[:, 6:9].tolist()
+    assert ground[:, 9].tolist() == [-1, 3, 3]
     tokenizer = build_tokenizer()
     ids = tokenizer.encode("Is a red circle, a square, a star, a blue circle or a shape there?").ids
     found = [labels for _, *labels in word_labels(clip, ids, word_table(tokenizer))]

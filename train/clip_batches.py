@@ -45,7 +45,7 @@ class ClipBatch:
         image_places: int32 (C * F * I,), flat places of the placeholders in `prefix_ids`.
         token_labels: int32 (C * F * I, 5), see `motion.token_labels`.
         closings: int32 (C * F,), flat places in `prefix_ids` of the token that ends a frame.
-        frame_labels: int32 (C * F, 9), see `motion.frame_labels`.
+        frame_labels: int32 (C * F, 10), see `motion.frame_labels`.
         row_ids: int32 (C * R, M), the questions with their answers, padded with 0.
         places: Flat places (T,) in `row_ids` whose next token is to be predicted.
         targets: Those tokens, int32 (T,).

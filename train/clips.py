@@ -19,6 +19,7 @@ from mlx_smolvlm.train.shapes import VIDEO
 from mlx_smolvlm.video import sample_indices
 
 Event = Literal["moves", "stays", "shape turns", "background turns"]
+EVENTS: tuple[Event, ...] = ("moves", "stays", "shape turns", "background turns")
 Motion = Literal["none", "left", "right", "up", "down"]
 MOTIONS: tuple[Motion, ...] = ("none", "left", "right", "up", "down")
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.text import TextModel
-from mlx_smolvlm.train.clips import MOTIONS, Clip, sampled_indices
+from mlx_smolvlm.train.clips import EVENTS, MOTIONS, Clip, sampled_indices
 from mlx_smolvlm.train.draw import COLOR_NAMES, SHAPES, Scene, Shape, index_map
 from mlx_smolvlm.train.grounding import ANY, Words
 
@@ -26,7 +26,7 @@ BEFORE_LAYERS, WAY_LAYERS, FRAME_LAYERS, WORD_LAYERS = 1, 2, 3, 3
 _BINS = 8  # of a place along a side
 _LEAST_WAY = 0.04  # share of a side; with less the way is not to be told yet
 _HUES = len(COLOR_NAMES)
-_FRAME_SIZES = (len(SHAPES), _HUES, _HUES, _BINS, _BINS, len(MOTIONS), 4, _HUES, _HUES)
+_FRAME_SIZES = (len(SHAPES), _HUES, _HUES, _BINS, _BINS, len(MOTIONS), 4, _HUES, _HUES, len(EVENTS))
 _WORD_SIZES = (len(MOTIONS) + 1, _HUES, _HUES)
 _BEFORE_SIZES = (len(SHAPES) + 1, len(COLOR_NAMES))
 _WAY_SIZES = (len(MOTIONS), _BINS, _BINS)
@@ -78,12 +78,12 @@ def _way(shape: Shape, first: Shape, scene: Scene) -> float:
 
 
 def frame_labels(clip: Clip) -> np.ndarray:
-    """Labels int32 (F, 9) of the sampled frames of `clip`; -1 where there is nothing to tell.
+    """Labels int32 (F, 10) of the sampled frames of `clip`; -1 where there is nothing to tell.
 
     Kind and color of the first shape, the background's color, the shape's column and row of
     eight, its motion so far, and which of the colors it is by now; then the color of what turns
-    (or of the shape) one frame before and in the first frame. Which of two shapes moves is not
-    to be told from the first frame.
+    (or of the shape) one frame before and in the first frame, and what happened by now. Which
+    of two shapes moves is not to be told from the first frame.
     """
     indices = sampled_indices(clip.frames, clip.fps)
     labels = np.full((len(indices), len(_FRAME_SIZES)), -1, np.int32)
@@ -92,8 +92,10 @@ def frame_labels(clip: Clip) -> np.ndarray:
         scene = clip.scene(index)
         row[2] = COLOR_NAMES.index(scene.background)
         row[6] = clip.color_number(index)
+        if index and clip.event != "moves":
+            row[9] = EVENTS.index(clip.event if row[6] else "stays")
         if clip.event == "background turns":
-            row[7:] = before, COLOR_NAMES.index(start.background)
+            row[7:9] = before, COLOR_NAMES.index(start.background)
             before = row[2]
         if not scene.shapes:
             continue
@@ -104,10 +106,11 @@ def frame_labels(clip: Clip) -> np.ndarray:
             row[3] = int(_BINS * shape.x / scene.width)
             row[4] = int(_BINS * shape.y / scene.height)
             if clip.event != "background turns":
-                row[7:] = before, COLOR_NAMES.index(first.color)
+                row[7:9] = before, COLOR_NAMES.index(first.color)
                 before = row[1]
         if index and (clip.motion == "none" or way > _LEAST_WAY):
             row[5] = MOTIONS.index(clip.motion)
+            row[9] = EVENTS.index("moves") if clip.motion != "none" else row[9]
     return labels
 
 
@@ -157,7 +160,7 @@ class MotionHeads(nn.Module):
         return before + _loss(self.way(second), labels[:, 2:], _WAY_SIZES)
 
     def frame_loss(self, states: mx.array, labels: mx.array) -> mx.array:
-        """Loss of `frame_labels` (S, 9) from states (S, D)."""
+        """Loss of `frame_labels` (S, 10) from states (S, D)."""
         return _loss(self.frame(states), labels, _FRAME_SIZES)
 
     def word_loss(self, states: mx.array, labels: mx.array) -> mx.array:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import numpy as np
 
 from mlx_smolvlm.train.clips import (
+    EVENTS,
     MOTIONS,
     Clip,
     Event,
@@ -30,7 +31,6 @@ from mlx_smolvlm.train.draw import (
 
 SAMPLED = (2, 3, 4, 5, 6, 7, 8)  # how many frames are sampled from a clip
 
-_EVENTS: tuple[Event, ...] = ("moves", "stays", "shape turns", "background turns")
 _EVENT_WEIGHTS = (0.42, 0.13, 0.3, 0.15)
 _FILE_FPS = (8.0, 10.0, 12.0, 15.0, 20.0, 24.0, 25.0, 30.0)
 _LEAST_TRAVEL = 0.25  # of the picture's side
@@ -43,7 +43,7 @@ def sample_clip(
 ) -> Clip:
     """A clip of which `sampled` frames are shown, of 2 to 8 where None; it follows from `rng`."""
     sampled = int(rng.choice(SAMPLED)) if sampled is None else sampled
-    event = _EVENTS[int(rng.choice(len(_EVENTS), p=_EVENT_WEIGHTS))] if event is None else event
+    event = EVENTS[int(rng.choice(len(EVENTS), p=_EVENT_WEIGHTS))] if event is None else event
     fps, frames = _sample_length(rng, sampled)
     count = 1 if rng.random() < (0.5 if event in ("moves", "stays") else 0.75) else 2
     if event == "background turns":
