@@ -232,7 +232,7 @@ _ALWAYS: tuple[tuple[Maker, float], ...] = (
 MOTION_MAKERS: tuple[tuple[Maker, float], ...] = (*_ALWAYS, (direction, 0.36))
 COLOR_MAKERS: tuple[tuple[Maker, float], ...] = (
     (happens, 0.16), (describe, 0.25), (mover, 0.04), (moves, 0.04), (turner, 0.06), (seen, 0.05),
-    (direction, 0.05), (order, 0.28), (ends, 0.26),
+    (direction, 0.05), (order, 0.4), (ends, 0.2),
 )  # fmt: skip
 
 

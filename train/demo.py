@@ -2,9 +2,10 @@
 
     python -m mlx_smolvlm.train.demo --out FOLDER [--from FOLDER] [--seed S] [--minutes N]
 
-Three stages: the encoder alone on dense labels, conversations about pictures of one tile,
-then pictures and clips together. With `--from`, only the last, from the weights of a
-checkpoint, after a few steps for the heads that no checkpoint has. A stage can be given
+Four stages: the encoder alone on dense labels, conversations about pictures of one tile,
+then pictures and clips together, brief clips first. With `--from`, only the last two, from
+the weights of a checkpoint, after a few steps for the heads that no checkpoint has; give it
+again to go on with such a run. A stage can be given
 pictures cut into several tiles as well. A batch follows from the seed and its number, and
 the schedule from the number of steps, so that a run which was stopped and goes on equals
 one that was not.
@@ -75,7 +76,7 @@ STAGES = (
     Stage(
         "brief", steps=500, size=8, rate=0.006, floor=0.8, encoder_share=0.4, frames=20, longest=3
     ),
-    Stage("clips", steps=1600, size=8, rate=0.006, floor=0.01, encoder_share=0.4, frames=28),
+    Stage("clips", steps=2000, size=12, rate=0.006, floor=0.01, encoder_share=0.4, frames=28),
 )
 # Those of a run that begins with the weights of a checkpoint.
 STAGES_FROM_WEIGHTS = (

@@ -27,7 +27,7 @@ _DENSE_SHARE = 0.3  # of the dense loss, beside that of the answers
 _LOOKUP_SHARE = 0.15  # of the loss of what a question's words refer to
 _WORD_SHARE = 0.1  # of the loss that draws image embeddings to the words for what they show
 _TOKEN_SHARE = 0.2  # of the loss of what the image tokens of a clip tell
-_FRAME_SHARE = 0.1  # of the loss of what the frames of a clip show
+_FRAME_SHARE = 0.2  # of the loss of what the frames of a clip show
 _MOTION_SHARE = 0.1  # of the loss of what a question's words refer to in a clip
 
 

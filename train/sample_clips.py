@@ -31,7 +31,7 @@ from mlx_smolvlm.train.draw import (
 
 SAMPLED = (2, 3, 4, 5, 6, 7, 8)  # how many frames are sampled from a clip
 
-_EVENT_WEIGHTS = (0.42, 0.13, 0.3, 0.15)
+_EVENT_WEIGHTS = (0.32, 0.1, 0.36, 0.22)
 _FILE_FPS = (8.0, 10.0, 12.0, 15.0, 20.0, 24.0, 25.0, 30.0)
 _LEAST_TRAVEL = 0.25  # of the picture's side
 _LARGEST_SIDE = 480
