@@ -163,7 +163,8 @@ def moves(clip: Clip, rng: np.random.Generator) -> Turn:
 
 def order(clip: Clip, rng: np.random.Generator) -> Turn:
     """All colors of what turns, in order."""
-    return Turn("order", pick(rng, ORDER), f"{colors_in_order(clip).capitalize()}.")
+    family = "order of two" if len(clip.colors) == 2 else "order of more"
+    return Turn(family, pick(rng, ORDER), f"{colors_in_order(clip).capitalize()}.")
 
 
 def ends(clip: Clip, rng: np.random.Generator) -> Turn:

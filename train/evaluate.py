@@ -116,7 +116,7 @@ def _report(title: str, cases: list[Case], wrong: int) -> None:
     if cases:
         print(title)
     for family, (right, asked) in by_family(cases).items():
-        print(f"{family:<12} {right:>4} / {asked:<4} {100 * right / asked:5.1f} %")
+        print(f"{family:<14} {right:>4} / {asked:<4} {100 * right / asked:5.1f} %")
     for case in [case for case in cases if not case.right][:wrong]:
         print(f"{case.shapes} shapes | {case.turn.question} | {case.turn.answer} | {case.answer}")
 
