@@ -20,9 +20,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_smolvlm import load
+from mlx_smolvlm import CacheOptions, load
 from mlx_smolvlm.model import Model
+from mlx_smolvlm.packing import Rows
 
 VIEWS = {
     "AsStrided",
@@ -80,14 +82,28 @@ def kernels(forward: Callable[[], Any]) -> Counter[str]:
     return Counter(node for node in nodes if node not in VIEWS)
 
 
-def decoded_token(model: Model) -> Counter[str]:
-    """Kernels of one greedy decoding step after a prompt."""
+def decoded_token(model: Model, options: CacheOptions = CacheOptions()) -> Counter[str]:  # noqa: B008
+    """Kernels of one greedy decoding step after a prompt, which fills a bounded cache."""
+    cache = model.make_cache(options)
+    prompt = mx.zeros((1, options.max_kv_tokens or 2), mx.int32)
+    mx.eval(model.text_model(model.text_model.embed_tokens(prompt), cache), cache.arrays)
+    token_id = mx.array([0])
+    return kernels(lambda: [mx.argmax(model.step(token_id, cache), keepdims=True), *cache.arrays])
+
+
+def decoded_tokens(model: Model, answers: int) -> Counter[str]:
+    """Kernels of one greedy decoding step of several answers behind one prompt."""
     cache = model.make_cache()
     mx.eval(
         model.text_model(model.text_model.embed_tokens(mx.array([[0, 0]])), cache), cache.arrays
     )
-    token_id = mx.array([0])
-    return kernels(lambda: [mx.argmax(model.step(token_id, cache), keepdims=True), *cache.arrays])
+    rows, token_ids = Rows(model, cache, answers), mx.array([0] * answers)
+
+    def step() -> list[mx.array]:
+        logits = rows.step(token_ids, np.arange(answers))
+        return [mx.argmax(logits, axis=-1), *cache.arrays]
+
+    return kernels(step)
 
 
 def encoded_tiles(model: Model, tile_size: int, count: int) -> Counter[str]:
@@ -108,6 +124,8 @@ def report(model: Model, tile_size: int) -> dict[str, Any]:
     return {
         "decoder_layers": len(model.text_model.layers),
         "decoded_token": step.total(),
+        "decoded_token_packed_cache": decoded_token(model, CacheOptions(kv_bits=8)).total(),
+        "decoded_tokens_of_8": decoded_tokens(model, 8).total(),
         "encoder_layers": len(model.vision_model.encoder.layers),
         "encoder_1_tile": one.total(),
         "encoder_13_tiles": many.total(),

@@ -158,6 +158,18 @@ def chat(
         int | None,
         typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
     ] = None,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(metavar="8|4", help="Precision of keys and values; default: as computed."),
+    ] = None,
+    max_kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Keep the first message, the pictures and the latest tokens, N in all; "
+            "default: every token.",
+        ),
+    ] = None,
     cache_dir: Annotated[
         Path | None,
         typer.Option(
@@ -184,6 +196,7 @@ def chat(
     from mlx_smolvlm.cli.options import (
         ChatOptions,
         as_text,
+        make_cache_options,
         make_sampling,
         make_video_options,
         parse_detail,
@@ -214,13 +227,91 @@ def chat(
         ),
         detail=parse_detail(detail),
         bits=bits,
-        cache_dir=cache_dir,
+        cache=make_cache_options(folder=cache_dir, kv_bits=kv_bits, max_kv_tokens=max_kv_tokens),
         on_full=parse_on_full(on_full),
         offline=offline,
         json=json,
         stats=stats,
     )
     raise typer.Exit(run(options))
+
+
+CHOOSE_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm choose "What is this?" -i photo.png -c "A cat." -c "A dog." -m smolvlm-256m
+  mlx-smolvlm choose "Does somebody run?" -v clip.mp4 -c Yes. -c No. -m smolvlm2-256m --json"""
+
+
+@app.command(epilog=CHOOSE_EPILOG)
+def choose(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
+    choice: Annotated[
+        list[str],
+        typer.Option(
+            "--choice", "-c", metavar="TEXT", help="An answer as the model would word it; repeats."
+        ),
+    ],
+    image: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--image", "-i", metavar="IMAGE", help="A path, URL, data URI, or - for stdin; repeats."
+        ),
+    ] = None,
+    video: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--video", "-v", metavar="VIDEO", help="A path, URL, data URI, or - for stdin; repeats."
+        ),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", "-m", metavar="MODEL", help="A folder, a hub id, an alias, or demo."
+        ),
+    ] = "demo",
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    normalize: Annotated[
+        str,
+        typer.Option(
+            metavar="none|tokens",
+            help="Compare whole answers, or their means over tokens, so that length counts less.",
+        ),
+    ] = "none",
+    detail: Annotated[str, typer.Option(metavar="LEVEL", help="As in chat.")] = "high",
+    bits: Annotated[
+        int | None,
+        typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
+    ] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Keep what prompts have in common here, for the next run."
+        ),
+    ] = None,
+    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say how likely each of some answers to a question is."""
+    from mlx_smolvlm.cli.choose import ChooseOptions
+    from mlx_smolvlm.cli.choose import choose as run
+    from mlx_smolvlm.cli.options import as_text, make_cache_options, parse_detail
+
+    options = ChooseOptions(
+        question=as_text("QUESTION", question),
+        choices=tuple(choice),
+        images=tuple(image or ()),
+        videos=tuple(video or ()),
+        model=model,
+        system=None if system is None else as_text("--system", system),
+        detail=parse_detail(detail),
+        normalize=normalize,
+        bits=bits,
+        cache=make_cache_options(folder=cache_dir, kv_bits=None, max_kv_tokens=None),
+        offline=offline,
+        json=json,
+    )
+    run(options)
 
 
 @app.command()

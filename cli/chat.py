@@ -14,7 +14,7 @@ from mlx_smolvlm.cli.media import (
     open_picture,
     sampled,
 )
-from mlx_smolvlm.cli.options import ChatOptions
+from mlx_smolvlm.cli.options import ChatOptions, ModelOptions
 from mlx_smolvlm.cli.render import Bar, ConversionProgress, say, stats_line, write, write_json
 from mlx_smolvlm.errors import PromptError
 
@@ -76,13 +76,13 @@ def read_prompt() -> str:
     return text
 
 
-def load_model(options: ChatOptions) -> SmolVLM:
+def load_model(options: ModelOptions) -> SmolVLM:
     """The model to talk to; a conversion shows on stderr.
 
     Raises:
         CheckpointError: It cannot be found, converted or read.
     """
-    from mlx_smolvlm import CacheOptions, load
+    from mlx_smolvlm import load
 
     progress = ConversionProgress(f"converting {options.model}, once")
     with contextlib.closing(progress):
@@ -90,7 +90,7 @@ def load_model(options: ChatOptions) -> SmolVLM:
             options.model,
             bits=options.bits,
             offline=options.offline,
-            cache=CacheOptions(folder=options.cache_dir),
+            cache=options.cache,
             progress=progress,
         )
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import typer
 
 if TYPE_CHECKING:
-    from mlx_smolvlm import Sampling, Video
+    from mlx_smolvlm import CacheOptions, Sampling, Video
 
 Detail = Literal["high", "auto", "low"] | int
 OnFull = Literal["error", "drop-oldest"]
@@ -48,7 +49,7 @@ class ChatOptions:
     sampling: Sampling
     detail: Detail
     bits: int | None
-    cache_dir: Path | None
+    cache: CacheOptions
     on_full: OnFull
     offline: bool
     json: bool
@@ -57,19 +58,13 @@ class ChatOptions:
     def __post_init__(self) -> None:
         if self.prompt is not None and not self.prompt.strip():
             raise typer.BadParameter("it is empty", param_hint="PROMPT")
-        if self.bits is not None and self.bits not in CHAT_BITS:
-            raise typer.BadParameter(f"{self.bits} is none of 4, 8, 16", param_hint="--bits")
+        check_bits(self.bits)
         sources = (*self.images, *self.videos)
-        if sources.count("-") > 1:
-            raise typer.BadParameter(
-                "stdin holds one picture or video; '-' came twice", param_hint="-i, -v"
-            )
         if "-" in sources and self.prompt is None:
             raise typer.BadParameter(
                 "it is needed with '-', since stdin is the picture or video", param_hint="PROMPT"
             )
-        if self.offline and (url := next(filter(is_url, sources), None)):
-            raise typer.BadParameter(f"{url} needs the network", param_hint="--offline")
+        check_sources(sources, self.offline)
         if self.prompt is not None and not self.videos:
             for name in fields(self.frames):
                 if getattr(self.frames, name.name) != name.default:
@@ -77,6 +72,43 @@ class ChatOptions:
                     raise typer.BadParameter("it needs a video (-v)", param_hint=f"--{option}")
         if self.frames.chunk_s is not None and (len(self.videos) != 1 or self.images):
             raise typer.BadParameter("it needs one video (-v), alone", param_hint="--chunk")
+
+
+class ModelOptions(Protocol):
+    """Which model to load, and how."""
+
+    @property
+    def model(self) -> str: ...
+    @property
+    def bits(self) -> int | None: ...
+    @property
+    def cache(self) -> CacheOptions: ...
+    @property
+    def offline(self) -> bool: ...
+
+
+def check_bits(bits: int | None) -> None:
+    """Refuse a precision that a model cannot be converted to on first use.
+
+    Raises:
+        typer.BadParameter: It names the option.
+    """
+    if bits is not None and bits not in CHAT_BITS:
+        raise typer.BadParameter(f"{bits} is none of 4, 8, 16", param_hint="--bits")
+
+
+def check_sources(sources: Sequence[str], offline: bool) -> None:
+    """Refuse pictures and videos that cannot be opened as they are given.
+
+    Raises:
+        typer.BadParameter: It names the option.
+    """
+    if sources.count("-") > 1:
+        raise typer.BadParameter(
+            "stdin holds one picture or video; '-' came twice", param_hint="-i, -v"
+        )
+    if offline and (url := next(filter(is_url, sources), None)):
+        raise typer.BadParameter(f"{url} needs the network", param_hint="--offline")
 
 
 def as_text(name: str, value: str) -> str:
@@ -155,6 +187,7 @@ _OPTION_NAMES = {
     "end_s": "end",
     "chunk_s": "chunk",
     "frames_folder": "frames",
+    "folder": "cache-dir",
 }
 
 
@@ -233,3 +266,22 @@ def make_sampling(
     except ValueError as error:
         name = str(error).split(maxsplit=1)[0]
         raise typer.BadParameter(str(error), param_hint=f"--{name.replace('_', '-')}") from None
+
+
+def make_cache_options(
+    *, folder: Path | None, kv_bits: int | None, max_kv_tokens: int | None
+) -> CacheOptions:
+    """The cache that the options describe; `CacheOptions` itself owns the ranges.
+
+    Raises:
+        typer.BadParameter: It names the option and its range.
+    """
+    from mlx_smolvlm import CacheOptions
+
+    try:
+        return CacheOptions(folder=folder, kv_bits=kv_bits, max_kv_tokens=max_kv_tokens)
+    except ValueError as error:
+        name, _, rest = str(error).partition(" ")
+        option = _OPTION_NAMES.get(name, name.replace("_", "-"))
+        rest = rest.replace("kv_bits", "--kv-bits").replace("max_kv_tokens", "--max-kv-tokens")
+        raise typer.BadParameter(rest, param_hint=f"--{option}") from None

@@ -10,6 +10,8 @@ Package.md describes the rest.
 from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
+from mlx_smolvlm.cache_options import CacheOptions
+from mlx_smolvlm.choose import Choice
 from mlx_smolvlm.conversation import Conversation
 from mlx_smolvlm.errors import (
     CheckpointError,
@@ -21,7 +23,6 @@ from mlx_smolvlm.errors import (
 )
 from mlx_smolvlm.media import Progress
 from mlx_smolvlm.parts import Part
-from mlx_smolvlm.reuse import CacheOptions
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.smolvlm import SmolVLM, load
 
@@ -34,6 +35,7 @@ __all__ = [
     "AnswerStream",
     "CacheOptions",
     "CheckpointError",
+    "Choice",
     "Chunk",
     "ContextError",
     "Conversation",

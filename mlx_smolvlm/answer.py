@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.cache import NONE, KVCache
 from mlx_smolvlm.errors import SmolVLMWarning
 from mlx_smolvlm.generate import StopText, tokens
 from mlx_smolvlm.media import Footage, Medium, Picture, Progress, encode, joined
@@ -79,12 +79,18 @@ class Prompt:
         media: What its placeholders stand for, in order.
         state: What a conversation holds already.
         is_turn: Whether a conversation keeps the state afterwards.
+        pins: Positions of tokens that a bounded cache never drops.
     """
 
     input_ids: np.ndarray
     media: tuple[Medium, ...]
     state: State | None = None
     is_turn: bool = False
+    pins: np.ndarray = field(default_factory=lambda: NONE)
+
+    def room(self, context: int, max_tokens: int) -> int:
+        """Tokens that its answer may take: `max_tokens`, or fewer if the context ends before."""
+        return min(max_tokens, context - self.input_ids.size)
 
 
 class Ready(NamedTuple):
@@ -96,6 +102,103 @@ class Ready(NamedTuple):
     cache: KVCache
 
 
+class Answer:
+    """An answer under way: token ids go in, text comes out; `reply` is the answer so far.
+
+    The clock of the first token runs from here. `ended` says that no token may follow.
+    """
+
+    def __init__(self, vlm: SmolVLM, prompt: Prompt, stop: Sequence[str]) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        tiles = [(isinstance(one, Picture), one.num_tiles) for one in prompt.media]
+        self.reply = Reply(
+            prompt_tokens=prompt.input_ids.size,
+            image_tiles=sum(count for is_picture, count in tiles if is_picture),
+            video_frames=sum(count for is_picture, count in tiles if not is_picture),
+        )
+        self.ended = False
+        self._vlm, self._held = vlm, StopText(stop)
+        self._decoder = DecodeStream(skip_special_tokens=False)
+        self._started = self._begun = self._first = time.perf_counter()
+        self._prefilled = 0
+
+    def begin(self, prefilled: int) -> None:
+        """The media are encoded and the decoder begins with so many tokens."""
+        self._begun, self._prefilled = time.perf_counter(), prefilled
+
+    def add(self, token_id: int) -> str:
+        """The text that may be shown now that `token_id` has come."""
+        vlm, reply = self._vlm, self.reply
+        self._tick()
+        reply.token_ids.append(token_id)
+        reply.generation_tokens += 1
+        if token_id in vlm.config.eos_token_ids:
+            self._end("stop")
+            return ""
+        if token_id in vlm.hidden_token_ids:
+            return ""
+        tokenizer = vlm.prompt_builder.tokenizer
+        text = self._held.feed(self._decoder.step(tokenizer, token_id) or "")
+        if self._held.stopped:
+            self._end("stop")
+        return self._shown(text)
+
+    def finish(self) -> str:
+        """The text that was held back, once no more tokens come."""
+        if not self.ended:
+            self._end("length")
+        return self._shown(self._held.flush())
+
+    def _end(self, reason: Literal["stop", "length"]) -> None:
+        self.ended, self.reply.finish_reason = True, reason
+
+    def _shown(self, text: str) -> str:
+        """`text` joined to the reply, without the space after "Assistant:"."""
+        if not self.reply.text:
+            text = text.lstrip()
+        self.reply.text += text
+        return text
+
+    def _tick(self) -> None:
+        """A token has come: set the times and the memory of the reply."""
+        now, reply = time.perf_counter(), self.reply
+        if not reply.token_ids:
+            self._first = now
+            reply.time_to_first_token_s = now - self._started
+            reply.prompt_tps = self._prefilled / (now - self._begun)
+        else:
+            reply.generation_tps = len(reply.token_ids) / (now - self._first)
+        reply.peak_memory_gb = mx.get_peak_memory() / 1e9
+
+
+def preparing(vlm: SmolVLM, prompt: Prompt, reply: Reply) -> Generator[Progress, None, Ready]:
+    """Finds out what is there already, and encodes the media that are not, step by step.
+
+    `reply` is told how much that was.
+    """
+    mx.reset_peak_memory()
+    content = vlm.content_of(prompt)
+    state, start = vlm.memory.recall(content, prompt.pins, prompt.state)
+    spans = zip(prompt.media, content.spans, strict=True)
+    todo = [medium for medium, span in spans if span.stop > start]
+    vlm.memory.lend_features(todo)
+    for step in encode(todo, vlm.encoder, vlm.config):
+        reply.encoded_tiles = step.encoded
+        yield step
+    vlm.memory.keep_features(todo)
+    for medium in todo:
+        if isinstance(medium, Footage) and medium.clip is not None:
+            for note in medium.clip.notes:
+                warnings.warn(note, SmolVLMWarning, stacklevel=2)
+    embeds = vlm.model.embed(prompt.input_ids[start:], joined(todo))
+    reply.cached_tokens = start
+    cache = vlm.make_cache() if state is None else state.cache
+    cache.trim(start)
+    cache.pin(prompt.pins)
+    return Ready(content, embeds, cache)
+
+
 class AnswerStream(Iterator[Chunk]):
     """Yields an answer's chunks; `reply` is the answer so far.
 
@@ -105,15 +208,9 @@ class AnswerStream(Iterator[Chunk]):
     """
 
     def __init__(self, vlm: SmolVLM, prompt: Prompt, sampling: Sampling) -> None:
-        tiles = [(isinstance(one, Picture), one.num_tiles) for one in prompt.media]
-        self.reply = Reply(
-            prompt_tokens=prompt.input_ids.size,
-            image_tiles=sum(count for is_picture, count in tiles if is_picture),
-            video_frames=sum(count for is_picture, count in tiles if not is_picture),
-        )
-        self.state = prompt.state
+        self._answer = Answer(vlm, prompt, sampling.stop)
+        self.reply, self.state = self._answer.reply, prompt.state
         self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
-        self._started = time.perf_counter()
         self._preparation = self._prepare()
         self._chunks = self._generate()
 
@@ -139,83 +236,30 @@ class AnswerStream(Iterator[Chunk]):
         return self._preparation
 
     def _prepare(self) -> Generator[Progress, None, None]:
-        """Find out what is there already, and encode the media that are not."""
-        mx.reset_peak_memory()
-        vlm, media = self._vlm, self._prompt.media
-        content = vlm.content_of(self._prompt)
-        state, start = vlm.memory.recall(content, self.state)
-        todo = [one for one, span in zip(media, content.spans, strict=True) if span.stop > start]
-        vlm.memory.lend_features(todo)
-        for step in encode(todo, vlm.encoder, vlm.config):
-            self.reply.encoded_tiles = step.encoded
-            yield step
-        vlm.memory.keep_features(todo)
-        for medium in todo:
-            if isinstance(medium, Footage) and medium.clip is not None:
-                for note in medium.clip.notes:
-                    warnings.warn(note, SmolVLMWarning, stacklevel=2)
-        embeds = vlm.model.embed(self._prompt.input_ids[start:], joined(todo))
-        self.reply.cached_tokens = start
-        cache = vlm.model.make_cache() if state is None else state.cache
-        cache.trim(start)
-        self._ready = Ready(content, embeds, cache)
+        self._ready = yield from preparing(self._vlm, self._prompt, self.reply)
 
     def _generate(self) -> Generator[Chunk, None, None]:
         """The chunks, with `reply` kept up to date before each."""
-        text = StopText(self._sampling.stop)
-        for token_id, piece in self._decode():
-            shown = text.feed(piece)
-            if not self.reply.text:
-                shown = shown.lstrip()  # the space after "Assistant:"
-            self.reply.text += shown
-            if text.stopped:
-                self.reply.finish_reason = "stop"
+        for token_id in self._token_ids():
+            shown = self._answer.add(token_id)
             if shown:
                 yield Chunk(shown, token_id)
-            if text.stopped:
-                return
-        rest = text.flush()
+            if self._answer.ended:
+                break
+        rest = self._answer.finish()
         if rest:
-            self.reply.text += rest
             yield Chunk(rest, None)
 
-    def _decode(self) -> Iterator[tuple[int, str]]:
-        """Token ids with the text that each completes, up to the end of the answer."""
-        from tokenizers.decoders import DecodeStream
-
-        vlm, reply = self._vlm, self.reply
-        decoder, tokenizer = DecodeStream(skip_special_tokens=False), vlm.prompt_builder.tokenizer
-        for token_id in self._token_ids():
-            reply.token_ids.append(token_id)
-            reply.generation_tokens += 1
-            if token_id in vlm.config.eos_token_ids:
-                reply.finish_reason = "stop"
-                return
-            if token_id not in vlm.hidden_token_ids:
-                yield token_id, decoder.step(tokenizer, token_id) or ""
-        reply.finish_reason = "length"
-
     def _token_ids(self) -> Iterator[int]:
-        """Token ids of the answer, with the clocks of `reply`."""
-        vlm, prompt, reply = self._vlm, self._prompt, self.reply
+        """Token ids of the answer; what is known afterwards is remembered."""
+        vlm, prompt, sampling = self._vlm, self._prompt, self._sampling
         for _ in self._preparation:
             pass
-        encoded = time.perf_counter()
         content, embeds, cache = self._ready
-        room = vlm.config.text.max_position_embeddings - prompt.input_ids.size
-        limit = min(self._sampling.max_tokens, room)
-        sampler, first = make_sampler(self._sampling), 0.0
+        self._answer.begin(embeds.shape[1])
+        limit = prompt.room(vlm.config.text.max_position_embeddings, sampling.max_tokens)
         try:
-            for count, token_id in enumerate(tokens(vlm.model, embeds, cache, sampler, limit)):
-                now = time.perf_counter()
-                if count == 0:
-                    first = now
-                    reply.time_to_first_token_s = first - self._started
-                    reply.prompt_tps = embeds.shape[1] / (first - encoded)
-                else:
-                    reply.generation_tps = count / (now - first)
-                reply.peak_memory_gb = mx.get_peak_memory() / 1e9
-                yield token_id
+            yield from tokens(vlm.model, embeds, cache, make_sampler(sampling), limit)
         finally:
-            self.state = State(content.followed_by(reply.token_ids), cache)
+            self.state = State(content.followed_by(self.reply.token_ids), cache)
             vlm.memory.remember(self.state, content, prompt.is_turn)

@@ -2,61 +2,101 @@
 
 from __future__ import annotations
 
+from copy import copy
+from typing import TYPE_CHECKING
+
 import mlx.core as mx
+import numpy as np
+
+from mlx_smolvlm.storage import FLOAT, Held, Mask, Storage
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 STEP = 256  # tokens by which a full buffer grows
+NONE = np.arange(0)
 
 
 class KVCache:
-    """One buffer a layer, (B, 2*kv_heads, capacity, head_dim): keys first, then values.
+    """Every token's keys and values, layer by layer, and the attention to them.
 
-    With keys and values in one buffer, a decoded token is written by one kernel.
-    `offset` counts the tokens held. The decoder advances it once, after its last
-    layer.
+    `offset` counts the tokens seen. The decoder advances it once, after its last
+    layer. A layer's buffers have room for more tokens than were seen.
     """
 
-    def __init__(self, num_layers: int) -> None:
-        self.buffers: list[mx.array | None] = [None] * num_layers
+    def __init__(self, num_layers: int, storage: Storage = FLOAT) -> None:
+        self.buffers: list[Held | None] = [None] * num_layers
+        self.storage = storage
         self.offset = 0
 
-    def update(self, layer: int, keys_values: mx.array) -> tuple[mx.array, mx.array]:
-        """All keys and values of `layer`, with `keys_values` (B, 2*kv_heads, L, head_dim) appended.
+    def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
+        """(B, heads, L, head_dim): what new tokens find in `layer`, themselves included.
 
-        Returns:
-            keys and values, (B, kv_heads, offset + L, head_dim) each.
+        Args:
+            layer: It holds the new tokens too from here on.
+            queries: (B, heads, L, head_dim), of the new tokens.
+            keys_values: (B, 2*kv_heads, L, head_dim), keys first.
+            mask: "causal"; or None, when a single token sees all; or (L, offset + L), True
+                where a new token sees another.
         """
-        b, heads, length, width = keys_values.shape
-        end = self.offset + length
-        buffer = self.buffers[layer]
-        capacity = 0 if buffer is None else buffer.shape[2]
-        if end > capacity:
-            more = -(-end // STEP) * STEP - capacity
-            room = mx.zeros((b, heads, more, width), keys_values.dtype)
-            buffer = room if buffer is None else mx.concatenate([buffer, room], axis=2)
-        assert buffer is not None
-        buffer[:, :, self.offset : end] = keys_values
-        self.buffers[layer] = buffer
-        return buffer[:, : heads // 2, :end], buffer[:, heads // 2 :, :end]
+        new = self.storage.pack(keys_values)
+        end = self.offset + keys_values.shape[2]
+        buffers = self._with_room(layer, new, end)
+        for buffer, part in zip(buffers, new, strict=True):
+            buffer[:, :, self.offset : end] = part
+        self.buffers[layer] = buffers
+        held = tuple(buffer[:, :, :end] for buffer in buffers)
+        return self.storage.attend(queries, held, mask)
 
-    def fork(self) -> KVCache:
+    def advance(self, length: int) -> None:
+        """Count `length` tokens that every layer has attended to."""
+        self.offset += length
+
+    def fork(self) -> Self:
         """A cache that goes on by itself; what is held is shared until either writes."""
-        twin = KVCache(len(self.buffers))
-        twin.buffers = [None if buffer is None else mx.array(buffer) for buffer in self.buffers]
-        twin.offset = self.offset
+        twin = copy(self)
+        twin.buffers = [held and tuple(buffer[:] for buffer in held) for held in self.buffers]
         return twin
 
+    def can_resume(self, offset: int, pins: np.ndarray = NONE) -> bool:
+        """Whether `trim(offset)` and `pin(pins)` give the cache of those tokens alone."""
+        return 0 <= offset <= self.offset
+
     def trim(self, offset: int) -> None:
-        """Forget every token from `offset` on."""
+        """Forget every token from `offset` on.
+
+        Raises:
+            ValueError: `can_resume` says no.
+        """
         if not 0 <= offset <= self.offset:
             raise ValueError(f"offset {offset} is outside 0..{self.offset}")
         self.offset = offset
 
+    def pin(self, pins: np.ndarray) -> None:
+        """Never drop the tokens at positions `pins`; here none is dropped anyway."""
+
     @property
     def arrays(self) -> list[mx.array]:
         """The buffers that exist, to evaluate them."""
-        return [buffer for buffer in self.buffers if buffer is not None]
+        return [buffer for held in self.buffers if held is not None for buffer in held]
 
     @property
     def nbytes(self) -> int:
         """Bytes that the buffers take."""
         return sum(buffer.nbytes for buffer in self.arrays)
+
+    def _with_room(self, layer: int, new: Held, end: int) -> Held:
+        """The buffers of `layer`, of `new`'s widths, with room for `end` tokens."""
+        held = self.buffers[layer]
+        capacity = 0 if held is None else held[0].shape[2]
+        if held is not None and end <= capacity:
+            return held
+        more = self._capacity(end) - capacity
+        room = tuple(mx.zeros((*p.shape[:2], more, p.shape[3]), p.dtype) for p in new)
+        if held is None:
+            return room
+        return tuple(mx.concatenate([*pair], axis=2) for pair in zip(held, room, strict=True))
+
+    def _capacity(self, end: int) -> int:
+        """Tokens to make room for when `end` are to be held."""
+        return -(-end // STEP) * STEP

@@ -1,11 +1,18 @@
-"""What to tell a user whose prompt exceeds the model's context."""
+"""What to tell a user whose prompt exceeds the model's context, or the cache."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
+import numpy as np
+
+from mlx_smolvlm.bounded import RECENT, SINKS
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.errors import PromptError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.reuse import Content
 
 ROOM = 8  # an eighth of the context is left for the answer
 
@@ -62,3 +69,35 @@ def _down(value: float) -> str:
 def _clip_tokens(builder: PromptBuilder, footage: Footage) -> int:
     """Tokens that a video takes in the prompt."""
     return builder.tokens_of_clip(footage.times)
+
+
+def pinned_tokens(content: Content, config: Config, max_kv_tokens: int) -> np.ndarray:
+    """Positions of the tokens of `content` that a cache of `max_kv_tokens` never drops.
+
+    They are the first message, unless it fills more than half of the cache, and every picture
+    and video.
+
+    Raises:
+        PromptError: They do not fit.
+    """
+    ids = content.ids
+    ends = np.flatnonzero(np.isin(ids, config.eos_token_ids))
+    first = int(ends[0]) + 1 if ends.size else 0
+    parts = [np.arange(first if first <= max_kv_tokens // 2 else 0)]
+    for span in content.spans:  # with the tokens that open and close it
+        parts.append(np.arange(max(0, span.start - 2), min(span.stop + 1, ids.size)))
+    pins: np.ndarray = np.unique(np.concatenate([np.arange(SINKS), *parts]))
+    if pins.size > max_kv_tokens - RECENT:
+        raise PromptError(
+            f"the pictures and videos and what begins the prompt take {pins.size:,} tokens, and "
+            f"max_kv_tokens is {max_kv_tokens:,}; let it be {pins.size + RECENT:,} or more, or "
+            "use detail 'low', fewer pictures or fewer frames"
+        )
+    if ids.size > max_kv_tokens:
+        warnings.warn(
+            f"the prompt is longer than max_kv_tokens, {max_kv_tokens:,}: its oldest text is "
+            "forgotten, but for its first message",
+            SmolVLMWarning,
+            stacklevel=4,
+        )
+    return pins

@@ -200,7 +200,9 @@ class Conversation:
         vlm = self._vlm
         saved = load(Path(path).expanduser(), vlm.checkpoint_digest, vlm.config)
         self.reset()
-        self._system, self._turns, self._state = saved.system, saved.turns, saved.state
+        self._system, self._turns = saved.system, saved.turns
+        if vlm.cache_options.is_plain:  # as files are; other caches begin anew
+            self._state = saved.state
 
     def _fitting(self, turns: list[Turn]) -> tuple[list[Turn], AnswerStream]:
         """The turns that the context holds, and the stream of the last one's answer."""

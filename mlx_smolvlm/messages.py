@@ -21,6 +21,12 @@ class Request:
     images: list[ImageSource] = field(default_factory=list)
     videos: list[VideoSource] = field(default_factory=list)
 
+    def asking(self, prompt: str) -> list[Message]:
+        """The messages of a request with a question as text, with `prompt` in its place."""
+        *before, user = self.messages
+        content = [*user["content"][:-1], {"type": "text", "text": prompt}]
+        return [*before, {**user, "content": content}]
+
 
 def read_request(
     prompt: str | Sequence[Message],

@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.cache_options import PLAIN, CacheOptions
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.connector import Connector
 from mlx_smolvlm.errors import PromptError
@@ -39,9 +40,9 @@ class Model(nn.Module):
         dtype: mx.Dtype = self.text_model.norm.weight.dtype
         return dtype
 
-    def make_cache(self) -> KVCache:
-        """An empty cache for one conversation."""
-        return KVCache(len(self.text_model.layers))
+    def make_cache(self, options: CacheOptions = PLAIN) -> KVCache:
+        """An empty cache for one conversation; by default of every token, unpacked."""
+        return options.make(len(self.text_model.layers))
 
     def encode(self, pixel_values: mx.array) -> mx.array:
         """`image_embeds` (N, I, D) of `pixel_values` (N, H, W, 3), all tiles at once."""

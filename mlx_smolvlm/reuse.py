@@ -6,7 +6,6 @@ is, whatever their ids; so a picture that took another's place is seen.
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,39 +17,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.media import Medium
 
 if TYPE_CHECKING:
     from mlx_smolvlm.store import Store
 
-PREFIX_BYTES = 256 * 1024**2
 FEATURE_BYTES = 64 * 1024**2
-FOLDER_BYTES = 4 * 1024**3
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What is kept from one prompt to the next.
-
-    Attributes:
-        memory_bytes: Of keys and values of prompts that were asked; 0 keeps none. A
-            conversation keeps its own besides.
-        folder: Where to keep them on disk, for later runs; None does not.
-        folder_bytes: At most so much there; what was not used for longest goes first.
-
-    Raises:
-        ValueError: A value outside its range.
-    """
-
-    memory_bytes: int = PREFIX_BYTES
-    folder: str | os.PathLike[str] | None = None
-    folder_bytes: int = FOLDER_BYTES
-
-    def __post_init__(self) -> None:
-        for name in ("memory_bytes", "folder_bytes"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 0 or above")
 
 
 @dataclass(frozen=True)
@@ -110,6 +84,11 @@ class State:
         """Tokens that are known and whose keys and values are there."""
         return min(len(self.content.ids), self.cache.offset)
 
+    def resumes(self, content: Content, pins: np.ndarray, most: int) -> int:
+        """How many tokens of `content`, at most `most`, can be taken from here."""
+        length = self.content.common(content, min(most, self.held))
+        return length if self.cache.can_resume(length, pins) else 0
+
     def fork(self) -> State:
         """The same, to go on with by itself."""
         return State(self.content, self.cache.fork())
@@ -142,16 +121,18 @@ class Memory:
         self._states.clear()
         self._features.clear()
 
-    def recall(self, content: Content, own: State | None) -> tuple[State | None, int]:
+    def recall(
+        self, content: Content, pins: np.ndarray, own: State | None
+    ) -> tuple[State | None, int]:
         """The state that begins as `content` does for longest, and for how many tokens.
 
         At least one token of `content` is left to be done. `own`, a conversation's, is given
-        back itself, others as forks.
+        back itself, others as forks. A bounded cache is to pin `pins`.
         """
         most = len(content.ids) - 1
-        best, length = own, 0 if own is None else own.content.common(content, min(most, own.held))
+        best, length = own, 0 if own is None else own.resumes(content, pins, most)
         for state in reversed(self._states):
-            found = state.content.common(content, min(most, state.held))
+            found = state.resumes(content, pins, most)
             if found > length:
                 best, length = state, found
         stored = self._store and self._store.find(content, most, length)

@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 Sampler = Callable[[mx.array], mx.array]
 """Takes `logits` (vocabulary,), gives a token id (1,)."""
+RowSampler = Callable[[mx.array, np.ndarray], mx.array]
+"""Takes `logits` (B, vocabulary) and how many tokens each answer has (B,), gives token ids (B,)."""
 
 
 @dataclass(frozen=True)
@@ -77,3 +80,45 @@ def make_sampler(sampling: Sampling) -> Sampler:
         return token_id
 
     return draw
+
+
+def make_row_sampler(sampling: Sampling) -> RowSampler:
+    """The sampler that `sampling` describes, for the next tokens of several answers.
+
+    With a seed, each answer is drawn as it would be alone: the n-th tokens of all are
+    drawn from the same random state. Without one, they are drawn independently.
+    """
+    if sampling.temperature == 0:
+        return lambda logits, _: mx.argmax(logits, axis=-1)
+    sampler = make_sampler(sampling)
+    if sampling.seed is None:
+        return lambda logits, _: mx.concatenate([sampler(row) for row in logits])
+    states = RandomStates(sampling.seed)
+
+    def draw(logits: mx.array, counts: np.ndarray) -> mx.array:
+        token_ids = []
+        for row, count in zip(logits, counts.tolist(), strict=True):
+            mx.random.seed(states.after(count))
+            token_ids.append(sampler(row))
+        return mx.concatenate(token_ids)
+
+    return draw
+
+
+class RandomStates:
+    """MLX's random state at a seed and after each draw, as the seeds that set it.
+
+    A state is two halves of 64 bits. They are computed on the CPU, so that nothing waits
+    for what a GPU is at.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seeds, self._state = [seed], mx.random.key(seed)
+
+    def after(self, draws: int) -> int:
+        """The seed of the state after so many draws."""
+        while len(self._seeds) <= draws:
+            self._state = mx.random.split(self._state, stream=mx.cpu)[0]
+            high, low = np.array(self._state).tolist()
+            self._seeds.append(high << 32 | low)
+        return self._seeds[draws]

@@ -9,14 +9,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.conversation import Turn
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.image import Grid
 from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.reuse import Content, State
-from mlx_smolvlm.store import content_in, content_values, kept, read, restored, write
+from mlx_smolvlm.store import content_in, content_values, is_plain, kept, read, restored, write
 
 KIND = "conversation"
 
@@ -56,7 +55,7 @@ def save(saved: Saved, path: Path, checkpoint: str) -> None:
         turns.append({"question": turn.question, "answer": turn.answer, "media": media})
     values: dict[str, Any] = {"system": saved.system, "turns": turns, "content": None}
     state = saved.state
-    if state is not None and state.held and type(state.cache) is KVCache:
+    if state is not None and state.held and is_plain(state.cache):
         tensors |= kept(state.cache, state.held)
         ids, spans = state.content.ids[: state.held], state.content.spans
         whole = tuple(span for span in spans if span.stop <= state.held)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,15 +15,19 @@ from typing import TYPE_CHECKING, Literal
 import mlx.core as mx
 
 from mlx_smolvlm.answer import AnswerStream, Prompt, Reply
+from mlx_smolvlm.batch import answer_all, checked_prompts
+from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.cache_options import CacheOptions
+from mlx_smolvlm.choose import Choice, Normalize, checked_choices, chosen
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.context import too_long
+from mlx_smolvlm.context import pinned_tokens, too_long
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
 from mlx_smolvlm.errors import ContextError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Medium, Picture, encode, in_order, joined
 from mlx_smolvlm.messages import ImageSource, Message, Request, VideoSource, read_request
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.parts import Part, answers_by_part
-from mlx_smolvlm.reuse import CacheOptions, Content, State, content_of, make_memory
+from mlx_smolvlm.reuse import Content, State, content_of, make_memory
 from mlx_smolvlm.sampling import Sampling
 
 if TYPE_CHECKING:
@@ -44,7 +49,7 @@ class SmolVLM:
         cache: CacheOptions = CacheOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.path, self.config, self.model, self.prompt_builder = path, config, model, builder
-        self.memory = make_memory(cache, path, config)
+        self.cache_options, self.memory = cache, make_memory(cache, path, config)
         self.hidden_token_ids = builder.framing_token_ids
         # Compiled, a quantized layer's biases join the kernels that follow them.
         self.encoder: Callable[[mx.array], mx.array] = mx.compile(model.encode)
@@ -105,6 +110,79 @@ class SmolVLM:
         request = read_request(prompt, images, videos, system)
         return self.answer(request.messages, self.opened(request, detail), sampling)
 
+    def ask_many(
+        self,
+        images: ImageSource | Iterable[ImageSource] | None,
+        prompts: Sequence[str],
+        *,
+        videos: Iterable[VideoSource] = (),
+        system: str | None = None,
+        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        detail: Detail = "high",
+    ) -> list[Reply]:
+        """The answers to `prompts`, questions about the same pictures and videos.
+
+        Each is what `ask` gives. The media are encoded once, and what the prompts begin with
+        is prefilled once. The rest and the answers go through the decoder together, as many
+        as fill two contexts at most.
+
+        Args:
+            images: A picture or several, as in `ask`; None for none.
+            prompts: Questions.
+            videos: As in `ask`.
+            system: A system message.
+            sampling: How each answer is generated; with a seed, as by `ask` with that seed.
+            detail: As in `ask`.
+
+        Raises:
+            MediaError: A picture or video cannot be read.
+            PromptError: A prompt is no text, or longer than the context.
+        """
+        texts = checked_prompts(prompts)
+        request = read_request("", () if images is None else images, videos, system)
+        media = self.opened(request, detail)
+        asked = [self.make_prompt(request.asking(text), media) for text in texts]
+        return answer_all(self, asked, sampling)
+
+    def choose(
+        self,
+        question: str | Sequence[Message],
+        choices: Sequence[str],
+        *,
+        images: Iterable[ImageSource] = (),
+        videos: Iterable[VideoSource] = (),
+        system: str | None = None,
+        detail: Detail = "high",
+        normalize: Normalize = "none",
+    ) -> Choice:
+        """How likely the model is to give each of `choices` as its whole answer to `question`.
+
+        The question is prefilled once, and all choices behind it together.
+
+        Args:
+            question: A question, or messages as in `ask`.
+            choices: Two or more answers, as the model would word them.
+            images: As in `ask`.
+            videos: As in `ask`.
+            system: A system message.
+            detail: As in `ask`.
+            normalize: "none" compares the probabilities of the whole answers, their ends
+                included. Long answers are less likely, as they are when the model speaks.
+                "tokens" compares the geometric means over each answer's tokens.
+
+        Raises:
+            ValueError: Fewer than two choices, an empty one or one twice.
+            MediaError: A picture or video cannot be read.
+            PromptError: The messages are malformed, or longer than the context.
+        """
+        texts = checked_choices(choices, normalize)
+        request = read_request(question, images, videos, system)
+        media = self.opened(request, detail)
+        prompt = self.make_prompt(request.messages, media)
+        answers = [{"role": "assistant", "content": [{"type": "text", "text": t}]} for t in texts]
+        told = [self.make_prompt([*request.messages, answer], media, False) for answer in answers]
+        return chosen(self, prompt, told, texts, normalize)
+
     def stream_parts(
         self,
         prompt: str,
@@ -163,6 +241,10 @@ class SmolVLM:
         """`image_embeds` (N, I, D) of the tiles of `pictures`, in order; None without pictures."""
         return self.encode(self.opened(read_request("", pictures, (), None), detail))
 
+    def make_cache(self) -> KVCache:
+        """An empty cache, as `load` was asked for."""
+        return self.model.make_cache(self.cache_options)
+
     def opened(self, request: Request, detail: Detail) -> tuple[Medium, ...]:
         """The opened media of `request`, in order; videos are sampled, and not decoded yet.
 
@@ -213,12 +295,27 @@ class SmolVLM:
         Raises:
             PromptError: The messages are malformed, or longer than the context.
         """
+        prompt = self.make_prompt(messages, media)
+        return AnswerStream(self, replace(prompt, state=state, is_turn=is_turn), sampling)
+
+    def make_prompt(
+        self,
+        messages: list[Message],
+        media: Sequence[Medium],
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        """Prompt ids and media of `messages`; arguments and errors as in `answer`."""
         grids = [one.grid for one in media if isinstance(one, Picture)]
         times = [one.times for one in media if isinstance(one, Footage)]
-        input_ids = self.prompt_builder.build(messages, grids, clips=times)
+        input_ids = self.prompt_builder.build(messages, grids, add_generation_prompt, times)
         if input_ids.size >= self.config.text.max_position_embeddings:
             raise ContextError(too_long(self.prompt_builder, input_ids.size, media))
-        return AnswerStream(self, Prompt(input_ids, tuple(media), state, is_turn), sampling)
+        prompt = Prompt(input_ids, tuple(media))
+        limit = self.cache_options.max_kv_tokens
+        if limit is None:
+            return prompt
+        pins = pinned_tokens(self.content_of(prompt), self.config, limit)
+        return replace(prompt, pins=pins)
 
     def content_of(self, prompt: Prompt) -> Content:
         """What `prompt` means, to compare it with what was asked before."""
@@ -260,11 +357,12 @@ def load(
         dtype: Type to compute in. None is float32 on a CPU, where MLX is slower in
             half precision; on a GPU it is the checkpoint's, or bfloat16 if that is
             float32, as SmolVLM2 is published.
-        cache: What is kept from one prompt to the next, in memory and on disk.
+        cache: How keys and values of the tokens are kept, and which of them from one prompt
+            to the next.
         progress: Called during a conversion with bytes done, bytes in all, a name.
 
     Raises:
-        CheckpointError: It cannot be found, converted or read.
+        CheckpointError: It cannot be found, converted or read, or `cache` does not suit it.
     """
     from mlx_smolvlm.checkpoint import chat_template, load_model, read_config, tokenizer_path
     from mlx_smolvlm.hub import ResolveOptions, resolve
@@ -272,6 +370,7 @@ def load(
 
     path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
     config = read_config(path)
+    cache.check(config.text)
     dtype = dtype or _usual_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
     builder = PromptBuilder(tokenizer_path(path), chat_template(path), config)
     return SmolVLM(path, config, load_model(path, dtype), builder, cache)

@@ -26,6 +26,7 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.reuse import Content, Span, State
 from mlx_smolvlm.safetensors import read_header, read_metadata
+from mlx_smolvlm.storage import FLOAT
 
 VERSION = 1
 LEAST_TOKENS = 16  # of a prompt that is worth a file
@@ -77,7 +78,7 @@ class Store:
         Files that the new one holds all of are removed.
         """
         length = len(prompt.ids)
-        if type(state.cache) is not KVCache or state.held < length:
+        if not is_plain(state.cache) or state.held < length:
             return
         contained = []
         for path, stored in self._stored():
@@ -204,6 +205,11 @@ def _header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
     return header
 
 
+def is_plain(cache: KVCache) -> bool:
+    """Whether `cache` holds every token as it was computed, as `kept` needs it."""
+    return type(cache) is KVCache and cache.storage is FLOAT
+
+
 def kept(cache: KVCache, length: int) -> dict[str, mx.array]:
     """Keys and values of the first `length` tokens, by name."""
     return {f"layer.{i}": buffer[:, :, :length] for i, buffer in enumerate(cache.arrays)}
@@ -223,7 +229,7 @@ def restored(tensors: Mapping[str, mx.array], config: Config) -> KVCache:
         shape = (1, 2 * text.num_key_value_heads, length, text.head_dim)
         if array is None or tuple(array.shape) != shape or (i and length != cache.offset):
             raise CheckpointError(f"keys and values of layer {i} are missing or of another shape")
-        cache.buffers[i] = array
+        cache.buffers[i] = (array,)
         cache.offset = length
     return cache
 

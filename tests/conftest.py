@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -76,3 +77,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> SmolVLM:
     """A loaded model with random weights."""
     return load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def wide() -> Model:
+    """A network with random weights and heads as wide as the real ones, 64; two share one."""
+    config = tiny_config()
+    text = replace(config.text, num_hidden_layers=3, head_dim=64, max_position_embeddings=4096)
+    return randomize(Model(replace(config, text=text)))

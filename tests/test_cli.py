@@ -198,6 +198,9 @@ def test_stdin_without_a_prompt(tiny_folder: Path, picture: Path) -> None:
         (("Hi", "--top-p", "1.5"), ("--top-p", "at most 1")),
         (("Hi", "--detail", "huge"), ("--detail", "huge")),
         (("Hi", "--bits", "5"), ("--bits", "4, 8, 16")),
+        (("Hi", "--kv-bits", "3"), ("--kv-bits", "4 or 8")),
+        (("Hi", "--max-kv-tokens", "9"), ("--max-kv-tokens", "72 or above")),
+        (("Hi", "--kv-bits", "8", "--cache-dir", "x"), ("--cache-dir", "--kv-bits")),
         (("Hi", "-i", "-", "-i", "-"), ("-i", "twice")),
         (("Hi", "-i", "https://example.org/a.png", "--offline"), ("--offline", "network")),
         (("",), ("PROMPT", "empty")),
@@ -351,7 +354,17 @@ def test_help_and_version() -> None:
     assert "Examples:\n" in text
     for option in (
         *("--image", "--model", "--system", "--max-tokens", "--temperature", "--top-p"),
-        *("--seed", "--stop", "--detail", "--bits", "--offline", "--json", "--stats"),
+        *(
+            "--seed",
+            "--stop",
+            "--detail",
+            "--bits",
+            "--kv-bits",
+            "--max-kv-tokens",
+            "--offline",
+            "--json",
+            "--stats",
+        ),
     ):
         assert option in text
 

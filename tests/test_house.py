@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "mlx_smolvlm"
 LEAVES = {
-    "vision", "connector", "text", "cache", "sampling", "picture", "fetch", "image", "decode",
+    "vision", "connector", "text", "cache", "storage", "bounded",
+    "cache_options", "sampling", "picture", "fetch", "image", "decode",
     "readers", "scenes", "frames", "video",
 }  # fmt: skip
 

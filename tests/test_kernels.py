@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.config import (
     Config,
     ImageConfig,
@@ -63,6 +64,21 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 def test_decoded_token(model: Model, bench: ModuleType) -> None:
     assert bench.decoded_token(model).total() <= 12 * LAYERS + 8
+
+
+def test_decoded_token_with_a_bounded_cache(model: Model, bench: ModuleType) -> None:
+    options = CacheOptions(max_kv_tokens=72)
+    assert bench.decoded_token(model, options) == bench.decoded_token(model)
+
+
+def test_decoded_token_with_a_packed_cache(wide: Model, bench: ModuleType) -> None:
+    # Packing, three updates for one, and products, scale and softmax for one attention.
+    assert bench.decoded_token(wide, CacheOptions(kv_bits=8)).total() <= 18 * 3 + 8
+
+
+@pytest.mark.parametrize("answers", [1, 2, 9])
+def test_decoded_tokens_of_several_answers(model: Model, bench: ModuleType, answers: int) -> None:
+    assert bench.decoded_tokens(model, answers).total() <= bench.decoded_token(model).total() + 1
 
 
 def test_encoder(model: Model, bench: ModuleType) -> None:
