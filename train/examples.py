@@ -42,10 +42,10 @@ PICTURES = {
 }
 # Number of the seed, event and how many frames are sampled, by the clip's name.
 CLIPS: dict[str, tuple[int, Event, int]] = {
-    "left.mp4": (5000, "moves", 4),
-    "up.mp4": (6000, "moves", 5),
-    "colors.mp4": (7000, "shape turns", 6),
-    "still.mp4": (8000, "stays", 3),
+    "left.mp4": (5028, "moves", 4),
+    "up.mp4": (6737, "moves", 5),
+    "colors.mp4": (7006, "shape turns", 6),
+    "still.mp4": (8001, "stays", 3),
 }
 
 

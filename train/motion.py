@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.storage import Mask
 from mlx_smolvlm.text import TextModel
 from mlx_smolvlm.train.clips import EVENTS, MOTIONS, Clip, sampled_indices
 from mlx_smolvlm.train.draw import COLOR_NAMES, SHAPES, Scene, Shape, index_map
@@ -191,17 +192,17 @@ class SharedPrefix(KVCache):
         super().__init__(num_layers)
         self.repeats = 0
 
-    def update(self, layer: int, keys_values: mx.array) -> tuple[mx.array, mx.array]:
-        """Keys and values of `layer`, those of the beginnings (repeated) first."""
-        if not self.repeats:
-            self.buffers[layer] = keys_values
-            keys, values = mx.split(keys_values, 2, axis=1)
-            return keys, values
+    def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
+        """(B, heads, L, head_dim): what tokens find in `layer`, those of the beginnings first."""
+        held = self.storage.pack(keys_values)
         before = self.buffers[layer]
-        assert before is not None
-        both = mx.concatenate([mx.repeat(before, self.repeats, axis=0), keys_values], axis=2)
-        keys, values = mx.split(both, 2, axis=1)
-        return keys, values
+        if not self.repeats:
+            self.buffers[layer] = held
+        elif before is not None:
+            pairs = zip(before, held, strict=True)
+            repeated = ([mx.repeat(old, self.repeats, axis=0), new] for old, new in pairs)
+            held = tuple(mx.concatenate(pair, axis=2) for pair in repeated)
+        return self.storage.attend(queries, held, mask)
 
 
 def layer_states(
