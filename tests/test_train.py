@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+import mlx_smolvlm
 from mlx_smolvlm import text, vision
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
@@ -23,10 +24,15 @@ from mlx_smolvlm.train.questions import Turn
 from mlx_smolvlm.train.shapes import demo_config
 from mlx_smolvlm.train.tokenizer import FIRST_TOKENS, LAST_TOKENS, build_tokenizer
 
+DEMO = Path(mlx_smolvlm.__file__).parent / "demo"
 STAGES = (
     Stage("encoder", steps=3, size=4, rate=0.01),
     Stage("single", steps=3, size=3, rate=0.01),
     Stage("tiled", steps=2, size=2, rate=0.005, tiled=1.0),
+)
+CLIP_STAGES = (
+    Stage("heads", steps=1, size=1, rate=0.01, frames=2, heads_only=True),
+    Stage("clips", steps=2, size=1, rate=0.01, frames=2),
 )
 
 
@@ -261,16 +267,38 @@ def test_encoder_batches_follow_from_the_seed(builder: PromptBuilder) -> None:
     assert not np.array_equal(first.pixel_values, encoder_batch(5, builder.config, 3).pixel_values)
 
 
-@pytest.mark.parametrize("stop", [2, 4])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) -> None:
-    whole = start(tmp_path / "whole", 0, STAGES)
-    losses = [whole.advance() for _ in range(6)]
-    stopped = start(tmp_path / "stopped", 0, STAGES)
+def test_a_run_begins_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", 0, CLIP_STAGES)
+    run.take_weights(DEMO)
+    stored = mx.load(str(DEMO / "model.safetensors"))
+    assert isinstance(stored, dict)
+
+    def kept() -> list[bool]:
+        model = dict(tree_flatten(run.trainee.model.parameters()))
+        assert set(model) == set(stored)
+        return [bool(mx.array_equal(model[name], stored[name])) for name in stored]
+
+    assert all(kept())
+    run.advance()  # the heads alone
+    assert all(kept())
+    run.advance()
+    assert not any(kept())
+
+
+@pytest.mark.parametrize(
+    ("stages", "stop", "steps"), [(STAGES, 2, 6), (STAGES, 4, 6), (CLIP_STAGES, 2, 3)]
+)
+def test_a_resumed_run_equals_an_uninterrupted_one(
+    tmp_path: Path, stages: tuple[Stage, ...], stop: int, steps: int
+) -> None:
+    whole = start(tmp_path / "whole", 0, stages)
+    losses = [whole.advance() for _ in range(steps)]
+    stopped = start(tmp_path / "stopped", 0, stages)
     for _ in range(stop):
         stopped.advance()
     stopped.save(tmp_path / "state.safetensors")
-    resumed = start(tmp_path / "stopped", 0, STAGES)
+    resumed = start(tmp_path / "stopped", 0, stages)
     resumed.restore(tmp_path / "state.safetensors")
-    assert [resumed.advance() for _ in range(6 - stop)] == losses[stop:]
+    assert [resumed.advance() for _ in range(steps - stop)] == losses[stop:]
     expected = weights_of(whole)
     assert all(mx.array_equal(value, expected[name]) for name, value in weights_of(resumed).items())

@@ -1,11 +1,14 @@
 """The training run of the demo checkpoint.
 
-    python -m mlx_smolvlm.train.demo --out FOLDER [--seed S] [--minutes N]
+    python -m mlx_smolvlm.train.demo --out FOLDER [--from FOLDER] [--seed S] [--minutes N]
 
-Two stages: the encoder alone on dense labels, then conversations about pictures of one
-tile. A stage can be given pictures cut into several tiles as well. A batch follows
-from the seed and its number, and the schedule from the number of steps, so that a run
-which was stopped and goes on equals one that was not.
+Four stages: the encoder alone on dense labels, conversations about pictures of one tile,
+then pictures and clips together, brief clips first. With `--from`, only the last two, from
+the weights of a checkpoint, after a few steps for the heads that no checkpoint has; give it
+again to go on with such a run. A stage can be given
+pictures cut into several tiles as well. A batch follows from the seed and its number, and
+the schedule from the number of steps, so that a run which was stopped and goes on equals
+one that was not.
 """
 
 from __future__ import annotations
@@ -23,13 +26,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_smolvlm.config import Config
-from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.batches import Batch, EncoderBatch, batch, encoder_batch
-from mlx_smolvlm.train.encoder import dense_loss, label_head, start_encoder, word_loss
+from mlx_smolvlm.train.clip_batches import ClipBatch, clip_batch
+from mlx_smolvlm.train.encoder import start_encoder
 from mlx_smolvlm.train.fast import fast_curves
-from mlx_smolvlm.train.grounding import hidden_states, referent_head, referent_loss
+from mlx_smolvlm.train.losses import Trainee, answer_loss, encoder_loss, mixed_loss
 from mlx_smolvlm.train.optimizer import Optimizer
 from mlx_smolvlm.train.shapes import demo_config
 from mlx_smolvlm.train.tokenizer import build_tokenizer
@@ -41,14 +43,20 @@ CHAT_TEMPLATE = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
     "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
-_DENSE_SHARE = 0.3  # of the dense loss, beside that of the answers
-_LOOKUP_SHARE = 0.15  # of the loss of what a question's words refer to
-_WORD_SHARE = 0.1  # of the loss that draws image embeddings to the words for what they show
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage. `rate` is Muon's at the top; `tiled` is the share of batches at full detail."""
+    """One stage.
+
+    Attributes:
+        size: Pictures in a batch.
+        rate: Muon's learning rate at the top.
+        tiled: Share of batches at full detail.
+        frames: Sampled frames of the clips in a batch, about; 0 for no clips.
+        longest: Sampled frames of a clip at most.
+        heads_only: Whether the model stays as it is.
+    """
 
     name: str
     steps: int
@@ -57,53 +65,24 @@ class Stage:
     floor: float = 0.05
     encoder_share: float = 1.0
     tiled: float = 0.0
+    frames: int = 0
+    longest: int = 8
+    heads_only: bool = False
 
 
 STAGES = (
     Stage("encoder", steps=700, size=48, rate=0.012),
     Stage("single", steps=1900, size=16, rate=0.008, floor=0.02, encoder_share=0.4),
+    Stage(
+        "brief", steps=500, size=8, rate=0.006, floor=0.8, encoder_share=0.4, frames=20, longest=3
+    ),
+    Stage("clips", steps=2000, size=12, rate=0.006, floor=0.01, encoder_share=0.4, frames=28),
 )
-
-
-class Trainee(nn.Module):
-    """The model with the heads that patch labels and referents are read from."""
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        self.model = Model(config)
-        self.dense_head = label_head(config.vision)
-        self.referent_head = referent_head(config.text.hidden_size)
-
-
-def encoder_loss(trainee: Trainee, data: EncoderBatch) -> mx.array:
-    """Loss of the dense labels."""
-    features = trainee.model.vision_model(mx.array(data.pixel_values))
-    return dense_loss(trainee.dense_head(features), mx.array(data.labels))
-
-
-def answer_loss(trainee: Trainee, data: Batch) -> mx.array:
-    """Loss of the answers' tokens, with a share of that of the dense labels."""
-    model = trainee.model
-    features = model.vision_model(mx.array(data.pixel_values))  # (N, P, V)
-    logits = trainee.dense_head(features[mx.array(data.global_tiles)])
-    dense = dense_loss(logits, mx.array(data.labels))
-    image_embeds = model.connector(features)  # (N, I, D)
-    named = image_embeds[mx.array(data.global_tiles)]
-    words = word_loss(model.text_model.embed_tokens, named, mx.array(data.labels), data.words)
-    placed = image_embeds[mx.array(data.tile_order)]
-    embeds = model.embed(data.input_ids.reshape(-1), placed)
-    middle, hidden = hidden_states(model.text_model, embeds.reshape(*data.input_ids.shape, -1))
-    meant = mx.array(data.referents)
-    referring = middle.reshape(data.input_ids.size, -1)[meant[:, 0]]  # (S, D)
-    lookup = referent_loss(trainee.referent_head, referring, meant[:, 1:])
-    hidden = hidden.reshape(data.input_ids.size, -1)[mx.array(data.places)]  # (T, D)
-    losses = nn.losses.cross_entropy(model.head(hidden), mx.array(data.targets))
-    return (
-        (losses * mx.array(data.weights)).sum()
-        + _DENSE_SHARE * dense
-        + _WORD_SHARE * words
-        + _LOOKUP_SHARE * lookup
-    )
+# Those of a run that begins with the weights of a checkpoint.
+STAGES_FROM_WEIGHTS = (
+    Stage("heads", steps=40, size=8, rate=0.01, frames=20, longest=3, heads_only=True),
+    *STAGES[-2:],
+)
 
 
 class Run:
@@ -124,25 +103,33 @@ class Run:
         return self.stage == len(self.stages)
 
     def _enter_stage(self) -> None:
+        stage = self.stages[self.stage]
         self.trainee.unfreeze()
-        if self.stages[self.stage].name == "encoder":
+        if stage.heads_only:
+            self.trainee.model.freeze()
+        if stage.name == "encoder":
             self.trainee.freeze()
             self.trainee.model.vision_model.unfreeze()
             self.trainee.dense_head.unfreeze()
             self._gradient = nn.value_and_grad(self.trainee, encoder_loss)
+        elif stage.frames:
+            self._gradient = nn.value_and_grad(self.trainee, mixed_loss)
         else:
             self._gradient = nn.value_and_grad(self.trainee, answer_loss)
         self.optimizer = Optimizer()
         self.optimizer.init(self.trainee.trainable_parameters())
 
-    def data(self) -> EncoderBatch | Batch:
+    def data(self) -> EncoderBatch | Batch | tuple[Batch, ClipBatch]:
         """The batch of the present step."""
         stage = self.stages[self.stage]
         seed = 10**9 * self.seed + 10**6 * (self.stage + 1) + self.step
         if stage.name == "encoder":
             return encoder_batch(seed, self.builder.config, stage.size)
         is_tiled = np.random.default_rng(seed).random() < stage.tiled
-        return batch(seed, self.builder, stage.size, "high" if is_tiled else "low")
+        pictures = batch(seed, self.builder, stage.size, "high" if is_tiled else "low")
+        if stage.frames:
+            return pictures, clip_batch(seed, self.builder, stage.frames, stage.longest)
+        return pictures
 
     def advance(self) -> float:
         """One step; the loss before it."""
@@ -169,6 +156,12 @@ class Run:
         part = path.with_suffix(".part.safetensors")
         mx.save_safetensors(str(part), arrays, {"stage": str(self.stage), "step": str(self.step)})
         part.replace(path)
+
+    def take_weights(self, folder: Path) -> None:
+        """Begin with the weights of the checkpoint in `folder`."""
+        weights: Any = mx.load(str(folder / "model.safetensors"))
+        loaded = [(name, value.astype(mx.float32)) for name, value in weights.items()]
+        self.trainee.model.load_weights(loaded, strict=True)
 
     def restore(self, path: Path) -> None:
         """Go on from what `save` wrote to `path`."""
@@ -205,16 +198,21 @@ def main() -> None:
     """Train, log, save; go on where an earlier run into the same folder stopped."""
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument(
+        "--from", dest="weights", type=Path, help="folder of a checkpoint to begin with"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--minutes", type=float, default=math.inf, help="stop after so many of CPU time"
     )
     options = parser.parse_args()
-    run = start(options.out, options.seed)
+    run = start(options.out, options.seed, STAGES_FROM_WEIGHTS if options.weights else STAGES)
     state, log = options.out / "state.safetensors", options.out / "log.csv"
     if state.exists():
         run.restore(state)
     else:
+        if options.weights:
+            run.take_weights(options.weights)
         log.write_text("stage,step,loss,cpu_s\n")
     losses: list[float] = []
     saved = time.process_time()

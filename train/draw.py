@@ -44,7 +44,7 @@ _LARGEST_RADIUS = {1: 0.38, 2: 0.26, 3: 0.22, 4: 0.19, 5: 0.16, 6: 0.15}
 _SMALLEST_RADIUS = 0.085
 _COUNT_WEIGHTS = (0.03, 0.25, 0.24, 0.22, 0.18, 0.05, 0.03)  # of 0, 1, ... 6 shapes
 _PLAIN_BACKGROUNDS = ("white", "black", "gray")
-_ROTATIONS = {"square": 0.12, "triangle": 0.25, "star": 0.6, "diamond": 0.08, "cross": 0.15}
+ROTATIONS = {"square": 0.12, "triangle": 0.25, "star": 0.6, "diamond": 0.08, "cross": 0.15}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
     """A scene of `count` shapes, of 0 to 6 where `count` is None; it follows from `rng` alone."""
     if count is None:
         count = int(rng.choice(len(_COUNT_WEIGHTS), p=_COUNT_WEIGHTS))
-    width, height = _sample_size(rng)
+    width, height = sample_size(rng)
     background = str(rng.choice(_PLAIN_BACKGROUNDS if rng.random() < 0.3 else COLOR_NAMES))
     if rng.random() < 0.5:
         background = "white"
@@ -92,13 +92,13 @@ def sample_scene(rng: np.random.Generator, count: int | None = None) -> Scene:
         width=width,
         height=height,
         background=background,
-        background_rgb=_sample_rgb(rng, background),
+        background_rgb=sample_rgb(rng, background),
         shapes=tuple(sorted(shapes, key=lambda shape: shape.cell)),
         smooth=bool(rng.random() < 0.5),
     )
 
 
-def _sample_size(rng: np.random.Generator) -> tuple[int, int]:
+def sample_size(rng: np.random.Generator) -> tuple[int, int]:
     """Width and height in pixels: 96 to 640, most of them small, sides at most 1 to 2."""
     long_side = 96 * math.exp(rng.random() ** 1.5 * math.log(640 / 96))
     aspect = 1.0 if rng.random() < 0.4 else math.exp(rng.random() * math.log(2))
@@ -106,7 +106,7 @@ def _sample_size(rng: np.random.Generator) -> tuple[int, int]:
     return sides if rng.random() < 0.6 else (sides[1], sides[0])
 
 
-def _sample_rgb(rng: np.random.Generator, color: str) -> RGB:
+def sample_rgb(rng: np.random.Generator, color: str) -> RGB:
     """A color between two of the anchors of `color`, within a few steps of noise."""
     anchors = np.array(COLORS[color], float)
     first, second = anchors[rng.integers(len(anchors))], anchors[rng.integers(len(anchors))]
@@ -164,9 +164,9 @@ def _sample_shape(
     x = width * (left + (right - left) * rng.random())
     y = height * (top + (bottom - top) * rng.random())
     radius = min(radius, max(min(x, y, width - x, height - y) - 1.5, smallest * scale))
-    rotation = _ROTATIONS.get(kind, 0.0) * (2 * rng.random() - 1)
+    rotation = ROTATIONS.get(kind, 0.0) * (2 * rng.random() - 1)
     outlined = bool(rng.random() < 0.1) and radius > 20
-    return Shape(kind, color, _sample_rgb(rng, color), x, y, radius, rotation, outlined, cell)
+    return Shape(kind, color, sample_rgb(rng, color), x, y, radius, rotation, outlined, cell)
 
 
 def outline(shape: Shape) -> Points:

@@ -138,12 +138,12 @@ def description(scene: Scene) -> str:
 
 def what(scene: Scene, rng: np.random.Generator) -> Turn:
     """The shapes by name."""
-    return Turn("what", _pick(rng, WHAT), contents(scene))
+    return Turn("what", pick(rng, WHAT), contents(scene))
 
 
 def describe(scene: Scene, rng: np.random.Generator) -> Turn:
     """The shapes with their places, and the background."""
-    return Turn("describe", _pick(rng, DESCRIBE), description(scene))
+    return Turn("describe", pick(rng, DESCRIBE), description(scene))
 
 
 def color(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -151,26 +151,24 @@ def color(scene: Scene, rng: np.random.Generator) -> Turn:
     single = unique(scene, "kind")
     if len(scene.shapes) == 1 and rng.random() < 0.3:
         asked = str(rng.choice(("shape", "object")))
-        question = "What color is it?" if rng.random() < 0.4 else _pick(rng, COLOR).format(asked)
+        question = "What color is it?" if rng.random() < 0.4 else pick(rng, COLOR).format(asked)
         return Turn("color", question, f"{scene.shapes[0].color.capitalize()}.")
     if single and rng.random() < 0.88:
         shape = single[rng.integers(len(single))]
-        return Turn("color", _pick(rng, COLOR).format(shape.kind), f"{shape.color.capitalize()}.")
+        return Turn("color", pick(rng, COLOR).format(shape.kind), f"{shape.color.capitalize()}.")
     kind = _absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
-    return Turn("absent", _pick(rng, COLOR).format(kind), f"There is no {kind}.")
+    return Turn("absent", pick(rng, COLOR).format(kind), f"There is no {kind}.")
 
 
 def shape_of(scene: Scene, rng: np.random.Generator) -> Turn:
     """The kind of the one shape of its color."""
     if len(scene.shapes) == 1 and rng.random() < 0.5:
-        return Turn(
-            "shape", _pick(rng, THE_SHAPE), f"{article(scene.shapes[0].kind).capitalize()}."
-        )
+        return Turn("shape", pick(rng, THE_SHAPE), f"{article(scene.shapes[0].kind).capitalize()}.")
     single = unique(scene, "color")
     if not single:
         return color(scene, rng)
     shape = single[rng.integers(len(single))]
-    question = _pick(rng, SHAPE).format(shape.color)
+    question = pick(rng, SHAPE).format(shape.color)
     return Turn("shape", question, f"{article(shape.kind).capitalize()}.")
 
 
@@ -194,7 +192,7 @@ def count(scene: Scene, rng: np.random.Generator) -> Turn:
         else:
             asked = f"{hue} {plural(kind)}"
             number = sum(s.kind == kind and s.color == hue for s in scene.shapes)
-    return Turn("count", _pick(rng, COUNT).format(asked), f"{number}.")
+    return Turn("count", pick(rng, COUNT).format(asked), f"{number}.")
 
 
 def where(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -202,7 +200,7 @@ def where(scene: Scene, rng: np.random.Generator) -> Turn:
     draw = rng.random()
     if len(scene.shapes) == 1 and draw < 0.3:
         asked = str(rng.choice(("shape", "object")))
-        question = "Where is it?" if rng.random() < 0.4 else _pick(rng, WHERE).format(asked)
+        question = "Where is it?" if rng.random() < 0.4 else pick(rng, WHERE).format(asked)
         return Turn("where", question, _place(scene.shapes[0]))
     names = [name(shape) for shape in scene.shapes]
     options = [(shape, shape.kind) for shape in unique(scene, "kind")]
@@ -210,9 +208,9 @@ def where(scene: Scene, rng: np.random.Generator) -> Turn:
     options += [(s, name(s)) for s in scene.shapes if names.count(name(s)) == 1 and draw > 0.5]
     if options and rng.random() < 0.9:
         shape, asked = options[rng.integers(len(options))]
-        return Turn("where", _pick(rng, WHERE).format(asked), _place(shape))
+        return Turn("where", pick(rng, WHERE).format(asked), _place(shape))
     kind = _absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
-    return Turn("absent", _pick(rng, WHERE).format(kind), f"There is no {kind}.")
+    return Turn("absent", pick(rng, WHERE).format(kind), f"There is no {kind}.")
 
 
 def at(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -221,7 +219,7 @@ def at(scene: Scene, rng: np.random.Generator) -> Turn:
     if scene.shapes and rng.random() < 0.75:
         cell = scene.shapes[rng.integers(len(scene.shapes))].cell
     found = [article(name(shape)) for shape in scene.shapes if shape.cell == cell]
-    return Turn("at", _pick(rng, AT).format(PLACES[cell]), join(found or ["nothing"]))
+    return Turn("at", pick(rng, AT).format(PLACES[cell]), join(found or ["nothing"]))
 
 
 def exists(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -241,24 +239,24 @@ def exists(scene: Scene, rng: np.random.Generator) -> Turn:
     else:
         asked = article(f"{hue} {kind}")
         found = any(s.kind == kind and s.color == hue for s in scene.shapes)
-    return Turn("exists", _pick(rng, EXISTS).format(asked), "Yes." if found else "No.")
+    return Turn("exists", pick(rng, EXISTS).format(asked), "Yes." if found else "No.")
 
 
 def background(scene: Scene, rng: np.random.Generator) -> Turn:
     """The color behind the shapes."""
-    return Turn("background", _pick(rng, BACKGROUND), f"{scene.background.capitalize()}.")
+    return Turn("background", pick(rng, BACKGROUND), f"{scene.background.capitalize()}.")
 
 
 def small_talk(rng: np.random.Generator) -> Turn:
     """A turn without a picture; a question about one is told that there is none."""
     if rng.random() < 0.35:
-        asked = _pick(rng, (WHAT[0], *WHAT[1:3], *WHAT[4:], *DESCRIBE, *BACKGROUND))
+        asked = pick(rng, (WHAT[0], *WHAT[1:3], *WHAT[4:], *DESCRIBE, *BACKGROUND))
         if rng.random() < 0.6:
             family = (COLOR, WHERE)[int(rng.integers(2))]
-            asked = _pick(rng, family).format(str(rng.choice(SHAPES)))
+            asked = pick(rng, family).format(str(rng.choice(SHAPES)))
         return Turn("chat", asked, NO_PICTURE)
     questions, answer = CHAT[int(rng.choice(len(CHAT), p=(0.35, 0.4, 0.15, 0.1)))]
-    return Turn("chat", _pick(rng, questions), answer)
+    return Turn("chat", pick(rng, questions), answer)
 
 
 Maker = Callable[[Scene, np.random.Generator], Turn]
@@ -293,7 +291,7 @@ def casual(turn: Turn, rng: np.random.Generator) -> Turn:
     return Turn(turn.family, question, turn.answer)
 
 
-def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
+def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     """One of `options`, each as likely as any other."""
     return options[int(rng.integers(len(options)))]
 

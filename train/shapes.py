@@ -9,9 +9,13 @@ from mlx_smolvlm.config import (
     ImageConfig,
     QuantizationConfig,
     TextConfig,
+    VideoConfig,
     VisionConfig,
 )
 from mlx_smolvlm.train.tokenizer import token_id
+
+# SmolVLM2's, but for half as many frames at most and the demo's tile.
+VIDEO = VideoConfig(fps=1.0, max_frames=32, longest_edge=64, skip_secs=1.0)
 
 
 def demo_config(tokenizer: Tokenizer) -> Config:
@@ -48,7 +52,7 @@ def demo_config(tokenizer: Tokenizer) -> Config:
             std=(0.5, 0.5, 0.5),
             do_image_splitting=True,
         ),
-        video=None,
+        video=VIDEO,
         quantization=QuantizationConfig(text=None, vision=None, connector=None, embeddings=None),
         dtype="float32",
         source="mlx_smolvlm.train.demo",
