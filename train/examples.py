@@ -36,16 +36,16 @@ SEED = 8_000_000_000_000
 # Number of the seed and of the shapes, by the picture's name.
 PICTURES = {
     "one.png": (1000, 1),
-    "two.png": (2000, 2),
+    "two.png": (2001, 2),
     "three.png": (3000, 3),
-    "four.png": (4008, 4),
+    "four.png": (4021, 4),
 }
 # Number of the seed, event and how many frames are sampled, by the clip's name.
 CLIPS: dict[str, tuple[int, Event, int]] = {
     "left.mp4": (5028, "moves", 4),
     "up.mp4": (6737, "moves", 5),
     "colors.mp4": (7006, "shape turns", 6),
-    "still.mp4": (8001, "stays", 3),
+    "still.mp4": (8010, "stays", 3),
 }
 
 
