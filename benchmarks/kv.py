@@ -62,7 +62,8 @@ class MovedSinks(BoundedKVCache):
         held = self.buffers[layer]
         assert held is not None
         moved = max(0, self.offset + queries.shape[2] - self.max_tokens)
-        count, heads = self.pins.size, keys_values.shape[1] // 2
+        tokens = min(self.offset + queries.shape[2], self.max_tokens)
+        count, heads = min(self.pins.size, tokens), keys_values.shape[1] // 2
         rows = held[0][:, :heads, :count].reshape(heads * count, 1, 1, -1)
         rope = mx.fast.rope(
             rows,
@@ -75,7 +76,6 @@ class MovedSinks(BoundedKVCache):
         sinks = mx.concatenate(
             [rope.reshape(1, heads, count, -1), held[0][:, heads:, :count]], axis=1
         )
-        tokens = min(self.offset + queries.shape[2], self.max_tokens)
         whole = mx.concatenate([sinks, held[0][:, :, count:tokens]], axis=2)
         return self.storage.attend(queries, (whole,), mask)
 
