@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.answer import AnswerStream
+from mlx_smolvlm.context import ROOM
 from mlx_smolvlm.errors import ContextError
 from mlx_smolvlm.frames import stamp
 from mlx_smolvlm.media import Footage
@@ -66,11 +67,16 @@ def _over(
         "The parts of a video, one after the other, were asked about. The answers:\n\n"
         f"{lines}\n\nFrom these, answer for the whole video: {prompt}"
     )
+    context = vlm.config.text.max_position_embeddings
     try:
-        return vlm.answer(read_request(question, (), (), system).messages, [], sampling)
+        stream = vlm.answer(read_request(question, (), (), system).messages, [], sampling)
     except ContextError:
         if len(told) < 3:
             raise
+    else:
+        left = context - stream.reply.prompt_tokens
+        if len(told) < 3 or left >= min(sampling.max_tokens, context // ROOM):
+            return stream
     middle = len(told) // 2
     halves = [
         (half[0][0], half[-1][1], _over(vlm, prompt, half, system, sampling).finished().text)

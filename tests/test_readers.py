@@ -98,6 +98,16 @@ def test_few_frames_are_decoded(monkeypatch):
     assert sum(counts) == 1800
 
 
+@pytest.mark.parametrize("name", ["open gop", "open gop hevc", "b frames", "h264 ts"])
+def test_frames_before_the_keyframe_of_an_open_group_need_no_second_look(name, monkeypatch):
+    """They are decoded from the keyframe before, at once: not from the start in the end."""
+    reader, counts = reader_of(cases.data(name)), count_decoded(monkeypatch)
+    for index in range(reader.num_frames):
+        counts.clear()
+        assert len(list(reader.read([index]))) == 1
+        assert sum(counts) < 45, index
+
+
 def test_a_stream_without_real_keyframes_is_decoded_once_more_from_the_start(monkeypatch):
     data = cases.data("intra refresh")
     reader, counts = reader_of(data), count_decoded(monkeypatch)
