@@ -163,6 +163,13 @@ def test_answers_are_true() -> None:
     assert all_answers(questions.background, scene)["What color is the background?"] == "Gray."
 
 
+def test_a_picture_of_every_kind_can_be_asked_about() -> None:
+    kinds = ("circle", "square", "triangle", "star", "diamond", "cross")
+    scene = scene_of(*(("red", kind, cell) for cell, kind in enumerate(kinds)))
+    for maker in (questions.color, questions.where):
+        assert "There is no" not in "".join(all_answers(maker, scene).values())
+
+
 def test_tokenizer_round_trips_any_text() -> None:
     tokenizer = build_tokenizer()
     for sample in (

@@ -153,7 +153,7 @@ def color(scene: Scene, rng: np.random.Generator) -> Turn:
         asked = str(rng.choice(("shape", "object")))
         question = "What color is it?" if rng.random() < 0.4 else pick(rng, COLOR).format(asked)
         return Turn("color", question, f"{scene.shapes[0].color.capitalize()}.")
-    if single and rng.random() < 0.88:
+    if single and (rng.random() < 0.88 or _all_kinds(scene)):
         shape = single[rng.integers(len(single))]
         return Turn("color", pick(rng, COLOR).format(shape.kind), f"{shape.color.capitalize()}.")
     kind = _absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
@@ -206,7 +206,7 @@ def where(scene: Scene, rng: np.random.Generator) -> Turn:
     options = [(shape, shape.kind) for shape in unique(scene, "kind")]
     options += [(shape, f"{shape.color} shape") for shape in unique(scene, "color") if draw < 0.6]
     options += [(s, name(s)) for s in scene.shapes if names.count(name(s)) == 1 and draw > 0.5]
-    if options and rng.random() < 0.9:
+    if options and (rng.random() < 0.9 or _all_kinds(scene)):
         shape, asked = options[rng.integers(len(options))]
         return Turn("where", pick(rng, WHERE).format(asked), _place(shape))
     kind = _absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
@@ -304,6 +304,11 @@ def unique(scene: Scene, attribute: str) -> list[Shape]:
     """Shapes whose kind or color no other shape of the scene has."""
     values = [getattr(shape, attribute) for shape in scene.shapes]
     return [s for s, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]
+
+
+def _all_kinds(scene: Scene) -> bool:
+    """Whether no kind of shape is absent."""
+    return {shape.kind for shape in scene.shapes} == set(SHAPES)
 
 
 def _absent(rng: np.random.Generator, options: tuple[str, ...], present: list[str]) -> str:
