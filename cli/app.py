@@ -69,6 +69,34 @@ def top(
     pass
 
 
+# Options that several commands share.
+Images = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image", "-i", metavar="IMAGE", help="A path, URL, data URI, or - for stdin; repeats."
+    ),
+]
+Videos = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--video", "-v", metavar="VIDEO", help="A path, URL, data URI, or - for stdin; repeats."
+    ),
+]
+ModelName = Annotated[
+    str,
+    typer.Option("--model", "-m", metavar="MODEL", help="A folder, a hub id, an alias, or demo."),
+]
+System = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")]
+Bits = Annotated[
+    int | None,
+    typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Keep what prompts have in common here, for the next run."),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+
 CHAT_EPILOG = """\
 \b
 Examples:
@@ -92,25 +120,10 @@ def chat(
             help="The question. Without it: stdin if piped, else a conversation.",
         ),
     ] = None,
-    image: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--image", "-i", metavar="IMAGE", help="A path, URL, data URI, or - for stdin; repeats."
-        ),
-    ] = None,
-    video: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--video", "-v", metavar="VIDEO", help="A path, URL, data URI, or - for stdin; repeats."
-        ),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", "-m", metavar="MODEL", help="A folder, a hub id, an alias, or demo."
-        ),
-    ] = "demo",
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    image: Images = None,
+    video: Videos = None,
+    model: ModelName = "demo",
+    system: System = None,
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="The longest answer, in tokens.")
     ] = 1024,
@@ -168,10 +181,7 @@ def chat(
         Path | None,
         typer.Option(metavar="DIR", help="Write the frames that the model sees to this folder."),
     ] = None,
-    bits: Annotated[
-        int | None,
-        typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
-    ] = None,
+    bits: Bits = None,
     kv_bits: Annotated[
         int | None,
         typer.Option(metavar="8|4", help="Precision of keys and values; default: as computed."),
@@ -184,12 +194,7 @@ def chat(
             "default: every token.",
         ),
     ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Keep what prompts have in common here, for the next run."
-        ),
-    ] = None,
+    cache_dir: CacheDir = None,
     on_full: Annotated[
         str,
         typer.Option(
@@ -197,7 +202,7 @@ def chat(
             help="In a conversation that fills the context: stop, or forget its beginning.",
         ),
     ] = "error",
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    offline: Offline = False,
     json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object per reply, not streamed.")
     ] = False,
@@ -277,25 +282,10 @@ def choose(
             "--choice", "-c", metavar="TEXT", help="An answer as the model would word it; repeats."
         ),
     ],
-    image: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--image", "-i", metavar="IMAGE", help="A path, URL, data URI, or - for stdin; repeats."
-        ),
-    ] = None,
-    video: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--video", "-v", metavar="VIDEO", help="A path, URL, data URI, or - for stdin; repeats."
-        ),
-    ] = None,
-    model: Annotated[
-        str,
-        typer.Option(
-            "--model", "-m", metavar="MODEL", help="A folder, a hub id, an alias, or demo."
-        ),
-    ] = "demo",
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")] = None,
+    image: Images = None,
+    video: Videos = None,
+    model: ModelName = "demo",
+    system: System = None,
     normalize: Annotated[
         str,
         typer.Option(
@@ -304,17 +294,9 @@ def choose(
         ),
     ] = "none",
     detail: Annotated[str, typer.Option(metavar="LEVEL", help="As in chat.")] = "high",
-    bits: Annotated[
-        int | None,
-        typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
-    ] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Keep what prompts have in common here, for the next run."
-        ),
-    ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    bits: Bits = None,
+    cache_dir: CacheDir = None,
+    offline: Offline = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say how likely each of some answers to a question is."""
@@ -381,7 +363,7 @@ def convert(
             help="Of the rest: float32, float16 or bfloat16; default: as the source.",
         ),
     ] = None,
-    offline: Annotated[bool, typer.Option("--offline", help="Never use the network.")] = False,
+    offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DEST.")] = False,
 ) -> None:
     """Convert a Hugging Face or mlx-community checkpoint."""
