@@ -350,5 +350,8 @@ def test_answers_held_to_a_regex() -> None:
     sampling = Sampling(regex="[0-9]")
     questions = ["How many shapes are there?", "How many triangles are there?"]
     replies = vlm.ask_many([picture], questions, sampling=sampling)
-    assert [reply.text for reply in replies] == ["2", "1"]
     assert [reply.encoded_tiles for reply in replies] == [1, 0]
+    vlm.memory.clear()
+    single = [vlm.ask(one, images=[picture], sampling=sampling).text for one in questions]
+    assert [reply.text for reply in replies] == single
+    assert all(len(text) == 1 and text.isdigit() for text in single)

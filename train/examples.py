@@ -43,8 +43,8 @@ PICTURES = {
 # Number of the seed, event and how many frames are sampled, by the clip's name.
 CLIPS: dict[str, tuple[int, Event, int]] = {
     "left.mp4": (5028, "moves", 4),
-    "up.mp4": (6737, "moves", 5),
-    "colors.mp4": (7006, "shape turns", 6),
+    "up.mp4": (6742, "moves", 5),
+    "colors.mp4": (7015, "shape turns", 6),
     "still.mp4": (8010, "stays", 3),
 }
 
