@@ -176,6 +176,19 @@ def test_without_llguidance() -> None:
     assert_one_error(result, "llguidance", "pip install 'mlx-smolvlm[json]'")
 
 
+def test_a_second_run_goes_on_from_the_cache_folder(
+    tiny_folder: Path, picture: Path, tmp_path: Path
+) -> None:
+    arguments = ("chat", "What?", "-m", tiny_folder, "--max-tokens", "5", "--json", "-i", picture)
+    runs = [run(*arguments, "--cache-dir", tmp_path / "kept") for _ in range(2)]
+    first, second = (json.loads(result.stdout) for result in runs)
+    assert (first["encoded_tiles"], first["cached_tokens"]) == (5, 0)
+    assert (second["encoded_tiles"], second["token_ids"]) == (0, first["token_ids"])
+    assert second["cached_tokens"] == second["prompt_tokens"] - 1
+    (tmp_path / "file").write_text("")
+    assert_one_error(run(*arguments, "--cache-dir", tmp_path / "file"), "cache folder")
+
+
 def bomb(width: int, height: int) -> bytes:
     """A valid PNG header of a large picture, without its pixels."""
     size = width.to_bytes(4, "big") + height.to_bytes(4, "big")
@@ -257,6 +270,7 @@ def test_stdin_without_a_prompt(tiny_folder: Path, picture: Path) -> None:
         (("Hi", "--temperature", "-0.5"), ("--temperature", "0 or above")),
         (("Hi", "--top-p", "1.5"), ("--top-p", "at most 1")),
         (("Hi", "--detail", "huge"), ("--detail", "huge")),
+        (("Hi", "--on-full", "drop"), ("--on-full", "drop-oldest")),
         (("Hi", "--bits", "5"), ("--bits", "4, 8, 16")),
         (("Hi", "--kv-bits", "3"), ("--kv-bits", "4 or 8")),
         (("Hi", "--max-kv-tokens", "9"), ("--max-kv-tokens", "72 or above")),
