@@ -12,10 +12,13 @@ import threading
 import warnings
 import weakref
 from dataclasses import replace
+from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import av
+import av.filter
 import numpy as np
 import pytest
 from PIL import Image
@@ -26,6 +29,7 @@ from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.image import frame_tile
 from mlx_smolvlm.media import TILE_BATCH
 from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.scenes import scene_scores
 from mlx_smolvlm.video import Clip, Video, open_parts, open_video, sample_indices
 
 
@@ -201,6 +205,28 @@ def cuts(number, size):
 def cut_file():
     spec = clips.Spec(options=clips.x264("keyint=250:scenecut=0"), frames=75, size=(160, 96))
     return clips.make(replace(spec, picture=cuts))
+
+
+@pytest.mark.skipif(not hasattr(av.VideoFrame, "metadata"), reason="PyAV before 18")
+def test_scene_scores_are_scdets():
+    """The numbers of FFmpeg's own filter."""
+    random = np.random.default_rng(0)
+    base = random.integers(0, 255, (90, 160, 3), np.uint8)
+    frames = [base, np.roll(base, 3, 1), 255 - base, 255 - base, np.zeros_like(base), base // 2]
+    graph = av.filter.Graph()
+    source = graph.add_buffer(
+        width=160, height=90, format=av.VideoFormat("rgb24"), time_base=Fraction(1, 25)
+    )
+    graph.link_nodes(source, graph.add("scdet", "threshold=0"), graph.add("buffersink")).configure()
+    expected = []
+    for number, pixels in enumerate(frames):
+        frame = av.VideoFrame.from_ndarray(pixels, "rgb24")
+        frame.pts = number
+        graph.push(frame)
+        expected.append(float(graph.pull().metadata["lavfi.scd.score"]))
+    scores = list(scene_scores(map(Image.fromarray, frames)))
+    assert scores == pytest.approx(expected, abs=2e-3)  # it prints three decimals
+    assert max(scores) > 10
 
 
 def test_scenes_begin_exactly_at_the_cuts(cut_file, config):
