@@ -12,7 +12,8 @@ import numpy as np
 from mlx_smolvlm.answer import Prompt, Reply
 from mlx_smolvlm.batch import held
 from mlx_smolvlm.errors import PromptError
-from mlx_smolvlm.packing import Rows, common, groups
+from mlx_smolvlm.packing import Rows, groups
+from mlx_smolvlm.reuse import common
 
 if TYPE_CHECKING:
     from mlx_smolvlm.smolvlm import SmolVLM

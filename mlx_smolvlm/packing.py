@@ -15,6 +15,7 @@ import numpy as np
 from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.generate import PREFILL_CHUNK
 from mlx_smolvlm.model import Model
+from mlx_smolvlm.reuse import common
 from mlx_smolvlm.text import Places
 
 CONTEXTS = 2  # the cache of rows that go together holds at most so many times the context
@@ -71,13 +72,6 @@ class Rows:
         self._owners = np.concatenate([self._owners, rows])
         np.add.at(self._lengths, rows, 1)
         return Places(positions, mask)
-
-
-def common(first: np.ndarray, second: np.ndarray) -> int:
-    """Tokens that `first` and `second` begin with both."""
-    length = min(first.size, second.size)
-    differing = np.flatnonzero(first[:length] != second[:length])
-    return int(differing[0]) if differing.size else length
 
 
 def beginning(sequences: Sequence[np.ndarray]) -> int:

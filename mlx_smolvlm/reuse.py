@@ -49,9 +49,7 @@ class Content:
 
     def common(self, other: Content, most: int) -> int:
         """How many tokens both begin with, at most `most`; never a part of a medium."""
-        length = min(len(self.ids), len(other.ids), most)
-        different = np.flatnonzero(self.ids[:length] != other.ids[:length])
-        length = int(different[0]) if different.size else length
+        length = common(self.ids[:most], other.ids[:most])
         for mine, theirs in zip_longest(self.spans, other.spans):
             starts = [span.start for span in (mine, theirs) if span is not None]
             if min(starts) >= length:
@@ -59,6 +57,13 @@ class Content:
             if mine != theirs or mine.stop > length:
                 return min(starts)
         return length
+
+
+def common(first: np.ndarray, second: np.ndarray) -> int:
+    """Tokens that the ids `first` and `second` begin with both."""
+    length = min(first.size, second.size)
+    different = np.flatnonzero(first[:length] != second[:length])
+    return int(different[0]) if different.size else length
 
 
 def content_of(ids: np.ndarray, media: Sequence[Medium], placeholder: int, each: int) -> Content:
