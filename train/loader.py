@@ -89,7 +89,7 @@ class Loader:
         """
         self._vlm, self._items, self._count = vlm, items, count
         self._sight, self._features = sight, features
-        self._pool = ThreadPoolExecutor(1)
+        self._pool, self._tokens = ThreadPoolExecutor(1), 0
         self._ahead: tuple[int, Future[list[Shown]]] | None = None
 
     def batch(self, number: int) -> Batch:
@@ -105,6 +105,11 @@ class Loader:
         if number + 1 < self._count:
             self._ahead = (number + 1, self._pool.submit(self._prepare, number + 1))
         return self._joined(shown, number)
+
+    def take_tokens(self) -> int:
+        """Tokens of the rows of batches since it was asked last."""
+        tokens, self._tokens = self._tokens, 0
+        return tokens
 
     def close(self) -> None:
         """Let the thread end."""
@@ -139,6 +144,7 @@ class Loader:
         for i, one in enumerate(shown):
             input_ids[i, : one.row.ids.size] = one.row.ids
             is_target[i, : one.row.ids.size] = one.row.is_target
+        self._tokens += sum(one.row.ids.size for one in shown)
         flat = np.flatnonzero(is_target)
         pixels: list[np.ndarray] = []
         embeds: list[mx.array] = []

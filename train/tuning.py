@@ -19,6 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_flatten
 
 from mlx_smolvlm.adapter import save_adapter, signature
 from mlx_smolvlm.errors import DatasetError, TrainingError
@@ -57,11 +58,13 @@ class Data:
 class Event:
     """A step that was made, or an evaluation before the first one (`report` is None).
 
-    `valid_loss` is of the held-out examples, if it was their turn.
+    `valid_loss` is of the held-out examples, if it was their turn; `tokens` are those of the
+    step's rows, without what fills them up.
     """
 
     report: Report | None
     valid_loss: float | None
+    tokens: int = 0
 
 
 def measure(vlm: SmolVLM, examples: Sequence[Example], sight: Sight, settings: Settings) -> Data:
@@ -93,7 +96,7 @@ def measure(vlm: SmolVLM, examples: Sequence[Example], sight: Sight, settings: S
 class Tuning:
     """A training that is ready to run, its folder locked.
 
-    `steps` are made of `total`; `skipped` examples are too long.
+    `total` steps are to be made on `examples`; `skipped` ones are too long.
     """
 
     def __init__(self, settings: Settings, out: Path, offline: bool = False) -> None:
@@ -125,12 +128,19 @@ class Tuning:
         else:
             leave_parts(model, settings.trained_parts)
         features = None if trains_encoder(model) else Features(vlm)
-        self.total = self._steps(sum(len(one.examples) for one in data))
+        self.examples = sum(len(one.examples) for one in data)
+        self.total = self._steps()
         self._loader = self._make_loader(data, sight, features)
         self._valid = self._make_valid(valid, sight, features)
         self.loop = self._make_loop()
         self._lock = _lock(out)
         self._resume()
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers are trained."""
+        trained: Any = tree_flatten(self.vlm.model.trainable_parameters())
+        return sum(int(array.size) for _, array in trained)
 
     @property
     def result(self) -> Path:
@@ -153,7 +163,7 @@ class Tuning:
             is_last = self.loop.done
             is_due = is_last or report.step % settings.evaluate_every == 0
             loss = self.evaluate() if is_due and self._valid is not None else None
-            event = self._logged(Event(report, loss))
+            event = self._logged(Event(report, loss, self._loader.take_tokens()))
             if is_last or report.step % settings.save_every == 0:
                 self.save()
             yield event
@@ -219,12 +229,14 @@ class Tuning:
         found = [one for one in folders if (one / "valid.jsonl").is_file()]
         return [example for one in found for example in read_dataset(one, "valid")]
 
-    def _steps(self, examples: int) -> int:
+    def _steps(self) -> int:
         settings = self.settings
         if settings.steps is not None:
             return settings.steps
         assert settings.epochs is not None
-        return math.ceil(settings.epochs * examples / settings.batch_size / settings.accumulate)
+        return math.ceil(
+            settings.epochs * self.examples / settings.batch_size / settings.accumulate
+        )
 
     def _make_loader(self, data: Sequence[Data], sight: Sight, features: Features | None) -> Loader:
         settings, count = self.settings, self.total * self.settings.accumulate
@@ -274,7 +286,8 @@ class Tuning:
         values: dict[str, Any] = {"step": report.step if report else 0}
         if report is not None:
             values |= {"loss": report.loss, "rate": report.rate, "norm": report.norm}
-            values |= {"targets": int(report.weight), "seconds": round(report.seconds, 4)}
+            values |= {"tokens": event.tokens, "targets": int(report.weight)}
+            values |= {"seconds": round(report.seconds, 4)}
         if event.valid_loss is not None:
             values["valid_loss"] = event.valid_loss
         with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
