@@ -21,7 +21,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from mlx_smolvlm.adapter import save_adapter, signature
+from mlx_smolvlm.adapter import AdapterConfig, save_adapter, signature
 from mlx_smolvlm.errors import DatasetError, TrainingError
 from mlx_smolvlm.smolvlm import SmolVLM, load
 from mlx_smolvlm.train.answer_loss import answer_loss, checkpointed_loss
@@ -108,8 +108,21 @@ class Tuning:
             CheckpointError: The model cannot be loaded.
         """
         self.settings, self.out = settings, out
+        self._loaders: list[Loader] = []
         _check_folder(out)
+        self._lock = _lock(out)
+        try:
+            self._prepare(offline)
+            self._resume()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, offline: bool) -> None:
+        """Model, data and loop; errors as the constructor."""
+        settings = self.settings
         datasets = [read_dataset(settings.path(one.path)) for one in settings.data]
+        held_out = self._held_out()
         dtype = settings.dtype or ("float32" if settings.method == "full" else None)
         local = settings.path(settings.model)
         name = local if local.is_dir() else settings.model
@@ -117,24 +130,25 @@ class Tuning:
         self._notes = self._identity(datasets)
         sight = Sight(settings.detail, settings.fps, settings.max_frames)  # type: ignore[arg-type]
         data = [measure(vlm, examples, sight, settings) for examples in datasets]
-        held_out = self._held_out()
         valid = measure(vlm, held_out, sight, settings) if held_out else None
-        self.skipped = sum(one.skipped for one in data) + (valid.skipped if valid else 0)
-        mx.random.seed(settings.seed)
-        model, self._adapter = vlm.model, None
-        if settings.method == "lora":
-            source = vlm.config.source
-            self._adapter = start_adapter(model, settings.trained_parts, settings.lora, source)
-        else:
-            leave_parts(model, settings.trained_parts)
-        features = None if trains_encoder(model) else Features(vlm)
         self.examples = sum(len(one.examples) for one in data)
+        self.skipped = sum(one.skipped for one in (*data, valid) if one is not None)
         self.total = self._steps()
+        self._adapter = self._choose_parameters()
+        features = None if trains_encoder(vlm.model) else Features(vlm)
         self._loader = self._make_loader(data, sight, features)
         self._valid = self._make_valid(valid, sight, features)
         self.loop = self._make_loop()
-        self._lock = _lock(out)
-        self._resume()
+
+    def _choose_parameters(self) -> AdapterConfig | None:
+        """Leave what is to be trained; the new adapter, if the method is by one."""
+        settings, vlm = self.settings, self.vlm
+        mx.random.seed(settings.seed)
+        if settings.method == "lora":
+            source = vlm.config.source
+            return start_adapter(vlm.model, settings.trained_parts, settings.lora, source)
+        leave_parts(vlm.model, settings.trained_parts)
+        return None
 
     @property
     def parameters(self) -> int:
@@ -201,9 +215,8 @@ class Tuning:
 
     def close(self) -> None:
         """Let go of threads and of the folder."""
-        self._loader.close()
-        if self._valid is not None:
-            self._valid[0].close()
+        for loader in self._loaders:
+            loader.close()
         os.close(self._lock)
 
     def _identity(self, datasets: Sequence[Sequence[Example]]) -> dict[str, str]:
@@ -247,7 +260,8 @@ class Tuning:
         def items(number: int) -> list[Example]:
             return [data[d].examples[i] for d, i in order.batch(number)]
 
-        return Loader(self.vlm, items, count, sight, features)
+        self._loaders.append(Loader(self.vlm, items, count, sight, features))
+        return self._loaders[-1]
 
     def _make_valid(
         self, data: Data | None, sight: Sight, features: Features | None
@@ -262,7 +276,8 @@ class Tuning:
         def items(number: int) -> list[Example]:
             return [data.examples[i] for i in order[number * size : (number + 1) * size]]
 
-        return Loader(self.vlm, items, count, sight, features), count
+        self._loaders.append(Loader(self.vlm, items, count, sight, features))
+        return self._loaders[-1], count
 
     def _make_loop(self) -> Loop:
         settings, own = self.settings, self.settings.optimizer

@@ -1,0 +1,424 @@
+"""Training of checkpoints: tokens, gradients, adapters, and going on after a stop."""
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_smolvlm.adapter import load_adapter, read_adapter_config
+from mlx_smolvlm.checkpoint import build_model, load_model, read_config
+from mlx_smolvlm.config import Quantization, QuantizationConfig
+from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMWarning, TrainingError
+from mlx_smolvlm.sampling import Sampling
+from mlx_smolvlm.smolvlm import SmolVLM, load
+from mlx_smolvlm.train.answer_loss import Batch, answer_loss, checkpointed_loss, hidden_states
+from mlx_smolvlm.train.dataset import read_dataset
+from mlx_smolvlm.train.rows import Sight, opened, row_of, sized
+from mlx_smolvlm.train.settings import LoraSettings, read_settings
+from mlx_smolvlm.train.trainee import leave_parts, start_adapter
+from mlx_smolvlm.train.tuning import Tuning
+
+
+def load_cases() -> ModuleType:
+    path = Path(__file__).with_name("tuning_cases.py")
+    spec = importlib.util.spec_from_file_location("tuning_cases", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+cases = load_cases()
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with a dataset in data."""
+    cases.make_dataset(tmp_path / "data")
+    cases.make_dataset(tmp_path / "data", 4, "valid")
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def packed_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint with its decoder, connector and embeddings in 4 bits."""
+    folder = tmp_path_factory.mktemp("packed") / "model"
+    shutil.copytree(tiny_folder, folder)
+    four = Quantization(4, 32, "affine")
+    config = read_config(tiny_folder)
+    config = replace(config, quantization=QuantizationConfig(four, None, four, four))
+    empty, whole = build_model(config), dict(tree_flatten(load_model(tiny_folder).parameters()))
+    weights: dict[str, mx.array] = {}
+    for path, module in empty.named_modules():
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+            arrays = mx.quantize(whole.pop(f"{path}.weight"), 32, 4)
+            names = ("weight", "scales", "biases")
+            weights |= {f"{path}.{n}": a for n, a in zip(names, arrays, strict=True)}
+    mx.save_safetensors(str(folder / "model.safetensors"), {**whole, **weights})
+    (folder / "config.json").write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+def tune(
+    work: Path, model: Path, out: str = "out", steps: int | None = None, **changes: Any
+) -> Path:
+    """The folder of a training that was run, or stopped after `steps`."""
+    tuning = Tuning(read_settings(cases.write_config(work, model, **changes)), work / out)
+    try:
+        for event in tuning.run():
+            if event.report is not None and event.report.step == steps:
+                break
+    finally:
+        tuning.close()
+    return work / out
+
+
+def batch_of(vlm: SmolVLM, seed: int = 0) -> Batch:
+    """Two rows of unlike length, one with a picture of five tiles."""
+    rng = np.random.default_rng(seed)
+    ids = rng.integers(1, 600, (2, 48)).astype(np.int32)
+    tokens = 5 * vlm.config.image_seq_len
+    ids[0, 3 : 3 + tokens] = vlm.config.image_token_id
+    ids[1, 20:] = 0
+    places = np.array([45, 46, 48 + 10, 48 + 18], np.int32)
+    pixels = rng.normal(size=(5, 32, 32, 3)).astype(np.float32)
+    return Batch(ids, places, ids.reshape(-1)[places + 1], pixels, None, seed)
+
+
+def gradients(model: Any, loss: Any, batch: Batch) -> dict[str, np.ndarray]:
+    """The gradient of every trained parameter."""
+    mx.random.seed(0)
+    _, found = nn.value_and_grad(model, loss)(model, batch)
+    return {name: np.array(array) for name, array in tree_flatten(found)}
+
+
+# Tokens
+
+
+def test_training_sees_the_tokens_that_ask_prefills(tiny: SmolVLM, work: Path) -> None:
+    eos = tiny.config.eos_token_ids[0]
+    for example in read_dataset(work / "data"):
+        media = opened(tiny, example, Sight())
+        row = row_of(tiny.prompt_builder, example, media)
+        assert np.array_equal(
+            row_of(tiny.prompt_builder, example, sized(tiny, example, Sight())).ids, row.ids
+        )
+        prompt = tiny.make_prompt(example.prompt, media).input_ids
+        assert np.array_equal(row.ids[: prompt.size], prompt)
+        reply = tiny.ask(
+            example.prompt,
+            images=[str(path) for path in example.images],
+            sampling=Sampling(max_tokens=1),
+        )
+        assert reply.prompt_tokens == prompt.size
+        # The targets are the answers and their ends, of every turn, and nothing else.
+        runs = np.split(row.ids, np.flatnonzero(np.diff(row.is_target.astype(int))) + 1)
+        said = [runs[i] for i in range(1, len(runs), 2)]
+        answers = [m["content"][0]["text"] for m in example.messages if m["role"] == "assistant"]
+        assert all(run[-1] == eos for run in said)
+        assert [tiny.prompt_builder.tokenizer.decode(run[:-1].tolist()) for run in said] == [
+            f" {answer}" for answer in answers
+        ]
+
+
+def test_an_example_that_is_too_long(tiny_folder: Path, work: Path) -> None:
+    with pytest.raises(DatasetError, match=r"train\.jsonl:\d: it takes \d+ tokens, and 60 are"):
+        tune(work, tiny_folder, max_tokens=60)
+    tuning = Tuning(
+        read_settings(cases.write_config(work, tiny_folder, max_tokens=60, too_long="skip")),
+        work / "out",
+    )
+    assert 0 < tuning.skipped < 10
+    tuning.close()
+    with pytest.raises(DatasetError, match=r"no example of .* fits"):
+        tune(work, tiny_folder, max_tokens=2, too_long="skip")
+
+
+def test_a_picture_that_is_none(tiny_folder: Path, work: Path) -> None:
+    (work / "data" / "train1-0.png").write_text("none")
+    with pytest.raises(DatasetError, match=r"train\.jsonl:2: .*train1-0\.png.* is not a picture"):
+        tune(work, tiny_folder)
+
+
+# The loss
+
+
+@pytest.mark.parametrize("loss", [answer_loss, checkpointed_loss])
+def test_a_later_token_changes_nothing_before_it(tiny_folder: Path, loss: Any) -> None:
+    vlm = load(tiny_folder)
+    start_adapter(vlm.model, ("text", "vision"), LoraSettings(rank=4), "a test")
+    vlm.model.train()
+    batch = batch_of(vlm)
+    before = np.array(hidden_states(vlm.model, batch))
+    for place in (25, 40, 46):
+        ids = batch.input_ids.copy()
+        ids[0, place] = (ids[0, place] + 17) % 600
+        after = np.array(hidden_states(vlm.model, replace(batch, input_ids=ids)))
+        np.testing.assert_array_equal(after[0, :place], before[0, :place])
+        np.testing.assert_array_equal(after[1], before[1])
+        assert np.abs(after[0, place:] - before[0, place:]).max() > 1e-3
+    # Nor do a label's own token or those behind it change its loss' inputs: each target alone.
+    first = replace(batch, places=batch.places[:1], targets=batch.targets[:1])
+    ids = batch.input_ids.copy()
+    ids[0, 46:] = 7
+    told, changed = (
+        loss(vlm.model, one)[0].item() for one in (first, replace(first, input_ids=ids))
+    )
+    assert told == changed
+
+
+def test_padding_changes_nothing(tiny: SmolVLM) -> None:
+    batch = batch_of(tiny)
+    wide = np.zeros((2, 96), np.int32)
+    wide[:, :48] = batch.input_ids
+    places = batch.places + 48 * (batch.places >= 48)
+    padded = replace(batch, input_ids=wide, places=places.astype(np.int32))
+    own, other = (answer_loss(tiny.model, one)[0].item() for one in (batch, padded))
+    assert own == pytest.approx(other, abs=1e-5)
+
+
+def test_gradients_of_adapters_against_finite_differences(tiny_folder: Path) -> None:
+    vlm = load(tiny_folder)
+    config = start_adapter(
+        vlm.model, ("text", "vision", "connector", "embeddings"), LoraSettings(rank=2), "a test"
+    )
+    rng = np.random.default_rng(0)
+    modules = dict(vlm.model.named_modules())
+    for path in config.modules:  # else every lora_a would have no gradient
+        shape = modules[path].lora_b.shape
+        modules[path].lora_b = mx.array(rng.normal(size=shape).astype(np.float32) * 0.05)
+    batch = batch_of(vlm)
+    found = gradients(vlm.model, answer_loss, batch)
+    assert len(found) == 2 * len(config.modules)
+    values = {name: np.array(a) for name, a in tree_flatten(vlm.model.trainable_parameters())}
+
+    def loss_at(moves: dict[str, np.ndarray], h: float) -> float:
+        moved = [(n, mx.array((values[n] + h * m).astype(np.float32))) for n, m in moves.items()]
+        vlm.model.load_weights(moved, strict=False)
+        value: float = answer_loss(vlm.model, batch)[0].item()
+        vlm.model.load_weights([(n, mx.array(values[n])) for n in moves], strict=False)
+        return value
+
+    for name in found:  # along the gradient itself, where the change is largest
+        norm = float(np.linalg.norm(found[name]))
+        assert norm > 1e-4, name
+        way, h = {name: found[name] / norm}, 2e-2 if norm < 1 else 5e-3
+        slope = (
+            8 * (loss_at(way, h) - loss_at(way, -h)) - loss_at(way, 2 * h) + loss_at(way, -2 * h)
+        )
+        assert slope / (12 * h) == pytest.approx(norm, rel=0.02, abs=2e-3), name
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_layers_that_are_computed_twice_give_the_same_gradient(
+    tiny_folder: Path, dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = load(tiny_folder)
+    lora = LoraSettings(rank=4, dropout=dropout)
+    config = start_adapter(vlm.model, ("text", "vision"), lora, "a test")
+    modules = dict(vlm.model.named_modules())
+    for path in config.modules:
+        modules[path].lora_b = modules[path].lora_b + 0.05
+    vlm.model.train()
+    batch = batch_of(vlm)
+    twice = gradients(vlm.model, checkpointed_loss, batch)
+    if dropout:  # the same seeds, but nothing computed twice
+        monkeypatch.setattr(nn.utils, "checkpoint", lambda module, run: run)
+        once = gradients(vlm.model, checkpointed_loss, batch)
+    else:
+        once = gradients(vlm.model, answer_loss, batch)
+    assert twice.keys() == once.keys()
+    for name, own in twice.items():
+        np.testing.assert_allclose(own, once[name], atol=1e-5 * max(1, np.abs(own).max()))
+
+
+# Parts and precision
+
+
+@pytest.mark.parametrize("part", ["text", "vision", "connector", "embeddings"])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_only_what_is_asked_for_changes(
+    tiny_folder: Path, work: Path, part: str, method: str
+) -> None:
+    prefixes = {
+        "text": ("text_model.layers.", "text_model.norm."),
+        "vision": ("vision_model.",),
+        "connector": ("connector.",),
+        "embeddings": ("text_model.embed_tokens.", "lm_head."),
+    }[part]
+    before = dict(tree_flatten(load_model(tiny_folder).parameters()))
+    changes = {"method": method, "parts": [part], "steps": 2}
+    out = tune(work, tiny_folder, **changes)
+    if method == "full":
+        after = dict(tree_flatten(load_model(out / "model").parameters()))
+        assert after.keys() == before.keys()
+        changed = {name for name in after if not mx.array_equal(after[name], before[name])}
+        assert changed == {name for name in before if name.startswith(prefixes)}
+    else:
+        config = read_adapter_config(out / "adapter")
+        matrices = {n.removesuffix(".weight") for n, a in before.items() if a.ndim == 2}
+        never = {
+            "vision_model.embeddings.patch_embedding",
+            "vision_model.embeddings.position_embedding",
+        }
+        assert set(config.modules) == {n for n in matrices - never if f"{n}.".startswith(prefixes)}
+        arrays: Any = mx.load(str(out / "adapter" / "adapters.safetensors"))
+        moved = {n: float(mx.abs(a).max()) for n, a in arrays.items() if n.endswith("lora_b")}
+        assert all(moved.values()), moved
+
+
+def test_a_quantized_base_stays_as_it_is(packed_folder: Path, work: Path) -> None:
+    tuning = Tuning(read_settings(cases.write_config(work, packed_folder)), work / "out")
+    model = tuning.vlm.model
+    is_base = {n: np.array(a) for n, a in tree_flatten(model.parameters()) if "lora_" not in n}
+    for _ in tuning.run():
+        pass
+    tuning.close()
+    after = dict(tree_flatten(model.parameters()))
+    for name, array in is_base.items():
+        np.testing.assert_array_equal(np.array(after[name]), array)
+    kinds = {type(m.linear) for _, m in model.named_modules() if "linear" in m}
+    assert kinds == {nn.QuantizedLinear}
+    log = [json.loads(line) for line in (work / "out" / "log.jsonl").read_text().splitlines()]
+    losses = [line["valid_loss"] for line in log if "valid_loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_full_training_of_a_quantized_part_is_refused(packed_folder: Path, work: Path) -> None:
+    with pytest.raises(TrainingError, match="is quantized to 4 bits, and method full"):
+        tune(work, packed_folder, method="full")
+    model = load_model(packed_folder)
+    leave_parts(model, ("vision",))
+    names = [name for name, _ in tree_flatten(model.trainable_parameters())]
+    assert names
+    assert all(name.startswith("vision_model.") for name in names)
+
+
+# Adapters
+
+
+@pytest.mark.parametrize("base", ["tiny_folder", "packed_folder"])
+def test_the_fused_checkpoint_answers_as_base_and_adapter(
+    base: str, work: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(base)
+    parts = ["text", "vision", "connector", "embeddings"]
+    config = cases.write_config(work, folder, parts=parts, steps=3, optimizer__rate=0.03)
+    tuning = Tuning(read_settings(config), work / "out")
+    for _ in tuning.run():
+        pass
+    fused = load(tuning.fuse())
+    tuning.close()
+    adapted, plain = load(folder, adapter=work / "out" / "adapter"), load(folder)
+    assert adapted.checkpoint_digest != plain.checkpoint_digest
+    batch = batch_of(plain)
+    own, other, trained, without = (
+        np.array(vlm.model.head(hidden_states(vlm.model, batch)))
+        for vlm in (fused, adapted, tuning.vlm, plain)
+    )
+    np.testing.assert_allclose(own, other, atol=1e-4)
+    np.testing.assert_allclose(trained, other, atol=1e-5)
+    assert np.abs(own - without).max() > 0.1
+    modules = [m for _, m in fused.model.named_modules()]
+    assert not any(isinstance(m, nn.QuantizedLinear | nn.QuantizedEmbedding) for m in modules)
+
+
+def test_an_adapter_that_does_not_fit_is_refused(
+    tiny_folder: Path, packed_folder: Path, work: Path
+) -> None:
+    adapter = tune(work, tiny_folder, steps=2) / "adapter"
+    load(packed_folder, adapter=adapter)  # another precision of the same weights
+    with pytest.raises(CheckpointError, match="other weights; load the checkpoint"):
+        load("demo", adapter=adapter)
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is missing"):
+        load(tiny_folder, adapter=work)
+    model = load_model(tiny_folder)
+    with pytest.warns(SmolVLMWarning, match="was trained on tests/tiny, and the checkpoint is of"):
+        load_adapter(model, adapter, "somewhere/else")
+    path = adapter / "adapter_config.json"
+    values = json.loads(path.read_text())
+    for change, reason in (
+        ({"rank": 3}, "has the shape .* wants"),
+        ({"rank": "3"}, "rank must be of type int"),
+        ({"modules": ["text_model.layers.9.mlp.down_proj"]}, "changes 'text_model.layers.9"),
+        ({"modules": values["modules"][1:]}, "has the shape .* wants None"),
+        ({"format_version": 9}, "is no adapter"),
+        ({"alpha": 9}, "'alpha' is not known"),
+    ):
+        path.write_text(json.dumps({**values, **change}))
+        with pytest.raises(CheckpointError, match=reason):
+            load(tiny_folder, adapter=adapter)
+
+
+# Going on
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"lora__dropout": 0.2, "accumulate": 2, "checkpoint_gradients": True},
+        {"method": "full", "parts": ["vision", "text"]},
+    ],
+    ids=["lora", "full"],
+)
+def test_a_training_that_goes_on_equals_one_that_was_not_stopped(
+    tiny_folder: Path, work: Path, changes: dict[str, Any]
+) -> None:
+    whole = tune(work, tiny_folder, "whole", **changes)
+    tune(work, tiny_folder, "parts", steps=3, **changes)  # saved after step 2
+    parts = tune(work, tiny_folder, "parts", **changes)
+    states: list[Any] = [mx.load(str(out / "state.safetensors")) for out in (whole, parts)]
+    assert states[0].keys() == states[1].keys()
+    for name, array in states[0].items():
+        assert mx.array_equal(array, states[1][name]), name
+    for name in ("adapter/adapters", "model/model"):
+        files = [out / f"{name}.safetensors" for out in (whole, parts)]
+        assert files[0].exists() == files[1].exists()
+        assert not files[0].exists() or files[0].read_bytes() == files[1].read_bytes()
+    logs = [
+        [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in text]
+        for text in ((out / "log.jsonl").read_text().splitlines() for out in (whole, parts))
+    ]
+    assert logs[0] == logs[1]
+    assert [line["step"] for line in logs[0]] == list(range(7))
+
+
+def test_other_settings_data_or_weights_are_refused(tiny_folder: Path, work: Path) -> None:
+    out = tune(work, tiny_folder, steps=2)
+    with pytest.raises(TrainingError, match=r"whose lora was .*rank.*; choose another folder"):
+        tune(work, tiny_folder, lora__rank=5)
+    with pytest.raises(TrainingError, match="whose seed was 1, and now it is 2"):
+        tune(work, tiny_folder, seed=2)
+    (out / "mine.txt").write_text("")
+    with pytest.raises(TrainingError, match=r"holds 'mine.txt'"):
+        tune(work, tiny_folder)
+    (out / "mine.txt").unlink()
+    twin = Tuning(read_settings(cases.write_config(work, tiny_folder)), out)
+    with pytest.raises(TrainingError, match="another training is writing"):
+        tune(work, tiny_folder)
+    twin.close()
+    model = load_model(tiny_folder)
+    model.text_model.norm.weight = model.text_model.norm.weight * 2
+    other = work / "other"
+    shutil.copytree(tiny_folder, other)
+    mx.save_safetensors(str(other / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    state = out / "state.safetensors"
+    arrays, notes = mx.load(str(state), return_metadata=True)
+    settings = json.loads(notes["settings"]) | {"model": str(other)}
+    mx.save_safetensors(str(state), arrays, {**notes, "settings": json.dumps(settings)})
+    with pytest.raises(TrainingError, match="the checkpoint changed"):
+        tune(work, other)
+    mx.save_safetensors(str(state), arrays, notes)
+    cases.make_dataset(work / "data", 7)
+    with pytest.raises(TrainingError, match="the data changed"):
+        tune(work, tiny_folder)
