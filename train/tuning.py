@@ -1,18 +1,12 @@
-"""A fine-tuning from its settings to a folder, resumed where an earlier run of it stopped.
-
-The folder holds `adapter` or `model`, what was trained so far; `state.safetensors`, from which
-the training goes on; and `log.jsonl`, a line a step.
-"""
+"""A fine-tuning from its settings to a folder, resumed where an earlier run of it stopped."""
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +20,17 @@ from mlx_smolvlm.errors import DatasetError, TrainingError
 from mlx_smolvlm.smolvlm import SmolVLM, load
 from mlx_smolvlm.train.answer_loss import answer_loss, checkpointed_loss
 from mlx_smolvlm.train.dataset import Example, read_dataset
+from mlx_smolvlm.train.folder import (
+    ADAPTER,
+    FUSED,
+    LOG_FILE,
+    MODEL,
+    STATE_FILE,
+    check_folder,
+    check_same,
+    lock,
+    rewind,
+)
 from mlx_smolvlm.train.loader import Features, Loader
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Report, Schedule, read_notes
 from mlx_smolvlm.train.order import Order
@@ -39,10 +44,6 @@ from mlx_smolvlm.train.trainee import (
     tuned,
     write_model,
 )
-
-STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
-ADAPTER, MODEL, FUSED = "adapter", "model", "fused"
-_OWN = (STATE_FILE, LOG_FILE, ADAPTER, MODEL, FUSED, "state.part.safetensors", "log.part")
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,8 @@ class Tuning:
         """
         self.settings, self.out = settings, out
         self._loaders: list[Loader] = []
-        _check_folder(out)
-        self._lock = _lock(out)
+        check_folder(out)
+        self._lock = lock(out)
         try:
             self._prepare(offline)
             self._resume()
@@ -291,9 +292,9 @@ class Tuning:
         """Go on from the folder's state, if it is of this training."""
         path = self.out / STATE_FILE
         if path.exists():
-            _check_same(path, read_notes(path), self._notes)
+            check_same(path, read_notes(path), self._notes)
             self.loop.restore(path)
-        _rewind(self.out / LOG_FILE, self.loop.step)
+        rewind(self.out / LOG_FILE, self.loop.step)
 
     def _logged(self, event: Event) -> Event:
         """`event`, written to the log."""
@@ -308,55 +309,3 @@ class Tuning:
         with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
         return event
-
-
-def _check_folder(out: Path) -> None:
-    """Refuse a folder that holds something else than a training."""
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out} is no folder; choose another with --out")
-    others = [one.name for one in out.iterdir() if one.name not in _OWN] if out.exists() else []
-    others = [name for name in others if not name.startswith(".")]
-    if others:
-        raise TrainingError(
-            f"{out} holds {others[0]!r}, which is of no training; choose another folder with --out"
-        )
-    out.mkdir(parents=True, exist_ok=True)
-
-
-def _lock(out: Path) -> int:
-    """A descriptor that keeps other trainings out of the folder."""
-    descriptor = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
-        raise TrainingError(f"another training is writing to {out}; wait for it") from None
-    return descriptor
-
-
-def _check_same(path: Path, stored: dict[str, str], own: dict[str, str]) -> None:
-    """Refuse to go on from a state that other settings, data or weights led to."""
-    advice = "choose another folder with --out, or remove this one"
-    old, new = json.loads(stored.get("settings", "{}")), json.loads(own["settings"])
-    for name in sorted(old.keys() | new.keys()):
-        if old.get(name) != new.get(name):
-            raise TrainingError(
-                f"{path} is of a training whose {name} was {json.dumps(old.get(name))}, and now "
-                f"it is {json.dumps(new.get(name))}; {advice}"
-            )
-    for name, what in (("data", "the data"), ("base", "the checkpoint")):
-        if stored.get(name) != own[name]:
-            raise TrainingError(f"{what} changed since {path} was written; {advice}")
-
-
-def _rewind(log: Path, step: int) -> None:
-    """Take from `log` what came after `step`, or was not written to its end."""
-    lines = []
-    if log.exists():
-        for line in log.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError):
-                if json.loads(line)["step"] <= step and step > 0:
-                    lines.append(line + "\n")
-    part = log.with_suffix(".part")
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(log)

@@ -1,0 +1,71 @@
+"""The folder of a training: what may be in it, its lock, its log, and what its state is of.
+
+It holds `adapter` or `model`, what was trained so far; `state.safetensors`, from which the
+training goes on; and `log.jsonl`, a line a step.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from contextlib import suppress
+from pathlib import Path
+
+from mlx_smolvlm.errors import TrainingError
+
+STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
+ADAPTER, MODEL, FUSED = "adapter", "model", "fused"
+OWN = (STATE_FILE, LOG_FILE, ADAPTER, MODEL, FUSED, "state.part.safetensors", "log.part")
+
+
+def check_folder(out: Path) -> None:
+    """Refuse a folder that holds something else than a training."""
+    if out.exists() and not out.is_dir():
+        raise TrainingError(f"{out} is no folder; choose another with --out")
+    others = [one.name for one in out.iterdir() if one.name not in OWN] if out.exists() else []
+    others = [name for name in others if not name.startswith(".")]
+    if others:
+        raise TrainingError(
+            f"{out} holds {others[0]!r}, which is of no training; choose another folder with --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def lock(out: Path) -> int:
+    """A descriptor that keeps other trainings out of the folder."""
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise TrainingError(f"another training is writing to {out}; wait for it") from None
+    return descriptor
+
+
+def check_same(path: Path, stored: dict[str, str], own: dict[str, str]) -> None:
+    """Refuse to go on from a state that other settings, data or weights led to."""
+    advice = "choose another folder with --out, or remove this one"
+    old, new = json.loads(stored.get("settings", "{}")), json.loads(own["settings"])
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            raise TrainingError(
+                f"{path} is of a training whose {name} was {json.dumps(old.get(name))}, and now "
+                f"it is {json.dumps(new.get(name))}; {advice}"
+            )
+    for name, what in (("data", "the data"), ("base", "the checkpoint")):
+        if stored.get(name) != own[name]:
+            raise TrainingError(f"{what} changed since {path} was written; {advice}")
+
+
+def rewind(log: Path, step: int) -> None:
+    """Take from `log` what came after `step`, or was not written to its end."""
+    lines = []
+    if log.exists():
+        for line in log.read_text(encoding="utf-8").splitlines():
+            with suppress(ValueError, KeyError):
+                if json.loads(line)["step"] <= step and step > 0:
+                    lines.append(line + "\n")
+    part = log.with_suffix(".part")
+    part.write_text("".join(lines), encoding="utf-8")
+    part.replace(log)
