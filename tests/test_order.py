@@ -20,6 +20,10 @@ def test_an_epoch_holds_every_example_once(size: int) -> None:
     found = drawn(Order(lengths, None, size, batches, 3), batches)
     assert set(Counter(found).values()) == {2}
     assert len(found) == 400
+    plain = [index for _, index in drawn(Order([[9] * 64], None, 1, 128, 3), 128)]
+    # Each epoch has an order of its own, and not only within its windows.
+    assert set(plain[:WINDOW]) != set(plain[64 : 64 + WINDOW])
+    assert sorted(plain[:64]) == sorted(plain[64:])
     first = drawn(Order(lengths, None, size, 200 // size, 3), 200 // size)
     assert set(Counter(first).values()) == {1}
 

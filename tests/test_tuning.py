@@ -18,10 +18,12 @@ from mlx_smolvlm.adapter import load_adapter, read_adapter_config
 from mlx_smolvlm.checkpoint import build_model, load_model, read_config
 from mlx_smolvlm.config import Quantization, QuantizationConfig
 from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMWarning, TrainingError
+from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.smolvlm import SmolVLM, load
 from mlx_smolvlm.train.answer_loss import Batch, answer_loss, checkpointed_loss, hidden_states
 from mlx_smolvlm.train.dataset import read_dataset
+from mlx_smolvlm.train.loader import Features, Loader
 from mlx_smolvlm.train.rows import Sight, opened, row_of, sized
 from mlx_smolvlm.train.settings import LoraSettings, read_settings
 from mlx_smolvlm.train.trainee import leave_parts, start_adapter
@@ -129,6 +131,35 @@ def test_training_sees_the_tokens_that_ask_prefills(tiny: SmolVLM, work: Path) -
         assert [tiny.prompt_builder.tokenizer.decode(run[:-1].tolist()) for run in said] == [
             f" {answer}" for answer in answers
         ]
+
+
+def test_a_template_that_begins_answers_otherwise_is_refused(tiny: SmolVLM, work: Path) -> None:
+    template = (tiny.path / "chat_template.jinja").read_text().replace("'Assistant:'", "'Bot:'")
+    builder = PromptBuilder(tiny.path / "tokenizer.json", template, tiny.config)
+    example = read_dataset(work / "data")[0]
+    with pytest.raises(DatasetError, match=r"train\.jsonl:1: .* does not write message 2 as an"):
+        row_of(builder, example, sized(tiny, example, Sight()))
+
+
+def test_embeddings_are_kept_within_a_bound(
+    tiny: SmolVLM, work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = read_dataset(work / "data")
+    whole = Features(tiny)
+    loader = Loader(tiny, lambda number: examples, 1, Sight(), whole)
+    expected = loader.batch(0)
+    loader.close()
+    assert expected.image_embeds is not None
+    limit = expected.image_embeds.nbytes // 2
+    monkeypatch.setattr("mlx_smolvlm.train.loader.FEATURE_BYTES", limit)
+    bounded = Features(tiny)
+    loader = Loader(tiny, lambda number: examples, 3, Sight(), bounded)
+    for number in range(3):  # some known, some forgotten since
+        found = loader.batch(number)
+        assert mx.array_equal(found.image_embeds, expected.image_embeds)
+        assert 0 < bounded.nbytes <= limit
+    loader.close()
+    assert whole.nbytes == 2 * limit
 
 
 def test_an_example_that_is_too_long(tiny_folder: Path, work: Path) -> None:

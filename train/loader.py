@@ -47,6 +47,11 @@ class Features:
     def __contains__(self, key: str) -> bool:
         return key in self._known
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(one.nbytes for many in self._known.values() for one in many)
+
     def find(self, key: str) -> list[mx.array] | None:
         """What is known under `key`."""
         if key in self._known:
@@ -66,7 +71,7 @@ class Features:
         ]
         mx.eval(found)
         self._known[key] = found
-        while sum(one.nbytes for many in self._known.values() for one in many) > FEATURE_BYTES:
+        while self.nbytes > FEATURE_BYTES:
             self._known.popitem(last=False)
         return found
 

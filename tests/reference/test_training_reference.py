@@ -18,7 +18,7 @@ from mlx_smolvlm.smolvlm import SmolVLM  # noqa: E402
 from mlx_smolvlm.train.answer_loss import Batch, answer_loss, checkpointed_loss  # noqa: E402
 from mlx_smolvlm.train.dataset import read_dataset  # noqa: E402
 from mlx_smolvlm.train.loader import Features, Loader  # noqa: E402
-from mlx_smolvlm.train.rows import Sight  # noqa: E402
+from mlx_smolvlm.train.rows import Sight, row_of, sized  # noqa: E402
 from mlx_smolvlm.train.trainee import leave_parts  # noqa: E402
 
 TESTS = Path(__file__).parents[1]
@@ -67,13 +67,14 @@ def batches(vlm: SmolVLM, folder: Path) -> tuple[Batch, Batch]:
     return found[0], found[1]
 
 
-def theirs(model: Any, vlm: SmolVLM, batch: Batch) -> Any:
-    """transformers' loss of `batch`, with labels of -100 where there is no target."""
+def theirs(model: Any, vlm: SmolVLM, folder: Path, batch: Batch) -> Any:
+    """transformers' loss of `batch`, with labels of -100 where the rows have no target."""
     ids = torch.tensor(batch.input_ids, dtype=torch.long)
     labels = torch.full_like(ids, -100)
-    labels.view(-1)[torch.tensor(batch.places.astype(np.int64)) + 1] = torch.tensor(
-        batch.targets.astype(np.int64)
-    )
+    for row, example in enumerate(read_dataset(folder)):
+        told = row_of(vlm.prompt_builder, example, sized(vlm, example, Sight()))
+        for place in np.flatnonzero(told.is_target):
+            labels[row, place] = int(told.ids[place])
     # Rows end at their last target, or at the line break behind it.
     ends = [int(np.flatnonzero(row)[-1]) + 1 for row in batch.input_ids]
     mask = torch.tensor([[i < end for i in range(ids.shape[1])] for end in ends]).long()
@@ -93,7 +94,7 @@ def test_the_loss_equals_transformers(pair: Any, tmp_path: Path) -> None:
     assert max(lengths) > 2 * min(lengths)  # there is padding
     assert with_embeds.pixel_values is None
     with torch.no_grad():
-        expected = float(theirs(pair.theirs, pair.ours, with_pixels))
+        expected = float(theirs(pair.theirs, pair.ours, tmp_path, with_pixels))
     for loss in (answer_loss, checkpointed_loss):
         for batch in (with_pixels, with_embeds):
             total, count = loss(pair.ours.model, batch)
@@ -104,7 +105,7 @@ def test_the_gradient_equals_transformers(pair: Any, tmp_path: Path) -> None:
     vlm = pair.ours
     batch, _ = batches(vlm, tmp_path)
     pair.theirs.zero_grad()
-    theirs(pair.theirs, vlm, batch).backward()
+    theirs(pair.theirs, vlm, tmp_path, batch).backward()
     leave_parts(vlm.model, ("text", "vision", "connector", "embeddings"))
     (_, count), gradient = nn.value_and_grad(vlm.model, answer_loss)(vlm.model, batch)
     own = {name: np.array(array) / count.item() for name, array in tree_flatten(gradient)}
