@@ -1,7 +1,6 @@
 """Evaluations: what is asked and how it counts, and going on after a stop."""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
@@ -194,6 +193,7 @@ def test_options_out_of_range(values: dict[str, Any]) -> None:
 
 def test_a_bad_picture(tiny: SmolVLM, tmp_path: Path) -> None:
     lines = [asking("What?"), asking("What?", image="bad.png"), asking("What? " * 999), asking("?")]
+    lines.append(asking("Who?"))
     data = write_dataset(tmp_path, lines)
     with pytest.raises(MediaError, match=r"test.jsonl:2: .*bad.png.*--skip-bad"):
         run(tiny, data, tmp_path / "results")
@@ -202,10 +202,11 @@ def test_a_bad_picture(tiny: SmolVLM, tmp_path: Path) -> None:
     options = dataclasses.replace(SHORT, skip_bad=True)
     evaluation = run(tiny, data, tmp_path / "results", options)
     scores = [(one.score, one.error is None) for one in evaluation.results]
-    assert scores == [(0, True), (0, False), (0, False), (0, True)]
+    assert scores == [(0, True), (0, False), (0, False), (0, True), (0, True)]
     assert "bad.png" in str(evaluation.results[1].error)
     overall = evaluation.report().overall
-    assert (overall.n, overall.bad) == (4, 2)
+    assert (overall.n, overall.bad) == (5, 2)
+    assert overall.cut == sum(one.generation_tokens == 6 for one in evaluation.results) > 0
 
 
 def test_it_goes_on_where_it_stopped(tiny: SmolVLM, data: Path, tmp_path: Path) -> None:
@@ -280,10 +281,9 @@ def test_something_else_is_not_gone_on_with(
     assert len(path.read_text().splitlines()) == 7
 
 
-def test_a_line_more_is_another_dataset(tiny: SmolVLM, data: Path, tmp_path: Path) -> None:
+def test_a_letter_changed_is_another_dataset(tiny: SmolVLM, data: Path, tmp_path: Path) -> None:
     run(tiny, data, tmp_path / "results")
-    with data.open("a") as file:
-        file.write(json.dumps(asking("What?")) + "\n")
+    data.write_text(data.read_text().replace("Where", "There"))
     with pytest.raises(DatasetError, match="another dataset"):
         run(tiny, data, tmp_path / "results")
 
@@ -310,10 +310,11 @@ def test_a_damaged_line_is_named(tiny: SmolVLM, data: Path, tmp_path: Path, line
 
 def test_one_run_at_a_time(tiny: SmolVLM, data: Path, tmp_path: Path) -> None:
     path = tmp_path / "results"
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(DatasetError, match="another run is writing"):
-            run(tiny, data, path)
+    first = Evaluation(tiny, read_cases([data], SHORT), SHORT).run(path)
+    next(first)
+    with pytest.raises(DatasetError, match="another run is writing"):
+        run(tiny, data, path)
+    first.close()
     run(tiny, data, path)
     with pytest.raises(DatasetError, match=r"results file .*: No such file"):
         run(tiny, data, tmp_path / "none" / "results")
