@@ -91,6 +91,10 @@ Bits = Annotated[
     int | None,
     typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="What mlx-smolvlm train made of this model."),
+]
 CacheDir = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Keep what prompts have in common here, for the next run."),
@@ -182,6 +186,7 @@ def chat(
         typer.Option(metavar="DIR", help="Write the frames that the model sees to this folder."),
     ] = None,
     bits: Bits = None,
+    adapter: Adapter = None,
     kv_bits: Annotated[
         int | None,
         typer.Option(metavar="8|4", help="Precision of keys and values; default: as computed."),
@@ -255,6 +260,7 @@ def chat(
         ),
         detail=parse_detail(detail),
         bits=bits,
+        adapter=adapter,
         cache=make_cache_options(folder=cache_dir, kv_bits=kv_bits, max_kv_tokens=max_kv_tokens),
         on_full=parse_on_full(on_full),
         offline=offline,
@@ -295,6 +301,7 @@ def choose(
     ] = "none",
     detail: Annotated[str, typer.Option(metavar="LEVEL", help="As in chat.")] = "high",
     bits: Bits = None,
+    adapter: Adapter = None,
     cache_dir: CacheDir = None,
     offline: Offline = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -314,6 +321,7 @@ def choose(
         detail=parse_detail(detail),
         normalize=normalize,
         bits=bits,
+        adapter=adapter,
         cache=make_cache_options(folder=cache_dir, kv_bits=None, max_kv_tokens=None),
         offline=offline,
         json=json,
@@ -471,6 +479,39 @@ def convert(
         dtype=dtype,
     )
     run(ConvertRequest(source=source, dest=dest, options=options, force=force, offline=offline))
+
+
+TRAIN_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm train receipts.toml
+  mlx-smolvlm train receipts.toml --out receipts-2 --fuse
+  mlx-smolvlm chat "Read it." -i receipt.jpg -m smolvlm2-256m --adapter receipts-trained/adapter"""
+
+
+@app.command(epilog=TRAIN_EPILOG)
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml", help="What to train, on which data, and how.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where to write, and where an earlier run goes on; default: as the file says, "
+            "or its name with -trained.",
+        ),
+    ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Write a checkpoint of model and adapter together, too.")
+    ] = False,
+    offline: Offline = False,
+) -> None:
+    """Train a model further on your own pictures, videos and answers."""
+    from mlx_smolvlm.cli.train import TrainOptions
+    from mlx_smolvlm.cli.train import train as run
+
+    raise typer.Exit(run(TrainOptions(config=config, out=out, fuse=fuse, offline=offline)))
 
 
 @app.command()

@@ -93,6 +93,7 @@ def load_model(options: ModelOptions) -> SmolVLM:
             offline=options.offline,
             cache=options.cache,
             progress=progress,
+            adapter=options.adapter,
         )
 
 

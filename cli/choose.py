@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
@@ -36,6 +37,7 @@ class ChooseOptions:
     detail: Detail
     normalize: str
     bits: int | None
+    adapter: Path | None
     cache: CacheOptions
     offline: bool
     json: bool

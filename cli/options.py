@@ -49,6 +49,7 @@ class ChatOptions:
     sampling: Sampling
     detail: Detail
     bits: int | None
+    adapter: Path | None
     cache: CacheOptions
     on_full: OnFull
     offline: bool
@@ -83,6 +84,8 @@ class ModelOptions(Protocol):
     def model(self) -> str: ...
     @property
     def bits(self) -> int | None: ...
+    @property
+    def adapter(self) -> Path | None: ...
     @property
     def cache(self) -> CacheOptions: ...
     @property

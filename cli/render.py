@@ -176,6 +176,11 @@ class Bar:
         self._drawn_at = 0.0
         self._drawn = False
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether stderr is a terminal, where it can be drawn."""
+        return sys.stderr.isatty()
+
     def draw(self, done: float, total: float, text: str) -> None:
         """Show `done` of `total`, at most ten times a second, and `text` beside it."""
         now = time.monotonic()

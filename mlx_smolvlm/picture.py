@@ -61,27 +61,46 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
         return _decode(stream, short_name(source))
 
 
+def upright_size(source: str | Path) -> Size:
+    """Size of the picture in the file `source` as `open_image` gives it, from its header alone.
+
+    Raises:
+        MediaError: It is no picture, or has more than `MAX_PIXELS`.
+    """
+    with open_bytes(source) as stream, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image = _header(stream, short_name(source))
+        width, height = image.size
+        is_turned = _orientation(image) in (5, 6, 7, 8)
+    return (height, width) if is_turned else (width, height)
+
+
 def _decode(stream: BinaryIO, name: str) -> Image.Image:
     """The picture in an open file."""
-    if not stream.read(1):
-        raise MediaError(f"{name} is empty")
-    stream.seek(0)
     # Pillow warns of large pictures and damaged metadata; the limit here is our own, and
     # a warning would reach the terminal.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            image = Image.open(stream)
-        except UnidentifiedImageError:
-            raise MediaError(
-                f"{name} is not a picture in a format that can be read; convert it to PNG or JPEG"
-            ) from None
-        except Image.DecompressionBombError as error:
-            raise MediaError(f"{name} is too large: {error}") from None
-        except Exception as error:  # a format plugin raises anything on damaged data
-            raise MediaError(_damaged(name, error)) from None
-        check_size(image.size, name)
-        return _guarded(image, name)
+        return _guarded(_header(stream, name), name)
+
+
+def _header(stream: BinaryIO, name: str) -> Image.Image:
+    """The picture in an open file, not decoded yet."""
+    if not stream.read(1):
+        raise MediaError(f"{name} is empty")
+    stream.seek(0)
+    try:
+        image = Image.open(stream)
+    except UnidentifiedImageError:
+        raise MediaError(
+            f"{name} is not a picture in a format that can be read; convert it to PNG or JPEG"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise MediaError(f"{name} is too large: {error}") from None
+    except Exception as error:  # a format plugin raises anything on damaged data
+        raise MediaError(_damaged(name, error)) from None
+    check_size(image.size, name)
+    return image
 
 
 def _guarded(image: Image.Image, name: str) -> Image.Image:

@@ -99,8 +99,10 @@ class State:
         return State(self.content, self.cache.fork())
 
 
-def make_memory(options: CacheOptions, checkpoint: Path, config: Config) -> Memory:
-    """The memory of the model that was loaded from the folder `checkpoint`.
+def make_memory(
+    options: CacheOptions, checkpoint: Path, config: Config, adapter: Path | None = None
+) -> Memory:
+    """The memory of the model that was loaded from the folder `checkpoint`, with an adapter or not.
 
     Raises:
         CheckpointError: The folder for the cache cannot be used.
@@ -110,7 +112,7 @@ def make_memory(options: CacheOptions, checkpoint: Path, config: Config) -> Memo
     from mlx_smolvlm.store import Store
 
     folder = Path(options.folder).expanduser()
-    return Memory(options, Store(folder, options.folder_bytes, checkpoint, config))
+    return Memory(options, Store(folder, options.folder_bytes, checkpoint, config, adapter))
 
 
 class Memory:

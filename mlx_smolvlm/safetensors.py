@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import mlx.core as mx
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -159,3 +163,19 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         if tensor not in tensors:
             raise CheckpointError(f"tensor '{tensor}' is missing from {folder / index[tensor]}")
     return tensors
+
+
+def save_synced(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write `arrays` and texts to `path`, which ends in .safetensors, whole or not at all."""
+    import mlx.core as mx
+
+    part = path.with_suffix(".part.safetensors")
+    mx.save_safetensors(str(part), arrays, metadata)
+    for target in (part, path.parent):
+        if target != part:
+            part.replace(path)
+        descriptor = os.open(target, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -48,9 +48,11 @@ class SmolVLM:
         model: Model,
         builder: PromptBuilder,
         cache: CacheOptions = CacheOptions(),  # noqa: B008 (frozen)
+        adapter: Path | None = None,
     ) -> None:
         self.path, self.config, self.model, self.prompt_builder = path, config, model, builder
-        self.cache_options, self.memory = cache, make_memory(cache, path, config)
+        self.adapter = adapter
+        self.cache_options, self.memory = cache, make_memory(cache, path, config, adapter)
         self.hidden_token_ids = builder.framing_token_ids
         # Compiled, a quantized layer's biases join the kernels that follow them.
         self.encoder: Callable[[mx.array], mx.array] = mx.compile(model.encode)
@@ -341,10 +343,10 @@ class SmolVLM:
 
     @cached_property
     def checkpoint_digest(self) -> str:
-        """Digest of the checkpoint's files; it reads them all."""
+        """Digest of the files of the checkpoint and of its adapter; it reads them all."""
         from mlx_smolvlm.store import checkpoint_digest
 
-        return checkpoint_digest(self.path)
+        return checkpoint_digest(self.path, adapter=self.adapter)
 
 
 def load(
@@ -355,6 +357,7 @@ def load(
     dtype: str | None = None,
     cache: CacheOptions = CacheOptions(),  # noqa: B008 (frozen)
     progress: Callable[[int, int, str], None] | None = None,
+    adapter: str | Path | None = None,
 ) -> SmolVLM:
     """A model ready to answer.
 
@@ -370,9 +373,12 @@ def load(
         cache: How keys and values of the tokens are kept, and which of them from one prompt
             to the next.
         progress: Called during a conversion with bytes done, bytes in all, a name.
+        adapter: A folder that `mlx-smolvlm train` made on this checkpoint, in whatever
+            precision; see docs/training.md.
 
     Raises:
-        CheckpointError: It cannot be found, converted or read, or `cache` does not suit it.
+        CheckpointError: It cannot be found, converted or read, or `cache` or `adapter` does
+            not suit it.
     """
     from mlx_smolvlm.checkpoint import chat_template, load_model, read_config, tokenizer_path
     from mlx_smolvlm.hub import ResolveOptions, resolve
@@ -383,7 +389,14 @@ def load(
     cache.check(config.text)
     dtype = dtype or _usual_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
     builder = PromptBuilder(tokenizer_path(path), chat_template(path), config)
-    return SmolVLM(path, config, load_model(path, dtype), builder, cache)
+    network = load_model(path, dtype)
+    if adapter is None:
+        return SmolVLM(path, config, network, builder, cache)
+    from mlx_smolvlm.adapter import load_adapter
+
+    folder = Path(adapter).expanduser()
+    load_adapter(network, folder, config.source)
+    return SmolVLM(path, config, network, builder, cache, folder)
 
 
 def _usual_dtype(config: Config, on_cpu: bool) -> str:

@@ -42,10 +42,18 @@ class Store:
     goes first. Trouble with a file is told once and stops no answer.
     """
 
-    def __init__(self, folder: Path, limit: int, checkpoint: Path, config: Config) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        limit: int,
+        checkpoint: Path,
+        config: Config,
+        adapter: Path | None = None,
+    ) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._checkpoint = checkpoint_digest(checkpoint, folder / "checkpoints.json")
+            memo = folder / "checkpoints.json"
+            self._checkpoint = checkpoint_digest(checkpoint, memo, adapter)
             self._own = folder / f"{self._checkpoint[:16]}-v{VERSION}"
             self._own.mkdir(exist_ok=True)
         except OSError as error:
@@ -264,16 +272,20 @@ def _digest(tensors: Mapping[str, mx.array]) -> str:
     return total.hexdigest()
 
 
-def checkpoint_digest(folder: Path, memo: Path | None = None) -> str:
+def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | None = None) -> str:
     """Digest of every file of the checkpoint in `folder`.
 
     Args:
         memo: A JSON file that remembers digests by name, size and time of the files, since
             reading gigabytes takes seconds; None reads them.
+        adapter: The folder of its adapter, which counts as well.
 
     Raises:
         CheckpointError: A file cannot be read.
     """
+    if adapter is not None:
+        both = checkpoint_digest(folder, memo) + checkpoint_digest(adapter, memo)
+        return hashlib.sha256(both.encode()).hexdigest()
     try:
         files = sorted(path for path in folder.iterdir() if path.is_file())
         stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]

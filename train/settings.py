@@ -1,0 +1,252 @@
+"""The TOML file that describes a training, read strictly.
+
+docs/training.md describes every key. One that is not known, of another type or out of range is
+refused by name, before any work is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlx_smolvlm.config import DTYPES, PARTS
+from mlx_smolvlm.errors import TrainingError
+
+METHODS = ("lora", "full")
+SCHEDULES = ("cosine", "linear", "constant")
+DETAILS = ("high", "auto", "low")
+# They change nothing in the weights that a training ends with.
+FREE = ("out", "evaluate_every", "save_every", "log_every", "fuse", "valid", "folder")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank matrices: their width, what their product is multiplied with, and dropout."""
+
+    rank: int = 8
+    scale: float = 4.0
+    dropout: float = 0.0
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        _within("lora.rank", self.rank, 1, 4096)
+        _within("lora.scale", self.scale, 1e-6, 1e6)
+        _within("lora.dropout", self.dropout, 0, 0.99)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW, its learning rates (see `loop.Schedule`), and the longest gradient (0: any)."""
+
+    rate: float = 2e-4
+    schedule: str = "cosine"
+    warmup: int = 0
+    floor: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        _within("optimizer.rate", self.rate, 1e-12, 10)
+        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
+        _within("optimizer.warmup", self.warmup, 0, 10**9)
+        _within("optimizer.floor", self.floor, 0, 1)
+        _within("optimizer.weight_decay", self.weight_decay, 0, 10)
+        _within("optimizer.clip", self.clip, 0, math.inf)
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """A dataset, and its share of the mixture; None if no dataset has one."""
+
+    path: str
+    weight: float | None = None
+
+    def check(self) -> None:
+        """Refuse values out of range."""
+        if self.weight is not None:
+            _within("data.weight", self.weight, 1e-9, 1e9)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training. `folder` is that of the file, which relative paths begin at."""
+
+    model: str
+    data: tuple[DataSettings, ...]
+    folder: Path = Path()
+    out: str | None = None
+    method: str = "lora"
+    parts: tuple[str, ...] | None = None
+    valid: str | None = None
+    detail: str | int = "high"
+    fps: float | None = None
+    max_frames: int | None = None
+    max_tokens: int | None = None
+    too_long: str = "error"
+    batch_size: int = 4
+    accumulate: int = 1
+    steps: int | None = None
+    epochs: float | None = None
+    checkpoint_gradients: bool = False
+    dtype: str | None = None
+    evaluate_every: int = 100
+    save_every: int = 100
+    log_every: int = 10
+    fuse: bool = False
+    seed: int = 0
+    lora: LoraSettings = field(default_factory=LoraSettings)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+
+    @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """Which parts are trained; by default all in full, decoder and connector by LoRA."""
+        if self.parts is not None:
+            return self.parts
+        return PARTS if self.method == "full" else ("text", "connector")
+
+    def path(self, name: str) -> Path:
+        """A path that the file names."""
+        return self.folder / Path(name).expanduser()
+
+    def check(self) -> None:
+        """Refuse values out of range.
+
+        Raises:
+            TrainingError: It names the key, the value and what it may be.
+        """
+        _one_of("method", self.method, METHODS)
+        _one_of("too_long", self.too_long, ("error", "skip"))
+        if self.dtype is not None:
+            _one_of("dtype", self.dtype, DTYPES)
+        for name in self.trained_parts:
+            _one_of("parts", name, PARTS)
+        if not self.trained_parts:
+            raise TrainingError(f"parts is empty; give one or more of {', '.join(PARTS)}")
+        if isinstance(self.detail, int):
+            _within("detail", self.detail, 1, 6)
+        else:
+            _one_of("detail", self.detail, DETAILS)
+        counts = ("batch_size", "accumulate", "evaluate_every", "save_every", "log_every", "steps")
+        for name in (*counts, "max_tokens", "max_frames"):
+            if getattr(self, name) is not None:
+                _within(name, getattr(self, name), 1, 10**9)
+        _within("seed", self.seed, 0, 2**31)
+        for name in ("epochs", "fps"):
+            if getattr(self, name) is not None:
+                _within(name, getattr(self, name), 1e-6, 1e6)
+        if self.fuse and self.method != "lora":
+            raise TrainingError("fuse is of no use with method full: its model is whole already")
+        if (self.steps is None) == (self.epochs is None):
+            raise TrainingError("give either steps or epochs")
+        if not self.data:
+            raise TrainingError("there is no [[data]]; give at least one, with a path")
+        weights = [one.weight is None for one in self.data]
+        if any(weights) and not all(weights):
+            raise TrainingError("some [[data]] have a weight and some have none; give all one")
+        self.lora.check()
+        self.optimizer.check()
+        for dataset in self.data:
+            dataset.check()
+
+    def decisive(self) -> dict[str, Any]:
+        """What the weights follow from, as plain values."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in FREE}
+
+
+def read_settings(path: str | Path) -> Settings:
+    """The training that the file at `path` describes.
+
+    Raises:
+        TrainingError: It cannot be read, or says what no training can be.
+    """
+    file = Path(path).expanduser()
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise TrainingError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise TrainingError(f"{file} is not UTF-8 text (byte {error.start})") from None
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        settings = dataclasses.replace(_read(Settings, tomllib.loads(text), ""), folder=file.parent)
+        settings.check()
+    except tomllib.TOMLDecodeError as error:
+        raise TrainingError(f"{file} is not valid TOML: {error}") from None
+    except TrainingError as error:
+        raise TrainingError(f"{file}: {error}") from None
+    return settings
+
+
+T = TypeVar("T")
+
+_NESTED: dict[str, type] = {
+    "LoraSettings": LoraSettings,
+    "OptimizerSettings": OptimizerSettings,
+    "tuple[DataSettings, ...]": DataSettings,
+}
+_KINDS: dict[str, str] = {
+    "str": "a text",
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "tuple[str, ...]": "a list of texts",
+}
+
+
+def _read(cls: type[T], values: Any, where: str) -> T:
+    """An instance of `cls` from the TOML table `values`; `where` stands before its keys."""
+    if not isinstance(values, dict):
+        raise TrainingError(f"{where.rstrip('.')} must be a table, not {values!r:.60}")
+    fields: dict[str, Any] = {one.name: one for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields.pop("folder", None)
+    for name in values:
+        if name not in fields:
+            raise TrainingError(f"the key '{where}{name}' is not known; known: {', '.join(fields)}")
+    for name, one in fields.items():
+        has_none = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if has_none and name not in values:
+            raise TrainingError(f"the key '{where}{name}' is missing")
+    read = {name: _value(str(fields[name].type), values[name], where + name) for name in values}
+    return cls(**read)
+
+
+def _value(kind: str, value: Any, where: str) -> Any:
+    """`value` as the annotation `kind` says."""
+    if kind in _NESTED:
+        if not kind.startswith("tuple"):
+            return _read(_NESTED[kind], value, f"{where}.")
+        if not isinstance(value, list):
+            raise TrainingError(f"{where} must be written as [[{where}]], not {value!r:.60}")
+        return tuple(_read(_NESTED[kind], one, f"{where}.") for one in value)
+    kinds = kind.removesuffix(" | None").split(" | ")
+    if kinds == ["tuple[str, ...]"]:
+        if isinstance(value, list) and all(isinstance(one, str) for one in value):
+            return tuple(value)
+    elif type(value).__name__ in kinds:
+        return value
+    elif kinds == ["float"] and type(value) is int:
+        return float(value)
+    expected = " or ".join(_KINDS[one] for one in kinds)
+    raise TrainingError(f"{where} must be {expected}, not {value!r:.60}")
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    """Refuse a `value` outside of low..high."""
+    if not low <= value <= high:
+        bound = f"from {low:g} on" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise TrainingError(f"{name} is {value}; it must be {bound}")
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Refuse a `value` that is none of `choices`."""
+    if value not in choices:
+        raise TrainingError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
