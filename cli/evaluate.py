@@ -32,6 +32,7 @@ class EvaluateRequest:
     model: str
     data: tuple[str, ...]
     options: EvaluationOptions
+    adapter: Path | None
     bits: int | None
     cache: CacheOptions
     offline: bool
@@ -51,8 +52,9 @@ class EvaluateRequest:
         """Where the results go."""
         if self.results is not None:
             return self.results.expanduser()
-        names = (Path(name).resolve() for name in (self.model, *self.data))
-        parts = (name.stem if name.suffix == ".jsonl" else name.name for name in names)
+        adapters = [] if self.adapter is None else [str(self.adapter)]
+        paths = (Path(name).resolve() for name in (self.model, *adapters, *self.data))
+        parts = (path.stem if path.suffix == ".jsonl" else path.name for path in paths)
         return Path(
             "-".join(["eval", *(re.sub(r"[^\w.@-]+", "-", one) for one in parts)]) + ".jsonl"
         )

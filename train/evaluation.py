@@ -126,6 +126,7 @@ class Evaluation:
             "model": {
                 "name": vlm.path.name,
                 "source": vlm.config.source,
+                "adapter": vlm.adapter.name if vlm.adapter else None,
                 "digest": vlm.checkpoint_digest,
                 "bits": {name: part.bits if part else None for name, part in parts.items()},
             },
