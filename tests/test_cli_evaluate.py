@@ -190,3 +190,12 @@ def test_wrong_option(tmp_path: Path, arguments: tuple[str, ...], words: tuple[s
     assert (result.returncode, result.stdout) == (2, "")
     for word in words:
         assert word in result.stderr
+
+
+def test_results_are_kept_until_restart(tiny_folder: Path, folder: Path) -> None:
+    arguments = (tiny_folder, "test.jsonl", "--max-tokens", "5", "--results", "r")
+    first = run(*arguments, cwd=folder).stdout
+    file = folder / "r"
+    file.write_text(file.read_text().replace('"score": 0.0', '"score": 1.0'))
+    assert "7 of 7" in run(*arguments, cwd=folder).stdout
+    assert run(*arguments, "--restart", cwd=folder).stdout == first
