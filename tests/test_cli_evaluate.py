@@ -11,6 +11,16 @@ import jsonschema
 import pytest
 from PIL import Image
 
+from mlx_smolvlm import load
+from mlx_smolvlm.adapter import (
+    AdapterConfig,
+    adaptable,
+    adapter_arrays,
+    attach,
+    save_adapter,
+    signature,
+)
+
 COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
 # Ends itself with a signal when it is to write for the sixth time, half of that written or nothing.
 STOPPING = """
@@ -199,3 +209,28 @@ def test_results_are_kept_until_restart(tiny_folder: Path, folder: Path) -> None
     file.write_text(file.read_text().replace('"score": 0.0', '"score": 1.0'))
     assert "7 of 7" in run(*arguments, cwd=folder).stdout
     assert run(*arguments, "--restart", cwd=folder).stdout == first
+
+
+def test_an_adapter_counts_as_another_model(tiny_folder: Path, folder: Path) -> None:
+    vlm = load(tiny_folder)
+    modules = adaptable(vlm.model, ("text",))
+    numbers = tuple(signature(vlm.model))
+    config = AdapterConfig(vlm.config.source, numbers, 2, 50.0, 0.0, modules)
+    attach(vlm.model, config)
+    for name, array in adapter_arrays(vlm.model, config).items():
+        vlm.model.load_weights([(name, array + 1.0)], strict=False)
+    save_adapter(vlm.model, folder / "mine", config)
+    arguments = (tiny_folder, "test.jsonl", "--max-tokens", "5")
+    assert run(*arguments, cwd=folder).returncode == 0
+    adapted = (*arguments, "--adapter", "mine")
+    told = json.loads(run(*adapted, "--json", cwd=folder).stdout)
+    assert told["model"]["adapter"] == "mine"
+    names = [f"eval-{tiny_folder.name}-{name}.jsonl" for name in ("test", "mine-test")]
+    plain, other = (
+        [json.loads(line)["answer"] for line in (folder / name).read_text().splitlines()[1:]]
+        for name in names
+    )
+    assert plain != other
+    refused = run(*adapted, "--results", names[0], cwd=folder)
+    assert refused.returncode == 1
+    assert "results of another checkpoint" in refused.stderr
