@@ -1,0 +1,196 @@
+"""Two checkpoints of one tokenizer compared: predictions, pictures, answers, matrices.
+
+They are loaded one after the other. Beside the one at hand, the reference's output head and
+vision encoder are in memory, and the last hidden states of the texts.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from mlx_smolvlm.convert.comparison import Comparison, Side, token_loss
+from mlx_smolvlm.convert.differences import (
+    all_predictions,
+    answer_pairs,
+    decoder_losses,
+    matrix_losses,
+    matrix_paths,
+    picture_losses,
+    surprises,
+)
+from mlx_smolvlm.convert.observe import Work, observe
+from mlx_smolvlm.convert.opened import Opened, OpenedFolder
+from mlx_smolvlm.convert.run import Progress
+from mlx_smolvlm.convert.samples import PLAIN_QUESTION, QUESTIONS, TEXTS, Asked, drawn_pictures
+from mlx_smolvlm.convert.weights import entries
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.hub import ResolveOptions, resolve
+from mlx_smolvlm.image import Detail
+from mlx_smolvlm.messages import ImageSource, read_request
+
+ASKED_PICTURES = 8  # how many pictures a question is asked about
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What two checkpoints are tried on.
+
+    Attributes:
+        texts: Whose tokens are predicted; None takes those of this package.
+        pictures: Pairs of a name and a picture, as `SmolVLM.ask` takes one; None takes those
+            of this package.
+        questions: Asked about the first pictures, one each, in turn.
+        text_tokens: The most tokens of texts that are read, in all.
+        max_tokens: The longest answer, in tokens.
+        detail: How pictures are cut into tiles, see `SmolVLM.ask`.
+
+    Raises:
+        ValueError: A number that is below 1.
+    """
+
+    texts: tuple[str, ...] | None = None
+    pictures: tuple[tuple[str, ImageSource], ...] | None = None
+    questions: tuple[str, ...] = QUESTIONS
+    text_tokens: int = 8192
+    max_tokens: int = 48
+    detail: Detail = "low"
+
+    def __post_init__(self) -> None:
+        for name in ("text_tokens", "max_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 1 or above")
+
+    @property
+    def named_pictures(self) -> list[tuple[str, ImageSource]]:
+        """Names and pictures."""
+        return list(drawn_pictures().items()) if self.pictures is None else list(self.pictures)
+
+    def work(self) -> Work:
+        """Texts and questions."""
+        pictures = self.named_pictures[:ASKED_PICTURES] if self.questions else []
+        count = len(self.questions)
+        asked = [
+            Asked(self.questions[number % count], picture, name)
+            for number, (name, picture) in enumerate(pictures)
+        ]
+        texts = TEXTS if self.texts is None else self.texts
+        questions = (*asked, Asked(PLAIN_QUESTION))
+        return Work(texts, self.text_tokens, questions, self.max_tokens, self.detail)
+
+
+def compare(
+    reference: str | Path,
+    other: str | Path,
+    options: CompareOptions | None = None,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """How far the checkpoint `other` lies from `reference`.
+
+    Args:
+        reference: As `load` takes it: a folder, a hub id, an alias, or "demo".
+        other: Likewise, with the same tokenizer.
+        options: Texts, pictures and questions.
+        offline: Never use the network.
+        progress: Called with the steps done, the steps in all, and the step that begins.
+
+    Raises:
+        CheckpointError: One cannot be found, converted or read, or their tokenizers differ.
+        MediaError: A picture cannot be opened.
+    """
+    how = ResolveOptions(offline=offline)
+    sides = [OpenedFolder(resolve(one, how), str(one)) for one in (reference, other)]
+    return compare_opened(sides[0], sides[1], options or CompareOptions(), progress)
+
+
+def compare_opened(
+    reference: Opened, other: Opened, options: CompareOptions, progress: Progress | None = None
+) -> Comparison:
+    """How far `other` lies from `reference`; arguments and errors as in `compare`."""
+    check_tokenizers(reference, other)
+    mx.reset_peak_memory()
+    work = options.work()
+    paths = len(matrix_paths(reference, other))
+    tally = _Tally(progress, 2 * work.steps + 1 + paths)
+    a = observe(reference.load(), work, tally)
+    _free()
+    vlm = other.load()
+    b = observe(vlm, work, tally, a.answers)
+    found, texts = all_predictions(a, b), a.num_texts
+    tally("pictures")
+    pictures = [picture for _, picture in options.named_pictures]
+    media = vlm.opened(read_request("", pictures, (), None), options.detail)
+    features, layers = picture_losses(a, b, media)
+    layers = (*decoder_losses(a, b), *layers)
+    strange = surprises(a, found, vlm.prompt_builder.tokenizer.decode)
+    answers = answer_pairs(work.asked, a, b)
+    del vlm, a, b
+    _free()
+    return Comparison(
+        reference=_side(reference),
+        other=_side(other),
+        texts=token_loss(found[:texts]),
+        answers_forced=token_loss(found[texts:]),
+        features=features,
+        layers=layers,
+        matrices=matrix_losses(reference, other, tally),
+        answers=answers,
+        surprises=strange,
+        tasks=(),
+        peak_memory_gb=mx.get_peak_memory() / 1e9,
+    )
+
+
+def check_tokenizers(reference: Opened, other: Opened) -> None:
+    """Refuse checkpoints whose tokens are not the same.
+
+    Raises:
+        CheckpointError: It names both.
+    """
+    if reference.config.text.vocab_size == other.config.text.vocab_size:
+        texts = [one.tokenizer_json.read_bytes() for one in (reference, other)]
+        if texts[0] == texts[1]:
+            return
+        from tokenizers import Tokenizer
+
+        vocabularies = [Tokenizer.from_buffer(text).get_vocab() for text in texts]
+        if vocabularies[0] == vocabularies[1]:
+            return
+    raise CheckpointError(
+        f"{reference.name} and {other.name} have different tokenizers, so their predictions "
+        "cannot be compared"
+    )
+
+
+class _Tally:
+    """Counts steps, and tells `progress` of each as it begins."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self, name: str) -> None:
+        if self._progress is not None:
+            self._progress(self._done, self._total, name)
+        self._done += 1
+
+
+def _free() -> None:
+    """Let go of a model that nothing needs any more."""
+    gc.collect()
+    mx.clear_cache()
+
+
+def _side(opened: Opened) -> Side:
+    """Name and size."""
+    count = sum(
+        math.prod(shape) + (shape[0] if entry.bias else 0)
+        for entry in entries(opened.config)
+        for shape in entry.shapes
+    )
+    return Side(opened.name, opened.nbytes, 8 * opened.nbytes / count)
