@@ -52,8 +52,8 @@ def _token_rows(name: str, loss: TokenLoss) -> Iterator[tuple[str, str]]:
     yield f"{name}, top-1 agreement", f"{loss.top_1_agreement:.2%} of {loss.tokens} tokens"
     yield (
         f"{name}, KL",
-        f"{loss.kl_nats:.5f} nats a token (median {loss.kl_nats_median:.5f}, "
-        f"99 % below {loss.kl_nats_p99:.4f}, greatest {loss.kl_nats_max:.4f})",
+        f"{loss.kl_nats:.3g} nats a token (median {loss.kl_nats_median:.3g}, "
+        f"99 % below {loss.kl_nats_p99:.3g}, greatest {loss.kl_nats_max:.3g})",
     )
     change = loss.perplexity_other / loss.perplexity_reference - 1
     yield (
@@ -84,7 +84,7 @@ def differing_answers(found: Comparison) -> Iterator[str]:
     for one in found.surprises:
         yield (
             f"...{one_line(one.context)} [{one_line(one.true)}]: reference says "
-            f"{one.reference!r}, compared {one.other!r}, KL {one.kl_nats:.3f} nats"
+            f"{one.reference!r}, compared {one.other!r}, KL {one.kl_nats:.3g} nats"
         )
 
 
