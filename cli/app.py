@@ -321,6 +321,96 @@ def choose(
     run(options)
 
 
+EVAL_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm eval demo data/test.jsonl
+  mlx-smolvlm eval smolvlm-256m docvqa.jsonl --metric anls --max-tokens 64
+  mlx-smolvlm eval ./my-model data --limit 50 --show-errors 10
+  mlx-smolvlm eval ./my-model data/test.jsonl --markdown >> README.md"""
+
+
+@app.command("eval", epilog=EVAL_EPILOG)
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A folder, a hub id, an alias, or demo.")
+    ],
+    data: Annotated[
+        list[str],
+        typer.Argument(metavar="DATA...", help="JSONL files, or folders with a test.jsonl."),
+    ],
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="METRIC",
+            help="For lines that name none: exact, normalized, anls, relaxed, choices or letter; "
+            "default: choices if a line has them, else exact.",
+        ),
+    ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Only lines of these tasks.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Of each task, the first N lines.")
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="The longest answer, in tokens.")
+    ] = 256,
+    detail: Annotated[str, typer.Option(metavar="LEVEL", help="As in chat.")] = "high",
+    results: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Where each result is kept and a stopped run goes on; "
+            "default: eval-MODEL-DATA.jsonl, here.",
+        ),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Forget the results that are there.")
+    ] = False,
+    skip_bad: Annotated[
+        bool,
+        typer.Option("--skip-bad", help="Count a line that cannot be asked as wrong, and go on."),
+    ] = False,
+    show_errors: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Print N lines that are not right on stderr."),
+    ] = 0,
+    bits: Bits = None,
+    offline: Offline = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table for a model card.")
+    ] = False,
+) -> None:
+    """Measure how many answers to a dataset's questions are right, by task."""
+    from mlx_smolvlm.cli.evaluate import EvaluateRequest, make_evaluation_options
+    from mlx_smolvlm.cli.evaluate import evaluate as run
+    from mlx_smolvlm.cli.options import as_text, make_cache_options, parse_detail
+
+    request = EvaluateRequest(
+        model=model,
+        data=tuple(as_text("DATA", path) for path in data),
+        options=make_evaluation_options(
+            metric=metric,
+            tasks=tasks,
+            limit=limit,
+            max_tokens=max_tokens,
+            detail=parse_detail(detail),
+            skip_bad=skip_bad,
+        ),
+        bits=bits,
+        cache=make_cache_options(folder=None, kv_bits=None, max_kv_tokens=None),
+        offline=offline,
+        results=results,
+        restart=restart,
+        show_errors=show_errors,
+        json=json,
+        markdown=markdown,
+    )
+    raise typer.Exit(run(request))
+
+
 @app.command()
 def convert(
     source: Annotated[

@@ -17,10 +17,12 @@ from mlx_smolvlm.errors import (
     CheckpointError,
     ConstraintError,
     ContextError,
+    DatasetError,
     MediaError,
     PromptError,
     SmolVLMError,
     SmolVLMWarning,
+    TrainingError,
 )
 from mlx_smolvlm.media import Progress
 from mlx_smolvlm.parts import Part
@@ -41,6 +43,7 @@ __all__ = [
     "ConstraintError",
     "ContextError",
     "Conversation",
+    "DatasetError",
     "MediaError",
     "Part",
     "Progress",
@@ -50,6 +53,7 @@ __all__ = [
     "SmolVLM",
     "SmolVLMError",
     "SmolVLMWarning",
+    "TrainingError",
     "Video",
     "load",
 ]

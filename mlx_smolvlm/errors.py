@@ -29,5 +29,13 @@ class ConstraintError(SmolVLMError):
     """An answer cannot be held to a schema or a regular expression."""
 
 
+class DatasetError(SmolVLMError):
+    """A dataset has a line or a file that cannot be used."""
+
+
+class TrainingError(SmolVLMError):
+    """A training cannot be run or resumed as its configuration says."""
+
+
 class SmolVLMWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""

@@ -1,0 +1,234 @@
+"""Datasets: JSONL files of conversations, with the pictures and videos that they are about.
+
+A line is a conversation, or in short a question and its answer; docs/training.md describes the
+format. What is wrong with a line is said here, before any work is done.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_smolvlm.errors import DatasetError, PromptError
+from mlx_smolvlm.template import checked
+
+Message = dict[str, Any]
+
+MEDIA = {"image": "images", "video": "videos"}
+SHORT = ("image", "video", "question", "answer")
+KEYS = ("messages", *SHORT, *MEDIA.values(), "system", "task", "answers", "metric", "choices")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A line of a dataset.
+
+    Attributes:
+        messages: As `SmolVLM.ask` takes them, content a list of items, media items without a
+            source; the last one is an assistant's.
+        images: One for each image item, in order.
+        videos: One for each video item, in order.
+        task: What to count it under; None if the line does not say.
+        line: Its number in `file`, from 1.
+        file: Where it stands.
+        answers: What is accepted as an answer; by default the text of the last message.
+        metric: How an answer is to be judged; None leaves it to the reader.
+        choices: What an answer is to be chosen from; empty if it is free.
+    """
+
+    messages: tuple[Message, ...]
+    images: tuple[Path, ...]
+    videos: tuple[Path, ...]
+    task: str | None
+    line: int
+    file: Path
+    answers: tuple[str, ...]
+    metric: str | None
+    choices: tuple[str, ...]
+
+    @property
+    def prompt(self) -> list[Message]:
+        """The messages that the last answer is an answer to."""
+        return list(self.messages[:-1])
+
+    @property
+    def where(self) -> str:
+        """File and line, for messages of errors."""
+        return f"{self.file}:{self.line}"
+
+
+def read_dataset(path: str | Path, split: str = "train") -> list[Example]:
+    """The examples in the file `path`, or in `split`.jsonl of the folder `path`, in order.
+
+    Args:
+        path: A folder, or a JSONL file; media are looked for beside the file.
+        split: Which file of a folder: "train", "valid" or any other name.
+
+    Raises:
+        DatasetError: There is no such file, it holds no example, or a line is not as
+            docs/training.md says; it names file, line and reason.
+    """
+    file = Path(path).expanduser()
+    if file.is_dir():
+        file = file / f"{split}.jsonl"
+    examples = list(_examples(file))
+    if not examples:
+        raise DatasetError(f"{file} has no lines; give it one example a line")
+    return examples
+
+
+def _examples(file: Path) -> Iterator[Example]:
+    """The examples of the lines of `file`; empty lines are passed over."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DatasetError(f"{file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{file} is not UTF-8 text (byte {error.start})") from None
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            yield _example(line, number, file)
+        except (DatasetError, PromptError) as error:
+            raise DatasetError(f"{file}:{number}: {error}") from None
+
+
+def _example(line: str, number: int, file: Path) -> Example:
+    """The example that `line` states."""
+    try:
+        values = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"it is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise DatasetError(f"it must be a JSON object, not a {type(values).__name__}")
+    for key in values:
+        if key not in KEYS:
+            raise DatasetError(f"the key {key!r} is not known; known are {', '.join(KEYS)}")
+    answers, choices = _texts(values, "answers"), _texts(values, "choices")
+    media = {kind: _media(values, kind, file.parent) for kind in MEDIA}
+    counts = {kind: len(paths) for kind, paths in media.items()}
+    messages = _messages(values, answers, counts)
+    for kind, count in counts.items():
+        items = sum(item["type"] == kind for one in messages for item in one["content"])
+        if items != count:
+            raise DatasetError(f"the messages have {items} {kind} items, and {MEDIA[kind]} {count}")
+    if "choices" in values and len(set(choices)) < 2:
+        raise DatasetError("choices needs two different texts or more")
+    return Example(
+        messages=tuple(messages),
+        images=media["image"],
+        videos=media["video"],
+        task=_text(values, "task"),
+        line=number,
+        file=file,
+        answers=answers or (_joined(messages[-1]),),
+        metric=_text(values, "metric"),
+        choices=choices,
+    )
+
+
+def _messages(
+    values: dict[str, Any], answers: tuple[str, ...], counts: dict[str, int]
+) -> list[Message]:
+    """The messages of a line, media items and the last answer included."""
+    if "messages" in values:
+        short = [key for key in SHORT if key in values]
+        if short:
+            raise DatasetError(f"it has both messages and {short[0]}; give one of the two")
+        messages = _listed(values["messages"])
+    else:
+        if _text(values, "question") is None:
+            raise DatasetError("it has neither messages nor a question")
+        messages = [_said("user", values["question"])]
+        if _text(values, "answer") is not None:
+            messages.append(_said("assistant", values["answer"]))
+    if messages[-1]["role"] != "assistant":
+        if not answers:
+            raise DatasetError("the last message must be an assistant's, or there must be answers")
+        messages.append(_said("assistant", answers[0]))
+    system = _text(values, "system")
+    if system is not None:
+        if messages[0]["role"] == "system":
+            raise DatasetError("it has system, and a system message as well; give one of the two")
+        messages.insert(0, _said("system", system))
+    _check_answers(messages)
+    _place_media(messages, counts)
+    return messages
+
+
+def _listed(value: Any) -> list[Message]:
+    """Messages rebuilt from plain values."""
+    if not isinstance(value, list) or not value:
+        raise DatasetError("messages must be a list of one or more messages")
+    return [checked(message, number) for number, message in enumerate(value, 1)]
+
+
+def _said(role: str, text: str) -> Message:
+    """A message of one text."""
+    return checked({"role": role, "content": text}, 1)
+
+
+def _check_answers(messages: list[Message]) -> None:
+    """Refuse an answer that is empty, not text, or to nothing."""
+    for number, message in enumerate(messages, 1):
+        if message["role"] != "assistant":
+            continue
+        if any(item["type"] != "text" for item in message["content"]):
+            raise DatasetError(f"message {number} is an answer with a picture or video; give text")
+        if not _joined(message).strip():
+            raise DatasetError(f"message {number} is an empty answer")
+        if number == 1 or messages[number - 2]["role"] != "user":
+            raise DatasetError(f"message {number} is an answer, and the one before is no user's")
+
+
+def _place_media(messages: list[Message], counts: dict[str, int]) -> None:
+    """Put media items before the first user's text if no message has any."""
+    if any(item["type"] in MEDIA for message in messages for item in message["content"]):
+        return
+    first = next(message for message in messages if message["role"] == "user")
+    items = [{"type": kind} for kind, count in counts.items() for _ in range(count)]
+    first["content"] = [*items, *first["content"]]
+
+
+def _joined(message: Message) -> str:
+    """The text of a message without media."""
+    return "".join(item["text"] for item in message["content"])
+
+
+def _media(values: dict[str, Any], kind: str, folder: Path) -> tuple[Path, ...]:
+    """The files of one kind that a line names."""
+    many = MEDIA[kind]
+    if kind in values and many in values:
+        raise DatasetError(f"it has both {kind} and {many}; give one of the two")
+    names = _texts(values, many)
+    if kind in values:
+        names = (_text(values, kind) or "",)
+    paths = tuple(folder / Path(name).expanduser() for name in names)
+    for name, path in zip(names, paths, strict=True):
+        if not path.is_file():
+            raise DatasetError(f"there is no file {name!r} in {folder}")
+    return paths
+
+
+def _text(values: dict[str, Any], key: str) -> str | None:
+    """The text under `key`; None if there is none."""
+    value = values.get(key)
+    if key in values and (not isinstance(value, str) or not value.strip()):
+        raise DatasetError(f"{key} must be a text that is not empty, not {value!r:.60}")
+    return value
+
+
+def _texts(values: dict[str, Any], key: str) -> tuple[str, ...]:
+    """The texts under `key`; none if there is no such key."""
+    value = values.get(key, [])
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
+        raise DatasetError(f"{key} must be a list of texts, not {value!r:.60}")
+    if key == "answers" and key in values and not value:
+        raise DatasetError("answers has no text")
+    return tuple(value)
