@@ -499,7 +499,8 @@ COMPARE_EPILOG = """\
 \b
 Examples:
   mlx-smolvlm compare smolvlm-256m ./smolvlm-256m-4bit
-  mlx-smolvlm compare ./float ./packed --pictures photos/ --plot lost.png --json lost.json"""
+  mlx-smolvlm compare ./float ./packed --pictures photos/ --plot lost.png --json lost.json
+  mlx-smolvlm compare ./before ./after --data data/test.jsonl --limit 50"""
 
 
 @app.command(epilog=COMPARE_EPILOG)
@@ -528,6 +529,13 @@ def compare(
         int, typer.Option(metavar="N", help="The longest answer, in tokens.")
     ] = 48,
     detail: Annotated[str, typer.Option(metavar="LEVEL", help="As in chat.")] = "low",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="A dataset to answer, as eval takes one; repeats."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Of each of its tasks, the first N lines.")
+    ] = None,
     json: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write all that was found here.")
     ] = None,
@@ -545,7 +553,7 @@ def compare(
         CompareRequest(
             reference=reference,
             other=other,
-            samples=Samples(tuple(texts) if texts else None, pictures),
+            samples=Samples(tuple(texts) if texts else None, pictures, tuple(data or ()), limit),
             questions=tuple(as_text("--question", text) for text in question or ()),
             max_tokens=max_tokens,
             detail=parse_detail(detail),

@@ -13,8 +13,8 @@ from mlx_smolvlm.cli.options import Detail
 from mlx_smolvlm.cli.render import Bar, say, table, write
 
 if TYPE_CHECKING:
+    from mlx_smolvlm.convert.compare_options import CompareOptions
     from mlx_smolvlm.convert.comparison import Comparison
-    from mlx_smolvlm.convert.measure import CompareOptions
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -25,6 +25,8 @@ class Samples:
 
     texts: tuple[Path, ...] | None = None
     pictures: Path | None = None
+    data: tuple[Path, ...] = ()
+    limit: int | None = None
 
     def options(
         self, questions: tuple[str, ...] = (), max_tokens: int = 48, detail: Detail = "low"
@@ -35,7 +37,7 @@ class Samples:
             typer.BadParameter: A file is no text, a folder has no pictures, or a number is
                 out of range.
         """
-        from mlx_smolvlm.convert.measure import CompareOptions
+        from mlx_smolvlm.convert.compare_options import CompareOptions
 
         given = CompareOptions()
         try:
@@ -45,9 +47,12 @@ class Samples:
                 questions=questions or given.questions,
                 max_tokens=max_tokens,
                 detail=detail,
+                data=self.data,
+                data_limit=self.limit,
             )
         except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--max-tokens") from None
+            hint = "--limit" if str(error).startswith("data_limit") else "--max-tokens"
+            raise typer.BadParameter(str(error), param_hint=hint) from None
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def compare(request: CompareRequest) -> None:
     Raises:
         CheckpointError: A checkpoint is not usable, or their tokenizers differ.
         MediaError: A picture cannot be opened.
+        DatasetError: A dataset cannot be used.
     """
     from mlx_smolvlm.convert.measure import compare as measure
 

@@ -3,12 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlx_smolvlm.convert.compare_options import CompareOptions
     from mlx_smolvlm.convert.comparison import Comparison
-    from mlx_smolvlm.convert.measure import CompareOptions, compare
+    from mlx_smolvlm.convert.measure import compare
 
 __all__ = ["CompareOptions", "Comparison", "compare"]
 
-_MEASURES = {"compare": "measure", "CompareOptions": "measure", "Comparison": "comparison"}
+_MEASURES = {"compare": "measure", "CompareOptions": "compare_options", "Comparison": "comparison"}
 
 
 def __getattr__(name: str) -> Any:

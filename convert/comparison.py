@@ -127,13 +127,14 @@ class Surprise:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Accuracy of both on a task of a dataset, each a share of `examples`."""
+    """Mean scores of both on a task of a dataset, 0 to 1, and how many answers are the same."""
 
     task: str
     metric: str
     examples: int
     reference: float
     other: float
+    same_answers: int
 
 
 @dataclass(frozen=True)

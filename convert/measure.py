@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import gc
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_smolvlm.convert.compare_options import CompareOptions
 from mlx_smolvlm.convert.comparison import Comparison, Side, token_loss
 from mlx_smolvlm.convert.differences import (
     all_predictions,
@@ -23,64 +23,14 @@ from mlx_smolvlm.convert.differences import (
     picture_losses,
     surprises,
 )
-from mlx_smolvlm.convert.observe import Work, observe
+from mlx_smolvlm.convert.observe import observe
 from mlx_smolvlm.convert.opened import Opened, OpenedFolder
 from mlx_smolvlm.convert.run import Progress
-from mlx_smolvlm.convert.samples import PLAIN_QUESTION, QUESTIONS, TEXTS, Asked, drawn_pictures
+from mlx_smolvlm.convert.scoring import judge, read_data, task_scores
 from mlx_smolvlm.convert.weights import entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.hub import ResolveOptions, resolve
-from mlx_smolvlm.image import Detail
-from mlx_smolvlm.messages import ImageSource, read_request
-
-ASKED_PICTURES = 8  # how many pictures a question is asked about
-
-
-@dataclass(frozen=True)
-class CompareOptions:
-    """What two checkpoints are tried on.
-
-    Attributes:
-        texts: Whose tokens are predicted; None takes those of this package.
-        pictures: Pairs of a name and a picture, as `SmolVLM.ask` takes one; None takes those
-            of this package.
-        questions: Asked about the first pictures, one each, in turn.
-        text_tokens: The most tokens of texts that are read, in all.
-        max_tokens: The longest answer, in tokens.
-        detail: How pictures are cut into tiles, see `SmolVLM.ask`.
-
-    Raises:
-        ValueError: A number that is below 1.
-    """
-
-    texts: tuple[str, ...] | None = None
-    pictures: tuple[tuple[str, ImageSource], ...] | None = None
-    questions: tuple[str, ...] = QUESTIONS
-    text_tokens: int = 8192
-    max_tokens: int = 48
-    detail: Detail = "low"
-
-    def __post_init__(self) -> None:
-        for name in ("text_tokens", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be 1 or above")
-
-    @property
-    def named_pictures(self) -> list[tuple[str, ImageSource]]:
-        """Names and pictures."""
-        return list(drawn_pictures().items()) if self.pictures is None else list(self.pictures)
-
-    def work(self) -> Work:
-        """Texts and questions."""
-        pictures = self.named_pictures[:ASKED_PICTURES] if self.questions else []
-        count = len(self.questions)
-        asked = [
-            Asked(self.questions[number % count], picture, name)
-            for number, (name, picture) in enumerate(pictures)
-        ]
-        texts = TEXTS if self.texts is None else self.texts
-        questions = (*asked, Asked(PLAIN_QUESTION))
-        return Work(texts, self.text_tokens, questions, self.max_tokens, self.detail)
+from mlx_smolvlm.messages import read_request
 
 
 def compare(
@@ -114,16 +64,20 @@ def compare_opened(
 ) -> Comparison:
     """How far `other` lies from `reference`; arguments and errors as in `compare`."""
     check_tokenizers(reference, other)
+    data = read_data(options.data, options.data_limit)
     mx.reset_peak_memory()
-    work = options.work()
-    paths = len(matrix_paths(reference, other))
-    tally = _Tally(progress, 2 * work.steps + 1 + paths)
-    a = observe(reference.load(), work, tally)
+    work, lines = options.work(), 0 if data is None else len(data.chosen)
+    steps = 2 * (work.steps + lines) + 1 + len(matrix_paths(reference, other))
+    tally = _Tally(progress, steps)
+    vlm = reference.load()
+    a, scores = observe(vlm, work, tally), judge(vlm, data, tally)
+    del vlm
     _free()
     vlm = other.load()
     b = observe(vlm, work, tally, a.answers)
-    found, texts = all_predictions(a, b), a.num_texts
+    tasks = task_scores(scores, judge(vlm, data, tally))
     tally("pictures")
+    found, texts = all_predictions(a, b), a.num_texts
     pictures = [picture for _, picture in options.named_pictures]
     media = vlm.opened(read_request("", pictures, (), None), options.detail)
     features, layers = picture_losses(a, b, media)
@@ -142,7 +96,7 @@ def compare_opened(
         matrices=matrix_losses(reference, other, tally),
         answers=answers,
         surprises=strange,
-        tasks=(),
+        tasks=tasks,
         peak_memory_gb=mx.get_peak_memory() / 1e9,
     )
 

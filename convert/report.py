@@ -37,7 +37,8 @@ def summary_rows(found: Comparison) -> Iterator[tuple[str, str]]:
     for task in found.tasks:
         yield (
             f"task {task.task}",
-            f"{task.reference:.1%} -> {task.other:.1%} ({task.metric}, {task.examples} examples)",
+            f"{task.reference:.1%} -> {task.other:.1%} ({task.metric}); "
+            f"{task.same_answers} of {task.examples} answers the same",
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mlx_smolvlm.convert.compare_options import CompareOptions
 from mlx_smolvlm.convert.comparison import (
     AnswerPair,
     Comparison,
@@ -20,7 +21,7 @@ from mlx_smolvlm.convert.comparison import (
     TaskScore,
     TokenLoss,
 )
-from mlx_smolvlm.convert.measure import CompareOptions, compare_opened
+from mlx_smolvlm.convert.measure import compare_opened
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
 from mlx_smolvlm.convert.plot import draw_plot
 from mlx_smolvlm.convert.report import card_section

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from mlx_smolvlm.convert.quantize import pack
 from mlx_smolvlm.convert.report import card_section, differing_answers, summary_rows
 from mlx_smolvlm.convert.samples import TEXTS, drawn_pictures
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.smolvlm import SmolVLM
 
 TEXT = "The ferry leaves the island at seven, long before the shops open."
@@ -291,7 +293,41 @@ def test_other_tokenizers_are_refused(tiny_folder: Path, tmp_path: Path) -> None
         compare(tiny_folder, folder_like(tiny_folder, tmp_path / "c", larger), FEW)
 
 
-@pytest.mark.parametrize("name", ["text_tokens", "max_tokens"])
+def test_datasets_are_answered_by_both(tiny: SmolVLM, other_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
+    lines: list[dict[str, Any]] = [
+        {"image": "red.png", "question": "What?", "task": "red"},
+        {"image": "red.png", "question": "Where?", "task": "red"},
+        {"question": "Why?", "task": "words"},
+        {"question": "Who?", "task": "words"},
+    ]
+    answers = [
+        tiny.ask(
+            one["question"],
+            images=[tmp_path / one["image"]] if "image" in one else [],
+            sampling=Sampling(max_tokens=256),
+        ).text
+        for one in lines
+    ]
+    for line, answer in zip(lines, answers, strict=True):
+        line |= {"answer": "x", "answers": [answer if line["question"] != "Where?" else "no"]}
+    (tmp_path / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    options = CompareOptions(texts=(), pictures=(), data=(tmp_path,), max_tokens=1)
+    steps: list[tuple[int, int]] = []
+    red, words = compare(
+        tiny.path, other_folder, options, progress=lambda *step: steps.append(step[:2])
+    ).tasks
+    assert [done for done, _ in steps] == list(range(steps[-1][1]))
+    assert (red.task, red.metric, red.examples) == ("red", "exact", 2)
+    assert (red.reference, red.other, red.same_answers) == (0.5, 0, 0)
+    assert (words.task, words.examples, words.reference, words.other) == ("words", 2, 1, 0)
+    found = compare(tiny.path, tiny.path, replace(options, data_limit=1))
+    assert [(one.examples, one.same_answers) for one in found.tasks] == [(1, 1), (1, 1)]
+    rows = dict(summary_rows(found))
+    assert rows["task red"] == "100.0% -> 100.0% (exact); 1 of 1 answers the same"
+
+
+@pytest.mark.parametrize("name", ["text_tokens", "max_tokens", "data_limit"])
 def test_numbers_out_of_range(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0"):
         CompareOptions(**{name: 0})

@@ -225,6 +225,7 @@ def test_compare(packed: Path, samples: Path, source: Path, tmp_path: Path) -> N
         (("--pictures", "absent"), 2, ("absent is no folder",)),
         (("--pictures", "none"), 2, ("none has no pictures", ".jpeg")),
         (("--max-tokens", "0"), 2, ("--max-tokens", "is 0")),
+        (("--limit", "0"), 2, ("--limit", "is 0")),
         (("--detail", "fine"), 2, ("--detail", "'fine'")),
         (("--json", "absent/a.json"), 2, ("--json", "no folder absent")),
         (("--plot", "absent/a.png"), 2, ("--plot", "no folder absent")),
