@@ -192,10 +192,10 @@ def show(results: dict[str, dict[str, float]], title: str) -> None:
     """Print the table."""
     first = next(iter(results.values()))
     print(f"{title}; perplexity in float32 {first['perplexity_float32']:.3f}")
-    print(f"{'':40}{'bits':>7}{'perplexity':>12}{'KL nats':>10}{'99 %':>9}{'top-1':>9}")
+    print(f"{'':46}{'bits':>7}{'perplexity':>12}{'KL nats':>10}{'99 %':>9}{'top-1':>9}")
     for name, one in results.items():
         print(
-            f"{name:40}{one['bits_per_weight']:7.2f}{one['perplexity']:12.3f}"
+            f"{name:46}{one['bits_per_weight']:7.2f}{one['perplexity']:12.6g}"
             f"{one['kl_nats']:10.5f}{one['kl_nats_p99']:9.4f}{one['top_1_agreement']:9.2%}"
         )
 

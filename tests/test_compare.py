@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -20,6 +21,7 @@ from mlx_smolvlm.checkpoint import build_model
 from mlx_smolvlm.config import Config, Quantization
 from mlx_smolvlm.convert import CompareOptions, Comparison, compare
 from mlx_smolvlm.convert.comparison import KL_EDGES_NATS, token_loss
+from mlx_smolvlm.convert.differences import answer_pairs
 from mlx_smolvlm.convert.losses import (
     BLOCK,
     HEAD_ROWS,
@@ -29,15 +31,15 @@ from mlx_smolvlm.convert.losses import (
     relative_errors,
     relative_frobenius,
 )
-from mlx_smolvlm.convert.observe import recorded, windows
+from mlx_smolvlm.convert.observe import Answered, recorded, windows
 from mlx_smolvlm.convert.opened import Matrix, OpenedFolder, UnpackingLinear
 from mlx_smolvlm.convert.plot import HIGH, draw_plot
 from mlx_smolvlm.convert.quantize import pack
 from mlx_smolvlm.convert.report import card_section, differing_answers, summary_rows
-from mlx_smolvlm.convert.samples import TEXTS, drawn_pictures
+from mlx_smolvlm.convert.samples import TEXTS, Asked, drawn_pictures
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.sampling import Sampling
-from mlx_smolvlm.smolvlm import SmolVLM
+from mlx_smolvlm.smolvlm import SmolVLM, load
 
 TEXT = "The ferry leaves the island at seven, long before the shops open."
 FEW = CompareOptions(texts=(TEXT,), max_tokens=3)
@@ -220,14 +222,43 @@ def test_other_weights_show_everywhere(found: Comparison, tiny: SmolVLM) -> None
     assert found.peak_memory_gb > 0
 
 
-def test_surprises_are_the_worst_tokens(found: Comparison) -> None:
+def test_surprises_are_the_worst_tokens(
+    found: Comparison, tiny: SmolVLM, other_folder: Path
+) -> None:
     assert found.texts is not None
-    assert len(found.surprises) == 5
     worst = [one.kl_nats for one in found.surprises]
+    assert len(worst) == 5
     assert worst == sorted(worst, reverse=True)
     assert worst[0] == pytest.approx(found.texts.kl_nats_max)
-    for one in found.surprises:
-        assert f"{one.context}{one.true}" in TEXT
+    tokenizer = tiny.prompt_builder.tokenizer
+    ids = np.array(tokenizer.encode(TEXT).ids)
+    logits = [np.array(vlm.model(vlm.model.embed(ids))[0]) for vlm in (tiny, load(other_folder))]
+    p, q = (softmax(one[:-1].astype(np.float64)) for one in logits)
+    place = int((p * np.log(p / q)).sum(-1).argmax())
+    first = found.surprises[0]
+    assert first.true == tokenizer.decode([ids[place + 1]])
+    assert first.context == tokenizer.decode(ids[max(0, place - 11) : place + 1])
+    assert first.reference == tokenizer.decode([p[place].argmax()])
+    assert first.other == tokenizer.decode([q[place].argmax()])
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "tokens", "equal"),
+    [
+        ((1, 2, 3), (1, 2, 3), 3, 3),
+        ((1, 2, 3), (1, 9, 3), 3, 1),  # what is the same again later does not count
+        ((1, 2), (1, 2, 3), 3, 2),
+        ((1, 2, 3), (1,), 3, 1),
+        ((4,), (5,), 1, 0),
+        ((), (), 0, 0),
+    ],
+)
+def test_answers_are_equal_up_to_the_first_difference(
+    one: tuple[int, ...], other: tuple[int, ...], tokens: int, equal: int
+) -> None:
+    sides: list[Any] = [SimpleNamespace(answers=[Answered("text", ids)]) for ids in (one, other)]
+    (pair,) = answer_pairs([Asked("What?", None, "name")], *sides)
+    assert (pair.tokens, pair.equal_tokens, pair.picture) == (tokens, equal, "name")
 
 
 def test_a_question_goes_to_each_picture_in_turn(tiny_folder: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from mlx_smolvlm.checkpoint import load_model
-from mlx_smolvlm.convert import CompareOptions
+from mlx_smolvlm.convert import CompareOptions, Comparison
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
@@ -65,10 +65,14 @@ def packed(source: Path) -> Path:
     return convert_checkpoint(source, source.parent / "packed", ConvertOptions(bits=4))
 
 
-def test_what_is_kept_is_what_was_found(source: Path, packed: Path) -> None:
+@pytest.fixture(scope="module")
+def found(source: Path, packed: Path) -> Comparison:
     assert read_verification(packed) is None
     assert verification_section(packed) is None
-    found = verify_conversion(source, packed, FEW)
+    return verify_conversion(source, packed, FEW)
+
+
+def test_what_is_kept_is_what_was_found(packed: Path, found: Comparison) -> None:
     assert read_verification(packed) == found
     assert (found.reference.name, found.other.name) == ("Some-VLM", "packed")
     assert {m.path for m in found.matrices if m.bits == 4} == {
@@ -95,6 +99,18 @@ def test_a_damaged_file_is_refused(tmp_path: Path, text: str) -> None:
         read_verification(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "part",
+    [None, [], [1], {"tokens": 1}, {"name": "a", "nbytes": 1, "bits_per_weight": 1, "more": 0}],
+)
+def test_a_part_of_other_fields_is_refused(found: Comparison, tmp_path: Path, part: object) -> None:
+    (tmp_path / VERIFY_FILE).write_text(json.dumps(found.to_dict()))
+    assert read_verification(tmp_path) == found
+    (tmp_path / VERIFY_FILE).write_text(json.dumps(found.to_dict() | {"other": part}))
+    with pytest.raises(CheckpointError, match="verify the checkpoint again"):
+        read_verification(tmp_path)
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_the_source_in_memory_is_the_converted_one(tmp_path: Path, dtype: mx.Dtype) -> None:
     folder = make_source(tmp_path / "s", dtype)
@@ -107,6 +123,7 @@ def test_the_source_in_memory_is_the_converted_one(tmp_path: Path, dtype: mx.Dty
     logits = [model(model.embed(mx.array(ids))) for model in models]  # type: ignore[arg-type]
     assert logits[0].dtype == mx.float32  # whatever the weights are
     assert mx.array_equal(*logits).item()
+    assert models[0].encode(mx.zeros((1, 24, 24, 3))).dtype == mx.float32
     weight = models[0].text_model.layers[0].mlp.down_proj.weight
     assert weight.dtype == dtype
     path = "text_model.layers.1.self_attn.qkv_proj"
