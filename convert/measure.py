@@ -30,7 +30,9 @@ from mlx_smolvlm.convert.scoring import judge, read_data, task_scores
 from mlx_smolvlm.convert.weights import entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.hub import ResolveOptions, resolve
+from mlx_smolvlm.media import Medium
 from mlx_smolvlm.messages import read_request
+from mlx_smolvlm.smolvlm import SmolVLM
 
 
 def compare(
@@ -65,7 +67,6 @@ def compare_opened(
     """How far `other` lies from `reference`; arguments and errors as in `compare`."""
     check_tokenizers(reference, other)
     data = read_data(options.data, options.data_limit)
-    mx.reset_peak_memory()
     work, lines = options.work(), 0 if data is None else len(data.chosen)
     steps = 2 * (work.steps + lines) + 1 + len(matrix_paths(reference, other))
     tally = _Tally(progress, steps)
@@ -76,14 +77,12 @@ def compare_opened(
     vlm = other.load()
     b = observe(vlm, work, tally, a.answers)
     tasks = task_scores(scores, judge(vlm, data, tally))
-    tally("pictures")
     found, texts = all_predictions(a, b), a.num_texts
-    pictures = [picture for _, picture in options.named_pictures]
-    media = vlm.opened(read_request("", pictures, (), None), options.detail)
-    features, layers = picture_losses(a, b, media)
-    layers = (*decoder_losses(a, b), *layers)
     strange = surprises(a, found, vlm.prompt_builder.tokenizer.decode)
     answers = answer_pairs(work.asked, a, b)
+    tally("pictures")
+    features, layers = picture_losses(a, b, _opened(vlm, options))
+    layers = (*decoder_losses(a, b), *layers)
     del vlm, a, b
     _free()
     return Comparison(
@@ -97,8 +96,14 @@ def compare_opened(
         answers=answers,
         surprises=strange,
         tasks=tasks,
-        peak_memory_gb=mx.get_peak_memory() / 1e9,
+        peak_memory_gb=tally.peak_memory_gb,
     )
+
+
+def _opened(vlm: SmolVLM, options: CompareOptions) -> tuple[Medium, ...]:
+    """The pictures of `options`, ready to be cut into tiles."""
+    pictures = [picture for _, picture in options.named_pictures]
+    return vlm.opened(read_request("", pictures, (), None), options.detail)
 
 
 def check_tokenizers(reference: Opened, other: Opened) -> None:
@@ -123,12 +128,24 @@ def check_tokenizers(reference: Opened, other: Opened) -> None:
 
 
 class _Tally:
-    """Counts steps, and tells `progress` of each as it begins."""
+    """Counts steps, and tells `progress` of each as it begins.
+
+    Every answer starts MLX's count of the most memory anew, so it is looked at before each step.
+    """
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
+        self._peak = 0
+        mx.reset_peak_memory()
+
+    @property
+    def peak_memory_gb(self) -> float:
+        """The most that MLX held until now, in 10**9 bytes."""
+        self._peak = max(self._peak, mx.get_peak_memory())
+        return self._peak / 1e9
 
     def __call__(self, name: str) -> None:
+        self._peak = max(self._peak, mx.get_peak_memory())
         if self._progress is not None:
             self._progress(self._done, self._total, name)
         self._done += 1
