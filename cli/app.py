@@ -465,8 +465,19 @@ def convert(
     ] = None,
     offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DEST.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the result with SOURCE, and say what it lost.")
+    ] = False,
+    verify_texts: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Texts to compare on; repeats. Implies --verify."),
+    ] = None,
+    verify_pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pictures to compare on; likewise.")
+    ] = None,
 ) -> None:
     """Convert a Hugging Face or mlx-community checkpoint."""
+    from mlx_smolvlm.cli.compare import Samples
     from mlx_smolvlm.cli.convert import ConvertRequest
     from mlx_smolvlm.cli.convert import convert as run
     from mlx_smolvlm.convert.quantize import ConvertOptions
@@ -480,7 +491,87 @@ def convert(
         mode=mode,
         dtype=dtype,
     )
-    run(ConvertRequest(source=source, dest=dest, options=options, force=force, offline=offline))
+    samples = Samples(tuple(verify_texts) if verify_texts else None, verify_pictures)
+    wanted = samples if verify or samples != Samples() else None
+    run(
+        ConvertRequest(
+            source=source,
+            dest=dest,
+            options=options,
+            force=force,
+            offline=offline,
+            verify=wanted,
+        )
+    )
+
+
+COMPARE_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm compare smolvlm-256m ./smolvlm-256m-4bit
+  mlx-smolvlm compare ./float ./packed --pictures photos/ --plot lost.png --json lost.json
+  mlx-smolvlm compare ./before ./after --data data/test.jsonl --limit 50"""
+
+
+@app.command(epilog=COMPARE_EPILOG)
+def compare(
+    reference: Annotated[
+        str, typer.Argument(metavar="A", help="What to compare with: a model as in chat.")
+    ],
+    other: Annotated[
+        str, typer.Argument(metavar="B", help="What it became; of the same tokenizer.")
+    ],
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Texts to predict; repeats. Default: some of ours."),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Pictures to look at. Default: some that are drawn."),
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="What to ask about the first pictures, in turn; repeats."
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="The longest answer, in tokens.")
+    ] = 48,
+    detail: Annotated[str, typer.Option(metavar="LEVEL", help="As in chat.")] = "low",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="A dataset to answer, as eval takes one; repeats."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Of each of its tasks, the first N lines.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all that was found here.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it here, as a PNG.")
+    ] = None,
+    offline: Offline = False,
+) -> None:
+    """Say how far a checkpoint lies from another: predictions, pictures, answers, weights."""
+    from mlx_smolvlm.cli.compare import CompareRequest, Samples
+    from mlx_smolvlm.cli.compare import compare as run
+    from mlx_smolvlm.cli.options import as_text, parse_detail
+
+    run(
+        CompareRequest(
+            reference=reference,
+            other=other,
+            samples=Samples(tuple(texts) if texts else None, pictures, tuple(data or ()), limit),
+            questions=tuple(as_text("--question", text) for text in question or ()),
+            max_tokens=max_tokens,
+            detail=parse_detail(detail),
+            json=json,
+            plot=plot,
+            offline=offline,
+        )
+    )
 
 
 TRAIN_EPILOG = """\

@@ -13,18 +13,20 @@ from mlx_smolvlm.cli.render import ConversionProgress, say, size
 from mlx_smolvlm.errors import CheckpointError
 
 if TYPE_CHECKING:
+    from mlx_smolvlm.cli.compare import Samples
     from mlx_smolvlm.convert.quantize import ConvertOptions
 
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What `convert` was asked for."""
+    """What `convert` was asked for; `verify` holds what to try the result on, if it is tried."""
 
     source: str
     dest: Path | None
     options: ConvertOptions
     force: bool
     offline: bool
+    verify: Samples | None = None
 
 
 def convert(request: ConvertRequest) -> None:
@@ -42,6 +44,8 @@ def convert(request: ConvertRequest) -> None:
         requested(request.options)
     except CheckpointError as error:
         raise typer.BadParameter(str(error)) from None
+    if request.verify is not None:
+        request.verify.options()  # wrong files are refused before hours of work
     source: str | Path = Path(request.source).expanduser()
     if not Path(source).exists():
         source = ALIASES.get(request.source.lower(), request.source)
@@ -54,6 +58,10 @@ def convert(request: ConvertRequest) -> None:
             source, dest, request.options, progress, offline=request.offline, force=request.force
         )
     say(f"wrote {dest}: {summary(dest)}")
+    if request.verify is not None:
+        from mlx_smolvlm.cli.compare import verify
+
+        verify(source, dest, request.verify, request.offline)
 
 
 def default_dest(source: str, options: ConvertOptions) -> Path:

@@ -1,0 +1,132 @@
+"""A converted checkpoint compared with its source, and what was found kept beside it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlx_smolvlm.convert.compare_options import CompareOptions
+from mlx_smolvlm.convert.comparison import (
+    AnswerPair,
+    Comparison,
+    FeatureLoss,
+    LayerLoss,
+    MatrixLoss,
+    Side,
+    Surprise,
+    TaskScore,
+    TokenLoss,
+)
+from mlx_smolvlm.convert.measure import compare_opened
+from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.plot import draw_plot
+from mlx_smolvlm.convert.report import card_section
+from mlx_smolvlm.convert.run import Progress
+from mlx_smolvlm.convert.source import open_source
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.safetensors import read_json
+
+VERIFY_FILE = "verify.json"
+VERIFY_PLOT = "verify.png"
+
+
+def verify_conversion(
+    source: str | Path,
+    folder: Path,
+    options: CompareOptions | None = None,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """How far the converted `folder` lies from the weights of `source`, which become no file.
+
+    `VERIFY_FILE` and `VERIFY_PLOT` are written into `folder`.
+
+    Args:
+        source: What was converted, a folder or a hub id; packed weights are unpacked.
+        folder: The result, in this package's format.
+        options: Texts, pictures and questions.
+        offline: Take a hub id from the local cache alone.
+        progress: Called with the steps done, the steps in all, and the step that begins.
+
+    Raises:
+        CheckpointError: One cannot be read, or `folder` was made from something else.
+        MediaError: A picture cannot be opened.
+    """
+    reference = OpenedSource(open_source(source, offline))
+    name = folder.resolve().name  # what is published should not tell where it was made
+    options = options or CompareOptions()
+    found = compare_opened(reference, OpenedFolder(folder, name), options, progress)
+    _replace(folder / VERIFY_PLOT, lambda path: draw_plot(found, path))
+    text = json.dumps(found.to_dict(), indent=2) + "\n"
+    _replace(folder / VERIFY_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    return found
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file beside `path`, then let it take its place."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def read_verification(folder: Path) -> Comparison | None:
+    """What `verify_conversion` found of `folder`; None if it was never asked.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    path = folder / VERIFY_FILE
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    single = {
+        "reference": Side,
+        "other": Side,
+        "texts": TokenLoss,
+        "answers_forced": TokenLoss,
+    }
+    several = {
+        "features": FeatureLoss,
+        "layers": LayerLoss,
+        "matrices": MatrixLoss,
+        "answers": AnswerPair,
+        "surprises": Surprise,
+        "tasks": TaskScore,
+    }
+    try:
+        found: dict[str, Any] = {"peak_memory_gb": float(values["peak_memory_gb"])}
+        for name, kind in single.items():
+            absent = values[name] is None and kind is TokenLoss
+            found[name] = None if absent else _made(kind, values[name])
+        for name, kind in several.items():
+            found[name] = tuple(_made(kind, value) for value in values[name])
+        return Comparison(**found)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise CheckpointError(f"{path} is damaged; verify the checkpoint again") from None
+
+
+T = TypeVar("T")
+
+
+def _made(kind: type[T], values: dict[str, Any]) -> T:
+    """A dataclass of `kind` from its fields; lists become tuples."""
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def verification_section(folder: Path) -> str | None:
+    """The section of a model card about what `folder` lost; None if it was never measured.
+
+    Raises:
+        CheckpointError: As `read_verification`.
+    """
+    found = read_verification(folder)
+    if found is None:
+        return None
+    return card_section(found, VERIFY_PLOT if (folder / VERIFY_PLOT).is_file() else None)
