@@ -118,7 +118,7 @@ def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str) 
     if len(shards) == 1:
         write_shard(folder / "model.safetensors", shards[0], dtype)
         return
-    index = {}
+    index: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_shard(folder / name, shard, dtype)

@@ -67,7 +67,7 @@ def convert(request: ConvertRequest) -> None:
 def default_dest(source: str, options: ConvertOptions) -> Path:
     """A folder here, named after the source and the precision asked for."""
     name = Path(source).resolve().name if Path(source).is_dir() else Path(source).name
-    name = name.partition("@")[0]
+    name = name.partition("@")[0].removesuffix(".gguf")
     if options.mode != "affine":
         return Path(f"{name}-mlx-{options.mode}")
     return Path(f"{name}-mlx" if options.bits is None else f"{name}-mlx-{options.bits}bit")

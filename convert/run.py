@@ -43,7 +43,7 @@ def convert_checkpoint(
     """The folder `dest`, which holds the checkpoint `source` in this package's format.
 
     Args:
-        source: A Hugging Face or mlx-vlm folder, or a hub id.
+        source: A Hugging Face or mlx-vlm folder, a GGUF file of SmolLM2, or a hub id.
         dest: A folder that is absent or empty.
         options: Precision; None keeps the source's.
         progress: Called after each module with the bytes of the source done, the bytes

@@ -1,8 +1,14 @@
-"""Where weights come from: a folder of the Hugging Face layout, local or fetched from the hub."""
+"""Where weights come from: a folder of the Hugging Face layout, local or fetched from the hub.
+
+A GGUF file becomes such a folder, which lives as long as its `Source`.
+"""
 
 from __future__ import annotations
 
 import re
+import shutil
+import tempfile
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,7 +75,8 @@ def open_source(source: str | Path, offline: bool = False) -> Source:
     """The folder that `source` names, downloaded first if it is a hub id.
 
     Args:
-        source: A local folder, or a hub id such as "HuggingFaceTB/SmolVLM-256M-Instruct".
+        source: A local folder, a GGUF file, or a hub id such as
+            "HuggingFaceTB/SmolVLM-256M-Instruct".
         offline: Take a hub id from the local cache alone.
 
     Raises:
@@ -79,11 +86,28 @@ def open_source(source: str | Path, offline: bool = False) -> Source:
     folder = Path(source).expanduser()
     if folder.is_dir():
         return Source(folder, folder.resolve().name).checked()
+    if folder.is_file() and folder.suffix == ".gguf":
+        return _open_gguf(folder)
     if folder.exists():
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
     if isinstance(source, Path) or not is_hub_id(source):
         raise CheckpointError(f"there is no folder '{source}', and it is no hub id (owner/name)")
     return Source(download(source, offline), source).checked()
+
+
+def _open_gguf(path: Path) -> Source:
+    """The GGUF file `path` as a folder, which goes when the source is used no longer."""
+    from mlx_smolvlm.convert.gguf import unpack_gguf
+
+    folder = Path(tempfile.mkdtemp(prefix="mlx-smolvlm-"))
+    try:
+        unpack_gguf(path, folder)
+        source = Source(folder, path.stem).checked()
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    weakref.finalize(source, shutil.rmtree, folder, True)
+    return source
 
 
 def is_hub_id(text: str) -> bool:

@@ -15,6 +15,7 @@ import pytest
 from mlx_smolvlm import Sampling, SmolVLM, load
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
+from mlx_smolvlm.errors import CheckpointError, PromptError
 
 QUESTION = "What is the capital of France?"
 
@@ -102,3 +103,29 @@ def test_eight_bits_keep_the_likeliest_token(source: Path, vlm: SmolVLM) -> None
     assert not mx.array_equal(got, expected).item()  # it is quantized
     agreement = (mx.argmax(got, -1) == mx.argmax(expected, -1)).astype(mx.float32).mean()
     assert agreement.item() >= 0.98
+
+
+def test_the_gguf_file_is_a_source_that_stays_packed(vlm: SmolVLM, tmp_path: Path) -> None:
+    folder = convert_checkpoint(GGUF, tmp_path / "gguf", ConvertOptions(dtype="float32"))
+    again = load(folder)
+    quantization = again.config.quantization.of("text_model.layers.0.self_attn.qkv_proj")
+    assert quantization is not None
+    assert (quantization.bits, quantization.group_size) == (4, 32)
+    input_ids = vlm.prompt_builder.build([{"role": "user", "content": QUESTION}], [])
+    assert (
+        again.prompt_builder.build([{"role": "user", "content": QUESTION}], []).tolist()
+        == input_ids.tolist()
+    )
+    expected = vlm.model(vlm.model.embed(input_ids))  # from floats that the test unpacked itself
+    got = again.model(again.model.embed(input_ids))
+    assert mx.abs(got - expected).max().item() < 2e-3  # logits go to 34; products are packed
+    with pytest.raises(PromptError, match="takes text only"):
+        again.ask("What is this?", images=[np.zeros((8, 8, 3), dtype=np.uint8)])
+
+
+def test_a_gguf_that_is_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(b"not a model")
+    with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
+        convert_checkpoint(path, tmp_path / "out")
+    assert [one.name for one in tmp_path.iterdir()] == ["model.gguf"]

@@ -1,0 +1,248 @@
+"""Text weights of llama.cpp's GGUF files, brought to a folder that the converter reads.
+
+A GGUF of SmolLM2 has the decoder alone. It becomes a checkpoint for text: its chat template takes
+no pictures, and in the place of the vision encoder stand zeros of the least size. Packed
+matrices stay packed: GGUF's Q4_0, Q4_1 and Q8_0 are MLX's affine mode in groups of 32.
+
+Source: llama.cpp, gguf-py/gguf/constants.py (names and metadata) and conversion of Llama models
+(the order of rows in queries and keys).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_smolvlm.checkpoint import TEMPLATE_FILE, TOKENIZER_FILE
+from mlx_smolvlm.convert.gguf_tokenizer import placeholder_id, tokenizer_json
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.safetensors import WEIGHTS_FILE, read_json
+
+SUFFIX = ".gguf"
+GROUP = 32
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+TOP_NAMES = {
+    "token_embd": "model.text_model.embed_tokens",
+    "output_norm": "model.text_model.norm",
+    "output": "lm_head",
+}
+SIZES = {
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "num_hidden_layers": "block_count",
+    "num_attention_heads": "attention.head_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "max_position_embeddings": "context_length",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rope_theta": "rope.freq_base",
+}
+# Zeros in the place of the encoder: wide enough for groups of 128, and never run.
+VISION = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 32,
+    "patch_size": 16,
+}
+SCALE_FACTOR = 2
+
+
+def unpack_gguf(path: Path, folder: Path) -> None:
+    """Write the checkpoint in the GGUF file `path` into `folder`, in the Hugging Face layout.
+
+    The tokenizer is the tokenizer.json beside `path` if there is one, else what the metadata
+    say; the chat template likewise, from chat_template.jinja.
+
+    Raises:
+        CheckpointError: The file is damaged, of another architecture, packed in a way that
+            MLX cannot read, or the language part of a model that sees.
+    """
+    try:
+        arrays, metadata = mx.load(str(path), format="gguf", return_metadata=True)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as GGUF ({str(error).splitlines()[0]}); F32, F16, Q8_0, Q4_1 "
+            "and Q4_0 can be, or convert the safetensors that it was made from"
+        ) from None
+    assert isinstance(arrays, dict)
+    assert isinstance(metadata, dict)
+    text = _text_config(path, metadata)
+    tensors, packing = _tensors(path, arrays, text)
+    text["vocab_size"] = tensors["model.text_model.embed_tokens.weight"].shape[0]
+    text["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    tokenizer, template = _tokenizer(path, metadata), _template(path, metadata)
+    added = tokenizer["added_tokens"]
+    if any(token["content"] == "<image>" for token in added):
+        raise CheckpointError(
+            f"{path} is the language part of a model that sees, and has no vision encoder; "
+            "convert the safetensors that it was made from"
+        )
+    eos = metadata.get("tokenizer.ggml.eos_token_id")
+    config = {
+        "model_type": "idefics3",
+        "image_token_id": placeholder_id(added, template, text["vocab_size"]),
+        "scale_factor": SCALE_FACTOR,
+        "tie_word_embeddings": text["tie_word_embeddings"],
+        "eos_token_id": None if eos is None else eos.item(),
+        "text_config": text,
+        "vision_config": VISION,
+    } | ({"quantization": packing} if packing else {})
+    dtype = tensors["model.text_model.norm.weight"].dtype
+    tensors |= _no_vision(text["hidden_size"], dtype)
+    _write_json(folder / "config.json", config)
+    size = VISION["image_size"]
+    edges = {"size": {"longest_edge": size}, "max_image_size": {"longest_edge": size}}
+    _write_json(folder / "preprocessor_config.json", edges)
+    _write_json(folder / TOKENIZER_FILE, tokenizer)
+    (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
+    mx.save_safetensors(str(folder / WEIGHTS_FILE), tensors, {"format": "mlx"})
+
+
+def _write_json(path: Path, values: Any) -> None:
+    """Write `values` to `path`."""
+    path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def _text_config(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's part of a config.json, from the file's metadata.
+
+    Raises:
+        CheckpointError: A value is missing, or the model is none that the decoder here runs.
+    """
+    kind = metadata.get("general.architecture")
+    if kind != "llama":
+        raise CheckpointError(
+            f"{path} is a {kind!r} model; of GGUF files those of 'llama' can be converted, "
+            "such as SmolLM2's"
+        )
+    scaling = metadata.get("llama.rope.scaling.type", "none")
+    if scaling != "none":
+        raise CheckpointError(f"{path}: rope scaling {scaling!r} is not supported")
+    text: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
+    for name, key in SIZES.items():
+        value = metadata.get(f"llama.{key}")
+        if not isinstance(value, mx.array) or value.size != 1:
+            raise CheckpointError(
+                f"{path}: the metadata have no single llama.{key}; fetch it again"
+            )
+        text[name] = value.item()
+    text["rms_norm_eps"] = round(text["rms_norm_eps"], 12)  # float32 says 9.99999974e-06
+    heads = max(text["num_attention_heads"], 1)
+    width = metadata.get("llama.attention.key_length")
+    text["head_dim"] = text["hidden_size"] // heads if width is None else width.item()
+    turned = metadata.get("llama.rope.dimension_count")
+    if turned is not None and turned.item() != text["head_dim"]:
+        raise CheckpointError(
+            f"{path}: rope turns {turned.item()} of {text['head_dim']} numbers of a head, "
+            "which is not supported"
+        )
+    return text
+
+
+def _tensors(
+    path: Path, arrays: dict[str, mx.array], text: Mapping[str, Any]
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """`arrays` by Hugging Face's names, and the entry "quantization" of config.json.
+
+    `arrays` is emptied meanwhile.
+    """
+    heads = {"attn_q": text["num_attention_heads"], "attn_k": text["num_key_value_heads"]}
+    tensors: dict[str, mx.array] = {}
+    kinds: dict[str, dict[str, int]] = {}
+    for name in sorted(arrays):
+        stem, _, suffix = name.rpartition(".")
+        array = arrays.pop(name)
+        target = _name(path, name, stem, suffix)
+        count = heads.get(stem.rpartition(".")[2])
+        if count is not None:
+            array = _in_halves(path, name, array, count)
+        if suffix == "scales":
+            kinds[target] = {"group_size": GROUP, "bits": 0}
+        tensors[f"{target}.{suffix}"] = array
+    for target, kind in kinds.items():
+        columns = tensors[f"{target}.weight"].shape[-1]
+        kind["bits"] = columns * 32 // (tensors[f"{target}.scales"].shape[-1] * GROUP)
+    missing = [name for name in TOP_NAMES.values() if f"{name}.weight" not in tensors]
+    if missing not in ([], ["lm_head"]):
+        raise CheckpointError(f"{path}: '{missing[0]}.weight' is missing; fetch it again")
+    if not kinds:
+        return tensors, {}
+    usual = next(iter(kinds.values()))
+    return tensors, dict(usual) | {name: kind for name, kind in kinds.items() if kind != usual}
+
+
+def _name(path: Path, name: str, stem: str, suffix: str) -> str:
+    """Hugging Face's name of the module that the tensor `name` belongs to."""
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
+    module = LAYER_NAMES.get(match[2]) if match else TOP_NAMES.get(stem)
+    if module is None or suffix not in ("weight", "scales", "biases"):
+        raise CheckpointError(f"{path}: tensor '{name}' is not part of a SmolLM2 decoder")
+    return f"model.text_model.layers.{match[1]}.{module}" if match else module
+
+
+def _in_halves(path: Path, name: str, array: mx.array, heads: int) -> mx.array:
+    """Rows of queries or keys as rope here pairs them: i with i + half of the head.
+
+    llama.cpp pairs neighbors. Packed rows move as floats do, since groups lie along a row.
+    """
+    rows, width = array.shape
+    if not heads or rows % (2 * heads):
+        raise CheckpointError(
+            f"{path}: tensor '{name}' has {rows} rows, which {heads} heads do not share"
+        )
+    halves = array.reshape(heads, rows // heads // 2, 2, width).swapaxes(1, 2)
+    return mx.contiguous(halves.reshape(rows, width))
+
+
+def _no_vision(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """Zeros for the encoder and the connector, to a decoder of `width`."""
+    hidden, patch = VISION["hidden_size"], VISION["patch_size"]
+    tower, layer = "model.vision_model", "model.vision_model.encoder.layers.0"
+    shapes: dict[str, tuple[int, ...]] = {
+        f"{tower}.embeddings.patch_embedding.weight": (hidden, 3, patch, patch),
+        f"{tower}.embeddings.patch_embedding.bias": (hidden,),
+        f"{tower}.embeddings.position_embedding.weight": (
+            (VISION["image_size"] // patch) ** 2,
+            hidden,
+        ),
+        "model.connector.modality_projection.proj.weight": (width, hidden * SCALE_FACTOR**2),
+    }
+    names = [f"{layer}.self_attn.{letter}_proj" for letter in ("q", "k", "v", "out")]
+    for name in (*names, f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"):
+        shapes |= {f"{name}.weight": (hidden, hidden), f"{name}.bias": (hidden,)}
+    for name in (f"{layer}.layer_norm1", f"{layer}.layer_norm2", f"{tower}.post_layernorm"):
+        shapes |= {f"{name}.weight": (hidden,), f"{name}.bias": (hidden,)}
+    return {name: mx.zeros(shape, dtype) for name, shape in shapes.items()}
+
+
+def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json beside `path`, else the one that `metadata` describe."""
+    beside = path.with_name(TOKENIZER_FILE)
+    return read_json(beside) if beside.is_file() else tokenizer_json(path, metadata)
+
+
+def _template(path: Path, metadata: Mapping[str, Any]) -> str:
+    """The chat template beside `path`, else the one in `metadata`."""
+    beside = path.with_name(TEMPLATE_FILE)
+    if beside.is_file():
+        return beside.read_text(encoding="utf-8")
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str):
+        raise CheckpointError(f"{path} has no chat template; put a {TEMPLATE_FILE} beside it")
+    return template
