@@ -51,6 +51,7 @@ def cut(config):
     vision["num_attention_heads"] = 8 if head % 64 else 2
     vision["hidden_size"] = head * vision["num_attention_heads"]
     vision["intermediate_size"] = 256 + vision["intermediate_size"] % 64
+    vision["image_size"] = vision["patch_size"] * values["scale_factor"] * 3
     ratio = text["num_attention_heads"] // text["num_key_value_heads"]
     text["num_attention_heads"], text["num_key_value_heads"] = ratio * 2, 2
     text["hidden_size"] = ratio * 2 * text["head_dim"]
