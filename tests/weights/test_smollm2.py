@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -105,8 +106,14 @@ def test_eight_bits_keep_the_likeliest_token(source: Path, vlm: SmolVLM) -> None
     assert agreement.item() >= 0.98
 
 
-def test_the_gguf_file_is_a_source_that_stays_packed(vlm: SmolVLM, tmp_path: Path) -> None:
+def test_the_gguf_file_is_a_source_that_stays_packed(
+    vlm: SmolVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    between = tmp_path / "between"
+    between.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(between))
     folder = convert_checkpoint(GGUF, tmp_path / "gguf", ConvertOptions(dtype="float32"))
+    assert list(between.iterdir()) == []
     again = load(folder)
     quantization = again.config.quantization.of("text_model.layers.0.self_attn.qkv_proj")
     assert quantization is not None
@@ -116,6 +123,8 @@ def test_the_gguf_file_is_a_source_that_stays_packed(vlm: SmolVLM, tmp_path: Pat
         again.prompt_builder.build([{"role": "user", "content": QUESTION}], []).tolist()
         == input_ids.tolist()
     )
+    digits = again.prompt_builder.tokenizer.encode("In 1998, 42 x 17.").tokens
+    assert [token for token in digits if token.isdigit()] == list("19984217")
     expected = vlm.model(vlm.model.embed(input_ids))  # from floats that the test unpacked itself
     got = again.model(again.model.embed(input_ids))
     assert mx.abs(got - expected).max().item() < 2e-3  # logits go to 34; products are packed
@@ -123,7 +132,8 @@ def test_the_gguf_file_is_a_source_that_stays_packed(vlm: SmolVLM, tmp_path: Pat
         again.ask("What is this?", images=[np.zeros((8, 8, 3), dtype=np.uint8)])
 
 
-def test_a_gguf_that_is_none_is_refused(tmp_path: Path) -> None:
+def test_a_gguf_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     path = tmp_path / "model.gguf"
     path.write_bytes(b"not a model")
     with pytest.raises(CheckpointError, match="cannot be read as GGUF"):
