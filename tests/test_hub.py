@@ -180,7 +180,9 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     resolve(REPO, ResolveOptions(offline=True))
-    assert set(seen["allow_patterns"]) == {"*.json", "*.safetensors", "*.jinja", "*.txt"}
+    assert set(seen["allow_patterns"]) == {
+        *("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
+    }
     assert (seen["repo"], seen["local_files_only"], seen["revision"]) == (REPO, True, None)
 
 
