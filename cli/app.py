@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_smolvlm.cli.models import app as models_app
 from mlx_smolvlm.cli.render import (
     OutputClosedError,
     fail,
@@ -383,14 +384,7 @@ def convert(
     run(ConvertRequest(source=source, dest=dest, options=options, force=force, offline=offline))
 
 
-@app.command()
-def models(
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
-) -> None:
-    """List the aliases and the converted checkpoints in the cache."""
-    from mlx_smolvlm.cli.models import models as run
-
-    run(json)
+app.add_typer(models_app, name="models")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from pathlib import Path
 
 from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
 from mlx_smolvlm.errors import CheckpointError
-
-SUFFIX = ".partial"
+from mlx_smolvlm.hub import PARTIAL
 
 
 def check_destination(dest: Path, force: bool) -> None:
@@ -82,7 +81,7 @@ def _refusal(dest: Path, error: OSError) -> str:
 
 def _hidden(dest: Path) -> Path:
     """A new name beside `dest`."""
-    return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{SUFFIX}"
+    return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{PARTIAL}"
 
 
 def _make_locked(dest: Path) -> tuple[Path, int]:
@@ -103,7 +102,7 @@ def _make_locked(dest: Path) -> tuple[Path, int]:
 def remove_leftovers(dest: Path) -> None:
     """Remove what writers of `dest` that live no more left beside it."""
     for path in dest.parent.iterdir():
-        if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(SUFFIX)):
+        if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(PARTIAL)):
             continue
         try:
             lock = os.open(path, os.O_RDONLY)

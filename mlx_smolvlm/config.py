@@ -17,7 +17,8 @@ FORMAT = "mlx-smolvlm"
 FORMAT_VERSION = 2
 
 PARTS = ("text", "vision", "connector", "embeddings")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+DTYPES = tuple(DTYPE_BITS)
 
 
 @dataclass(frozen=True)
