@@ -366,6 +366,15 @@ def convert(
     ] = None,
     offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DEST.")] = False,
+    upload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Then upload it to the hub; SOURCE may be converted already."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the new repository private.")
+    ] = False,
 ) -> None:
     """Convert a Hugging Face or mlx-community checkpoint."""
     from mlx_smolvlm.cli.convert import ConvertRequest
@@ -381,7 +390,16 @@ def convert(
         mode=mode,
         dtype=dtype,
     )
-    run(ConvertRequest(source=source, dest=dest, options=options, force=force, offline=offline))
+    request = ConvertRequest(
+        source=source,
+        dest=dest,
+        options=options,
+        force=force,
+        offline=offline,
+        upload=upload,
+        private=private,
+    )
+    run(request)
 
 
 app.add_typer(models_app, name="models")
