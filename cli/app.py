@@ -402,6 +402,20 @@ def convert(
     run(request)
 
 
+@app.command()
+def doctor(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="A folder, a converted model, or demo; repeats."),
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check this machine and the converted checkpoints; nothing is sent."""
+    from mlx_smolvlm.cli.doctor import doctor as run
+
+    run(tuple(model or ()), json)
+
+
 app.add_typer(models_app, name="models")
 
 

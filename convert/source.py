@@ -9,6 +9,7 @@ from pathlib import Path
 from mlx_smolvlm.checkpoint import CONFIG_FILE
 from mlx_smolvlm.config import FORMAT
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.safetensors import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -143,6 +144,7 @@ def download(repo: str, offline: bool = False, revision: str | None = None) -> P
     """
     from huggingface_hub import errors, snapshot_download
 
+    offline = is_offline(offline)
     try:
         return Path(
             snapshot_download(

@@ -67,7 +67,7 @@ def upload(
     if sums is None:
         sums = {path.name: file_sum(path) for path in files}
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
