@@ -19,13 +19,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, read_config, tokenizer_path
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.safetensors import read_headers, read_json
 
 DEMO = "demo"
@@ -79,7 +78,6 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
             that can be converted.
     """
     options = options or ResolveOptions()
-    options = replace(options, offline=is_offline(options.offline))
     if model == DEMO:
         return Path(__file__).parent / DEMO
     folder = Path(model).expanduser()
