@@ -210,7 +210,6 @@ def test_a_disk_that_refuses_is_named(cache, monkeypatch):
 def test_what_was_fetched_is_listed(tmp_path, monkeypatch):
     folder = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
-    monkeypatch.setattr("huggingface_hub.utils._cache_manager.HF_HUB_CACHE", str(folder))
     assert list_originals() == []
     source = hf.make(tmp_path / "s")
     ours = convert_checkpoint(source, tmp_path / "ours", ConvertOptions(bits=4))
