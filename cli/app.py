@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_smolvlm.cli.models import app as models_app
 from mlx_smolvlm.cli.render import (
     OutputClosedError,
     fail,
@@ -475,6 +476,15 @@ def convert(
     verify_pictures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pictures to compare on; likewise.")
     ] = None,
+    upload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Then upload it to the hub; SOURCE may be converted already."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the new repository private.")
+    ] = False,
 ) -> None:
     """Convert a Hugging Face or mlx-community checkpoint."""
     from mlx_smolvlm.cli.compare import Samples
@@ -493,16 +503,17 @@ def convert(
     )
     samples = Samples(tuple(verify_texts) if verify_texts else None, verify_pictures)
     wanted = samples if verify or samples != Samples() else None
-    run(
-        ConvertRequest(
-            source=source,
-            dest=dest,
-            options=options,
-            force=force,
-            offline=offline,
-            verify=wanted,
-        )
+    request = ConvertRequest(
+        source=source,
+        dest=dest,
+        options=options,
+        force=force,
+        offline=offline,
+        upload=upload,
+        private=private,
+        verify=wanted,
     )
+    run(request)
 
 
 COMPARE_EPILOG = """\
@@ -608,13 +619,20 @@ def train(
 
 
 @app.command()
-def models(
+def doctor(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="A folder, a converted model, or demo; repeats."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the aliases and the converted checkpoints in the cache."""
-    from mlx_smolvlm.cli.models import models as run
+    """Check this machine and the converted checkpoints; nothing is sent."""
+    from mlx_smolvlm.cli.doctor import doctor as run
 
-    run(json)
+    run(tuple(model or ()), json)
+
+
+app.add_typer(models_app, name="models")
 
 
 if __name__ == "__main__":
