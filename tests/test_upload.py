@@ -95,14 +95,15 @@ def test_convert_and_upload(source, hub, tmp_path):
     assert b"Its own text" not in files["README.md"]
 
 
-def test_what_was_verified_is_on_the_card_and_the_texts_stay_here(source, hub, tmp_path):
+def test_what_was_verified_is_on_the_card_and_the_texts_stay_here(hub, tmp_path):
+    source = neighbor("test_verify").make_source(tmp_path / "Some-VLM")
     text = tmp_path / "secret.txt"
     text.write_text("The word of the day is marzipan, and nobody may know it. " * 4)
     arguments = ("out", "--bits", "8", "--verify-texts", str(text), "--upload", "me/model")
     done = run("convert", str(source), *arguments, cwd=tmp_path, hub=hub)
     assert done.returncode == 0, done.stderr
     assert "marzipan" in (tmp_path / "out" / "verify.json").read_text()
-    files = hub.repos["me/model"].files
+    files = hub.repos["me/model"]
     assert "verify.png" in files and "verify.json" not in files
     card = files["README.md"].decode()
     assert "verify.png" in card and "KL" in card and "marzipan" not in card
