@@ -104,9 +104,11 @@ def test_what_was_verified_is_on_the_card_and_the_texts_stay_here(hub, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "marzipan" in (tmp_path / "out" / "verify.json").read_text()
     files = hub.repos["me/model"]
-    assert "verify.png" in files and "verify.json" not in files
+    assert "verify.png" in files
+    assert "verify.json" not in files
     card = files["README.md"].decode()
-    assert "verify.png" in card and "KL" in card and "marzipan" not in card
+    assert all(word in card for word in ("verify.png", "KL"))
+    assert "marzipan" not in card
 
 
 def test_a_second_upload_removes_the_first_ones_files(source, hub, tmp_path):
