@@ -14,12 +14,16 @@ from mlx_smolvlm.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mlx_smolvlm.cli.compare import Samples
+    from mlx_smolvlm.cli.precision import Better
     from mlx_smolvlm.convert.quantize import ConvertOptions
 
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What `convert` was asked for; `verify` holds what to try the result on, if it is tried."""
+    """What `convert` was asked for; `verify` holds what to try the result on, if it is tried.
+
+    `better` holds what goes beyond rounding to the bits of `options`.
+    """
 
     source: str
     dest: Path | None
@@ -27,6 +31,7 @@ class ConvertRequest:
     force: bool
     offline: bool
     verify: Samples | None = None
+    better: Better | None = None
 
 
 def convert(request: ConvertRequest) -> None:
@@ -49,14 +54,23 @@ def convert(request: ConvertRequest) -> None:
     source: str | Path = Path(request.source).expanduser()
     if not Path(source).exists():
         source = ALIASES.get(request.source.lower(), request.source)
-    dest = request.dest or default_dest(str(source), request.options)
+    suffix = None if request.better is None else request.better.suffix
+    dest = request.dest or default_dest(str(source), request.options, suffix)
     if dest.exists() and not dest.is_dir():
         raise CheckpointError(f"{dest} is no folder; choose another destination")
     progress = ConversionProgress()
     with contextlib.closing(progress):
-        convert_checkpoint(
-            source, dest, request.options, progress, offline=request.offline, force=request.force
-        )
+        if request.better is None or request.better.rounds:
+            convert_checkpoint(
+                source,
+                dest,
+                request.options,
+                progress,
+                offline=request.offline,
+                force=request.force,
+            )
+        else:
+            request.better.write(source, dest, request)
     say(f"wrote {dest}: {summary(dest)}")
     if request.verify is not None:
         from mlx_smolvlm.cli.compare import verify
@@ -64,10 +78,12 @@ def convert(request: ConvertRequest) -> None:
         verify(source, dest, request.verify, request.offline)
 
 
-def default_dest(source: str, options: ConvertOptions) -> Path:
-    """A folder here, named after the source and the precision asked for."""
+def default_dest(source: str, options: ConvertOptions, suffix: str | None = None) -> Path:
+    """A folder here, named after the source and `suffix`, else the precision asked for."""
     name = Path(source).resolve().name if Path(source).is_dir() else Path(source).name
     name = name.partition("@")[0]
+    if suffix is not None:
+        return Path(f"{name}-mlx-{suffix}")
     if options.mode != "affine":
         return Path(f"{name}-mlx-{options.mode}")
     return Path(f"{name}-mlx" if options.bits is None else f"{name}-mlx-{options.bits}bit")
