@@ -13,12 +13,13 @@ from mlx_smolvlm.checkpoint import TOKENIZER_FILE
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.calibration import Sample, read_samples
 from mlx_smolvlm.convert.folder import check_destination
-from mlx_smolvlm.convert.learn import LearnOptions, Progress, learn, make_targets
+from mlx_smolvlm.convert.learn import PICTURE_PARTS, LearnOptions, Progress, learn, make_targets
 from mlx_smolvlm.convert.mixture import Choice, choose
 from mlx_smolvlm.convert.opened import OpenedSource
 from mlx_smolvlm.convert.plan import Step
 from mlx_smolvlm.convert.quantize import (
     AFFINE_BITS,
+    FINE_BITS,
     ConvertOptions,
     check_width,
     requested,
@@ -163,20 +164,25 @@ def mix(
 def measure(
     plan: Plan, model: Model, samples: Sequence[Sample], progress: Progress
 ) -> dict[str, list[Choice]]:
-    """What each matrix of `plan` can have, its bytes and the estimated damage."""
+    """What each matrix of `plan` can have, its bytes and the estimated damage.
+
+    Without pictures among `samples`, nothing is known of the encoder, and it gets 8 bits.
+    """
     steps = {step.entry.path: step for step in plan.steps if step.entry.quantizable}
     count = min(len(samples), MEASURED_SAMPLES)
     spread = [samples[number * len(samples) // count] for number in range(count)]
     information = importance(model, spread, list(steps), progress)
+    pictured = any(sample.pixel_values is not None for sample in spread)
     dtype: mx.Dtype = getattr(mx, plan.config.dtype)
     modules = dict(model.named_modules())
     choices: dict[str, list[Choice]] = {}
     for number, (path, step) in enumerate(steps.items()):
         progress(number, len(steps), path)
         weight = modules[path].weight
-        choices[path] = [Choice(None, _nbytes(step, None, dtype), 0.0)]
+        known = pictured or not path.startswith(PICTURE_PARTS)
+        choices[path] = [Choice(None, _nbytes(step, None, dtype), 0.0)] if known else []
         for one in CANDIDATES:
-            if not _fits(step, one):
+            if not _fits(step, one) or not (known or one.bits == FINE_BITS):
                 continue
             lost = damage(weight, information[path], one, dtype)
             choices[path].append(Choice(one, _nbytes(step, one, dtype), lost))
