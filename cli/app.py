@@ -464,6 +464,40 @@ def convert(
             help="Of the rest: float32, float16 or bfloat16; default: as the source.",
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="tiny, balanced, quality, or a TOML file; in place of the options above.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Mix precisions so that all fits, e.g. 150MB (1 MB is 10^6 bytes)."
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="Likewise, to so many bits a weight with its scales."),
+    ] = None,
+    dwq: Annotated[
+        bool,
+        typer.Option(
+            "--dwq", help="Tune scales and biases until the result says what the source says."
+        ),
+    ] = False,
+    dwq_steps: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many samples to tune on.")
+    ] = 120,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Texts, JSONL datasets or folders of them to measure and tune on; repeats; "
+            "default: a few of this package.",
+        ),
+    ] = None,
     offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DEST.")] = False,
     verify: Annotated[
@@ -490,6 +524,7 @@ def convert(
     from mlx_smolvlm.cli.compare import Samples
     from mlx_smolvlm.cli.convert import ConvertRequest
     from mlx_smolvlm.cli.convert import convert as run
+    from mlx_smolvlm.cli.precision import Better
     from mlx_smolvlm.convert.quantize import ConvertOptions
 
     options = ConvertOptions(
@@ -501,17 +536,21 @@ def convert(
         mode=mode,
         dtype=dtype,
     )
+    better = Better(
+        recipe, target_size, target_bits, dwq_steps if dwq else None, tuple(calibration or ())
+    )
     samples = Samples(tuple(verify_texts) if verify_texts else None, verify_pictures)
     wanted = samples if verify or samples != Samples() else None
     request = ConvertRequest(
         source=source,
         dest=dest,
-        options=options,
+        options=better.options(options),
         force=force,
         offline=offline,
         upload=upload,
         private=private,
         verify=wanted,
+        better=better,
     )
     run(request)
 

@@ -14,6 +14,7 @@ from mlx_smolvlm.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mlx_smolvlm.cli.compare import Samples
+    from mlx_smolvlm.cli.precision import Better
     from mlx_smolvlm.convert.quantize import ConvertOptions
 
 
@@ -23,6 +24,7 @@ class ConvertRequest:
 
     Attributes:
         verify: What to try the result on; None does not try it.
+        better: What goes beyond rounding to the bits of `options`.
         upload: A repository of the hub.
     """
 
@@ -32,6 +34,7 @@ class ConvertRequest:
     force: bool
     offline: bool
     verify: Samples | None = None
+    better: Better | None = None
     upload: str | None = None
     private: bool = False
 
@@ -69,7 +72,8 @@ def convert(request: ConvertRequest) -> None:
     if request.upload is not None and request.dest is None and is_own(Path(source)):
         publish(Path(source), request)
         return
-    dest = request.dest or default_dest(str(source), request.options)
+    suffix = None if request.better is None else request.better.suffix
+    dest = request.dest or default_dest(str(source), request.options, suffix)
     write_converted(source, dest, request)
     if request.upload is not None:
         publish(dest, request)
@@ -83,9 +87,17 @@ def write_converted(source: str | Path, dest: Path, request: ConvertRequest) -> 
         raise CheckpointError(f"{dest} is no folder; choose another destination")
     progress = ConversionProgress()
     with contextlib.closing(progress):
-        convert_checkpoint(
-            source, dest, request.options, progress, offline=request.offline, force=request.force
-        )
+        if request.better is None or request.better.rounds:
+            convert_checkpoint(
+                source,
+                dest,
+                request.options,
+                progress,
+                offline=request.offline,
+                force=request.force,
+            )
+        else:
+            request.better.write(source, dest, request)
     say(f"wrote {dest}: {summary(dest)}")
     if request.verify is not None:
         from mlx_smolvlm.cli.compare import verify
@@ -111,10 +123,12 @@ def publish(folder: Path, request: ConvertRequest) -> None:
     write(f"{url}\n")
 
 
-def default_dest(source: str, options: ConvertOptions) -> Path:
-    """A folder here, named after the source and the precision asked for."""
+def default_dest(source: str, options: ConvertOptions, suffix: str | None = None) -> Path:
+    """A folder here, named after the source and `suffix`, else the precision asked for."""
     name = Path(source).resolve().name if Path(source).is_dir() else Path(source).name
     name = name.partition("@")[0]
+    if suffix is not None:
+        return Path(f"{name}-mlx-{suffix}")
     if options.mode != "affine":
         return Path(f"{name}-mlx-{options.mode}")
     return Path(f"{name}-mlx" if options.bits is None else f"{name}-mlx-{options.bits}bit")

@@ -71,6 +71,7 @@ class Plan:
     """All that `write_checkpoint` needs, checked.
 
     `stamps` are of the source's files before the first of them was read.
+    `learned` holds better scales and biases for packed modules, by path.
     """
 
     source: Source
@@ -79,6 +80,14 @@ class Plan:
     steps: list[Step]
     origin: Origin
     stamps: Mapping[str, tuple[int, int]]
+    learned: Mapping[str, Mapping[str, mx.array]] = dataclasses.field(default_factory=dict)
+
+    def build(self, step: Step, reader: Reader) -> dict[str, mx.array]:
+        """The arrays of the module that `step` describes, by suffix."""
+        dtype: mx.Dtype = getattr(mx, self.config.dtype)
+        better = self.learned.get(step.entry.path, {})
+        arrays = build(step, reader, dtype)
+        return arrays | {suffix: array.astype(dtype) for suffix, array in better.items()}
 
 
 def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
@@ -94,7 +103,7 @@ def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
     found = match(source.tensors())
     settings = _settle_tie(settings, found)
     packing = source_quantization(read_json(source.folder / CONFIG_FILE))
-    config, steps = make_plan(settings, found, packing, wanted)
+    config, steps = make_plan(settings, found, packing, wanted, options.overrides)
     config = dataclasses.replace(config, dtype=options.dtype or usual_dtype(steps))
     config.check()
     return Plan(source, config, template, steps, trace(source), stamps)
@@ -181,11 +190,10 @@ def _check_space(folder: Path, needed: int) -> None:
 
 def _write_weights(plan: Plan, outbox: Outbox, progress: Progress | None) -> None:
     """Write every tensor of `plan` into `outbox`."""
-    dtype: mx.Dtype = getattr(mx, plan.config.dtype)
     reader, writer = Reader(), ShardWriter(outbox)
     done, total = 0, sum(step.source_nbytes for step in plan.steps)
     for step in plan.steps:
-        arrays = build(step, reader, dtype)
+        arrays = plan.build(step, reader)
         mx.eval(arrays)
         writer.add({f"{step.entry.path}.{suffix}": a for suffix, a in arrays.items()})
         del arrays
