@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from mlx_smolvlm.cli.models import app as models_app
 from mlx_smolvlm.cli.render import (
     OutputClosedError,
     fail,
@@ -463,6 +464,40 @@ def convert(
             help="Of the rest: float32, float16 or bfloat16; default: as the source.",
         ),
     ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="tiny, balanced, quality, or a TOML file; in place of the options above.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Mix precisions so that all fits, e.g. 150MB (1 MB is 10^6 bytes)."
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="Likewise, to so many bits a weight with its scales."),
+    ] = None,
+    dwq: Annotated[
+        bool,
+        typer.Option(
+            "--dwq", help="Tune scales and biases until the result says what the source says."
+        ),
+    ] = False,
+    dwq_steps: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many samples to tune on.")
+    ] = 120,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Texts, JSONL datasets or folders of them to measure and tune on; repeats; "
+            "default: a few of this package.",
+        ),
+    ] = None,
     offline: Offline = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DEST.")] = False,
     verify: Annotated[
@@ -475,11 +510,21 @@ def convert(
     verify_pictures: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Pictures to compare on; likewise.")
     ] = None,
+    upload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Then upload it to the hub; SOURCE may be converted already."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the new repository private.")
+    ] = False,
 ) -> None:
     """Convert a Hugging Face or mlx-community checkpoint."""
     from mlx_smolvlm.cli.compare import Samples
     from mlx_smolvlm.cli.convert import ConvertRequest
     from mlx_smolvlm.cli.convert import convert as run
+    from mlx_smolvlm.cli.precision import Better
     from mlx_smolvlm.convert.quantize import ConvertOptions
 
     options = ConvertOptions(
@@ -491,18 +536,23 @@ def convert(
         mode=mode,
         dtype=dtype,
     )
+    better = Better(
+        recipe, target_size, target_bits, dwq_steps if dwq else None, tuple(calibration or ())
+    )
     samples = Samples(tuple(verify_texts) if verify_texts else None, verify_pictures)
     wanted = samples if verify or samples != Samples() else None
-    run(
-        ConvertRequest(
-            source=source,
-            dest=dest,
-            options=options,
-            force=force,
-            offline=offline,
-            verify=wanted,
-        )
+    request = ConvertRequest(
+        source=source,
+        dest=dest,
+        options=better.options(options),
+        force=force,
+        offline=offline,
+        upload=upload,
+        private=private,
+        verify=wanted,
+        better=better,
     )
+    run(request)
 
 
 COMPARE_EPILOG = """\
@@ -608,13 +658,20 @@ def train(
 
 
 @app.command()
-def models(
+def doctor(
+    model: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="MODEL", help="A folder, a converted model, or demo; repeats."),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """List the aliases and the converted checkpoints in the cache."""
-    from mlx_smolvlm.cli.models import models as run
+    """Check this machine and the converted checkpoints; nothing is sent."""
+    from mlx_smolvlm.cli.doctor import doctor as run
 
-    run(json)
+    run(tuple(model or ()), json)
+
+
+app.add_typer(models_app, name="models")
 
 
 if __name__ == "__main__":

@@ -9,17 +9,24 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_smolvlm.cli.render import ConversionProgress, say, size
+from mlx_smolvlm.cli.render import ConversionProgress, say, size, warn, write
 from mlx_smolvlm.errors import CheckpointError
 
 if TYPE_CHECKING:
     from mlx_smolvlm.cli.compare import Samples
+    from mlx_smolvlm.cli.precision import Better
     from mlx_smolvlm.convert.quantize import ConvertOptions
 
 
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What `convert` was asked for; `verify` holds what to try the result on, if it is tried."""
+    """What `convert` was asked for.
+
+    Attributes:
+        verify: What to try the result on; None does not try it.
+        better: What goes beyond rounding to the bits of `options`.
+        upload: A repository of the hub.
+    """
 
     source: str
     dest: Path | None
@@ -27,18 +34,27 @@ class ConvertRequest:
     force: bool
     offline: bool
     verify: Samples | None = None
+    better: Better | None = None
+    upload: str | None = None
+    private: bool = False
+
+    def __post_init__(self) -> None:
+        if self.upload is not None and self.offline:
+            raise typer.BadParameter("it needs the network", param_hint="--upload")
+        if self.private and self.upload is None:
+            raise typer.BadParameter("it needs --upload", param_hint="--private")
 
 
 def convert(request: ConvertRequest) -> None:
-    """Write the checkpoint and say where.
+    """Write the checkpoint and say where; then upload it, if that was asked for.
 
     Raises:
         typer.BadParameter: A precision that does not exist.
-        CheckpointError: The source is not usable, or the destination is taken.
+        CheckpointError: The source is not usable, the destination is taken, or the hub
+            refuses.
     """
     from mlx_smolvlm.convert.quantize import requested
-    from mlx_smolvlm.convert.run import convert_checkpoint
-    from mlx_smolvlm.hub import ALIASES
+    from mlx_smolvlm.hub import ALIASES, is_own
 
     try:
         requested(request.options)
@@ -46,17 +62,42 @@ def convert(request: ConvertRequest) -> None:
         raise typer.BadParameter(str(error)) from None
     if request.verify is not None:
         request.verify.options()  # wrong files are refused before hours of work
+    if request.upload is not None:
+        from mlx_smolvlm.convert.upload import check_upload
+
+        check_upload(request.upload)  # or the work would be done before it is known
     source: str | Path = Path(request.source).expanduser()
     if not Path(source).exists():
         source = ALIASES.get(request.source.lower(), request.source)
-    dest = request.dest or default_dest(str(source), request.options)
+    if request.upload is not None and request.dest is None and is_own(Path(source)):
+        publish(Path(source), request)
+        return
+    suffix = None if request.better is None else request.better.suffix
+    dest = request.dest or default_dest(str(source), request.options, suffix)
+    write_converted(source, dest, request)
+    if request.upload is not None:
+        publish(dest, request)
+
+
+def write_converted(source: str | Path, dest: Path, request: ConvertRequest) -> None:
+    """Convert `source` to the folder `dest`, and say so."""
+    from mlx_smolvlm.convert.run import convert_checkpoint
+
     if dest.exists() and not dest.is_dir():
         raise CheckpointError(f"{dest} is no folder; choose another destination")
     progress = ConversionProgress()
     with contextlib.closing(progress):
-        convert_checkpoint(
-            source, dest, request.options, progress, offline=request.offline, force=request.force
-        )
+        if request.better is None or request.better.rounds:
+            convert_checkpoint(
+                source,
+                dest,
+                request.options,
+                progress,
+                offline=request.offline,
+                force=request.force,
+            )
+        else:
+            request.better.write(source, dest, request)
     say(f"wrote {dest}: {summary(dest)}")
     if request.verify is not None:
         from mlx_smolvlm.cli.compare import verify
@@ -64,10 +105,30 @@ def convert(request: ConvertRequest) -> None:
         verify(source, dest, request.verify, request.offline)
 
 
-def default_dest(source: str, options: ConvertOptions) -> Path:
-    """A folder here, named after the source and the precision asked for."""
+def publish(folder: Path, request: ConvertRequest) -> None:
+    """Upload the checkpoint in `folder`, and put the commit's URL on stdout."""
+    from mlx_smolvlm.convert.upload import upload
+    from mlx_smolvlm.convert.verify import verification_section
+    from mlx_smolvlm.origin import read_origin
+
+    assert request.upload is not None
+    origin = read_origin(folder)
+    if origin is None or origin.license is None:
+        warn(f"{folder} states no licence, so its card says license: unknown")
+    section = verification_section(folder) or ""
+    say(f"uploading {folder} to {request.upload}", dim=True)
+    url = upload(
+        folder, request.upload, private=request.private, force=request.force, section=section
+    )
+    write(f"{url}\n")
+
+
+def default_dest(source: str, options: ConvertOptions, suffix: str | None = None) -> Path:
+    """A folder here, named after the source and `suffix`, else the precision asked for."""
     name = Path(source).resolve().name if Path(source).is_dir() else Path(source).name
     name = name.partition("@")[0].removesuffix(".gguf")
+    if suffix is not None:
+        return Path(f"{name}-mlx-{suffix}")
     if options.mode != "affine":
         return Path(f"{name}-mlx-{options.mode}")
     return Path(f"{name}-mlx" if options.bits is None else f"{name}-mlx-{options.bits}bit")

@@ -13,6 +13,8 @@ import mlx.core as mx
 
 from mlx_smolvlm.convert.plan import Member, Step
 from mlx_smolvlm.convert.quantize import pack, unpack
+from mlx_smolvlm.convert.written import Outbox
+from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import INDEX_FILE, WEIGHTS_FILE, TensorInfo
 
 SHARD_BYTES = 512 * 10**6
@@ -25,19 +27,29 @@ class Reader:
         self._files: dict[Path, dict[str, mx.array]] = {}
 
     def take(self, name: str, info: TensorInfo) -> mx.array:
-        """The tensor `name`, not yet read."""
+        """The tensor `name`, not yet read.
+
+        Raises:
+            CheckpointError: The file cannot be read, or is not what its header was.
+        """
         if info.file not in self._files:
-            loaded = mx.load(str(info.file))
+            try:
+                loaded = mx.load(str(info.file))
+            except (RuntimeError, ValueError) as error:
+                raise CheckpointError(f"{info.file} cannot be read: {error}") from None
             assert isinstance(loaded, dict)
             self._files[info.file] = loaded
-        return self._files[info.file].pop(name)
+        array = self._files[info.file].pop(name, None)
+        if array is None or array.shape != info.shape:
+            raise CheckpointError(f"{info.file} changed while it was read; convert it again")
+        return array
 
 
 class ShardWriter:
     """Tensors collected into files of at most about `SHARD_BYTES`."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
         self._shards: list[list[str]] = []
         self._tensors: dict[str, mx.array] = {}
         self._nbytes = self.total = 0
@@ -54,8 +66,8 @@ class ShardWriter:
     def _flush(self) -> None:
         """Write what is kept, and keep it no longer."""
         self._shards.append(sorted(self._tensors))
-        path = self._folder / f"part-{len(self._shards)}.safetensors"
-        mx.save_safetensors(str(path), self._tensors, {"format": "mlx"})
+        with self._outbox.open(f"part-{len(self._shards)}.safetensors") as file:
+            mx.save_safetensors(file, self._tensors, {"format": "mlx"})  # type: ignore[arg-type]
         self._tensors, self._nbytes = {}, 0
 
     def finish(self) -> None:
@@ -65,12 +77,11 @@ class ShardWriter:
         index: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             name = WEIGHTS_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-            (self._folder / f"part-{number}.safetensors").rename(self._folder / name)
+            self._outbox.rename(f"part-{number}.safetensors", name)
             index |= dict.fromkeys(names, name)
         if count > 1:
             values = {"metadata": {"total_size": self.total}, "weight_map": index}
-            text = json.dumps(values, indent=2) + "\n"
-            (self._folder / INDEX_FILE).write_text(text, encoding="utf-8")
+            self._outbox.write_text(INDEX_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def build(step: Step, reader: Reader, dtype: mx.Dtype) -> dict[str, mx.array]:

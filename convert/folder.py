@@ -7,6 +7,7 @@ and renamed into place. What a killed writer left is removed by the next one.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -16,8 +17,7 @@ from pathlib import Path
 
 from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
 from mlx_smolvlm.errors import CheckpointError
-
-SUFFIX = ".partial"
+from mlx_smolvlm.hub import PARTIAL
 
 
 def check_destination(dest: Path, force: bool) -> None:
@@ -57,22 +57,31 @@ def staged(dest: Path, force: bool) -> Iterator[Path]:
         remove_leftovers(dest)
         partial, lock = _make_locked(dest)
     except OSError as error:
-        raise CheckpointError(f"{dest} cannot be written: {error.strerror}") from None
+        raise CheckpointError(_refusal(dest, error)) from None
     try:
         yield partial
         _sync(partial)
         _publish(partial, dest, force)
     except OSError as error:
-        reason = f"{error.strerror or error} ({error.filename})"
-        raise CheckpointError(f"{dest} cannot be written: {reason}") from None
+        raise CheckpointError(_refusal(dest, error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
 
 
+def _refusal(dest: Path, error: OSError) -> str:
+    """That `dest` cannot be written, why, and what to do."""
+    text = f"{dest} cannot be written: {error.strerror or error}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{text}; make room, or choose a destination on another disk"
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return f"{text}; choose a destination that you may write to"
+    return f"{text} ({error.filename})" if error.filename else text
+
+
 def _hidden(dest: Path) -> Path:
     """A new name beside `dest`."""
-    return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{SUFFIX}"
+    return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{PARTIAL}"
 
 
 def _make_locked(dest: Path) -> tuple[Path, int]:
@@ -93,7 +102,7 @@ def _make_locked(dest: Path) -> tuple[Path, int]:
 def remove_leftovers(dest: Path) -> None:
     """Remove what writers of `dest` that live no more left beside it."""
     for path in dest.parent.iterdir():
-        if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(SUFFIX)):
+        if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(PARTIAL)):
             continue
         try:
             lock = os.open(path, os.O_RDONLY)
@@ -111,11 +120,16 @@ def remove_leftovers(dest: Path) -> None:
 def _sync(folder: Path) -> None:
     """Wait until every file of `folder`, and the folder itself, is on the disk."""
     for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync_one(path)
+
+
+def _sync_one(path: Path) -> None:
+    """Wait until the file or the folder's list of names at `path` is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _publish(partial: Path, dest: Path, force: bool) -> None:
@@ -128,7 +142,12 @@ def _publish(partial: Path, dest: Path, force: bool) -> None:
     try:
         partial.rename(dest)
     except OSError:
-        check_destination(dest, force=False)
+        if replaced is not None:
+            replaced.rename(dest)
+        else:
+            check_destination(dest, force=False)
         raise
+    with contextlib.suppress(OSError):  # it is in place, and whole
+        _sync_one(dest.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)

@@ -25,7 +25,7 @@ from mlx_smolvlm.checkpoint import (
     tokenizer_path,
 )
 from mlx_smolvlm.config import Config, Quantization
-from mlx_smolvlm.convert.arrays import Reader, build
+from mlx_smolvlm.convert.arrays import Reader
 from mlx_smolvlm.convert.quantize import ConvertOptions, unpack
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint
 from mlx_smolvlm.convert.source import Source
@@ -116,10 +116,10 @@ class OpenedFolder:
 
 
 class OpenedSource:
-    """A source of the converter, every matrix as floats of the type it has."""
+    """A source of the converter, as `plan` says: by default every matrix in the floats it has."""
 
-    def __init__(self, source: Source) -> None:
-        self._plan: Plan = plan_checkpoint(source, ConvertOptions(bits=16))
+    def __init__(self, source: Source, plan: Plan | None = None) -> None:
+        self._plan: Plan = plan or plan_checkpoint(source, ConvertOptions(bits=16))
         self._steps = {step.entry.path: step for step in self._plan.steps}
         self.name, self.config = source.name, self._plan.config
         self.tokenizer_json = source.folder / TOKENIZER_FILE
@@ -127,7 +127,7 @@ class OpenedSource:
 
     @property
     def nbytes(self) -> int:
-        """Of its weights as floats."""
+        """Of its weights."""
         return sum(step.nbytes(self._dtype.size) for step in self._plan.steps)
 
     def load(self) -> SmolVLM:
@@ -141,7 +141,7 @@ class OpenedSource:
         weights = []
         try:
             for path, step in self._steps.items():
-                arrays = build(step, reader, self._dtype)
+                arrays = self._plan.build(step, reader)
                 mx.eval(arrays)
                 weights += [(f"{path}.{suffix}", array) for suffix, array in arrays.items()]
                 mx.clear_cache()
@@ -154,7 +154,9 @@ class OpenedSource:
 
     def matrix(self, path: str) -> Matrix:
         """The weight of the module at `path`, which is not kept."""
-        return Matrix({"weight": build(self._steps[path], Reader(), self._dtype)["weight"]}, None)
+        arrays = self._plan.build(self._steps[path], Reader())
+        arrays.pop("bias", None)
+        return Matrix(arrays, self._steps[path].target)
 
 
 def _measurable(folder: Path, config: Config, model: Model, builder: PromptBuilder) -> SmolVLM:

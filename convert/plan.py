@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from mlx_smolvlm.convert.quantize import (
     AFFINE_GROUPS,
     FLOAT_MODES,
     check_width,
+    exceptions,
     packed_shapes,
     summarize,
 )
@@ -139,6 +140,7 @@ def make_plan(
     found: Found,
     packing: Mapping[str, Quantization],
     wanted: Mapping[str, Quantization | None],
+    overrides: Iterable[tuple[str, Quantization | None]] = (),
 ) -> tuple[Config, list[Step]]:
     """The configuration to write and the steps that write its modules, in order.
 
@@ -146,13 +148,16 @@ def make_plan(
         config: Of the source, its `tie_word_embeddings` settled.
         packing: From `source_quantization`.
         wanted: Quantization by part; a part that is absent stays as it is.
+        overrides: Patterns over paths and what their modules get, see `ConvertOptions`.
 
     Raises:
-        CheckpointError: A tensor is missing, unknown, of another shape or type, or a
-            group size does not fit.
+        CheckpointError: A tensor is missing, unknown, of another shape or type, a group
+            size does not fit, or a pattern matches nothing.
     """
     steps, used = [], set()
-    for entry in entries(config):
+    expected = entries(config)
+    wanted = {**wanted, **exceptions((e.path for e in expected if e.quantizable), overrides)}
+    for entry in expected:
         members = tuple(
             _member(name, shape, entry, found, packing)
             for name, shape in zip(entry.members, entry.shapes, strict=True)
@@ -220,12 +225,12 @@ def _source_name(key: str, found: Found) -> str:
 
 
 def _with_target(step: Step, wanted: Mapping[str, Quantization | None]) -> Step:
-    """`step` with the quantization that is wanted for its part, else that of its members."""
+    """`step` with what is wanted for its path, else its part, else as its members are."""
     if not step.entry.quantizable:
         return step
-    part = part_of(step.entry.path)
-    if part in wanted:
-        return dataclasses.replace(step, target=wanted[part])
+    for key in (step.entry.path, part_of(step.entry.path)):
+        if key in wanted:
+            return dataclasses.replace(step, target=wanted[key])
     kinds = {member.packed for member in step.members}
     if len(kinds) == 1:
         return dataclasses.replace(step, target=kinds.pop())

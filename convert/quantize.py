@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import mlx.core as mx
 
@@ -32,6 +33,9 @@ class ConvertOptions:
         mode: "affine", or one of "mxfp4", "mxfp8" and "nvfp4", whose bits and group
             size are fixed; parts with other bits than the mode's are affine.
         dtype: Of what is not quantized; None is the type that most of the source has.
+        overrides: Pairs of a pattern over module paths, such as
+            "text_model.layers.*.mlp.down_proj", and what its modules get (None: float) in
+            place of what their part gets. `*` takes dots too; of several, the last counts.
     """
 
     bits: int | None = None
@@ -41,6 +45,7 @@ class ConvertOptions:
     group_size: int = 64
     mode: str = "affine"
     dtype: str | None = None
+    overrides: tuple[tuple[str, Quantization | None], ...] = ()
 
 
 def requested(options: ConvertOptions) -> dict[str, Quantization | None]:
@@ -81,6 +86,27 @@ def _quantization(bits: int, options: ConvertOptions) -> Quantization | None:
         choices = ", ".join(str(n) for n in AFFINE_BITS)
         raise CheckpointError(f"{bits} bits are not available: {choices}, or 16 for float")
     return Quantization(bits, options.group_size, "affine")
+
+
+def exceptions(
+    paths: Iterable[str], overrides: Iterable[tuple[str, Quantization | None]]
+) -> dict[str, Quantization | None]:
+    """What the modules at `paths` that a pattern of `overrides` matches get, by path.
+
+    Raises:
+        CheckpointError: A pattern that matches none of them.
+    """
+    paths = list(paths)
+    result: dict[str, Quantization | None] = {}
+    for pattern, quantization in overrides:
+        matched = [path for path in paths if fnmatchcase(path, pattern)]
+        if not matched:
+            raise CheckpointError(
+                f"the pattern {pattern!r} matches no matrix of this model; its matrices have "
+                f"paths such as {paths[0]} and {paths[-1]}"
+            )
+        result |= dict.fromkeys(matched, quantization)
+    return result
 
 
 def check_width(path: str, width: int, quantization: Quantization) -> None:

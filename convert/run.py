@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_smolvlm.checkpoint import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.convert.arrays import Reader, ShardWriter, build
+from mlx_smolvlm.convert.card_data import trace
 from mlx_smolvlm.convert.folder import check_destination, staged
 from mlx_smolvlm.convert.plan import (
     Found,
@@ -26,7 +28,9 @@ from mlx_smolvlm.convert.preprocessing import read_template
 from mlx_smolvlm.convert.quantize import ConvertOptions, requested
 from mlx_smolvlm.convert.settings import read_settings
 from mlx_smolvlm.convert.source import Source, open_source
+from mlx_smolvlm.convert.written import Outbox
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.origin import ORIGIN_FILE, Origin
 from mlx_smolvlm.safetensors import read_json
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, module at hand
@@ -64,12 +68,26 @@ def convert_checkpoint(
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that `write_checkpoint` needs, checked."""
+    """All that `write_checkpoint` needs, checked.
+
+    `stamps` are of the source's files before the first of them was read.
+    `learned` holds better scales and biases for packed modules, by path.
+    """
 
     source: Source
     config: Config
     template: str
     steps: list[Step]
+    origin: Origin
+    stamps: Mapping[str, tuple[int, int]]
+    learned: Mapping[str, Mapping[str, mx.array]] = dataclasses.field(default_factory=dict)
+
+    def build(self, step: Step, reader: Reader) -> dict[str, mx.array]:
+        """The arrays of the module that `step` describes, by suffix."""
+        dtype: mx.Dtype = getattr(mx, self.config.dtype)
+        better = self.learned.get(step.entry.path, {})
+        arrays = build(step, reader, dtype)
+        return arrays | {suffix: array.astype(dtype) for suffix, array in better.items()}
 
 
 def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
@@ -79,31 +97,56 @@ def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
         CheckpointError: The source is not usable, or the options do not fit it.
     """
     wanted = requested(options)
+    stamps = source.stamps()
     settings = read_settings(source.folder, source.name)
     template = read_template(source.folder)
     found = match(source.tensors())
     settings = _settle_tie(settings, found)
     packing = source_quantization(read_json(source.folder / CONFIG_FILE))
-    config, steps = make_plan(settings, found, packing, wanted)
+    config, steps = make_plan(settings, found, packing, wanted, options.overrides)
     config = dataclasses.replace(config, dtype=options.dtype or usual_dtype(steps))
     config.check()
-    return Plan(source, config, template, steps)
+    return Plan(source, config, template, steps, trace(source), stamps)
 
 
 def write_checkpoint(plan: Plan, dest: Path, progress: Progress | None, force: bool) -> Path:
-    """The folder `dest`, written as `plan` says."""
+    """The folder `dest`, written as `plan` says.
+
+    Raises:
+        CheckpointError: The disk refuses, `dest` is taken, or the source has changed
+            since it was planned; nothing is left behind.
+    """
     item_bytes = 4 if plan.config.dtype == "float32" else 2
     with staged(dest, force) as folder:
         _check_space(folder, sum(step.nbytes(item_bytes) for step in plan.steps))
+        outbox = Outbox(folder)
         try:
-            _write_weights(plan, folder, progress)
-        except RuntimeError as error:
+            _write_weights(plan, outbox, progress)
+        except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{plan.source.folder} cannot be converted: {error}") from None
-        shutil.copyfile(plan.source.folder / TOKENIZER_FILE, folder / TOKENIZER_FILE)
-        (folder / TEMPLATE_FILE).write_text(plan.template, encoding="utf-8")
-        text = json.dumps(plan.config.to_dict(), indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        outbox.copy(plan.source.folder / TOKENIZER_FILE)
+        outbox.write_text(TEMPLATE_FILE, plan.template)
+        outbox.write_text(ORIGIN_FILE, _json(plan.origin.to_dict()))
+        outbox.write_text(CONFIG_FILE, _json(plan.config.to_dict()))
+        _check_unchanged(plan)
+        outbox.finish()
     return dest
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    """`values` as the text of a file."""
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _check_unchanged(plan: Plan) -> None:
+    """Refuse a source that is no longer what was planned, so may be half one and half another."""
+    now = plan.source.stamps()
+    changed = sorted(k for k in {*now, *plan.stamps} if now.get(k) != plan.stamps.get(k))
+    if changed:
+        raise CheckpointError(
+            f"{plan.source.folder} changed while it was read ({', '.join(changed)}); "
+            "convert it again"
+        )
 
 
 def _settle_tie(config: Config, found: Found) -> Config:
@@ -145,13 +188,12 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_weights(plan: Plan, folder: Path, progress: Progress | None) -> None:
-    """Write every tensor of `plan` into `folder`."""
-    dtype: mx.Dtype = getattr(mx, plan.config.dtype)
-    reader, writer = Reader(), ShardWriter(folder)
+def _write_weights(plan: Plan, outbox: Outbox, progress: Progress | None) -> None:
+    """Write every tensor of `plan` into `outbox`."""
+    reader, writer = Reader(), ShardWriter(outbox)
     done, total = 0, sum(step.source_nbytes for step in plan.steps)
     for step in plan.steps:
-        arrays = build(step, reader, dtype)
+        arrays = plan.build(step, reader)
         mx.eval(arrays)
         writer.add({f"{step.entry.path}.{suffix}": a for suffix, a in arrays.items()})
         del arrays

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_smolvlm.config import LARGEST
 from mlx_smolvlm.errors import CheckpointError
-
-LARGEST = 2**24  # no width, vocabulary, context or picture comes near
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from mlx_smolvlm.checkpoint import CONFIG_FILE
 from mlx_smolvlm.config import FORMAT
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.safetensors import (
     INDEX_FILE,
     WEIGHTS_FILE,
@@ -24,16 +25,23 @@ from mlx_smolvlm.safetensors import (
     read_json,
 )
 
-PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+READ = (".json", ".safetensors", ".jinja")  # suffixes of what a conversion reads
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder to convert; `name` is its hub id or the folder's name."""
+    """A folder to convert.
+
+    Attributes:
+        name: Its hub id or the folder's name.
+        revision: The commit on the hub that the folder holds; None of a local one.
+    """
 
     folder: Path
     name: str
+    revision: str | None = None
 
     def checked(self) -> Source:
         """Itself, if it has a config.json of another format than ours.
@@ -50,6 +58,14 @@ class Source:
                 "for another precision"
             )
         return self
+
+    def stamps(self) -> dict[str, tuple[int, int]]:
+        """Size in bytes and time of change of every file that a conversion reads, by name.
+
+        Raises:
+            CheckpointError: The folder cannot be read.
+        """
+        return file_stamps(self.folder)
 
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor, by its name in the source; no weight is read.
@@ -68,7 +84,24 @@ class Source:
                     f"{self.folder} has only pickled weights ({path.name}), which can run code "
                     "when they are read: refused, ask its author for safetensors"
                 )
-        raise CheckpointError(f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+        raise CheckpointError(
+            f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; other formats, such as "
+            "pickled weights and GGUF, are not read"
+        )
+
+
+def file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size in bytes and time of change in ns of the files in `folder` that a conversion reads.
+
+    Raises:
+        CheckpointError: The folder cannot be read.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix in READ)
+        stats = [(path.name, path.stat()) for path in paths if path.exists()]
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
+    return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats}
 
 
 def open_source(source: str | Path, offline: bool = False) -> Source:
@@ -89,10 +122,21 @@ def open_source(source: str | Path, offline: bool = False) -> Source:
     if folder.is_file() and folder.suffix == ".gguf":
         return _open_gguf(folder)
     if folder.exists():
+        if any(folder.match(pattern) for pattern in PICKLES):
+            raise CheckpointError(
+                f"{folder} is no safetensors checkpoint, and no other format is read; "
+                "give a folder with config.json and safetensors files"
+            )
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
     if isinstance(source, Path) or not is_hub_id(source):
         raise CheckpointError(f"there is no folder '{source}', and it is no hub id (owner/name)")
-    return Source(download(source, offline), source).checked()
+    return from_snapshot(download(source, offline), source).checked()
+
+
+def from_snapshot(folder: Path, repo: str) -> Source:
+    """The hub's `repo` as it lies in the hub cache's `folder`, which is named after the commit."""
+    is_commit = re.fullmatch(r"[0-9a-f]{40}", folder.name) is not None
+    return Source(folder, repo, folder.name if is_commit else None)
 
 
 def _open_gguf(path: Path) -> Source:
@@ -124,6 +168,7 @@ def download(repo: str, offline: bool = False, revision: str | None = None) -> P
     """
     from huggingface_hub import errors, snapshot_download
 
+    offline = is_offline(offline)
     try:
         return Path(
             snapshot_download(

@@ -113,7 +113,10 @@ def build_model(config: Config) -> Model:
     Raises:
         CheckpointError: A quantization that no array can have, or that does not fit a width.
     """
-    model = Model(config)
+    try:
+        model = Model(config)
+    except (OverflowError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"config: no model has such sizes: {error}") from None
 
     def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in NEVER_QUANTIZED or not hasattr(module, "to_quantized"):

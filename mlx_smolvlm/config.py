@@ -8,6 +8,7 @@ A number that follows from others is a property here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -16,8 +17,11 @@ from mlx_smolvlm.errors import CheckpointError
 FORMAT = "mlx-smolvlm"
 FORMAT_VERSION = 2
 
+LARGEST = 2**24  # no width, vocabulary, context or picture comes near
+
 PARTS = ("text", "vision", "connector", "embeddings")
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
+DTYPES = tuple(DTYPE_BITS)
 
 
 @dataclass(frozen=True)
@@ -212,10 +216,11 @@ class Config:
         for prefix, part in (("vision", self.vision), ("text", self.text)):
             for field in dataclasses.fields(part):
                 value = getattr(part, field.name)
-                if field.type in ("int", "float") and not 0 < value < 2**31:
+                most = LARGEST if field.type == "int" else 2**31
+                if field.type in ("int", "float") and not 0 < value <= most:
                     raise CheckpointError(
                         f"config: {prefix}.{field.name} is {value}; "
-                        f"it must be above 0 and below 2**31"
+                        f"it must be above 0 and at most {most}"
                     )
         vision, text, image, video = self.vision, self.text, self.image, self.video
         checks = (
@@ -246,16 +251,27 @@ class Config:
                 f"{text.vocab_size}",
             ),
             (self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"),
-            (image.longest_edge > 0, f"image.longest_edge is {image.longest_edge}"),
             (
-                len(image.mean) == len(image.std) == 3 and 0 not in image.std,
+                0 < image.longest_edge <= LARGEST,
+                f"image.longest_edge is {image.longest_edge}; it must be from 1 to {LARGEST}",
+            ),
+            (
+                len(image.mean) == len(image.std) == 3
+                and all(map(math.isfinite, image.mean + image.std))
+                and 0 not in image.std,
                 "image.mean and image.std need three numbers each, and no std may be 0",
             ),
             (
                 video is None
-                or (min(video.fps, video.max_frames, video.longest_edge) > 0 <= video.skip_secs),
-                "video.fps, video.max_frames and video.longest_edge must be above 0, and "
-                "video.skip_secs at least 0",
+                or (
+                    all(
+                        0 < value <= LARGEST
+                        for value in (video.fps, video.max_frames, video.longest_edge)
+                    )
+                    and 0 <= video.skip_secs < math.inf
+                ),
+                f"video.fps, video.max_frames and video.longest_edge must be above 0 and at most "
+                f"{LARGEST}, and video.skip_secs at least 0",
             ),
         )
         for holds, message in checks:

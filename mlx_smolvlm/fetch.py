@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlx_smolvlm.errors import MediaError
+from mlx_smolvlm.offline import is_offline
 
 if TYPE_CHECKING:
     from urllib.request import OpenerDirector
@@ -123,6 +124,8 @@ def _download(url: str, video: bool) -> BinaryIO:
     from urllib.request import Request
 
     name = short_name(url)
+    if is_offline():
+        raise MediaError(f"{name} needs the network, and HF_HUB_OFFLINE is set; give a file")
     try:
         # Spaces and letters outside ASCII are common in links that are copied by hand.
         request = Request(

@@ -5,7 +5,8 @@ A checkpoint of another format is converted once, into
     <cache>/<owner>--<name>/<revision>-<precision>-v<format version>/
     <cache>/local--<name>-<hash of the path>/<hash of the files>-<precision>-v<...>/
 
-and from then on found there, without asking the network. The cache is
+and from then on found there, without asking the network. A checkpoint of this format
+on the hub is used where the hub's own cache keeps it. The cache is
 $MLX_SMOLVLM_CACHE, else $XDG_CACHE_HOME/mlx-smolvlm, else ~/.cache/mlx-smolvlm.
 """
 
@@ -21,12 +22,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
+from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, read_config, tokenizer_path
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import read_headers, read_json
 
 DEMO = "demo"
+PARTIAL = ".partial"  # how the names of folders end that are not whole yet
+_USED_FILE = ".last-used"  # in a converted folder, of which the time counts
 ALIASES = {
     "smolvlm-256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
     "smolvlm-500m": "HuggingFaceTB/SmolVLM-500M-Instruct",
@@ -61,17 +64,6 @@ class ResolveOptions:
         """A name for the choices that change what is written."""
         bits = "source" if self.bits is None else f"{self.bits}bit"
         return bits if self.dtype is None else f"{bits}-{self.dtype}"
-
-
-@dataclass(frozen=True)
-class CachedModel:
-    """A converted checkpoint in the cache; `bits` of the decoder is 16 for float."""
-
-    name: str
-    path: Path
-    bits: int
-    nbytes: int
-    source: str
 
 
 def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
@@ -118,6 +110,7 @@ def _local(folder: Path, options: ResolveOptions) -> Path:
             for old in parent.glob(f"*{dest.name[12:]}"):  # of the folder as it was
                 if old != dest:
                     shutil.rmtree(old, ignore_errors=True)
+        _mark_used(dest)
     return dest
 
 
@@ -128,14 +121,50 @@ def _remote(repo: str, options: ResolveOptions) -> Path:
     with _locked(parent):
         found = [path for path in parent.glob(_leaf(f"{revision[:12]}*", options)) if _usable(path)]
         if found:
-            return max(found, key=lambda path: path.stat().st_mtime)
-        from mlx_smolvlm.convert.source import download
-
-        snapshot = download(name, options.offline, revision or None)
-        dest = parent / _leaf(snapshot.name[:12], options)
-        if not _usable(dest):
-            _convert(name, dest, options, snapshot)
+            dest = max(found, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
+        else:
+            snapshot = _fetched(name, revision or None, options)
+            if is_own(snapshot):
+                return snapshot
+            dest = parent / _leaf(snapshot.name[:12], options)
+            if not _usable(dest):
+                _convert(name, dest, options, snapshot)
+        _mark_used(dest)
     return dest
+
+
+def _fetched(repo: str, revision: str | None, options: ResolveOptions) -> Path:
+    """The folder with the hub's `repo`; of our format, the network is not asked a second time."""
+    from mlx_smolvlm.convert.source import download
+
+    if not options.offline:
+        with contextlib.suppress(CheckpointError):
+            snapshot = download(repo, True, revision)
+            if is_own(snapshot) and _is_whole(snapshot):
+                return snapshot
+    return download(repo, options.offline, revision)
+
+
+def is_own(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint of this package's format, of whatever version."""
+    try:
+        return read_json(folder / CONFIG_FILE).get("format") == FORMAT
+    except CheckpointError:
+        return False
+
+
+def _mark_used(folder: Path) -> None:
+    """Note that the converted `folder` is used now; a cache that is only read goes without."""
+    with contextlib.suppress(OSError):
+        (folder / _USED_FILE).touch()
+
+
+def last_used(folder: Path) -> float | None:
+    """When the converted `folder` was last used, in seconds since 1970; None if not known."""
+    try:
+        return (folder / _USED_FILE).stat().st_mtime
+    except OSError:
+        return None
 
 
 def _leaf(revision: str, options: ResolveOptions) -> str:
@@ -149,9 +178,10 @@ def _convert(
     """Write `source`, already in the folder `snapshot` if it is a hub id, to `dest`."""
     from mlx_smolvlm.convert.quantize import ConvertOptions
     from mlx_smolvlm.convert.run import plan_checkpoint, write_checkpoint
-    from mlx_smolvlm.convert.source import Source, open_source
+    from mlx_smolvlm.convert.source import from_snapshot, open_source
 
-    opened = open_source(source) if snapshot is None else Source(snapshot, str(source)).checked()
+    opened = open_source(source) if snapshot is None else from_snapshot(snapshot, str(source))
+    opened = opened.checked()
     plan = plan_checkpoint(opened, ConvertOptions(bits=options.bits, dtype=options.dtype))
     write_checkpoint(plan, dest, options.progress, force=False)
 
@@ -160,11 +190,20 @@ def _usable(folder: Path) -> bool:
     """Whether `folder` holds a whole checkpoint; a damaged one is removed."""
     if not folder.is_dir():
         return False
+    if _is_whole(folder):
+        return True
+    shutil.rmtree(folder, ignore_errors=True)
+    return False
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file of the checkpoint in `folder` is there, as far as headers tell."""
     try:
         read_config(folder)
         read_headers(folder)
+        tokenizer_path(folder)
+        chat_template(folder)
     except CheckpointError:
-        shutil.rmtree(folder, ignore_errors=True)
         return False
     return True
 
@@ -205,19 +244,3 @@ def _lock(folder: Path) -> int:
             if os.fstat(lock).st_ino == folder.stat().st_ino:  # not removed while waiting
                 return lock
         os.close(lock)
-
-
-def list_cached() -> list[CachedModel]:
-    """Every converted checkpoint in the cache, by name."""
-    models = []
-    for path in sorted(cache_folder().glob("*/*")):
-        if path.name.startswith(".") or not path.is_dir():
-            continue
-        with contextlib.suppress(CheckpointError):
-            config = read_config(path)
-            text = config.quantization.text
-            nbytes = sum(file.stat().st_size for file in path.iterdir())
-            name = f"{path.parent.name.replace('--', '/', 1)} ({path.name})"
-            bits = 16 if text is None else text.bits
-            models.append(CachedModel(name, path, bits, nbytes, config.source))
-    return models

@@ -21,6 +21,7 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
 ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+LARGEST_HEADER = 10**8  # bytes, the format's own bound
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """Names and places of the tensors in the safetensors file at `path`; no weight is read.
 
     Raises:
-        CheckpointError: The file is cut off, damaged or not safetensors.
+        CheckpointError: The file is cut off, damaged or not safetensors; tensors must lie
+            one behind the other, as in every file that the format's own library reads.
     """
     header, room = _raw_header(path)
     header.pop("__metadata__", None)
-    return {name: _tensor_info(path, name, entry, room) for name, entry in header.items()}
+    tensors = {name: _tensor_info(path, name, entry, room) for name, entry in header.items()}
+    place = 0
+    for start, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
+        if start != place:
+            raise CheckpointError(f"{path}: the header's tensors overlap or leave gaps")
+        place = end
+    if place != room:
+        raise CheckpointError(f"{path}: {room - place} bytes follow the last tensor")
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -91,6 +101,8 @@ def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
                 raise CheckpointError(
                     f"{path} is cut off or not safetensors: {total} bytes; fetch it again"
                 )
+            if length > LARGEST_HEADER:
+                raise CheckpointError(f"{path} has a header of {length} bytes; fetch it again")
             header = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -146,7 +158,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         path = folder / name
-        if not path.is_file():
+        if not os.path.isfile(path):  # Path.is_file raises where a name is too long
             raise CheckpointError(f"{path} is missing; fetch or convert the checkpoint again")
         for tensor, info in read_header(path).items():
             if tensor in tensors:

@@ -18,6 +18,7 @@ from mlx_smolvlm.config import (
     VisionConfig,
 )
 from mlx_smolvlm.model import Model
+from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.smolvlm import SmolVLM, load
 from mlx_smolvlm.train.tokenizer import build_tokenizer
 
@@ -108,3 +109,14 @@ def tiny_video_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactor
 def tiny_video(tiny_video_folder: Path) -> SmolVLM:
     """A loaded model for videos with random weights."""
     return load(tiny_video_folder)
+
+
+@pytest.fixture(scope="session")
+def demo_builder(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
+    """Prompts of the recipe, with a tokenizer made anew."""
+    from mlx_smolvlm.train.recipe.run import builder_of
+    from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer as build
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    build().save(str(folder / "tokenizer.json"))
+    return builder_of(folder)

@@ -1,5 +1,6 @@
 """`convert` and `models`, as processes on small Hugging Face folders."""
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -152,4 +153,59 @@ def test_models(source: Path, tmp_path: Path) -> None:
     assert model["nbytes"] == sum(file.stat().st_size for file in cached.iterdir())
     assert model["source"] == "Some-VLM"
     shown = run("models", cwd=tmp_path).stdout
-    assert f"{cached}  16" in shown
+    assert f"in {tmp_path / 'cache'}\n" in shown
+    assert "owner/name/abc-source-v1  32    32      32         32 " in shown
+
+
+def on_terminal(answer: bytes, *arguments: str | Path, cwd: Path) -> tuple[int, str]:
+    """Exit status and output of the command on a terminal where `answer` is typed."""
+    outer, inner = pty.openpty()
+    changes = {"MLX_SMOLVLM_CACHE": str(cwd / "cache"), "HF_HOME": str(cwd / "hf")}
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdin=inner,
+        stdout=inner,
+        stderr=inner,
+        cwd=cwd,
+        env={**os.environ, **changes},
+    )
+    os.close(inner)
+    os.write(outer, answer)
+    shown = b""
+    with contextlib.suppress(OSError):  # Linux says EIO at the end
+        while data := os.read(outer, 65536):
+            shown += data
+    os.close(outer)
+    return process.wait(timeout=60), shown.decode()
+
+
+def test_models_rm_asks_and_removes(source: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    cached = cache / "owner--name" / "abc-source-v1"
+    left = cache / "owner--name" / ".abc.1234.partial"
+    assert run("convert", source, cached, cwd=tmp_path).returncode == 0
+    left.mkdir()
+
+    refused = run("models", "rm", "owner/name", cwd=tmp_path)
+    assert (refused.returncode, cached.exists()) == (2, True)
+    assert "--yes" in refused.stderr
+    for answer in (b"n\n", b"\n", b"yesterday\n"):
+        status, shown = on_terminal(answer, "models", "rm", "owner/name", cwd=tmp_path)
+        assert (status, cached.exists(), left.exists()) == (1, True, True)
+        assert "owner/name/.abc.1234.partial" in shown
+        assert "remove 2 checkpoints, 0.8 MB? [y/N]" in shown
+        assert "nothing removed" in shown
+
+    unknown = run("models", "rm", "owner/name", "owner/other", "--yes", cwd=tmp_path)
+    assert (unknown.returncode, cached.exists()) == (1, True)  # all or none
+    assert unknown.stderr.startswith("error: 'owner/other' is no checkpoint in the cache")
+    for name in (str(source), str(cache), "../cache", "demo"):
+        assert run("models", "rm", name, "-y", cwd=tmp_path).returncode == 1
+
+    status, _ = on_terminal(b"y\n", "models", "rm", str(left), cwd=tmp_path)
+    assert (status, cached.exists(), left.exists()) == (0, True, False)
+    removed = run("models", "rm", "owner/name", "--yes", cwd=tmp_path)
+    assert (removed.returncode, removed.stdout) == (0, "")
+    assert removed.stderr == "removed owner/name/abc-source-v1: 0.8 MB\n"
+    assert list(cache.iterdir()) == []
+    assert source.exists()

@@ -43,6 +43,7 @@ KILLED = """
     import mlx.core as mx
     from mlx_smolvlm.convert import arrays, folder
     from mlx_smolvlm.convert.run import convert_checkpoint
+    from mlx_smolvlm.convert.written import Outbox
 
     source, dest, n, force = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
     arrays.SHARD_BYTES = 150_000
@@ -61,11 +62,12 @@ KILLED = """
         return call
 
     mx.save_safetensors = deadly(mx.save_safetensors)
-    shutil.copyfile = deadly(shutil.copyfile)
     shutil.rmtree = deadly(shutil.rmtree)
     os.fsync = deadly(os.fsync)
-    for name in ("mkdir", "rename", "write_text"):
+    for name in ("mkdir", "rename"):
         setattr(Path, name, deadly(getattr(Path, name)))
+    for name in ("write_text", "copy", "finish"):
+        setattr(Outbox, name, deadly(getattr(Outbox, name)))
     convert_checkpoint(source, dest, force=force)
     print(calls)
 """

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "mlx_smolvlm"
 LEAVES = {
-    "vision", "connector", "text", "cache", "storage", "bounded",
+    "vision", "connector", "text", "cache", "storage", "bounded", "offline",
     "cache_options", "sampling", "picture", "fetch", "image", "decode",
     "readers", "scenes", "frames", "video", "schema",
 }  # fmt: skip

@@ -1,7 +1,6 @@
 """What a user calls a model leads to one folder of ours, converted once."""
 
 import importlib.util
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -14,7 +13,7 @@ from mlx_smolvlm.checkpoint import load_model, read_config
 from mlx_smolvlm.convert import source as convert_source
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.hub import ResolveOptions, list_cached, resolve
+from mlx_smolvlm.hub import ResolveOptions, resolve
 
 spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
 hf = importlib.util.module_from_spec(spec)
@@ -33,12 +32,18 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 @pytest.fixture
 def downloads(tmp_path, monkeypatch) -> list[tuple]:
-    """The calls of the hub's download, which finds revision aaaa..., or any other, of any model."""
+    """The downloads from the hub, which has revision aaaa..., or any other, of any model.
+
+    One that must not ask the network is no download, and finds what came before.
+    """
     calls = []
 
     def snapshot(repo, offline=False, revision=None):
-        calls.append((repo, offline, revision))
         folder = tmp_path / "snapshots" / (revision or "a" * 40)
+        if offline and not folder.exists():
+            raise CheckpointError("not fetched yet")
+        if not offline:
+            calls.append((repo, offline, revision))
         return folder if folder.exists() else hf.make(folder)
 
     monkeypatch.setattr(convert_source, "download", snapshot)
@@ -123,6 +128,22 @@ def test_a_revision_is_its_own_conversion(downloads):
     assert read_config(other).source == "owner/name"
 
 
+def test_our_format_on_the_hub_is_used_where_it_lies_and_asked_for_once(tmp_path, cache, downloads):
+    snapshot = tmp_path / "snapshots" / ("a" * 40)
+    made = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "made")
+    snapshot.parent.mkdir()
+    made.rename(snapshot)
+    later = (snapshot / "model.safetensors").rename(tmp_path / "later")
+    assert resolve("owner/ours") == snapshot  # the hub would have fetched the rest
+    assert downloads == [("owner/ours", False, None)]
+    downloads.clear()
+    later.rename(snapshot / "model.safetensors")
+    assert resolve("owner/ours") == snapshot
+    assert resolve("owner/ours", ResolveOptions(bits=4)) == snapshot  # as of a local folder
+    assert downloads == []
+    assert list(cache.iterdir()) == []
+
+
 def test_every_alias_is_a_hub_id():
     assert len(hub.ALIASES) == 8
     assert all(convert_source.is_hub_id(repo) for repo in hub.ALIASES.values())
@@ -180,7 +201,9 @@ def test_only_the_files_that_are_needed_are_fetched(monkeypatch, tmp_path):
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
     resolve(REPO, ResolveOptions(offline=True))
-    assert set(seen["allow_patterns"]) == {"*.json", "*.safetensors", "*.jinja", "*.txt"}
+    assert set(seen["allow_patterns"]) == {
+        *("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
+    }
     assert (seen["repo"], seen["local_files_only"], seen["revision"]) == (REPO, True, None)
 
 
@@ -206,23 +229,6 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     assert hub.cache_folder() == tmp_path / "home" / ".cache" / "mlx-smolvlm"
-
-
-def test_the_cache_is_listed(tmp_path, downloads, cache):
-    assert list_cached() == []
-    paths = {resolve(REPO), resolve(REPO, ResolveOptions(bits=4)), resolve(hf.make(tmp_path / "s"))}
-    (cache / "stray").mkdir()
-    (cache / "stray" / "broken").mkdir()
-    (cache / "file").write_text("x")
-    whole = next(iter(paths))
-    shutil.copytree(whole, whole.with_name(".x.1234.partial"))  # killed before its last step
-    models = list_cached()
-    assert {model.path for model in models} == paths
-    by_path = {model.path.name: model for model in models}
-    four = by_path["aaaaaaaaaaaa-4bit-v2"]
-    assert (four.name, four.bits, four.source) == (f"{REPO} (aaaaaaaaaaaa-4bit-v2)", 4, REPO)
-    assert four.nbytes == sum(file.stat().st_size for file in four.path.iterdir())
-    assert by_path["aaaaaaaaaaaa-source-v2"].bits == 16
 
 
 RESOLVE = """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mlx_smolvlm.checkpoint import (
 from mlx_smolvlm.config import Config, part_of
 from mlx_smolvlm.convert.arrays import ShardWriter
 from mlx_smolvlm.convert.folder import staged
+from mlx_smolvlm.convert.written import Outbox
 from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.train.settings import LoraSettings
@@ -89,15 +89,16 @@ def write_model(model: Model, base: Path, config: Config, dest: Path) -> None:
     dtype: mx.Dtype = getattr(mx, config.dtype)
     parameters: Any = tree_flatten(model.parameters())
     with staged(dest, force=True) as folder:
-        writer = ShardWriter(folder)
+        outbox = Outbox(folder)
+        writer = ShardWriter(outbox)
         for name, array in parameters:
             is_float = mx.issubdtype(array.dtype, mx.floating)
             writer.add({name: array.astype(dtype) if is_float else array})
         writer.finish()
         for file in (TOKENIZER_FILE, TEMPLATE_FILE):
-            shutil.copyfile(base / file, folder / file)
-        text = json.dumps(config.to_dict(), indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+            outbox.copy(base / file)
+        outbox.write_text(CONFIG_FILE, json.dumps(config.to_dict(), indent=2) + "\n")
+        outbox.finish()
 
 
 def tuned(config: Config) -> Config:

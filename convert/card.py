@@ -1,0 +1,133 @@
+"""The model card of a converted checkpoint: README.md as the hub reads it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_smolvlm.checkpoint import read_config
+from mlx_smolvlm.config import PARTS, Config
+from mlx_smolvlm.contents import PartSize, part_sizes
+from mlx_smolvlm.convert.source import is_hub_id
+from mlx_smolvlm.origin import Origin, read_origin
+
+UNKNOWN_LICENSE = "unknown"  # an identifier of the hub's
+
+
+def model_card(folder: Path, repo: str, section: str = "") -> str:
+    """The card of the checkpoint in `folder`, to be published as `repo`.
+
+    Args:
+        section: More Markdown to put before how it was made, such as what a comparison
+            with the source gave.
+
+    Raises:
+        CheckpointError: The folder is no whole checkpoint of this format.
+    """
+    config = read_config(folder)
+    origin = read_origin(folder) or Origin(config.source)
+    body = [_introduction(config, origin, repo), _usage(config, repo), _sizes(folder, config)]
+    if section:
+        body.append(section.strip())
+    body.append(_made(origin))
+    return f"---\n{_front_matter(config, origin)}---\n\n" + "\n\n".join(body) + "\n"
+
+
+def base_model(config: Config, origin: Origin) -> str | None:
+    """The hub id of the model that was converted; None if it is not known."""
+    if origin.base_model is not None:
+        return origin.base_model
+    return config.source if is_hub_id(config.source) else None
+
+
+def _front_matter(config: Config, origin: Origin) -> str:
+    """The YAML that the hub files the model by."""
+    from huggingface_hub import ModelCardData
+
+    parts = {part: getattr(config.quantization, part) for part in PARTS}
+    quantized = any(parts.values())
+    tags = ["mlx", "mlx-smolvlm", "smolvlm", "vision-language-model"]
+    if config.video is not None:
+        tags.append("video-text-to-text")
+    if parts["text"] is not None:
+        tags.append(f"{parts['text'].bits}-bit")
+    base = base_model(config, origin)
+    values: dict[str, Any] = {}
+    if base is not None and quantized:
+        values["base_model_relation"] = "quantized"
+    data = ModelCardData(
+        language=list(origin.languages) or None,
+        license=origin.license or UNKNOWN_LICENSE,
+        license_name=origin.license_name,
+        license_link=origin.license_link,
+        base_model=base,
+        library_name="mlx-smolvlm",
+        pipeline_tag="image-text-to-text",
+        tags=tags,
+        **values,
+    )
+    return f"{data.to_yaml()}\n"
+
+
+def _introduction(config: Config, origin: Origin, repo: str) -> str:
+    """What it is, and under which licence."""
+    base = base_model(config, origin)
+    source = f"`{origin.source}`" if base is None else f"[{base}](https://huggingface.co/{base})"
+    if origin.revision:
+        source += f" at commit `{origin.revision}`"
+    text = f"# {repo.rpartition('/')[2]}\n\n{source}, converted for mlx-smolvlm."
+    if origin.license is None:
+        text += (
+            "\n\nThe checkpoint that it was made from states no licence. "
+            "Ask its author before you use or share it."
+        )
+    return text
+
+
+def _usage(config: Config, repo: str) -> str:
+    """How to run it."""
+    lines = [
+        "## Use",
+        "```",
+        "pip install mlx-smolvlm",
+        f'mlx-smolvlm chat "What is in this picture?" -i photo.png -m {repo}',
+    ]
+    if config.video is not None:
+        lines.append(f'mlx-smolvlm chat "What happens?" -v clip.mp4 -m {repo}')
+    code = ["import mlx_smolvlm as smolvlm", "", f'vlm = smolvlm.load("{repo}")']
+    code.append('print(vlm.ask("What is in this picture?", images=["photo.png"]).text)')
+    return "\n".join([*lines, "```", "```python", *code, "```"])
+
+
+def _sizes(folder: Path, config: Config) -> str:
+    """The precision and size of each part."""
+    sizes = part_sizes(folder)
+    rows = ["## Precision", "| part | stored as | weights | bytes | bits per weight |"]
+    rows.append("|---|---|---:|---:|---:|")
+    for part, size in sizes.items():
+        kind = getattr(config.quantization, part)
+        stored = config.dtype
+        if kind is not None:
+            stored = f"{kind.bits} bits, groups of {kind.group_size}, {kind.mode}"
+        rows.append(_row(part, stored, size))
+    rows.append(_row("all", "", sum(sizes.values(), PartSize(0, 0))))
+    text = "\n".join(rows)
+    if overrides := len(config.quantization.overrides):
+        text += f"\n\n{overrides} modules differ from their part; `config.json` names them."
+    return text
+
+
+def _row(name: str, stored: str, size: PartSize) -> str:
+    """A line of the table of precisions."""
+    return (
+        f"| {name} | {stored} | {size.weights:,} | {size.nbytes:,} | {size.bits_per_weight:.2f} |"
+    )
+
+
+def _made(origin: Origin) -> str:
+    """How the folder was made, and how to check it."""
+    by = origin.converter or "mlx-smolvlm"
+    return (
+        f"## Files\nWritten by {by}. `sha256sum -c SHA256SUMS` checks the files, and so does "
+        "`mlx-smolvlm doctor`."
+    )

@@ -1,0 +1,121 @@
+"""Recipes: TOML files that say what precision each part and each matrix gets.
+
+bits = 4                  # the options of `convert`, by the same names
+vision_bits = 8
+group_size = 64
+
+[overrides]               # patterns over the paths of matrices; the last that fits counts
+"text_model.layers.*.mlp.down_proj" = { bits = 6, group_size = 32 }
+"lm_head" = { bits = 16 }
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_smolvlm.config import Quantization
+from mlx_smolvlm.convert.quantize import (
+    AFFINE_BITS,
+    AFFINE_GROUPS,
+    FLOAT_BITS,
+    FLOAT_MODES,
+    ConvertOptions,
+    requested,
+)
+from mlx_smolvlm.errors import CheckpointError
+
+# What each costs was measured: docs/decisions/precision.md.
+RECIPES = {
+    "tiny": ConvertOptions(bits=4, embeddings_bits=4, group_size=64),
+    "balanced": ConvertOptions(bits=6, embeddings_bits=6, group_size=64),
+    "quality": ConvertOptions(bits=8, group_size=64),
+}
+
+
+def read_recipe(name: str) -> ConvertOptions:
+    """The precision that `name` stands for: one of `RECIPES`, or the path of a TOML file.
+
+    Raises:
+        CheckpointError: It is neither, or the file asks for what does not exist.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    path = Path(name).expanduser()
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise CheckpointError(
+            f"the recipe {name} is none of {', '.join(RECIPES)}, and no file that can be read: "
+            f"{error.strerror}"
+        ) from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 text (byte {error.start})") from None
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        options = _options(tomllib.loads(text))
+        requested(options)
+    except tomllib.TOMLDecodeError as error:
+        raise CheckpointError(f"{path} is not valid TOML: {error}") from None
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return options
+
+
+def _options(values: dict[str, Any]) -> ConvertOptions:
+    """`values` of a file as options."""
+    known = [field.name for field in dataclasses.fields(ConvertOptions)]
+    overrides = values.pop("overrides", {})
+    if not isinstance(overrides, dict):
+        raise CheckpointError(f"overrides must be a table, not {overrides!r:.60}")
+    for key, value in values.items():
+        if key not in known:
+            raise CheckpointError(f"the key '{key}' is not known; known: {', '.join(known)}")
+        kind = str if key in ("mode", "dtype") else int
+        if type(value) is not kind:
+            expected = "a text" if kind is str else "a whole number"
+            raise CheckpointError(f"{key} must be {expected}, not {value!r:.60}")
+    group_size = values.get("group_size", ConvertOptions.group_size)
+    pairs = (
+        (pattern, _quantization(pattern, one, group_size)) for pattern, one in overrides.items()
+    )
+    return ConvertOptions(**values, overrides=tuple(pairs))
+
+
+def _quantization(pattern: str, value: Any, group_size: int) -> Quantization | None:
+    """What the override at `pattern` asks for; None is float."""
+    where = f"overrides, '{pattern}'"
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where} must be a table such as {{ bits = 6, group_size = 32 }}, not {value!r:.60}"
+        )
+    unknown = set(value) - {"bits", "group_size", "mode"}
+    if unknown:
+        raise CheckpointError(
+            f"{where}: the key '{min(unknown)}' is not known; known: bits, group_size, mode"
+        )
+    mode = value.get("mode", "affine")
+    if mode in FLOAT_MODES:
+        fixed = Quantization(*FLOAT_MODES[mode], mode)
+        for key in ("bits", "group_size"):
+            if value.get(key, getattr(fixed, key)) != getattr(fixed, key):
+                raise CheckpointError(
+                    f"{where}: mode {mode} has {key} {getattr(fixed, key)}, not {value[key]!r}"
+                )
+        return fixed
+    bits, group_size = value.get("bits"), value.get("group_size", group_size)
+    if mode != "affine":
+        raise CheckpointError(f"{where}: mode {mode!r} is none of affine, {', '.join(FLOAT_MODES)}")
+    if bits == FLOAT_BITS and type(bits) is int:
+        return None
+    if bits not in AFFINE_BITS or type(bits) is not int:
+        choices = ", ".join(str(n) for n in AFFINE_BITS)
+        raise CheckpointError(f"{where}: bits is {bits!r}; choose {choices}, or 16 for float")
+    if group_size not in AFFINE_GROUPS:
+        raise CheckpointError(f"{where}: group_size is {group_size!r}; choose 32, 64 or 128")
+    return Quantization(bits, group_size, "affine")

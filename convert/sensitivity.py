@@ -1,0 +1,104 @@
+"""How much each matrix's rounding changes what a model says, estimated to second order.
+
+To second order, the KL divergence of rounded weights from the float ones is half of d'Fd,
+with d the errors and F the Fisher information. Errors of rounding are all but independent of
+each other, so F's diagonal is what counts: the mean square of the gradient of the
+log-likelihood of tokens drawn from the model's own predictions. One pass back for each sample
+gives it for all matrices, of the vision encoder too, whose pictures are read by the decoder.
+It is kept as means over `BLOCK` weights of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_smolvlm.config import Quantization
+from mlx_smolvlm.convert.calibration import Sample
+from mlx_smolvlm.convert.learn import Progress, Recomputed
+from mlx_smolvlm.convert.quantize import pack, unpack
+from mlx_smolvlm.model import Model
+
+BLOCK = 32  # weights of a row that share a number; every group is a multiple
+SEED = 0
+
+Importance = Mapping[str, mx.array]  # path -> (rows, blocks), the mean of F's diagonal
+
+
+def importance(
+    model: Model, samples: Sequence[Sample], paths: Sequence[str], progress: Progress
+) -> Importance:
+    """The diagonal of F, per token to predict, for the matrices of `model` at `paths`.
+
+    Args:
+        model: With float weights; it is as it was afterwards.
+        samples: What it predicts; those with pictures are what the encoder is measured by.
+        progress: Called before each sample.
+    """
+    leaves = dict(model.named_modules())
+    modules = {path: leaves[path] for path in paths}
+    weights = {path: module.weight for path, module in modules.items()}
+    stacks: list[Any] = [model.text_model.layers, model.vision_model.encoder.layers]
+    originals = [list(layers) for layers in stacks]
+
+    def loss(given: dict[str, mx.array], sample: Sample, key: mx.array) -> mx.array:
+        for path, module in modules.items():
+            module.weight = given[path]
+        return _surprise(model, sample, key)
+
+    total = {path: mx.zeros(_blocks(weight).shape[:2]) for path, weight in weights.items()}
+    try:
+        for layers in stacks:
+            layers[:] = [Recomputed(layer) for layer in layers]
+        for number, sample in enumerate(samples):
+            progress(number, len(samples), "sensitivity")
+            gradients = mx.grad(loss)(weights, sample, mx.random.key(SEED + number))
+            for path in list(gradients):
+                total[path] = total[path] + (_blocks(gradients.pop(path)) ** 2).mean(-1)
+            mx.eval(total)
+    finally:
+        for layers, original in zip(stacks, originals, strict=True):
+            layers[:] = original
+        for path, module in modules.items():
+            module.weight = weights[path]
+    tokens = sum(sample.input_ids.size - sample.start for sample in samples)
+    return {path: one / tokens for path, one in total.items()}
+
+
+def _surprise(model: Model, sample: Sample, key: mx.array) -> mx.array:
+    """Negative log-likelihood, summed, of tokens drawn from the predictions themselves."""
+    pixels = sample.pixel_values
+    embeds = model.embed(sample.input_ids, None if pixels is None else model.encode(pixels))
+    hidden = model.text_model(embeds)[0, sample.start - 1 : -1]
+    logits = model.head(hidden).astype(mx.float32)
+    drawn = mx.random.categorical(mx.stop_gradient(logits), key=key)
+    return nn.losses.cross_entropy(logits, drawn, reduction="sum")
+
+
+def _blocks(weight: mx.array) -> mx.array:
+    """`weight` in float32 as (rows, blocks, `BLOCK`), zeros after the end of a row."""
+    rows, width = weight.shape
+    padded = mx.pad(weight.astype(mx.float32), [(0, 0), (0, -width % BLOCK)])
+    return padded.reshape(rows, -1, BLOCK)
+
+
+def damage(
+    weight: mx.array, information: mx.array, quantization: Quantization, dtype: mx.Dtype
+) -> float:
+    """Estimated KL divergence in nats a token if `weight` alone is packed.
+
+    Args:
+        weight: (rows, width), in floats.
+        information: Of `importance`, (rows, blocks).
+        quantization: How it is packed; a width that groups do not divide is padded.
+        dtype: Of its scales.
+    """
+    width = weight.shape[1]
+    padded = mx.pad(weight.astype(dtype), [(0, 0), (0, -width % quantization.group_size)])
+    packed = unpack(pack(padded, quantization), quantization, mx.float32)[:, :width]
+    squares = (_blocks(packed - weight.astype(mx.float32)) ** 2).sum(-1)
+    return 0.5 * float(np.array((squares * information).sum(-1)).sum(dtype=np.float64))

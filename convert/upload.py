@@ -1,0 +1,148 @@
+"""A converted checkpoint to the hub, in one commit, with its model card."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_smolvlm.checkpoint import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, read_config
+from mlx_smolvlm.checksums import SUMS_FILE, file_sum, read_sums, sums_text
+from mlx_smolvlm.convert.card import model_card
+from mlx_smolvlm.convert.card_data import CARD_FILE
+from mlx_smolvlm.convert.source import is_hub_id
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.offline import is_offline
+from mlx_smolvlm.origin import ORIGIN_FILE
+from mlx_smolvlm.safetensors import INDEX_FILE, read_headers
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+EXTRAS = ("verify.png",)  # what a comparison with the source draws, if there was one
+_PRIVATE = "verify.json"  # quotes the texts that were compared on, so it stays here
+
+
+def check_upload(repo: str) -> str:
+    """The name of the user who is logged in, so that an upload to `repo` can be tried.
+
+    Nothing is made on the hub.
+
+    Raises:
+        CheckpointError: `repo` is no repository's name, nobody is logged in, or the hub
+            cannot be reached.
+    """
+    if not is_hub_id(repo):
+        raise CheckpointError(f"'{repo}' is no name of a repository; give owner/name")
+    if is_offline():
+        raise CheckpointError(f"{repo}: an upload needs the network, and HF_HUB_OFFLINE is set")
+    from huggingface_hub import HfApi
+
+    try:
+        return str(HfApi().whoami()["name"])
+    except Exception as error:  # the HTTP library, and so its errors, differ between hub versions
+        raise CheckpointError(f"{repo}: {_reason(error, 'asking who is logged in')}") from None
+
+
+def upload(
+    folder: Path, repo: str, *, private: bool = False, force: bool = False, section: str = ""
+) -> str:
+    """The URL of the commit that puts the checkpoint in `folder` on the hub as `repo`.
+
+    The repository is made if there is none. Weights of an earlier version are removed
+    in the same commit.
+
+    Args:
+        private: Make a new repository private; one that exists stays as it is.
+        force: Replace a checkpoint of another format.
+        section: Of the model card, see `model_card`.
+
+    Raises:
+        CheckpointError: The folder is no whole checkpoint, the repository holds
+            something else, or the hub refuses.
+    """
+    read_config(folder)
+    files = _files(folder)
+    card = model_card(folder, repo, section)
+    sums = read_sums(folder)
+    if sums is None:
+        sums = {path.name: file_sum(path) for path in files}
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private or None, exist_ok=True)
+        there = set(api.list_repo_files(repo))
+    except Exception as error:  # see check_upload
+        raise CheckpointError(f"{repo}: {_reason(error, 'making the repository')}") from None
+    if CONFIG_FILE in there and SUMS_FILE not in there and not force:
+        raise CheckpointError(
+            f"{repo} holds a checkpoint of another format; choose another name, or use force to "
+            "replace it"
+        )
+    ours = {path.name: path for path in files}
+    operations: list[CommitOperationAdd | CommitOperationDelete] = [
+        CommitOperationAdd(name, str(path)) for name, path in ours.items()
+    ]
+    operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
+    operations.append(CommitOperationAdd(SUMS_FILE, sums_text(sums).encode()))
+    operations += [CommitOperationDelete(name) for name in sorted(_stale(there, set(ours)))]
+    return _commit(api, repo, operations)
+
+
+def _files(folder: Path) -> list[Path]:
+    """The files of the checkpoint in `folder` that are published as they are."""
+    weights = {info.file for info in read_headers(folder).values()}
+    names = [CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE, ORIGIN_FILE, *EXTRAS]
+    if len(weights) > 1:
+        names.append(INDEX_FILE)
+    for name in (TOKENIZER_FILE, TEMPLATE_FILE):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder / name} is missing; convert the checkpoint again")
+    return sorted(weights | {folder / name for name in names if (folder / name).is_file()})
+
+
+def _stale(there: set[str], ours: set[str]) -> set[str]:
+    """Weights and lists of the repository that would not belong to the new checkpoint."""
+    names = {INDEX_FILE, ORIGIN_FILE, _PRIVATE, *EXTRAS}
+    old = {name for name in there if name in names or name.endswith(".safetensors")}
+    return {name for name in old - ours if "/" not in name}
+
+
+def _commit(api: HfApi, repo: str, operations: list) -> str:  # type: ignore[type-arg]
+    """The URL of the commit of `operations`."""
+    try:
+        commit = api.create_commit(
+            repo, operations, commit_message="Upload a checkpoint of mlx-smolvlm"
+        )
+    except Exception as error:  # see check_upload
+        raise CheckpointError(f"{repo}: {_reason(error, 'uploading')}") from None
+    return str(commit.commit_url)
+
+
+def _reason(error: Exception, doing: str) -> str:
+    """What went wrong with the hub while `doing`, and what to do."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.LocalTokenNotFoundError):
+        return "nobody is logged in to the hub: `hf auth login` with a token that may write"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "an upload needs the network, and HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.HFValidationError):
+        return "this is no valid repository id; give owner/name"
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    known = {
+        401: "the hub does not accept the token: `hf auth login` with one that may write",
+        403: "the token may not write there: check the owner's name, and that the token may write",
+        404: "the hub has no such owner or repository, or the token may not see it",
+        429: "the hub asks to wait: too many requests; try again later",
+    }
+    if status in known:
+        return f"{known[status]} ({doing}: {status})"
+    said = (str(error).strip().splitlines() or [repr(error)])[0]
+    if status is None:
+        return f"the hub cannot be reached ({doing}: {said}); what is on this disk stays"
+    return f"the hub refuses ({doing}: {status}, {said})"

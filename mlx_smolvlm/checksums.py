@@ -1,0 +1,80 @@
+"""SHA-256 sums of a checkpoint's files, in the form that `sha256sum -c` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from mlx_smolvlm.errors import CheckpointError
+
+SUMS_FILE = "SHA256SUMS"
+_LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
+_BLOCK = 1 << 20
+
+
+def sums_text(sums: Mapping[str, str]) -> str:
+    """The contents of `SUMS_FILE` for hexadecimal `sums` by file name."""
+    return "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
+
+
+def read_sums(folder: Path) -> dict[str, str] | None:
+    """The stated sums of the files in `folder`, by name; None if it states none.
+
+    Raises:
+        CheckpointError: The list cannot be read, or names files elsewhere.
+    """
+    path = folder / SUMS_FILE
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not text"
+        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+    sums = {}
+    for line in lines:
+        match = _LINE.fullmatch(line)
+        if match is None or Path(match[2]).name != match[2]:
+            raise CheckpointError(f"{path} is damaged; convert or fetch the checkpoint again")
+        sums[match[2]] = match[1]
+    return sums
+
+
+def file_sum(path: Path) -> str:
+    """The hexadecimal SHA-256 of the file at `path`.
+
+    Raises:
+        OSError: It cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_sums(folder: Path) -> Iterator[tuple[str, str | None]]:
+    """The name of each file with a stated sum, and what is wrong with it, one after another.
+
+    A weight file that the list does not name is wrong too. Nothing if there is no list.
+
+    Raises:
+        CheckpointError: As `read_sums`.
+    """
+    sums = read_sums(folder)
+    if sums is None:
+        return
+    for name, wanted in sums.items():
+        try:
+            found = file_sum(folder / name)
+        except FileNotFoundError:
+            yield name, "is missing"
+        except OSError as error:
+            yield name, f"cannot be read: {error.strerror}"
+        else:
+            yield name, None if found == wanted else f"differs from its sum in {SUMS_FILE}"
+    for path in sorted(folder.glob("*.safetensors")):
+        if path.name not in sums:
+            yield path.name, f"is not listed in {SUMS_FILE}"

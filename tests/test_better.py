@@ -1,0 +1,355 @@
+"""Precision mixed by what is measured, and scales that are tuned."""
+
+import importlib.util
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_smolvlm import Sampling, load
+from mlx_smolvlm.checkpoint import read_config
+from mlx_smolvlm.config import Quantization
+from mlx_smolvlm.convert.better import BetterOptions, convert_better, measure
+from mlx_smolvlm.convert.calibration import BUNDLED, read_samples
+from mlx_smolvlm.convert.learn import LearnOptions, learn, make_targets, text_loss
+from mlx_smolvlm.convert.losses import head_of, predictions
+from mlx_smolvlm.convert.mixture import Choice, choose
+from mlx_smolvlm.convert.observe import last_hidden, windows
+from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
+from mlx_smolvlm.convert.samples import TEXTS as SHOWN
+from mlx_smolvlm.convert.sensitivity import importance
+from mlx_smolvlm.convert.source import open_source
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.train.tokenizer import build_tokenizer
+
+spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
+hf = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(hf)
+
+TEMPLATE = (
+    "{% for message in messages %}{{message['role']}}: {% for line in message['content'] %}"
+    "{% if line['type'] == 'text' %}{{line['text']}}{% else %}{{ '<image>' }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
+)
+HELD_OUT = " ".join(SHOWN)
+SHORT = Sampling(max_tokens=3)
+
+
+def quiet(*_):
+    """Progress that says nothing."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A small checkpoint whose weights are large enough for predictions that differ."""
+    folder = tmp_path_factory.mktemp("better") / "Some-VLM"
+    tokenizer = build_tokenizer()
+    values = hf.settings(
+        image_token_id=tokenizer.token_to_id("<image>"), text__vocab_size=tokenizer.get_vocab_size()
+    )
+    random = np.random.default_rng(1)
+    weights = hf.weights(values)
+    for name, array in weights.items():
+        if array.ndim == 2:  # some rows and layers matter more than others
+            spread = 1 if "norm" in name else float(random.uniform(1, 4))
+            weights[name] = array * spread
+        elif "norm" in name:
+            weights[name] = array + (1 if name.endswith("weight") else 0)
+    hf.make(folder, values, weights)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = {"eos_token_id": tokenizer.token_to_id("<end_of_utterance>")}
+    hf.write_json(folder / "generation_config.json", ends)
+    hf.write_json(folder / "chat_template.json", {"chat_template": TEMPLATE})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "read.txt"
+    path.write_text(BUNDLED.read_text(encoding="utf-8")[:6000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def plain(source):
+    return OpenedSource(open_source(source, True)).load()
+
+
+def size_of(folder):
+    return sum(file.stat().st_size for file in folder.iterdir())
+
+
+def kl_of(plain, other):
+    """KL divergence on held-out text."""
+    passages = windows(plain, [HELD_OUT], 800)
+    both = [mx.concatenate([last_hidden(v.model, p) for p in passages]) for v in (plain, other)]
+    targets = np.concatenate([passage.targets for passage in passages])
+    heads = (head_of(plain.model), head_of(other.model))
+    return float(predictions(tuple(both), heads, targets).kl_nats.mean())
+
+
+# The knapsack
+
+
+def make_choices(seed, count=5):
+    random = np.random.default_rng(seed)
+    return {
+        f"m{number}": [
+            Choice(Quantization(bits, 64, "affine"), int(b), float(d))
+            for bits, b, d in zip(
+                (2, 4, 8),
+                np.cumsum(random.integers(50, 300, 3)),
+                np.sort(random.random(3))[::-1],
+                strict=True,
+            )
+        ]
+        for number in range(count)
+    }
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice_is_the_best_of_all_that_fit_and_more_room_is_never_worse(seed):
+    choices = make_choices(seed)
+    last = np.inf
+    for budget in range(500, 4500, 97):
+        fitting = [
+            sum(one.damage for one in combination)
+            for combination in itertools.product(*choices.values())
+            if sum(one.nbytes for one in combination) <= budget
+        ]
+        found = choose(choices, budget)
+        if not fitting:
+            assert found is None
+            continue
+        total = sum(one.damage for one in found.values())
+        assert sum(one.nbytes for one in found.values()) <= budget
+        assert total == pytest.approx(min(fitting), abs=1e-12)
+        assert total <= last
+        last = total
+
+
+# Sensitivity
+
+
+def test_importance_is_the_mean_square_of_gradients_of_drawn_tokens(plain, texts):
+    path, sample = "text_model.layers.1.mlp.down_proj", read_samples(plain, [texts])[0]
+    found = importance(plain.model, [sample], [path], quiet)[path]
+    module = plain.model.text_model.layers[1].mlp.down_proj
+    weight, step, draws = module.weight, 1e-2, np.random.default_rng(0)
+    logits = plain.model(plain.model.embed(sample.input_ids))[0, :-1]
+    drawn = mx.random.categorical(logits, key=mx.random.key(0))
+
+    def surprise(changed):
+        module.weight = changed
+        scores = plain.model(plain.model.embed(sample.input_ids))[0, :-1]
+        logs = scores - mx.logsumexp(scores, axis=-1, keepdims=True)
+        module.weight = weight
+        return -float(mx.take_along_axis(logs, drawn[:, None], -1).sum())
+
+    row, block = (int(n) for n in draws.integers(0, found.shape))
+    squares = []
+    for column in range(32 * block, 32 * block + 32):
+        bump = mx.zeros(weight.shape)
+        bump[row, column] = step
+        squares.append(((surprise(weight + bump) - surprise(weight - bump)) / (2 * step)) ** 2)
+    expected = np.mean(squares) / (sample.input_ids.size - 1)
+    assert float(found[row, block]) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_estimate_is_near_the_divergence_that_is_seen(source, plain, texts):
+    plan = plan_checkpoint(open_source(source, True), ConvertOptions())
+    choices = measure(plan, plain.model, read_samples(plain, [texts]), quiet)
+    for bits in (3, 4):
+        q = Quantization(bits, 64, "affine")
+        kinds = [("text_model.layers.*", q), ("lm_head", q), ("text_model.embed_tokens", q)]
+        options = ConvertOptions(overrides=tuple(kinds))
+        opened = open_source(source, True)
+        rounded = OpenedSource(opened, plan_checkpoint(opened, options)).load()
+        estimate = sum(
+            one.damage
+            for path, many in choices.items()
+            for one in many
+            if one.quantization == q and path.startswith(("text_model", "lm_head"))
+        )
+        assert 0.5 < kl_of(plain, rounded) / estimate < 2
+
+
+# Mixtures
+
+
+def test_a_mixture_fits_loads_answers_and_beats_equal_bits(source, plain, texts, tmp_path):
+    options = ConvertOptions(bits=4, embeddings_bits=4)
+    uniform = convert_checkpoint(source, tmp_path / "uniform", options)
+    steps = [s for s in plan_checkpoint(open_source(source, True), options).steps if s.target]
+    weights = sum(sum(r for r, _ in s.entry.shapes) * s.entry.width for s in steps)
+    bits = sum(s.nbytes(4) for s in steps) * 8 / weights
+    target = BetterOptions(target_bits=bits, calibration=(texts,))
+    found = convert_better(source, tmp_path / "mixed", ConvertOptions(), target, quiet)
+    weights = [(f / "model.safetensors").stat().st_size for f in (uniform, found.folder)]
+    assert weights[1] <= 1.03 * weights[0]  # float32 scales here, and a longer header
+    assert found.mixture.bits_per_weight <= bits
+    losses = [kl_of(plain, OpenedFolder(folder).load()) for folder in (uniform, found.folder)]
+    assert losses[1] < 0.95 * losses[0]
+    quantization = read_config(found.folder).quantization
+    assert len({q for _, q in quantization.overrides}) > 1
+    chosen = found.mixture.choices.items()
+    assert all(quantization.of(path) == one.quantization for path, one in chosen)
+    seen = [one.quantization.bits for path, one in chosen if path.startswith("vision_model")]
+    assert set(seen) == {8}  # no pictures were there to tell what it needs
+    assert (
+        load(found.folder)
+        .ask("Where is the star?", sampling=Sampling(max_tokens=3))
+        .generation_tokens
+        == 3
+    )
+
+
+def test_every_file_is_within_the_size_and_more_room_means_less_damage(source, texts, tmp_path):
+    last = np.inf
+    for kilobytes in (240, 280, 340):
+        options = BetterOptions(target_bytes=kilobytes * 1000, calibration=(texts,))
+        dest = tmp_path / str(kilobytes)
+        found = convert_better(source, dest, ConvertOptions(dtype="bfloat16"), options, quiet)
+        assert 0.7 * kilobytes < size_of(dest) / 1000 <= kilobytes
+        assert found.mixture.damage <= last
+        last = found.mixture.damage
+
+
+def test_what_cannot_fit_is_refused_with_the_smallest_size_that_then_fits(source, texts, tmp_path):
+    options = BetterOptions(target_bytes=20_000, calibration=(texts,))
+    with pytest.raises(CheckpointError, match=r"does not fit 0.02 MB; the smallest is 0.*MB") as e:
+        convert_better(source, tmp_path / "out", ConvertOptions(), options, quiet)
+    assert not (tmp_path / "out").exists()
+    smallest = float(str(e.value).split()[-2])
+    fits = BetterOptions(target_bytes=round(smallest * 1e6), calibration=(texts,))
+    convert_better(source, tmp_path / "out", ConvertOptions(), fits, quiet)
+    assert size_of(tmp_path / "out") <= smallest * 1e6
+
+
+# Tuning
+
+
+def test_tuning_lowers_the_loss_on_held_out_text_and_leaves_the_integers(
+    source, plain, texts, tmp_path
+):
+    options = ConvertOptions(bits=3, embeddings_bits=3, vision_bits=3, connector_bits=3)
+    rounded = convert_checkpoint(source, tmp_path / "rounded", options)
+    how = LearnOptions(steps=40, picture_steps=2, rate=1e-2)
+    better = BetterOptions(learn=how, calibration=(texts,))
+    tuned = convert_better(source, tmp_path / "tuned", options, better, quiet).folder
+    again = convert_better(source, tmp_path / "again", options, better, quiet).folder
+    losses = [kl_of(plain, OpenedFolder(folder).load()) for folder in (rounded, tuned)]
+    assert losses[1] < 0.9 * losses[0]
+    arrays = [mx.load(str(f / "model.safetensors")) for f in (rounded, tuned, again)]
+    assert arrays[0].keys() == arrays[1].keys()
+    changed = set()
+    for name, array in arrays[0].items():
+        assert arrays[1][name].dtype == array.dtype
+        assert mx.array_equal(arrays[1][name], arrays[2][name])  # the same seed, the same result
+        if not mx.array_equal(array, arrays[1][name]):
+            changed.add(name.rpartition(".")[2])
+    assert changed == {"scales", "biases"}
+    assert (
+        load(tuned).ask("Where is the star?", sampling=Sampling(max_tokens=3)).generation_tokens
+        == 3
+    )
+
+
+def test_pictures_tune_the_encoder_too(source, plain):
+    opened = open_source(source, True)
+    plan = plan_checkpoint(opened, ConvertOptions(bits=8, vision_bits=3, connector_bits=3))
+    samples = [one for one in read_samples(plain) if one.pixel_values is not None]
+    targets = make_targets(plain.model, samples, quiet)
+    packed = OpenedSource(opened, plan).load().model
+    before = [
+        mx.abs(packed.encode(s.pixel_values) - t).mean().item()
+        for s, t in zip(samples, targets.image_embeds, strict=True)
+    ]
+    learned = learn(packed, targets, samples, LearnOptions(steps=1, picture_steps=30), quiet)
+    assert {path.split(".")[0] for path in learned} == {"vision_model", "connector"}
+    after = [
+        mx.abs(packed.encode(s.pixel_values) - t).mean().item()
+        for s, t in zip(samples, targets.image_embeds, strict=True)
+    ]
+    assert sum(after) < 0.9 * sum(before)
+
+
+def test_the_loss_is_that_of_compare(source, plain, texts):
+    opened = open_source(source, True)
+    packed = OpenedSource(opened, plan_checkpoint(opened, ConvertOptions(bits=3))).load().model
+    samples = read_samples(plain, [texts])
+    targets = make_targets(plain.model, samples, quiet)
+    found = float(text_loss(packed, samples, [None] * len(samples), targets, 0))
+    hidden = packed.text_model(packed.embed(samples[0].input_ids))[0, :-1]
+    heads = (targets.head, head_of(packed))
+    expected = predictions((targets.hidden[0], hidden), heads, samples[0].input_ids[1:])
+    assert found == pytest.approx(float(expected.kl_nats.mean()), rel=1e-3)
+
+
+# Calibration
+
+
+def test_folders_and_datasets_are_read(plain, tmp_path):
+    (tmp_path / "a.md").write_text("The star is red. The circle is blue.", encoding="utf-8")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff")
+    line = {"question": "What color is the star?", "answer": "red"}
+    (tmp_path / "b.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    text, asked = read_samples(plain, [tmp_path])
+    decode = plain.prompt_builder.tokenizer.decode
+    assert (text.start, decode(text.input_ids.tolist())) == (1, (tmp_path / "a.md").read_text())
+    told = asked.input_ids[asked.start :].tolist()
+    assert decode(told[:-1]) == "red"
+    assert told[-1] == plain.config.eos_token_ids[0]
+    with pytest.raises(CheckpointError, match="is no calibration file or folder"):
+        read_samples(plain, [tmp_path / "ignored.bin"])
+
+
+# The command
+
+
+def run(*arguments, cwd):
+    return subprocess.run(
+        [sys.executable, "-m", "mlx_smolvlm.cli.app", "convert", *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        cwd=cwd,
+        env={**os.environ, "MLX_SMOLVLM_CACHE": str(cwd / "cache")},
+    )
+
+
+def test_the_command_mixes_and_tunes_within_a_size(source, texts, tmp_path):
+    arguments = ("--target-size", "0.3MB", "--dwq", "--dwq-steps", "2", "--calibration", texts)
+    result = run(source, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == ""
+    assert "estimated KL" in result.stderr
+    folder = tmp_path / "Some-VLM-mlx-0.3mb-dwq"
+    assert size_of(folder) <= 300_000
+    load(folder)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (("--recipe", "tiny", "--target-bits", "4"), 2, "give one of --recipe"),
+        (("--recipe", "tiny", "--bits", "4"), 2, "--recipe decides on precision"),
+        (("--target-size", "0.2MB", "--mode", "mxfp4"), 2, "a target decides on precision"),
+        (("--target-size", "lots"), 2, "'lots' is no size"),
+        (("--calibration", "x.txt"), 2, "--calibration is for"),
+        (("--recipe", "absent.toml"), 1, "none of tiny, balanced, quality"),
+    ],
+)
+def test_options_that_make_no_sense(source, tmp_path, arguments, code, words):
+    result = run(source, *arguments, cwd=tmp_path)
+    assert result.returncode == code, result.stderr
+    assert words in " ".join(result.stderr.replace("\u2502", " ").split())

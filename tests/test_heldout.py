@@ -1,0 +1,106 @@
+"""The held-out dataset: readable, true to its seed, apart from what training draws."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlx_smolvlm.train.recipe.heldout import _REALM, ALL_TOPICS, collect, items, write
+from mlx_smolvlm.train.recipe.items import Drawn, text_of
+from mlx_smolvlm.train.recipe.lexicon import HELD_OUT, TRAINED, WORDS
+from mlx_smolvlm.train.recipe.run import STAGES
+from mlx_smolvlm.train.recipe.words import sample
+
+FAMILIES = {"what", "describe", "color", "shape", "count", "where", "at", "exists", "compare"}
+
+
+def words_of(drawn: Drawn) -> list[str]:
+    """The words that a picture prints: a letter of rank 0 begins one."""
+    words: list[str] = []
+    for glyph in drawn.glyphs:
+        words += [""] * (glyph.rank == 0)
+        words[-1] += glyph.kind
+    return words
+
+
+def listed(folder: Path, seed: int = 0, wanted: set[str] | None = None) -> list[dict[str, object]]:
+    """The lines of one item of each family."""
+    count = write(folder, 1, seed, wanted)
+    lines = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
+    assert len(lines) == count
+    return lines
+
+
+def test_every_line_can_be_asked(tmp_path: Path) -> None:
+    lines = listed(tmp_path)
+    tasks = [item.task for topic in ALL_TOPICS for item in collect(topic, 1)]
+    assert [line["task"] for line in lines] == tasks
+    assert set(tasks) > FAMILIES | {"several", "two turns", "chat"}
+    for line in lines:
+        messages: list = line["messages"]  # type: ignore[type-arg,assignment]
+        media = {"image": line.get("images", []), "video": line.get("videos", [])}
+        assert [one["role"] for one in messages] == ["user", "assistant"] * (len(messages) // 2)
+        assert len(messages) == (4 if line["task"] == "two turns" else 2)
+        for kind, names in media.items():
+            placed = [one for one in messages[0]["content"] if one["type"] == kind]
+            assert len(placed) == len(names)  # type: ignore[arg-type]
+            for name in names:  # type: ignore[attr-defined]
+                assert (tmp_path / name).stat().st_size
+        for name in media["image"]:  # type: ignore[attr-defined]
+            with Image.open(tmp_path / name) as picture:
+                assert min(picture.size) >= 90
+        assert all(isinstance(one["content"], str) for one in messages[1::2])
+    chosen = listed(tmp_path / "chosen", wanted={"color", "chat"})
+    assert [line["task"] for line in chosen] == ["color", "chat"]
+
+
+def test_a_dataset_follows_from_its_seed(tmp_path: Path) -> None:
+    wanted = {"color", "word", "clip: direction", "several"}
+    made = [tmp_path / name for name in ("first", "second", "other")]
+    for folder, seed in zip(made, (0, 0, 1), strict=True):
+        listed(folder, seed, wanted)
+    assert len({tuple(sorted(path.name for path in folder.iterdir())) for folder in made[:2]}) == 1
+    files = [  # but clips, whose bytes are the encoder's matter
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix != ".mp4"}
+        for folder in made
+    ]
+    assert files[0] == files[1]
+    (first,), (second,), (other,) = (
+        {item.clip for item in collect("clips", 1, seed, {"clip: direction"})} for seed in (0, 0, 1)
+    )
+    assert first == second != other
+    assert files[0]["heldout.jsonl"] != files[2]["heldout.jsonl"]
+    assert files[0]["00000.png"] != files[2]["00000.png"]
+
+
+@pytest.mark.parametrize("topic", ALL_TOPICS)
+def test_every_family_has_as_many_items_as_wanted(topic: str) -> None:
+    tasks = [item.task for item in collect(topic, 3)]
+    assert tasks
+    assert all(tasks.count(task) == 3 for task in tasks)
+
+
+def test_held_out_words_are_printed_here_and_never_in_training() -> None:
+    found = [item.pictures[0] for seed in range(40) for item in items("words", seed)]
+    real = {word for drawn in found for word in words_of(drawn) if word in WORDS}
+    assert len(real) > 5
+    assert real <= set(HELD_OUT)
+    assert not set(HELD_OUT) & set(TRAINED)
+    printed: set[str] = set()
+    for seed in range(2500):
+        drawn = sample(np.random.default_rng(seed), (160, 160))
+        printed.update(words_of(drawn))
+        for maker, _ in drawn.makers if seed < 200 else ():
+            said = text_of(maker(np.random.default_rng(seed)).answer).strip(".").split()
+            assert not set(said) & set(HELD_OUT)
+    assert len(printed & set(TRAINED)) > 50
+    assert not printed & set(HELD_OUT)
+
+
+def test_training_never_draws_from_a_seed_of_the_held_out() -> None:
+    longest = max(stage.steps for stage in STAGES)
+    assert 10**6 * (len(STAGES) + 1) + longest + 500_000 < 10**9  # each run keeps to its own
+    # A run with another seed begins at 10**9 times it; those of a thousand stay below.
+    assert _REALM > 10**9 * 1000

@@ -1,0 +1,461 @@
+"""The demo's training: pictures true to their labels, a sound tokenizer, learning, resuming."""
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_smolvlm import text, vision
+from mlx_smolvlm.image import Grid
+from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.train.recipe import batches, pages, questions
+from mlx_smolvlm.train.recipe.batches import Mix, encoder_batch
+from mlx_smolvlm.train.recipe.draw import (
+    COLOR_NAMES,
+    COLORS,
+    Scene,
+    Shape,
+    index_map,
+    render,
+    sample_scene,
+)
+from mlx_smolvlm.train.recipe.fast import fast_gelu, fast_swiglu
+from mlx_smolvlm.train.recipe.items import Glyph, Turn, text_of
+from mlx_smolvlm.train.recipe.kinds import GLYPHS
+from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
+from mlx_smolvlm.train.recipe.run import STAGES as ALL_STAGES
+from mlx_smolvlm.train.recipe.run import Run, Stage, make_batch, start
+from mlx_smolvlm.train.recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokenizer
+from mlx_smolvlm.train.recipe.topics import ORDINALS, ask_several, shape_glyphs, shapes
+
+STAGES = (
+    Stage("encoder", steps=3, size=4, rate=0.01),
+    Stage("answers", steps=4, rate=0.01, clips=0.5, frames=2),
+)
+
+
+def scenes(count: int) -> list[Scene]:
+    """Scenes of a few seeds."""
+    return [sample_scene(np.random.default_rng(seed)) for seed in range(count)]
+
+
+def test_scene_and_picture_follow_from_the_seed() -> None:
+    first, second, other = (sample_scene(np.random.default_rng(seed)) for seed in (5, 5, 6))
+    assert first == second != other
+    assert render(first).tobytes() == render(second).tobytes()
+    assert render(first).size == (first.width, first.height)
+
+
+def nearest_color(rgb: np.ndarray) -> str:
+    """The name of the colour with the anchor nearest to `rgb`."""
+    return min(
+        COLORS, key=lambda name: min(np.abs(np.subtract(rgb, a)).sum() for a in COLORS[name])
+    )
+
+
+def test_pixels_have_the_colors_of_the_labels() -> None:
+    for scene in scenes(60):
+        pixels = np.asarray(render(scene), float)
+        for shape in scene.shapes:
+            middle = pixels[int(shape.y), int(shape.x)]
+            assert np.abs(middle - shape.rgb).max() <= 1, (scene, shape)
+        assert np.abs(pixels[0, 0] - scene.background_rgb).max() <= 1
+        assert scene.background not in [shape.color for shape in scene.shapes]
+
+
+def test_colors_bear_their_names() -> None:
+    drawn = [shape for scene in scenes(200) for shape in scene.shapes]
+    named = [nearest_color(np.array(shape.rgb)) == shape.color for shape in drawn]
+    assert np.mean(named) > 0.97
+
+
+def test_places_are_the_cells_that_the_pixels_lie_in() -> None:
+    for scene in scenes(60):
+        shown = index_map(scene, 90)
+        for i, shape in enumerate(scene.shapes):
+            rows, cols = np.nonzero(shown == i + 1)
+            middle = (rows.min() + rows.max()) / 2, (cols.min() + cols.max()) / 2
+            assert shape.cell == 3 * int(middle[0] // 30) + int(middle[1] // 30)
+
+
+def test_shapes_are_told_apart_by_the_share_of_their_box_that_they_fill() -> None:
+    fill: dict[str, float] = {}
+    for kind in ("circle", "square", "triangle", "star", "diamond", "cross"):
+        shape = Shape(kind, "red", (255, 0, 0), 50, 50, 40, 0.0, False, 4)
+        shown = index_map(Scene(100, 100, "white", (255, 255, 255), (shape,), False), 200) > 0
+        rows, cols = np.nonzero(shown)
+        fill[kind] = float(shown.sum() / (np.ptp(rows) + 1) / (np.ptp(cols) + 1))
+    expected = {"circle": 0.785, "square": 1, "triangle": 0.5, "diamond": 0.5, "cross": 0.53}
+    for kind, share in expected.items():
+        assert fill[kind] == pytest.approx(share, abs=0.03)
+    assert fill["star"] < 0.4
+
+
+def squares(grid: Grid, side: int) -> list[tuple[float, float, float, float]]:
+    """Extents of the squares of a picture's tiles, crops first, `side` x `side` a tile."""
+    found = []
+    tiles = [(r, c, grid.rows, grid.cols) for r in range(grid.rows) for c in range(grid.cols)]
+    for row, col, rows, cols in [*tiles, (0, 0, 1, 1)]:
+        high, wide = rows * side, cols * side
+        for y in range(row * side, (row + 1) * side):
+            for x in range(col * side, (col + 1) * side):
+                found.append((x / wide, y / high, (x + 1) / wide, (y + 1) / high))
+    return found
+
+
+def covered(square: tuple[float, ...], extent: tuple[float, ...], pixels: int = 2400) -> float:
+    """Pixels of a picture of `pixels` a side that lie in both."""
+    sides = []
+    for low in (0, 1):
+        centres = np.arange(pixels) + 0.5
+        inside = [
+            (centres > box[low] * pixels) & (centres < box[low + 2] * pixels)
+            for box in (square, extent)
+        ]
+        sides.append((inside[0] & inside[1]).sum())
+    return float(sides[0] * sides[1])
+
+
+@pytest.mark.parametrize("grid", [Grid(0, 0), Grid(2, 2), Grid(1, 2), Grid(2, 1)])
+def test_a_box_is_shown_by_the_tokens_whose_squares_it_covers(grid: Grid) -> None:
+    rng = np.random.default_rng(grid.rows * 3 + grid.cols)
+    for _ in range(12):
+        (left, right), (top, bottom) = np.sort(rng.integers(0, 2399, (2, 2))) / 2400 + [0, 1 / 2400]
+        extent = (float(left), float(top), float(right), float(bottom))
+        cover = np.array([covered(square, extent) for square in squares(grid, 4)])
+        area = covered((0, 0, 2, 2), extent)
+        expected = []
+        for part in (cover[:-16], cover[-16:]):  # crops, then the global tile
+            if len(part):
+                square = 2400**2 / len(part)
+                least = 0.35 * min(square, area)  # of the square, or of a box within it
+                expected += ((part >= min(least, part.max())) & (part > 0)).tolist()
+        assert token_mask(extent, grid, 4).tolist() == expected, extent
+
+
+def test_a_small_box_is_shown_by_the_token_that_it_lies_in() -> None:
+    for number, (left, top, right, bottom) in enumerate(squares(Grid(0, 0), 4)):
+        x, y = (left + right) / 2, (top + bottom) / 2
+        found = token_mask((x - 0.01, y - 0.01, x + 0.01, y + 0.01), Grid(0, 0), 4)
+        assert np.flatnonzero(found).tolist() == [number]
+
+
+@pytest.mark.parametrize("grid", [Grid(0, 0), Grid(2, 2), Grid(1, 2)])
+def test_patches_are_labelled_by_what_covers_them(grid: Grid) -> None:
+    for scene in scenes(25):
+        glyphs = shape_glyphs(scene)
+        labels, extents = patch_labels(glyphs, scene.background, grid, 8)
+        places = squares(grid, 8)
+        assert labels.shape[:2] == extents.shape[:2] == (len(places) // 64, 64)
+        whole = len(labels) - 1
+        for (tile, patch), square in zip(np.ndindex(*labels.shape[:2]), places, strict=True):
+            told = labels[tile, patch].tolist()
+            size = covered(square, square)
+            shares = {g: covered(square, g.extent) / size for g in glyphs}
+            held = [g for g in glyphs if holds(square, g)]
+            shown = [g for g, share in shares.items() if share > 0.41] + held
+            if not shown and all(share < 0.39 for share in shares.values()):
+                assert told == [0, COLOR_NAMES.index(scene.background), -1, -1, -1]
+            if len(set(shown)) == 1:
+                (glyph,) = set(shown)
+                counted = [glyph.rank, glyph.total] if tile == whole else [-1, -1]
+                kind, color = 1 + GLYPHS.index(glyph.kind), COLOR_NAMES.index(str(glyph.color))
+                assert told == [kind, color, *counted, -1]
+                assert extents[tile, patch] == pytest.approx(seen_from(square, glyph), abs=1e-5)
+
+
+def holds(square: tuple[float, ...], glyph: Glyph) -> bool:
+    """Whether the middle of `glyph` lies in `square`."""
+    left, top, right, bottom = glyph.extent
+    x, y = (left + right) / 2, (top + bottom) / 2
+    return square[0] <= x < square[2] and square[1] <= y < square[3]
+
+
+def seen_from(square: tuple[float, ...], glyph: Glyph) -> list[float]:
+    """Way from the middle of `square` to that of `glyph`, and its size, in tiles of 8 patches."""
+    left, top, right, bottom = glyph.extent
+    wide, high = 8 * (square[2] - square[0]), 8 * (square[3] - square[1])
+    x, y = left + right - square[0] - square[2], top + bottom - square[1] - square[3]
+    found = [x / 2 / wide, y / 2 / high, (right - left) / wide, (bottom - top) / high]
+    return [max(-1.5, min(1.5, value)) for value in found]
+
+
+def scene_of(*shapes: tuple[str, str, int]) -> Scene:
+    """A scene of (colour, kind, cell)."""
+    made = [Shape(k, c, (0, 0, 0), 10, 10, 5, 0.0, False, cell) for c, k, cell in shapes]
+    return Scene(96, 96, "gray", (128, 128, 128), tuple(made), False)
+
+
+def test_answers_in_words() -> None:
+    scene = scene_of(("red", "cross", 0), ("orange", "star", 4), ("red", "cross", 8))
+    assert text_of(questions.contents(scene)) == "Two red crosses and an orange star."
+    assert text_of(questions.description(scene)) == (
+        "A red cross at the top left, an orange star in the center and a red cross at the bottom "
+        "right, on a gray background."
+    )
+    assert text_of(questions.contents(scene_of())) == "Nothing."
+
+
+Maker = Callable[[Scene, np.random.Generator], Turn]
+
+
+def all_answers(maker: Maker, scene: Scene) -> dict[str, str]:
+    """Answer to each question that `maker` asks about `scene`."""
+    turns = [maker(scene, np.random.default_rng(seed)) for seed in range(3000)]
+    pairs = [(text_of(turn.question), text_of(turn.answer)) for turn in turns]
+    answers = dict(pairs)
+    assert all(answers[question] == answer for question, answer in pairs)
+    return answers
+
+
+def test_answers_are_true() -> None:
+    scene = scene_of(("red", "circle", 0), ("blue", "circle", 2), ("red", "star", 7))
+    counts = all_answers(questions.count, scene)
+    assert counts["How many circles are there?"] == "2."
+    assert counts["How many red shapes are there?"] == "2."
+    assert counts["Count the shapes."] == "3."
+    assert counts["How many squares are there?"] == "0."
+    places = all_answers(questions.where, scene)
+    assert places["Where is the star?"] == "At the bottom."
+    assert places["Where is the blue shape?"] == "At the top right."
+    assert places["Where is the cross?"] == "There is no cross."
+    assert "Where is the circle?" not in places
+    colors = all_answers(questions.color, scene)
+    assert colors["What color is the star?"] == "Red."
+    assert "What color is the circle?" not in colors
+    exists = all_answers(questions.exists, scene)
+    assert exists["Is there a blue circle?"] == "Yes."
+    assert exists["Is there a blue star?"] == "No."
+    assert all_answers(questions.at, scene)["What is on the left?"] == "Nothing."
+    assert all_answers(questions.background, scene)["What color is the background?"] == "Gray."
+
+
+def test_comparisons_are_true() -> None:
+    made = (
+        Shape("circle", "red", (0, 0, 0), 20, 20, 15, 0.0, False, 0),
+        Shape("star", "blue", (0, 0, 0), 80, 30, 5, 0.0, False, 2),
+    )
+    scene = Scene(96, 96, "gray", (128, 128, 128), made, False)
+    answers = all_answers(questions.compare, scene)
+    assert answers["Which is larger, the circle or the star?"] == "The circle."
+    assert answers["Is the star or the circle bigger?"] == "The circle."
+    assert answers["Which is smaller, the circle or the blue star?"] == "The blue star."
+    assert answers["Is the circle left of the star?"] == "Yes."
+    assert answers["Is the circle right of the star?"] == "No."
+    assert answers["Is the star right of the red circle?"] == "Yes."
+    assert not any("above" in question or "below" in question for question in answers)
+    under = (made[0], Shape("star", "blue", (0, 0, 0), 30, 80, 14, 0.0, False, 7))
+    answers = all_answers(questions.compare, Scene(96, 96, "gray", (0, 0, 0), under, False))
+    assert answers["Is the circle above the star?"] == "Yes."
+    assert answers["Is the circle below the star?"] == "No."
+    assert not any("larger" in question or "left" in question for question in answers)
+
+
+def test_second_questions_are_about_the_shape_of_the_first() -> None:
+    scene = scene_of(("red", "circle", 0), ("blue", "star", 7))
+    facts = {
+        "red circle": {"where": "At the top left.", "color": "Red.", "shape": "A circle."},
+        "blue star": {"where": "At the bottom.", "color": "Blue.", "shape": "A star."},
+    }
+    then = {
+        **dict.fromkeys(questions.THEN_WHERE, "where"),
+        **dict.fromkeys(questions.THEN_COLOR, "color"),
+        **dict.fromkeys(questions.THEN_SHAPE, "shape"),
+    }
+    asked = Counter[str]()
+    for seed in range(300):
+        first, second = questions.follow_up(scene, np.random.default_rng(seed))
+        words = text_of(first.question).rstrip("?.").split()
+        is_red = "red" in words or "circle" in words
+        assert is_red != ("blue" in words or "star" in words)
+        truth = facts["red circle" if is_red else "blue star"]
+        fact = then[text_of(second.question)]
+        assert text_of(first.answer) in set(truth.values()) - {truth[fact]}
+        assert text_of(second.answer) == truth[fact]
+        asked[fact] += 1
+    assert set(asked) == {"where", "color", "shape"}
+
+
+def test_answers_about_several_pictures_are_true_and_point_into_their_own() -> None:
+    seen = Counter[str]()
+    for seed in range(400):
+        rng = np.random.default_rng(seed)
+        pictures = [shapes(rng, (96, 96)) for _ in range(2 + seed % 2)]
+        turn = ask_several(pictures, rng)
+        question, answer = text_of(turn.question), text_of(turn.answer)
+        if question in ("How many pictures are there?", "How many images do you see?"):
+            assert answer == ("Two.", "Three.")[len(pictures) - 2]
+            seen["how many"] += 1
+        elif answer.endswith(" one."):
+            number = ORDINALS.index(answer.split()[1])
+            words = question.rstrip("?").split()
+            kind, hue = words[-1], words[-2] if words[-2] in COLOR_NAMES else None
+            held = [
+                any(g.kind == kind and hue in (None, g.color) for g in picture.glyphs)
+                for picture in pictures
+            ]
+            if kind in ("circle", "square", "triangle", "star", "diamond", "cross"):
+                assert [i for i, one in enumerate(held) if one] == [number]
+                seen["which"] += 1
+        for said in (turn.question, turn.answer):
+            for part in said if isinstance(said, tuple) else ():
+                for box in part.boxes:
+                    assert 0 <= box.picture < len(pictures)
+        lead = [i for i, word in enumerate(ORDINALS) if f"the {word} " in question]
+        if lead:
+            pointed = {
+                box.picture
+                for said in (turn.question, turn.answer)
+                for part in (said if isinstance(said, tuple) else ())
+                for box in part.boxes
+            }
+            assert pointed <= set(lead)
+            seen["about"] += 1
+    assert min(seen[kind] for kind in ("how many", "which", "about")) > 5
+
+
+def test_a_picture_of_every_kind_can_be_asked_about() -> None:
+    kinds = ("circle", "square", "triangle", "star", "diamond", "cross")
+    scene = scene_of(*(("red", kind, cell) for cell, kind in enumerate(kinds)))
+    for maker in (questions.color, questions.where):
+        assert "There is no" not in "".join(all_answers(maker, scene).values())
+
+
+def test_tokenizer_round_trips_any_text() -> None:
+    tokenizer = build_tokenizer()
+    for sample in (
+        "What color is the circle?",
+        "Zażółć \U0001f600\U0001f469‍\U0001f680 \x00 42",
+        " a\n\n b\t",
+    ):
+        assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
+
+
+def test_tokenizer_is_reproducible_and_has_the_special_tokens() -> None:
+    tokenizer = build_tokenizer()
+    assert tokenizer.to_str() == build_tokenizer().to_str()
+    assert [tokenizer.token_to_id(token) for token in FIRST_TOKENS] == [0, 1, 2]
+    size = tokenizer.get_vocab_size()
+    assert [tokenizer.token_to_id(t) for t in LAST_TOKENS] == list(
+        range(size - len(LAST_TOKENS), size)
+    )
+    assert size == 960 + len(TAGS)
+    assert tokenizer.encode("\n\n<image>").tokens == ["ĊĊ", "<image>"]
+
+
+def test_what_is_printed_is_spelled_letter_by_letter() -> None:
+    tokenizer = build_tokenizer()
+    for printed in ("HELLO", "ZEBRA", "1234567890", "QUICK", "THE"):
+        assert tokenizer.encode(printed).tokens == list(printed)
+        assert len(tokenizer.encode(f" {printed}.").ids) <= len(printed) + 2
+
+
+def test_doctags_are_tokens_that_stay_in_the_text() -> None:
+    tokenizer = build_tokenizer()
+    assert set(pages.TAGS) < set(TAGS)
+    for tag in TAGS:
+        assert tokenizer.encode(tag).tokens == [tag]
+    page = "<doctag><title><loc_0><loc_25><loc_500><loc_75>A CAT</title></doctag>"
+    assert all(tag in page for tag in ("<doctag>", "</doctag>"))
+    ids = tokenizer.encode(page).ids
+    assert tokenizer.decode(ids) == page
+    assert tokenizer.decode([*ids, tokenizer.token_to_id("<end_of_utterance>")]) == page
+
+
+def test_fast_curves_are_close_and_have_their_slopes() -> None:
+    x, up = mx.linspace(-8, 8, 1001), mx.linspace(1, 2, 1001)
+    assert mx.abs(fast_gelu(x) - vision.gelu_tanh(x)).max() < 3e-4
+    assert mx.abs(fast_swiglu(x, up) - text.swiglu(x, up)).max() < 2e-3
+    for fast, exact in ((fast_gelu, vision.gelu_tanh),):
+        slopes = [mx.grad(lambda v, f=f: f(v).sum())(x) for f in (fast, exact)]  # type: ignore[misc]
+        assert mx.abs(slopes[0] - slopes[1]).max() < 5e-3
+    pairs = [
+        mx.grad(lambda g, u, f=f: f(g, u).sum(), (0, 1))(x, up) for f in (fast_swiglu, text.swiglu)
+    ]  # type: ignore[misc]
+    for a, b in zip(*pairs, strict=True):
+        assert mx.abs(a - b).max() < 5e-3
+
+
+def weights_of(run: Run) -> dict[str, mx.array]:
+    """All parameters by name."""
+    return dict(tree_flatten(run.trainee.parameters()))
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches of two pictures, so that a step takes a second without a fast BLAS too."""
+    mixes = ((Mix(("shapes", "pages"), 2, 2, detail="high"), 0.5), (Mix(("words",), 2, 2), 0.5))
+    monkeypatch.setattr(batches, "MIXES", mixes)
+
+
+@pytest.mark.usefixtures("small")
+def test_steps_lower_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(2):
+        run = start(tmp_path / str(number), 0, STAGES[number : number + 1])
+        same = run._drawn(0, 0)
+        monkeypatch.setattr(run, "_drawn", lambda *_place, same=same: same)
+        before, _, after = run.advance(), run.advance(), run.advance()
+        assert after < before
+
+
+def test_encoder_batches_follow_from_the_seed(demo_builder: PromptBuilder) -> None:
+    first, second = (encoder_batch(4, demo_builder.config, 3) for _ in range(2))
+    assert (first.pixel_values == second.pixel_values).all()
+    other = encoder_batch(5, demo_builder.config, 3)
+    assert not np.array_equal(first.pixel_values, other.pixel_values)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_encoder_is_trained_alone_and_then_with_the_rest(tmp_path: Path) -> None:
+    run = start(tmp_path / "run", 0, (Stage("encoder", 1, 0.01, size=2), STAGES[1]))
+    before = weights_of(run)
+    run.advance()
+    moved = {
+        name for name, value in weights_of(run).items() if not mx.array_equal(value, before[name])
+    }
+    assert moved
+    assert {name.split(".")[0] for name in moved} <= {"model", "dense_head"}
+    assert all("vision_model" in name for name in moved if name.startswith("model"))
+    before = weights_of(run)
+    run.advance()
+    moved = {
+        name for name, value in weights_of(run).items() if not mx.array_equal(value, before[name])
+    }
+    assert any("text_model" in name for name in moved)
+    assert any("connector" in name for name in moved)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) -> None:
+    steps = 5
+    whole = start(tmp_path / "whole", 0, STAGES)
+    losses = [whole.advance() for _ in range(steps)]
+    stopped = start(tmp_path / "stopped", 0, STAGES)
+    for _ in range(stop):
+        stopped.advance()
+    stopped.save(tmp_path / "state.safetensors")
+    resumed = start(tmp_path / "stopped", 0, STAGES)
+    resumed.restore(tmp_path / "state.safetensors")
+    assert [resumed.advance() for _ in range(steps - stop)] == losses[stop:]
+    expected = weights_of(whole)
+    assert all(mx.array_equal(value, expected[name]) for name, value in weights_of(resumed).items())
+
+
+def test_batches_drawn_ahead_are_those_of_their_steps(tmp_path: Path) -> None:
+    stages = (Stage("a", 2, 0.01, size=2), Stage("b", 2, 0.01, size=3))
+    run = start(tmp_path / "run", 0, stages)
+    for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
+        found, expected = run._drawn(*place), make_batch(run.builder, stages, 0, place)
+        assert (found.pixel_values == expected.pixel_values).all(), place  # type: ignore[union-attr]
+        assert len(found.pixel_values) == stages[place[0]].size  # type: ignore[union-attr]
+
+
+def test_every_step_of_every_run_draws_from_seeds_of_its_own() -> None:
+    for number, stage in enumerate(ALL_STAGES):
+        assert 0 < stage.steps <= 500_000, stage  # above are the seeds that choose clips
+        assert number + 1 < 1000

@@ -1,0 +1,240 @@
+"""Batches for training the demo on pictures, each drawn from a seed alone.
+
+Letters as in `mlx_smolvlm/model.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.image import Detail, Grid, tiles
+from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.train.recipe.items import Drawn
+from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
+from mlx_smolvlm.train.recipe.prefix import ANSWERED_LAYER, ASKED_LAYER, Pointers
+from mlx_smolvlm.train.recipe.rows import Pointed, Row, make_row, padded
+from mlx_smolvlm.train.recipe.tokenizer import token_id
+from mlx_smolvlm.train.recipe.topics import TOPICS, ask, ask_several, draw, talk
+
+
+@dataclass(frozen=True)
+class EncoderBatch:
+    """Tiles (N, H, W, 3) with the labels (N, P, columns) and extents (N, P, 4) of their patches."""
+
+    pixel_values: np.ndarray
+    labels: np.ndarray
+    extents: np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Questions about pictures; C beginnings of equal length, R questions on each.
+
+    Attributes:
+        prefix_ids: int32 (C, L), up to the last picture.
+        shown: The tiles of all pictures in order, with their labels; None without pictures.
+        row_ids: int32 (C * R, M), the questions with their answers, padded with 0.
+        places: Flat places (T,) in `row_ids` whose next token is to be predicted.
+        targets: Those tokens, int32 (T,).
+        weights: What each counts, float32 (T,), at sum 1.
+        pointers: Where tokens should look, by layer.
+    """
+
+    prefix_ids: np.ndarray
+    shown: EncoderBatch | None
+    row_ids: np.ndarray
+    places: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    pointers: dict[int, Pointers]
+
+
+@dataclass(frozen=True)
+class Mix:
+    """What a batch holds.
+
+    Attributes:
+        topics: Which kinds of pictures; none is a batch of text alone.
+        conversations: C.
+        rows: R, questions on each.
+        pictures: In each conversation.
+        detail: How pictures are cut.
+    """
+
+    topics: tuple[str, ...]
+    conversations: int
+    rows: int
+    pictures: int = 1
+    detail: Detail = "low"
+
+
+_SYSTEMS = (
+    "You are a helpful assistant.",
+    "Answer briefly.",
+    "Be concise.",
+    "Answer the question.",
+)
+# Of the topics where the encoder learns alone: print takes it longest.
+_ENCODER_SHARES = {"shapes": 0.28, "words": 0.32, "charts": 0.12, "objects": 0.13, "pages": 0.15}
+_SHORT = tuple(name for name, topic in TOPICS.items() if not topic.long)
+_COARSE = tuple(name for name in _SHORT if not TOPICS[name].tiled)
+MIXES: tuple[tuple[Mix, float], ...] = (
+    (Mix(_COARSE, 14, 5), 0.34),
+    (Mix(_SHORT, 7, 5, detail="high"), 0.36),
+    (Mix(_COARSE, 6, 4, pictures=2), 0.08),
+    (Mix(_SHORT, 3, 4, pictures=2, detail="high"), 0.05),
+    (Mix(("pages",), 5, 2, detail="high"), 0.13),
+    (Mix((), 1, 16), 0.04),
+)
+
+
+def sample_size(rng: np.random.Generator, grid: str) -> tuple[int, int]:
+    """Width and height in pixels of a picture that is cut as `grid` says: square, wide or tall."""
+    if grid == "square":
+        aspect = 1.0 if rng.random() < 0.4 else math.exp(rng.random() * math.log(1.9))
+    else:
+        aspect = 2.05 + 0.5 * rng.random()
+    short_side = 96 * math.exp(rng.random() ** 1.5 * math.log(640 / 96 / aspect))
+    sides = (round(short_side * aspect), round(short_side))
+    if grid == "tall" or (grid == "square" and rng.random() < 0.4):
+        return sides[1], sides[0]
+    return sides
+
+
+def sample_grid(rng: np.random.Generator, topics: tuple[str, ...]) -> str:
+    """How the pictures of a batch are cut; pages stand upright and are square enough."""
+    if "pages" in topics:
+        return "square"
+    return str(rng.choice(("square", "wide", "tall"), p=(0.86, 0.09, 0.05)))
+
+
+def encoder_batch(seed: int, config: Config, size: int = 48) -> EncoderBatch:
+    """Tiles with labels, half of them crops; the same for the same arguments."""
+    rng = np.random.default_rng(seed)
+    pixels, labels, extents = [], [], []
+    for _ in range(size):
+        topic = str(rng.choice(list(_ENCODER_SHARES), p=list(_ENCODER_SHARES.values())))
+        drawn = draw(rng, topic, sample_size(rng, sample_grid(rng, (topic,))))
+        cut = tiles(drawn.picture, config, "high")
+        told = patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
+        count = len(cut.pixel_values)
+        crop = rng.random() < 0.5 or TOPICS[topic].tiled
+        number = int(rng.integers(count - 1)) if crop and count > 1 else count - 1
+        pixels.append(cut.pixel_values[number])
+        labels.append(told[0][number])
+        extents.append(told[1][number])
+    return EncoderBatch(np.stack(pixels), np.stack(labels), np.stack(extents))
+
+
+def batch(seed: int, builder: PromptBuilder, mix: Mix | None = None) -> Batch:
+    """Questions as `mix`, by default one of `MIXES`, wants; the same for the same arguments."""
+    rng = np.random.default_rng(seed)
+    if mix is None:
+        mix = MIXES[int(rng.choice(len(MIXES), p=[share for _, share in MIXES]))][0]
+    if not mix.topics:
+        rows = [make_row(builder, talk(rng), "User: ") for _ in range(mix.rows)]
+        prefix = np.array([[token_id(builder.tokenizer, "<|im_start|>")]], np.int32)
+        return _batch(prefix, None, rows, {})
+    kind = sample_grid(rng, mix.topics)
+    system = str(rng.choice(_SYSTEMS)) if rng.random() < 0.04 else None
+    shown: list[EncoderBatch] = []
+    rows, prefixes = [], []
+    grids: list[Grid] = []
+    for _ in range(mix.conversations):
+        pictures = _draw(rng, mix, kind)
+        grids = []
+        for drawn in pictures:
+            cut = tiles(drawn.picture, builder.config, mix.detail)
+            side = builder.config.vision.patch_grid
+            told = patch_labels(drawn.glyphs, drawn.background, cut.grid, side)
+            shown.append(EncoderBatch(cut.pixel_values, *told))
+            grids.append(cut.grid)
+        prefixes.append(picture_prefix(builder, grids, system))
+        for _ in range(mix.rows):
+            if mix.pictures > 1:
+                turns = [ask_several(pictures, rng)]
+            else:
+                turns = ask(pictures[0], rng, 1 + int(rng.random() < 0.18))
+            rows.append(make_row(builder, turns, ""))
+    joined = (np.concatenate(part) for part in zip(*map(_arrays, shown), strict=True))
+    pointers = find_pointers(rows, grids, prefixes[0], builder.config)
+    return _batch(np.array(prefixes, np.int32), EncoderBatch(*joined), rows, pointers)
+
+
+def _draw(rng: np.random.Generator, mix: Mix, kind: str) -> list[Drawn]:
+    """The pictures of a conversation."""
+    weights = np.array([max(TOPICS[name].weight, 1e-6) for name in mix.topics])
+    names = rng.choice(mix.topics, size=mix.pictures, p=weights / weights.sum())
+    return [draw(rng, str(name), sample_size(rng, kind)) for name in names]
+
+
+def picture_prefix(
+    builder: PromptBuilder, grids: list[Grid], system: str | None = None
+) -> list[int]:
+    """Token ids of a conversation up to its pictures, which are cut into `grids`."""
+    encode = partial(builder.tokenizer.encode, add_special_tokens=False)
+    ids = [token_id(builder.tokenizer, "<|im_start|>")]
+    if system is not None:
+        ids += [*encode(f"System: {system}").ids, builder.config.eos_token_ids[0]]
+    ids += encode("User:" if system is None else "\nUser:").ids
+    for grid in grids:
+        ids += builder.image_ids(grid)
+    return ids
+
+
+def _arrays(shown: EncoderBatch) -> tuple[np.ndarray, ...]:
+    return shown.pixel_values, shown.labels, shown.extents
+
+
+def find_pointers(
+    rows: list[Row], grids: list[Grid], prefix: list[int], config: Config
+) -> dict[int, Pointers]:
+    """Where the tokens of `rows` should look, by layer."""
+    length = max(len(row.ids) for row in rows)
+    spots = np.flatnonzero(np.array(prefix) == config.image_token_id)
+    side = math.isqrt(config.image_seq_len)
+    starts = np.cumsum([0, *((grid.num_tiles if grid.rows else 1) * side * side for grid in grids)])
+
+    def gather(found: list[list[Pointed]]) -> Pointers | None:
+        places, masks = [], []
+        for number, row in enumerate(found):
+            for place, boxes in row:
+                mask = np.zeros(len(spots), bool)
+                for box in boxes:
+                    own = slice(starts[box.picture], starts[box.picture + 1])
+                    mask[own] |= token_mask(box.extent, grids[box.picture], side)
+                target = np.zeros(len(prefix), bool)
+                target[spots] = mask
+                places.append(number * length + place)
+                masks.append(target)
+        return Pointers(np.array(places, np.int32), np.stack(masks)) if places else None
+
+    layers = {
+        ASKED_LAYER: gather([row.asked for row in rows]),
+        ANSWERED_LAYER: gather([row.answered for row in rows]),
+    }
+    return {layer: found for layer, found in layers.items() if found is not None}
+
+
+def _batch(
+    prefix_ids: np.ndarray,
+    shown: EncoderBatch | None,
+    rows: list[Row],
+    pointers: dict[int, Pointers],
+) -> Batch:
+    row_ids, weights = padded(rows)
+    flat = np.flatnonzero(weights)
+    return Batch(
+        prefix_ids=prefix_ids,
+        shown=shown,
+        row_ids=row_ids,
+        places=(flat - 1).astype(np.int32),
+        targets=row_ids.reshape(-1)[flat],
+        weights=weights.reshape(-1)[flat] / weights.sum(),
+        pointers=pointers,
+    )

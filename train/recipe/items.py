@@ -1,0 +1,107 @@
+"""What the demo is trained on: pictures with labels, and turns that point into them.
+
+A turn says not only what is asked and answered, but where in the pictures each piece of
+it is to be seen. Training draws attention to these places; nothing else uses them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+# Left, top, right, bottom, as shares of a picture's width and height.
+Extent = tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
+class Box:
+    """A place: an extent in one of the pictures of a conversation."""
+
+    extent: Extent
+    picture: int = 0
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of a question or an answer, and the places where it is to be seen, if any."""
+
+    text: str
+    boxes: tuple[Box, ...] = ()
+
+
+Said = str | tuple[Part, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question with its answer. `family` groups the questions of one kind in an evaluation."""
+
+    family: str
+    question: Said
+    answer: Said
+
+
+@dataclass(frozen=True)
+class Glyph:
+    """One thing that a picture shows, as dense labels tell it.
+
+    Attributes:
+        kind: One of `GLYPHS`.
+        extent: Where it is.
+        color: One of `draw.COLOR_NAMES`; None is not to be told.
+        rank: Its number in reading order among its like (letters of a word, shapes of a
+            picture, bars of a chart), from 0; -1 is not to be told.
+        total: How many of its kind there are; -1 is not to be told.
+        value: What a bar shows, 0 to 10; -1 is not to be told.
+    """
+
+    kind: str
+    extent: Extent
+    color: str | None = None
+    rank: int = -1
+    total: int = -1
+    value: int = -1
+
+
+Maker = Callable[[np.random.Generator], Turn]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A picture, what it shows, and who asks about it.
+
+    Attributes:
+        glyphs: From back to front.
+        background: One of `draw.COLOR_NAMES`; None is not to be told.
+        makers: Each makes a turn about the picture; with weights.
+        talk: Makes two turns, the second of which goes on from the first; None if nothing does.
+    """
+
+    picture: Image.Image
+    glyphs: tuple[Glyph, ...]
+    makers: tuple[tuple[Maker, float], ...]
+    background: str | None = None
+    talk: Callable[[np.random.Generator], list[Turn]] | None = None
+
+
+def text_of(said: Said) -> str:
+    """The text of a question or an answer."""
+    return said if isinstance(said, str) else "".join(part.text for part in said)
+
+
+def parts_of(said: Said) -> tuple[Part, ...]:
+    """The parts of a question or an answer."""
+    return (Part(said),) if isinstance(said, str) else said
+
+
+def fill(template: str, *parts: Part) -> tuple[Part, ...]:
+    """`template` with a part in place of each {}."""
+    pieces = template.split("{}")
+    assert len(pieces) == len(parts) + 1, (template, parts)
+    said = [Part(pieces[0])]
+    for part, piece in zip(parts, pieces[1:], strict=True):
+        said += [part, Part(piece)]
+    return tuple(part for part in said if part.text)

@@ -1,0 +1,241 @@
+"""The training run of the demo checkpoint.
+
+    python -m mlx_smolvlm.train.recipe --out FOLDER [--seed S] [--minutes N]
+
+Two stages: the encoder alone on dense labels, then conversations about pictures and clips.
+A batch follows from the seed and its number, and the schedule from the number of steps, so
+that a run which was stopped and goes on equals one that was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from tokenizers import Tokenizer
+
+from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.train.recipe.batches import Batch, EncoderBatch, batch, encoder_batch
+from mlx_smolvlm.train.recipe.clip_batches import ClipBatch, clip_batch
+from mlx_smolvlm.train.recipe.encoder import start_encoder
+from mlx_smolvlm.train.recipe.fast import fast_curves
+from mlx_smolvlm.train.recipe.losses import Trainee, encoder_loss, step_loss
+from mlx_smolvlm.train.recipe.optimizer import Optimizer
+from mlx_smolvlm.train.recipe.sample_clips import SAMPLED
+from mlx_smolvlm.train.recipe.shapes import demo_config
+from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer
+
+CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        steps: How many batches.
+        rate: Muon's learning rate at the top.
+        floor: Share of it that the last steps have.
+        encoder_share: The encoder's rate, as a share.
+        size: Tiles in a batch where the encoder is trained alone; 0 is conversations.
+        clips: Share of batches about clips.
+        frames: Sampled frames of the clips in a batch, about.
+        brief: Share of the steps in which clips have three frames at most.
+    """
+
+    name: str
+    steps: int
+    rate: float
+    floor: float = 0.05
+    encoder_share: float = 1.0
+    size: int = 0
+    clips: float = 0.0
+    frames: int = 24
+    brief: float = 0.3
+
+
+STAGES = (
+    Stage("encoder", steps=6000, rate=0.014, size=48),
+    Stage("answers", steps=8000, rate=0.008, floor=0.01, encoder_share=0.4, clips=0.24),
+)
+
+
+Data = EncoderBatch | Batch | ClipBatch
+
+
+def make_batch(
+    builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, place: tuple[int, int]
+) -> Data:
+    """The batch of step `place[1]` of stage `place[0]` of a run with `seed`."""
+    number, step = place
+    stage = stages[number]
+    own = 10**9 * seed + 10**6 * (number + 1) + step
+    if stage.size:
+        return encoder_batch(own, builder.config, stage.size)
+    if np.random.default_rng(own + 500_000).random() < stage.clips:
+        longest = 3 if step < stage.brief * stage.steps else SAMPLED[-1]
+        return clip_batch(own, builder, stage.frames, longest)
+    return batch(own, builder)
+
+
+class Run:
+    """A training run: what is trained, by which optimizer, and how far it has come."""
+
+    def __init__(self, builder: PromptBuilder, stages: tuple[Stage, ...], seed: int) -> None:
+        mx.random.seed(seed)
+        self.builder, self.stages, self.seed = builder, stages, seed
+        self.trainee = Trainee(builder.config)
+        sample = encoder_batch(seed + 999, builder.config, size=400)
+        start_encoder(self.trainee.model.vision_model, sample.pixel_values)
+        self._pool = ThreadPoolExecutor(1)
+        self._ahead: tuple[tuple[int, int], Future[Data]] | None = None
+        self.stage, self.step = 0, 0
+        self._enter_stage()
+
+    @property
+    def done(self) -> bool:
+        """Whether all stages are through."""
+        return self.stage == len(self.stages)
+
+    def _enter_stage(self) -> None:
+        stage = self.stages[self.stage]
+        self.trainee.unfreeze()
+        if stage.size:
+            self.trainee.freeze()
+            self.trainee.model.vision_model.unfreeze()
+            self.trainee.dense_head.unfreeze()
+        loss = encoder_loss if stage.size else step_loss
+        self._gradient = nn.value_and_grad(self.trainee, loss)
+        self.optimizer = Optimizer()
+        self.optimizer.init(self.trainee.trainable_parameters())
+
+    def advance(self) -> float:
+        """One step; the loss before it."""
+        data = self._drawn(self.stage, self.step)
+        stage = self.stages[self.stage]
+        share = 0.5 + 0.5 * math.cos(math.pi * self.step / stage.steps)
+        rate = stage.rate * (stage.floor + (1 - stage.floor) * share)
+        self.optimizer.set_rates(rate * min(1, (self.step + 1) / 20), stage.encoder_share)
+        with fast_curves():
+            loss, gradient = self._gradient(self.trainee, data)
+            self.optimizer.update(self.trainee, gradient)
+            mx.eval(self.trainee.parameters(), self.optimizer.state, loss)
+        self.step += 1
+        if self.step == stage.steps:
+            self.stage, self.step = self.stage + 1, 0
+            if not self.done:
+                self._enter_stage()
+        return float(loss.item())
+
+    def _drawn(self, number: int, step: int) -> Data:
+        """The batch of a step, which was drawn ahead; the next one is begun."""
+        draw = partial(make_batch, self.builder, self.stages, self.seed)
+        place = (number, step)
+        if self._ahead is None or self._ahead[0] != place:
+            self._ahead = (place, self._pool.submit(draw, place))
+        data: Data = self._ahead[1].result()
+        after = (number, step + 1) if step + 1 < self.stages[number].steps else (number + 1, 0)
+        if after[0] < len(self.stages):
+            self._ahead = (after, self._pool.submit(draw, after))
+        return data
+
+    def save(self, path: Path) -> None:
+        """Write weights, the optimizer's state and the step to `path`, at once."""
+        arrays = dict(
+            tree_flatten({"trainee": self.trainee.parameters(), "optimizer": self.optimizer.state})
+        )
+        part = path.with_suffix(".part.safetensors")
+        mx.save_safetensors(str(part), arrays, {"stage": str(self.stage), "step": str(self.step)})
+        part.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from what `save` wrote to `path`."""
+        loaded: Any = mx.load(str(path), return_metadata=True)
+        arrays, place = loaded
+        self.stage, self.step = int(place["stage"]), int(place["step"])
+        if not self.done:
+            self._enter_stage()
+        state: Any = tree_unflatten(list(arrays.items()))
+        self.trainee.update(state["trainee"])
+        if self.step:
+            self.optimizer.state = state["optimizer"]
+
+
+def save_checkpoint(run: Run, folder: Path) -> None:
+    """Write the model as a checkpoint in float16; the tokenizer and template lie there already."""
+    config = replace(run.builder.config, dtype="float16")
+    parameters: Any = tree_flatten(run.trainee.model.parameters())
+    weights = {name: value.astype(mx.float16) for name, value in parameters}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES) -> Run:
+    """A run that writes to `folder`, with its tokenizer and template written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    return Run(builder_of(folder), stages, seed)
+
+
+def builder_of(folder: Path) -> PromptBuilder:
+    """Prompts with the tokenizer in `folder`."""
+    path = folder / "tokenizer.json"
+    return PromptBuilder(path, CHAT_TEMPLATE, demo_config(Tokenizer.from_file(str(path))))
+
+
+def main() -> None:
+    """Train, log, save; go on where an earlier run into the same folder stopped."""
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--minutes", type=float, default=math.inf, help="stop after so many of CPU time"
+    )
+    parser.add_argument("--until", choices=[s.name for s in STAGES], help="stop after this stage")
+    options = parser.parse_args()
+    run = start(options.out, options.seed)
+    state, log = options.out / "state.safetensors", options.out / "log.csv"
+    if state.exists():
+        run.restore(state)
+    else:
+        log.write_text("stage,step,loss,cpu_s\n")
+    losses: list[float] = []
+    saved = time.process_time()
+    while not run.done and time.process_time() < options.minutes * 60:
+        name, step = run.stages[run.stage].name, run.step + 1
+        losses.append(run.advance())
+        if run.step == 0 and name == options.until:
+            break
+        if step % 50 == 0:
+            with log.open("a") as file:
+                file.write(f"{name},{step},{np.mean(losses):.4f},{time.process_time():.0f}\n")
+            losses.clear()
+        if time.process_time() - saved > 120:
+            run.save(state)
+            save_checkpoint(run, options.out)
+            saved = time.process_time()
+    run.save(state)
+    save_checkpoint(run, options.out)
+
+
+if __name__ == "__main__":
+    main()
