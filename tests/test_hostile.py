@@ -187,7 +187,8 @@ def test_pickles_are_never_opened(tmp_path, name):
     )
     with pytest.raises(CheckpointError, match=match):
         convert_checkpoint(source, tmp_path / "out")
-    with pytest.raises(CheckpointError, match="is no safetensors checkpoint, and no other format"):
+    whole = "cannot be read as GGUF" if name == "m.gguf" else "is no safetensors checkpoint, and no"
+    with pytest.raises(CheckpointError, match=whole):
         convert_checkpoint(source / name, tmp_path / "out")
 
 
