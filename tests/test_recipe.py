@@ -1,5 +1,10 @@
 """The demo's training: pictures true to their labels, a sound tokenizer, learning, resuming."""
 
+import json
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -450,12 +455,66 @@ def test_batches_drawn_ahead_are_those_of_their_steps(tmp_path: Path) -> None:
     stages = (Stage("a", 2, 0.01, size=2), Stage("b", 2, 0.01, size=3))
     run = start(tmp_path / "run", 0, stages)
     for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
-        found, expected = run._drawn(*place), make_batch(run.builder, stages, 0, place)
+        (found,) = run._drawn(*place)
+        expected = make_batch(run.builder, stages, 0, (*place, 0))
         assert (found.pixel_values == expected.pixel_values).all(), place  # type: ignore[union-attr]
         assert len(found.pixel_values) == stages[place[0]].size  # type: ignore[union-attr]
 
 
+TWO = """
+import json, sys
+from pathlib import Path
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_smolvlm.train.recipe import batches
+from mlx_smolvlm.train.recipe.batches import Mix
+from mlx_smolvlm.train.recipe.run import Stage, start
+batches.MIXES = ((Mix(("shapes",), 1, 2), 1.0),)
+run = start(Path(sys.argv[1]), 0, (Stage("answers", 2, 0.01, parts=2),))
+losses = [run.advance() for _ in range(2)]
+if run.group.rank() == 0:
+    mx.save_safetensors(sys.argv[2], dict(tree_flatten(run.trainee.parameters())))
+    print(json.dumps([run.group.size(), *losses]))
+"""
+
+
+def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
+    ports = []
+    for _ in range(2):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    hosts = tmp_path / "hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+
+    def begin(rank: int | None) -> subprocess.Popen[str]:
+        name = "alone" if rank is None else "both"
+        command = [
+            sys.executable,
+            "-c",
+            TWO,
+            str(tmp_path / name),
+            str(tmp_path / f"{name}.safetensors"),
+        ]
+        ring = {} if rank is None else {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+        return subprocess.Popen(
+            command, env=os.environ | ring, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+        )
+
+    alone = begin(None).communicate(timeout=300)[0]
+    pair = [begin(0), begin(1)]
+    both, _ = (process.communicate(timeout=300)[0] for process in pair)
+    assert [process.returncode for process in pair] == [0, 0]
+    assert (json.loads(alone)[0], json.loads(both)[0]) == (1, 2)
+    assert json.loads(alone)[1:] == json.loads(both)[1:]
+    first, second = (mx.load(str(tmp_path / f"{name}.safetensors")) for name in ("alone", "both"))
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
+    assert all(mx.array_equal(value, second[name]) for name, value in first.items())
+
+
 def test_every_step_of_every_run_draws_from_seeds_of_its_own() -> None:
     for number, stage in enumerate(ALL_STAGES):
-        assert 0 < stage.steps <= 500_000, stage  # above are the seeds that choose clips
+        assert 0 < stage.steps <= 500_000, stage  # above are the seeds of the second part
+        assert stage.parts <= 2
         assert number + 1 < 1000

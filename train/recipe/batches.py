@@ -131,11 +131,14 @@ def encoder_batch(seed: int, config: Config, size: int = 48) -> EncoderBatch:
     return EncoderBatch(np.stack(pixels), np.stack(labels), np.stack(extents))
 
 
-def batch(seed: int, builder: PromptBuilder, mix: Mix | None = None) -> Batch:
-    """Questions as `mix`, by default one of `MIXES`, wants; the same for the same arguments."""
+def pick_mix(rng: np.random.Generator) -> Mix:
+    """One of `MIXES`, by their shares."""
+    return MIXES[int(rng.choice(len(MIXES), p=[share for _, share in MIXES]))][0]
+
+
+def batch(seed: int, builder: PromptBuilder, mix: Mix) -> Batch:
+    """Questions as `mix` wants; the same for the same arguments."""
     rng = np.random.default_rng(seed)
-    if mix is None:
-        mix = MIXES[int(rng.choice(len(MIXES), p=[share for _, share in MIXES]))][0]
     if not mix.topics:
         rows = [make_row(builder, talk(rng), "User: ") for _ in range(mix.rows)]
         prefix = np.array([[token_id(builder.tokenizer, "<|im_start|>")]], np.int32)

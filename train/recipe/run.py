@@ -1,10 +1,12 @@
 """The training run of the demo checkpoint.
 
     python -m mlx_smolvlm.train.recipe --out FOLDER [--seed S] [--minutes N]
+    mlx.launch -n 2 --backend ring -- python -m mlx_smolvlm.train.recipe --out FOLDER
 
 Two stages: the encoder alone on dense labels, then conversations about pictures and clips.
 A batch follows from the seed and its number, and the schedule from the number of steps, so
-that a run which was stopped and goes on equals one that was not.
+that a run which was stopped and goes on equals one that was not. A step of conversations is
+the mean over two batches, which one process makes one after the other, and two make at once.
 """
 
 from __future__ import annotations
@@ -22,11 +24,17 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tokenizers import Tokenizer
 
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.train.recipe.batches import Batch, EncoderBatch, batch, encoder_batch
+from mlx_smolvlm.train.recipe.batches import (
+    Batch,
+    EncoderBatch,
+    batch,
+    encoder_batch,
+    pick_mix,
+)
 from mlx_smolvlm.train.recipe.clip_batches import ClipBatch, clip_batch
 from mlx_smolvlm.train.recipe.encoder import start_encoder
 from mlx_smolvlm.train.recipe.fast import fast_curves
@@ -58,6 +66,7 @@ class Stage:
         clips: Share of batches about clips.
         frames: Sampled frames of the clips in a batch, about.
         brief: Share of the steps in which clips have three frames at most.
+        parts: Batches whose mean gradient a step follows.
     """
 
     name: str
@@ -69,30 +78,35 @@ class Stage:
     clips: float = 0.0
     frames: int = 24
     brief: float = 0.3
+    parts: int = 1
 
 
 STAGES = (
     Stage("encoder", steps=6000, rate=0.014, size=48),
-    Stage("answers", steps=8000, rate=0.008, floor=0.01, encoder_share=0.4, clips=0.24),
+    Stage("answers", steps=5000, rate=0.008, floor=0.01, encoder_share=0.4, clips=0.24, parts=2),
 )
 
 
 Data = EncoderBatch | Batch | ClipBatch
 
 
-def make_batch(
-    builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, place: tuple[int, int]
-) -> Data:
-    """The batch of step `place[1]` of stage `place[0]` of a run with `seed`."""
-    number, step = place
+Place = tuple[int, int, int]  # stage, step, part
+
+
+def make_batch(builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, place: Place) -> Data:
+    """The batch of a part of a step of a run with `seed`; all parts of a step are of one kind."""
+    number, step, part = place
     stage = stages[number]
     own = 10**9 * seed + 10**6 * (number + 1) + step
     if stage.size:
-        return encoder_batch(own, builder.config, stage.size)
-    if np.random.default_rng(own + 500_000).random() < stage.clips:
+        return encoder_batch(own + 500_000 * part, builder.config, stage.size)
+    kind = np.random.default_rng([own, 1])
+    is_clip, mix = kind.random() < stage.clips, pick_mix(kind)
+    own += 500_000 * part
+    if is_clip:
         longest = 3 if step < stage.brief * stage.steps else SAMPLED[-1]
         return clip_batch(own, builder, stage.frames, longest)
-    return batch(own, builder)
+    return batch(own, builder, mix)
 
 
 class Run:
@@ -102,10 +116,11 @@ class Run:
         mx.random.seed(seed)
         self.builder, self.stages, self.seed = builder, stages, seed
         self.trainee = Trainee(builder.config)
+        self.group = mx.distributed.init()  # of this process alone, unless several were launched
         sample = encoder_batch(seed + 999, builder.config, size=400)
         start_encoder(self.trainee.model.vision_model, sample.pixel_values)
         self._pool = ThreadPoolExecutor(1)
-        self._ahead: tuple[tuple[int, int], Future[Data]] | None = None
+        self._ahead: tuple[tuple[int, int], Future[list[Data]]] | None = None
         self.stage, self.step = 0, 0
         self._enter_stage()
 
@@ -134,7 +149,7 @@ class Run:
         rate = stage.rate * (stage.floor + (1 - stage.floor) * share)
         self.optimizer.set_rates(rate * min(1, (self.step + 1) / 20), stage.encoder_share)
         with fast_curves():
-            loss, gradient = self._gradient(self.trainee, data)
+            loss, gradient = self._mean(data, stage.parts)
             self.optimizer.update(self.trainee, gradient)
             mx.eval(self.trainee.parameters(), self.optimizer.state, loss)
         self.step += 1
@@ -142,15 +157,43 @@ class Run:
             self.stage, self.step = self.stage + 1, 0
             if not self.done:
                 self._enter_stage()
-        return float(loss.item())
+        value: float = loss.item()  # type: ignore[assignment]
+        return value
 
-    def _drawn(self, number: int, step: int) -> Data:
-        """The batch of a step, which was drawn ahead; the next one is begun."""
-        draw = partial(make_batch, self.builder, self.stages, self.seed)
+    def any_of(self, wish: bool) -> bool:
+        """Whether any of the processes wishes so; all of them are told the same."""
+        wishes: Any = mx.distributed.all_sum(mx.array(float(wish)))
+        return bool(wishes.item())
+
+    def _mean(self, data: list[Data], parts: int) -> tuple[mx.array, Any]:
+        """Mean loss and gradient over the parts of a step, of which `data` are this process's."""
+        loss, gradient = self._gradient(self.trainee, data[0])
+        mx.eval(loss, gradient)
+        for one in data[1:]:
+            more = self._gradient(self.trainee, one)
+            loss, gradient = loss + more[0], tree_map(mx.add, gradient, more[1])
+            mx.eval(loss, gradient)
+        if self.group.size() > 1 and parts > 1:
+            loss = mx.distributed.all_sum(loss)
+            gradient = tree_map(mx.distributed.all_sum, gradient)
+        return loss / parts, tree_map(lambda g: g / parts, gradient)
+
+    def _draw(self, place: tuple[int, int]) -> list[Data]:
+        """This process's batches of a step; of a step of one part, every process has that one."""
+        parts, size = self.stages[place[0]].parts, self.group.size()
+        if parts > 1 and parts % size:
+            raise ValueError(f"{size} processes cannot share the {parts} parts of a step")
+        own = range(self.group.rank(), parts, size) if parts > 1 else range(1)
+        make = partial(make_batch, self.builder, self.stages, self.seed)
+        return [make((*place, part)) for part in own]
+
+    def _drawn(self, number: int, step: int) -> list[Data]:
+        """The batches of a step, which were drawn ahead; the next ones are begun."""
+        draw = self._draw
         place = (number, step)
         if self._ahead is None or self._ahead[0] != place:
             self._ahead = (place, self._pool.submit(draw, place))
-        data: Data = self._ahead[1].result()
+        data = self._ahead[1].result()
         after = (number, step + 1) if step + 1 < self.stages[number].steps else (number + 1, 0)
         if after[0] < len(self.stages):
             self._ahead = (after, self._pool.submit(draw, after))
@@ -189,10 +232,13 @@ def save_checkpoint(run: Run, folder: Path) -> None:
 
 def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES) -> Run:
     """A run that writes to `folder`, with its tokenizer and template written there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = build_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    group = mx.distributed.init()
+    if group.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        tokenizer = build_tokenizer()
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # the others wait until it is there
     return Run(builder_of(folder), stages, seed)
 
 
@@ -220,11 +266,13 @@ def main() -> None:
         log.write_text("stage,step,loss,cpu_s\n")
     losses: list[float] = []
     saved = time.process_time()
-    while not run.done and time.process_time() < options.minutes * 60:
+    while not run.done and not run.any_of(time.process_time() > options.minutes * 60):
         name, step = run.stages[run.stage].name, run.step + 1
         losses.append(run.advance())
         if run.step == 0 and name == options.until:
             break
+        if run.group.rank():
+            continue  # the first process writes for all
         if step % 50 == 0:
             with log.open("a") as file:
                 file.write(f"{name},{step},{np.mean(losses):.4f},{time.process_time():.0f}\n")
@@ -233,8 +281,9 @@ def main() -> None:
             run.save(state)
             save_checkpoint(run, options.out)
             saved = time.process_time()
-    run.save(state)
-    save_checkpoint(run, options.out)
+    if not run.group.rank():
+        run.save(state)
+        save_checkpoint(run, options.out)
 
 
 if __name__ == "__main__":
