@@ -20,26 +20,18 @@ from mlx_smolvlm.convert.calibration import BUNDLED, read_samples
 from mlx_smolvlm.convert.learn import LearnOptions, learn, make_targets, text_loss
 from mlx_smolvlm.convert.losses import head_of, predictions
 from mlx_smolvlm.convert.mixture import Choice, choose
-from mlx_smolvlm.convert.observe import last_hidden, windows
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
-from mlx_smolvlm.convert.samples import TEXTS as SHOWN
 from mlx_smolvlm.convert.sensitivity import importance
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.train.tokenizer import build_tokenizer
 
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("better_cases.py"))
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+kl_of = cases.kl_of
 
-TEMPLATE = (
-    "{% for message in messages %}{{message['role']}}: {% for line in message['content'] %}"
-    "{% if line['type'] == 'text' %}{{line['text']}}{% else %}{{ '<image>' }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
-)
-HELD_OUT = " ".join(SHOWN)
 SHORT = Sampling(max_tokens=3)
 
 
@@ -49,26 +41,7 @@ def quiet(*_):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A small checkpoint whose weights are large enough for predictions that differ."""
-    folder = tmp_path_factory.mktemp("better") / "Some-VLM"
-    tokenizer = build_tokenizer()
-    values = hf.settings(
-        image_token_id=tokenizer.token_to_id("<image>"), text__vocab_size=tokenizer.get_vocab_size()
-    )
-    random = np.random.default_rng(1)
-    weights = hf.weights(values)
-    for name, array in weights.items():
-        if array.ndim == 2:  # some rows and layers matter more than others
-            spread = 1 if "norm" in name else float(random.uniform(1, 4))
-            weights[name] = array * spread
-        elif "norm" in name:
-            weights[name] = array + (1 if name.endswith("weight") else 0)
-    hf.make(folder, values, weights)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ends = {"eos_token_id": tokenizer.token_to_id("<end_of_utterance>")}
-    hf.write_json(folder / "generation_config.json", ends)
-    hf.write_json(folder / "chat_template.json", {"chat_template": TEMPLATE})
-    return folder
+    return cases.make_source(tmp_path_factory.mktemp("better") / "Some-VLM")
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +58,6 @@ def plain(source):
 
 def size_of(folder):
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def kl_of(plain, other):
-    """KL divergence on held-out text."""
-    passages = windows(plain, [HELD_OUT], 800)
-    both = [mx.concatenate([last_hidden(v.model, p) for p in passages]) for v in (plain, other)]
-    targets = np.concatenate([passage.targets for passage in passages])
-    heads = (head_of(plain.model), head_of(other.model))
-    return float(predictions(tuple(both), heads, targets).kl_nats.mean())
 
 
 # The knapsack
