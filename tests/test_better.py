@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -17,7 +18,15 @@ from mlx_smolvlm.checkpoint import read_config
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.better import BetterOptions, convert_better, measure
 from mlx_smolvlm.convert.calibration import BUNDLED, read_samples
-from mlx_smolvlm.convert.learn import LearnOptions, learn, make_targets, text_loss
+from mlx_smolvlm.convert.learn import (
+    LearnOptions,
+    Tunable,
+    hold_back,
+    learn,
+    make_targets,
+    make_tunable,
+    text_loss,
+)
 from mlx_smolvlm.convert.losses import head_of, predictions
 from mlx_smolvlm.convert.mixture import Choice, choose
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
@@ -244,6 +253,45 @@ def test_pictures_tune_the_encoder_too(source, plain):
         for s, t in zip(samples, targets.image_embeds, strict=True)
     ]
     assert sum(after) < 0.9 * sum(before)
+
+
+def test_steps_that_serve_no_sample_held_back_are_not_kept(source, plain, texts):
+    opened = open_source(source, True)
+    plan = plan_checkpoint(opened, ConvertOptions(bits=4))
+    packed = OpenedSource(opened, plan).load().model
+    samples = read_samples(plain, [texts])[:5]
+    targets = make_targets(plain.model, samples, quiet)
+    twin = OpenedSource(opened, plan).load().model
+    before = {path: tunable.tuned for path, tunable in make_tunable(twin).items()}
+    learned = learn(packed, targets, samples, LearnOptions(steps=3, rate=0.9), quiet)
+    assert learned.keys() == before.keys()
+    for path, arrays in learned.items():
+        assert all(mx.array_equal(arrays[suffix], before[path][suffix]) for suffix in arrays)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 32, 400])
+def test_few_samples_are_held_back_and_none_is_in_both(count):
+    numbers = [3 * n for n in range(count)]
+    held, rest = hold_back(numbers)
+    assert sorted(held + rest) == numbers
+    assert len(held) == max(1, min(16, count // 8))
+    assert hold_back([5]) == ([5], [5])
+
+
+def test_a_rate_moves_finer_matrices_by_no_more_steps():
+    weight = mx.random.normal((4, 64), key=mx.random.key(0))
+    moved = {}
+    for bits in (2, 4, 6):
+        linear = nn.Linear(64, 4, bias=False)
+        linear.weight = weight
+        tunable = Tunable(linear.to_quantized(64, bits))
+        before = tunable.weight
+        tunable.scale_change = mx.full((4, 1), 0.1)
+        step = mx.abs(linear.to_quantized(64, bits).scales)
+        moved[bits] = (mx.abs(tunable.weight - before).max(-1, keepdims=True) / step).max().item()
+    assert moved[2] == pytest.approx(0.1 * 3, rel=1e-3)
+    assert moved[4] == pytest.approx(0.1 * 15, rel=1e-3)
+    assert moved[6] == pytest.approx(moved[4], rel=1e-3)
 
 
 def test_the_loss_is_that_of_compare(source, plain, texts):
