@@ -1,12 +1,14 @@
-"""What mixed precision and tuned scales win over rounding, on the real SmolLM2-135M-Instruct.
+"""What GPTQ, mixed precision and tuned scales win over rounding, on the real SmolLM2-135M-Instruct.
 
     make oracles
-    python benchmarks/precision.py [--bits 4] [--group-size 64] [--steps N]
+    python benchmarks/precision.py [--bits 4] [--group-size 64] [--samples 16] [--steps 16]
+        [--mixed]
 
-Everything is rounded to --bits first, embeddings too (which are the head). Then precisions are
-mixed to the same size, and scales and biases are tuned (DWQ) for either. KL is to float32 weights,
-over benchmarks/text.txt, which nothing is calibrated on: that is the bundled text, and the
-decisions in docs/.
+Everything is rounded to --bits, embeddings too (which are the head); with --mixed, precisions are
+mixed to the same size first. Then errors are made up for (GPTQ), and scales and biases are
+tuned (DWQ) to what was rounded and to what GPTQ made. KL is to float32 weights, over
+benchmarks/text.txt, which nothing is calibrated on: that is the bundled text and the
+project's documents.
 """
 
 from __future__ import annotations
@@ -21,23 +23,32 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_smolvlm.convert.better import BetterOptions, mix
-from mlx_smolvlm.convert.calibration import BUNDLED, read_samples
+from mlx_smolvlm.convert.calibration import BUNDLED, Sample, read_samples
 from mlx_smolvlm.convert.comparison import token_loss
+from mlx_smolvlm.convert.compensate import GptqOptions
+from mlx_smolvlm.convert.gptq import compensate_model
 from mlx_smolvlm.convert.learn import LearnOptions, learn, make_targets
 from mlx_smolvlm.convert.losses import head_of, predictions
 from mlx_smolvlm.convert.observe import last_hidden, windows
-from mlx_smolvlm.convert.opened import OpenedSource
+from mlx_smolvlm.convert.opened import OpenedSource, unpacked_weight
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint
-from mlx_smolvlm.convert.source import open_source
+from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.smolvlm import SmolVLM
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = ROOT / "benchmarks" / "text.txt"
+CALIBRATION = [
+    BUNDLED,
+    ROOT / "docs",
+    *(ROOT / f"{n}.md" for n in ("README", "Package", "CHANGELOG")),
+]
 TOKENS = 4000
+MEASURED = 8  # samples that precisions are mixed by
 
 
 def load_weights_module() -> Any:
@@ -61,17 +72,21 @@ class Judge:
     def _hidden(self, vlm: SmolVLM) -> mx.array:
         return mx.concatenate([last_hidden(vlm.model, one) for one in self._passages])
 
-    def show(self, name: str, plan: Plan, vlm: SmolVLM, began: float) -> None:
-        """Print a line about `vlm`."""
+    def show(self, name: str, source: Source, plan: Plan, began: float) -> None:
+        """Print a line about what `plan` makes of `source`, scales rounded as they are stored."""
+        seconds, vlm = time.monotonic() - began, OpenedSource(source, plan).load()
+        packed = vlm.model.text_model.embed_tokens  # as a head, a packed product is slow on a CPU
+        vlm.model.text_model.embed_tokens = nn.Embedding(1, 1)
+        vlm.model.text_model.embed_tokens.weight = unpacked_weight(packed)
         targets = np.concatenate([passage.targets for passage in self._passages])
         heads = (self._head, head_of(vlm.model))
         loss = token_loss([predictions((self._expected, self._hidden(vlm)), heads, targets)])
         assert loss is not None
         size = sum(s.nbytes(2) for s in plan.steps if s.entry.path.startswith("text_model"))
         print(
-            f"{name:28}{size / 1e6:8.2f} MB  KL {loss.kl_nats:.4f} nats  "
+            f"{name:26}{size / 1e6:8.2f} MB  KL {loss.kl_nats:.4f} nats  "
             f"top-1 {loss.top_1_agreement:6.2%}  perplexity {loss.perplexity_other:8.3f}  "
-            f"(float {loss.perplexity_reference:.3f})  {time.monotonic() - began:4.0f} s",
+            f"(float {loss.perplexity_reference:.3f})  {seconds:4.0f} s",
             flush=True,
         )
 
@@ -86,9 +101,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What is won over rounding.")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--rate", type=float, default=LearnOptions.rate)
-    parser.add_argument("--skip-mixed", action="store_true")
+    parser.add_argument("--mixed", action="store_true")
     options = parser.parse_args()
     smollm2 = load_weights_module()
     gguf = smollm2.find_gguf()
@@ -100,39 +116,43 @@ def main() -> None:
         run(source, options)
 
 
-def run(source: Path, options: argparse.Namespace) -> None:
+def spread(samples: list[Sample], count: int) -> list[Sample]:
+    """`count` of `samples`, evenly spread."""
+    count = min(count, len(samples))
+    return [samples[number * len(samples) // count] for number in range(count)]
+
+
+def run(folder: Path, options: argparse.Namespace) -> None:
     """Measure and print."""
-    opened = open_source(source, True)
-    began = time.monotonic()
-    float_vlm = OpenedSource(opened).load()
-    judge = Judge(float_vlm)
-    samples = read_samples(float_vlm, [BUNDLED, ROOT / "docs" / "decisions"])
-    print(f"{len(samples)} samples to calibrate on", file=sys.stderr)
+    source = open_source(folder, True)
+    vlm = OpenedSource(source).load()
+    judge = Judge(vlm)
+    samples = spread(read_samples(vlm, CALIBRATION), options.samples)
+    tokens = sum(sample.input_ids.size for sample in samples)
+    print(f"{len(samples)} samples of {tokens} tokens to calibrate on", file=sys.stderr)
     uniform = ConvertOptions(
         bits=options.bits, embeddings_bits=options.bits, group_size=options.group_size
     )
     uniform = dataclasses.replace(uniform, vision_bits=16, connector_bits=16, dtype="bfloat16")
-    plans = {"rounded": plan_checkpoint(opened, uniform)}
-    judge.show("rounded", plans["rounded"], OpenedSource(opened, plans["rounded"]).load(), began)
-    if not options.skip_mixed:
+    name, plan, began = "rounded", plan_checkpoint(source, uniform), time.monotonic()
+    if options.mixed:
         target = BetterOptions(target_bits=options.bits + 32 / options.group_size)
-        began = time.monotonic()
-        mixture = mix(plans["rounded"], float_vlm.model, samples, target, progress)
+        mixture = mix(plan, vlm.model, spread(samples, MEASURED), target, progress)
         print("\n".join(mixture.lines()), file=sys.stderr, flush=True)
         overrides = tuple((path, one.quantization) for path, one in mixture.choices.items())
         mixed = ConvertOptions(dtype="bfloat16", overrides=overrides)
-        plans["mixed"] = plan_checkpoint(opened, mixed)
-        judge.show("mixed", plans["mixed"], OpenedSource(opened, plans["mixed"]).load(), began)
-    count = min(options.steps, len(samples))
-    samples = [samples[number * len(samples) // count] for number in range(count)]
-    targets = make_targets(float_vlm.model, samples, progress)
-    for name in reversed(plans):
-        began, vlm = time.monotonic(), OpenedSource(opened, plans[name]).load()
-        how = LearnOptions(options.steps, rate=options.rate)
-        learned = learn(vlm.model, targets, samples, how, progress)
-        plan = dataclasses.replace(plans[name], learned=learned)
-        vlm = OpenedSource(opened, plan).load()  # with scales in bfloat16, as they are stored
-        judge.show(f"{name}, DWQ of {options.steps} steps", plan, vlm, began)
+        name, plan = "mixed", plan_checkpoint(source, mixed)
+    judge.show(name, source, plan, began)
+    targets = make_targets(vlm.model, samples, progress)
+    began = time.monotonic()
+    better = plan.improved(compensate_model(plan, vlm.model, samples, GptqOptions(), progress))
+    del vlm
+    judge.show(f"{name}, GPTQ", source, better, began)
+    how = LearnOptions(options.steps, rate=options.rate)
+    for kind, one in ((f"{name}, GPTQ", better), (name, plan)):
+        began, packed = time.monotonic(), OpenedSource(source, one).load().model
+        tuned = one.improved(learn(packed, targets, samples, how, progress))
+        judge.show(f"{kind}, DWQ of {options.steps}", source, tuned, began)
 
 
 if __name__ == "__main__":

@@ -481,6 +481,12 @@ def convert(
         float | None,
         typer.Option(metavar="BITS", help="Likewise, to so many bits a weight with its scales."),
     ] = None,
+    gptq: Annotated[
+        bool,
+        typer.Option(
+            "--gptq", help="Let each column of a matrix make up for the rounding of those before."
+        ),
+    ] = False,
     dwq: Annotated[
         bool,
         typer.Option(
@@ -537,7 +543,12 @@ def convert(
         dtype=dtype,
     )
     better = Better(
-        recipe, target_size, target_bits, dwq_steps if dwq else None, tuple(calibration or ())
+        recipe=recipe,
+        target_size=target_size,
+        target_bits=target_bits,
+        gptq=gptq,
+        dwq_steps=dwq_steps if dwq else None,
+        calibration=tuple(calibration or ()),
     )
     samples = Samples(tuple(verify_texts) if verify_texts else None, verify_pictures)
     wanted = samples if verify or samples != Samples() else None

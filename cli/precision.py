@@ -1,4 +1,4 @@
-"""Options of `convert` for more than rounding: recipes, mixed precision, tuned scales."""
+"""Options of `convert` for more than rounding: recipes, mixed precision, GPTQ, tuned scales."""
 
 from __future__ import annotations
 
@@ -22,18 +22,28 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 @dataclass(frozen=True)
 class Better:
-    """What was asked for beyond bits: a recipe, a target, steps of tuning, calibration files."""
+    """What was asked for beyond bits.
+
+    Attributes:
+        recipe: A name or a file.
+        target_size: Such as 150MB.
+        target_bits: Of a weight, its share of scales counted.
+        gptq: Whether errors of rounding are made up for.
+        dwq_steps: Of tuning; None does not tune.
+        calibration: Files to do all that on.
+    """
 
     recipe: str | None = None
     target_size: str | None = None
     target_bits: float | None = None
+    gptq: bool = False
     dwq_steps: int | None = None
     calibration: tuple[Path, ...] = ()
 
     @property
     def rounds(self) -> bool:
         """Whether rounding is all there is to do, with nothing measured."""
-        return not self.measured and self.dwq_steps is None
+        return not (self.measured or self.gptq or self.dwq_steps is not None)
 
     @property
     def measured(self) -> bool:
@@ -51,6 +61,7 @@ class Better:
             name = f"{self.target_bits:g}bits"
         else:
             return None
+        name = f"{name}-gptq" if self.gptq else name
         return name if self.dwq_steps is None else f"{name}-dwq"
 
     def options(self, given: ConvertOptions) -> ConvertOptions:
@@ -63,15 +74,7 @@ class Better:
         from mlx_smolvlm.convert.quantize import ConvertOptions
         from mlx_smolvlm.convert.recipes import read_recipe
 
-        ways = [self.recipe, self.target_size, self.target_bits]
-        if sum(way is not None for way in ways) > 1:
-            raise typer.BadParameter("give one of --recipe, --target-size and --target-bits")
-        if self.target_size is not None:
-            parse_size(self.target_size)
-        if self.calibration and self.rounds:
-            raise typer.BadParameter(
-                "--calibration is for --target-size, --target-bits and --dwq; give one of them"
-            )
+        self._check()
         if self.recipe is None and not self.measured:
             return given
         if replace(given, dtype=None) != ConvertOptions():
@@ -84,14 +87,29 @@ class Better:
         options = read_recipe(self.recipe)
         return options if given.dtype is None else replace(options, dtype=given.dtype)
 
+    def _check(self) -> None:
+        """Refuse options that exclude each other, or a size that is none."""
+        ways = [self.recipe, self.target_size, self.target_bits]
+        if sum(way is not None for way in ways) > 1:
+            raise typer.BadParameter("give one of --recipe, --target-size and --target-bits")
+        if self.target_size is not None:
+            parse_size(self.target_size)
+        if self.calibration and self.rounds:
+            raise typer.BadParameter(
+                "--calibration is for --target-size, --target-bits, --gptq and --dwq; give one of "
+                "them"
+            )
+
     def write(self, source: str | Path, dest: Path, request: ConvertRequest) -> None:
-        """Write the checkpoint, with precisions mixed or scales tuned as asked for."""
+        """Write the checkpoint, with what was asked for."""
         from mlx_smolvlm.convert.better import BetterOptions, convert_better
+        from mlx_smolvlm.convert.compensate import GptqOptions
         from mlx_smolvlm.convert.learn import LearnOptions
 
         options = BetterOptions(
             target_bytes=None if self.target_size is None else parse_size(self.target_size),
             target_bits=self.target_bits,
+            gptq=GptqOptions() if self.gptq else None,
             learn=None if self.dwq_steps is None else LearnOptions(steps=self.dwq_steps),
             calibration=self.calibration,
             offline=request.offline,

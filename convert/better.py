@@ -12,7 +12,9 @@ import mlx.core as mx
 from mlx_smolvlm.checkpoint import TOKENIZER_FILE
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.calibration import Sample, read_samples
+from mlx_smolvlm.convert.compensate import GptqOptions
 from mlx_smolvlm.convert.folder import check_destination
+from mlx_smolvlm.convert.gptq import compensate_model, gains
 from mlx_smolvlm.convert.learn import PICTURE_PARTS, LearnOptions, Progress, learn, make_targets
 from mlx_smolvlm.convert.mixture import Choice, choose
 from mlx_smolvlm.convert.opened import OpenedSource
@@ -43,6 +45,7 @@ class BetterOptions:
         target_bytes: Of the folder, all files counted; precisions are mixed to fit. None, with
             `target_bits` None too, leaves them as `ConvertOptions` say.
         target_bits: Likewise, as mean bits of a weight of a matrix, its share of scales counted.
+        gptq: How errors of rounding are made up for; None rounds each weight by itself.
         learn: How scales and biases are tuned; None leaves them.
         calibration: Files to measure and tune on; empty takes the bundled ones.
         offline: Take a hub id from the local cache alone.
@@ -51,6 +54,7 @@ class BetterOptions:
 
     target_bytes: int | None = None
     target_bits: float | None = None
+    gptq: GptqOptions | None = None
     learn: LearnOptions | None = None
     calibration: tuple[Path, ...] = ()
     offline: bool = False
@@ -105,27 +109,38 @@ def convert_better(
         progress: Called with steps done, steps in all, and what is at hand.
 
     Raises:
-        CheckpointError: The source is not usable, `dest` is taken, or the target is too small.
+        CheckpointError: The source is not usable, `dest` is taken, the target is too small, or
+            nothing is rounded that errors could be made up for.
     """
     dest = Path(dest).expanduser()
     requested(options)
     check_destination(dest, better.force)
     opened = open_source(source, better.offline)
     plan = plan_checkpoint(opened, options)
+    targeted = better.target_bytes is not None or better.target_bits is not None
+    if better.gptq is not None and not targeted and not any(gains(step) for step in plan.steps):
+        raise CheckpointError(
+            "GPTQ has nothing to do: no matrix is to be rounded to fewer than 8 bits; ask for "
+            "fewer, such as 4"
+        )
     vlm = OpenedSource(opened).load()
     samples = read_samples(vlm, better.calibration)
     mixture = None
-    if better.target_bytes is not None or better.target_bits is not None:
+    if targeted:
         mixture = mix(plan, vlm.model, samples, better, progress)
         overrides = tuple((path, one.quantization) for path, one in mixture.choices.items())
         plan = plan_checkpoint(opened, dataclasses.replace(options, overrides=overrides))
+    model = vlm.model
+    del vlm
+    targets = None if better.learn is None else make_targets(model, samples, progress)
+    if better.gptq is not None:
+        plan = plan.improved(compensate_model(plan, model, samples, better.gptq, progress))
+    del model
+    mx.clear_cache()
     if better.learn is not None:
-        targets = make_targets(vlm.model, samples, progress)
-        del vlm
-        mx.clear_cache()
+        assert targets is not None
         packed = OpenedSource(opened, plan).load().model
-        learned = learn(packed, targets, samples, better.learn, progress)
-        plan = dataclasses.replace(plan, learned=learned)
+        plan = plan.improved(learn(packed, targets, samples, better.learn, progress))
     return Result(write_checkpoint(plan, dest, None, better.force), mixture)
 
 

@@ -28,6 +28,8 @@ from mlx_smolvlm.model import Model
 LEARNED_BELOW_BITS = 8  # 8 bits lose next to nothing; mlx-lm leaves them alone too
 PICTURE_PARTS = ("vision_model", "connector")
 BETAS = [0.9, 0.99]
+LOOKS = 6  # at what is held back, evenly spread over the steps
+MOST_HELD_BACK = 16  # samples
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is at hand
 Learned = dict[str, dict[str, mx.array]]  # module path -> "scales" and "biases"
@@ -41,8 +43,8 @@ class LearnOptions:
         steps: Samples that the decoder is tuned on, one a step; each is taken again and
             again if there are fewer.
         picture_steps: Likewise of the vision encoder; it is left alone without pictures.
-        rate: The most that Adam moves a scale in a step, as a share of it; a bias moves by as
-            many quantization steps.
+        rate: The most that Adam moves a scale of up to 4 bits in a step, as a share of it; a bias
+            moves by as many quantization steps. See `Tunable` for more bits.
         seed: Of the order of the samples.
 
     Raises:
@@ -102,8 +104,9 @@ def encode(model: Model, pixel_values: mx.array) -> mx.array:
 class Tunable(nn.Module):
     """A packed linear layer or embedding whose scales and biases can be tuned.
 
-    `scale_change` is a share of each scale, `bias_change` a number of quantization steps, so
-    one rate suits every matrix.
+    `bias_change` is a number of quantization steps. `scale_change` is a share of the scale up to
+    4 bits; at more it is so much less that the largest level moves by as many steps, or the first
+    steps would do a matrix of 6 bits more harm than rounding did. So one rate suits every matrix.
     """
 
     def __init__(self, packed: nn.Module) -> None:
@@ -117,8 +120,9 @@ class Tunable(nn.Module):
         """Scales and biases as they are now, in float32."""
         scales = self._packed.scales.astype(mx.float32)
         biases = self._packed.biases.astype(mx.float32)
+        share = self.scale_change * min(1, 15 / (2**self._packed.bits - 1))
         return {
-            "scales": scales * (1 + self.scale_change),
+            "scales": scales * (1 + share),
             "biases": biases + scales * self.bias_change,
         }
 
@@ -216,26 +220,58 @@ def _tune(
     options: LearnOptions,
     progress: Progress,
 ) -> None:
-    """Lower `loss` of the samples `numbers` by `steps` steps of Adam, the rate falling to 0."""
+    """Lower `loss` of the samples `numbers` by `steps` steps of Adam, the rate falling to 0.
+
+    Some samples are held back, and the changes that serve those best are kept.
+    """
 
     def total(parameters: dict[str, Any], number: int) -> mx.array:
-        for path, tunable in tunables.items():
-            tunable.update(parameters[path])
+        _put(tunables, parameters)
         return loss(number)
 
+    held, numbers = hold_back(numbers)
     gradient = mx.value_and_grad(total)
     optimizer = optim.Adam(optim.cosine_decay(options.rate, steps), BETAS, bias_correction=True)
     random = np.random.default_rng(options.seed)
     order: list[int] = []
-    parameters = {path: tunable.parameters() for path, tunable in tunables.items()}
+    best = parameters = {path: tunable.parameters() for path, tunable in tunables.items()}
+    least = _mean_loss(loss, held)
+    looks = {steps * (part + 1) // LOOKS for part in range(LOOKS)}
     for step in range(steps):
         order = order or random.permutation(numbers).tolist()
         value, gradients = gradient(parameters, order.pop())
         parameters = optimizer.apply_gradients(gradients, parameters)
         mx.eval(value, parameters, optimizer.state)
-        progress(step, steps, f"loss {value.item():.4f}")
+        progress(step, steps, f"loss {value.item():.4f}, held back {least:.4f}")
+        if step + 1 in looks:
+            _put(tunables, parameters)
+            found = _mean_loss(loss, held)
+            if found < least:
+                best, least = parameters, found
+    _put(tunables, best)
+
+
+def hold_back(numbers: list[int]) -> tuple[list[int], list[int]]:
+    """Of the samples `numbers`, an eighth to look at, evenly spread, and the rest to tune on.
+
+    Of a single sample, both.
+    """
+    if len(numbers) < 2:
+        return numbers, numbers
+    count = max(1, min(MOST_HELD_BACK, len(numbers) // 8))
+    held = [numbers[(2 * part + 1) * len(numbers) // (2 * count)] for part in range(count)]
+    return held, [number for number in numbers if number not in held]
+
+
+def _put(tunables: dict[str, Tunable], parameters: dict[str, Any]) -> None:
+    """Change `tunables` by `parameters`."""
     for path, tunable in tunables.items():
         tunable.update(parameters[path])
+
+
+def _mean_loss(loss: Callable[[int], mx.array], numbers: list[int]) -> float:
+    """The mean of `loss` over the samples `numbers`, one computed after the other."""
+    return sum(float(loss(number)) for number in numbers) / len(numbers)
 
 
 def text_loss(

@@ -71,7 +71,7 @@ class Plan:
     """All that `write_checkpoint` needs, checked.
 
     `stamps` are of the source's files before the first of them was read.
-    `learned` holds better scales and biases for packed modules, by path.
+    `learned` holds better arrays for packed modules, by path.
     """
 
     source: Source
@@ -82,12 +82,20 @@ class Plan:
     stamps: Mapping[str, tuple[int, int]]
     learned: Mapping[str, Mapping[str, mx.array]] = dataclasses.field(default_factory=dict)
 
+    def improved(self, learned: Mapping[str, Mapping[str, mx.array]]) -> Plan:
+        """This plan with the arrays `learned` in place of those it had for the same modules."""
+        merged = {path: {**self.learned.get(path, {}), **one} for path, one in learned.items()}
+        return dataclasses.replace(self, learned={**self.learned, **merged})
+
     def build(self, step: Step, reader: Reader) -> dict[str, mx.array]:
         """The arrays of the module that `step` describes, by suffix."""
         dtype: mx.Dtype = getattr(mx, self.config.dtype)
         better = self.learned.get(step.entry.path, {})
         arrays = build(step, reader, dtype)
-        return arrays | {suffix: array.astype(dtype) for suffix, array in better.items()}
+        return arrays | {
+            suffix: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+            for suffix, array in better.items()
+        }
 
 
 def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -17,29 +18,29 @@ from mlx_smolvlm.checkpoint import read_config
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.better import BetterOptions, convert_better, measure
 from mlx_smolvlm.convert.calibration import BUNDLED, read_samples
-from mlx_smolvlm.convert.learn import LearnOptions, learn, make_targets, text_loss
+from mlx_smolvlm.convert.learn import (
+    LearnOptions,
+    Tunable,
+    hold_back,
+    learn,
+    make_targets,
+    make_tunable,
+    text_loss,
+)
 from mlx_smolvlm.convert.losses import head_of, predictions
 from mlx_smolvlm.convert.mixture import Choice, choose
-from mlx_smolvlm.convert.observe import last_hidden, windows
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
-from mlx_smolvlm.convert.samples import TEXTS as SHOWN
 from mlx_smolvlm.convert.sensitivity import importance
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.train.tokenizer import build_tokenizer
 
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("better_cases.py"))
+cases = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(cases)
+kl_of = cases.kl_of
 
-TEMPLATE = (
-    "{% for message in messages %}{{message['role']}}: {% for line in message['content'] %}"
-    "{% if line['type'] == 'text' %}{{line['text']}}{% else %}{{ '<image>' }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
-)
-HELD_OUT = " ".join(SHOWN)
 SHORT = Sampling(max_tokens=3)
 
 
@@ -49,26 +50,7 @@ def quiet(*_):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A small checkpoint whose weights are large enough for predictions that differ."""
-    folder = tmp_path_factory.mktemp("better") / "Some-VLM"
-    tokenizer = build_tokenizer()
-    values = hf.settings(
-        image_token_id=tokenizer.token_to_id("<image>"), text__vocab_size=tokenizer.get_vocab_size()
-    )
-    random = np.random.default_rng(1)
-    weights = hf.weights(values)
-    for name, array in weights.items():
-        if array.ndim == 2:  # some rows and layers matter more than others
-            spread = 1 if "norm" in name else float(random.uniform(1, 4))
-            weights[name] = array * spread
-        elif "norm" in name:
-            weights[name] = array + (1 if name.endswith("weight") else 0)
-    hf.make(folder, values, weights)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ends = {"eos_token_id": tokenizer.token_to_id("<end_of_utterance>")}
-    hf.write_json(folder / "generation_config.json", ends)
-    hf.write_json(folder / "chat_template.json", {"chat_template": TEMPLATE})
-    return folder
+    return cases.make_source(tmp_path_factory.mktemp("better") / "Some-VLM")
 
 
 @pytest.fixture(scope="module")
@@ -85,15 +67,6 @@ def plain(source):
 
 def size_of(folder):
     return sum(file.stat().st_size for file in folder.iterdir())
-
-
-def kl_of(plain, other):
-    """KL divergence on held-out text."""
-    passages = windows(plain, [HELD_OUT], 800)
-    both = [mx.concatenate([last_hidden(v.model, p) for p in passages]) for v in (plain, other)]
-    targets = np.concatenate([passage.targets for passage in passages])
-    heads = (head_of(plain.model), head_of(other.model))
-    return float(predictions(tuple(both), heads, targets).kl_nats.mean())
 
 
 # The knapsack
@@ -280,6 +253,45 @@ def test_pictures_tune_the_encoder_too(source, plain):
         for s, t in zip(samples, targets.image_embeds, strict=True)
     ]
     assert sum(after) < 0.9 * sum(before)
+
+
+def test_steps_that_serve_no_sample_held_back_are_not_kept(source, plain, texts):
+    opened = open_source(source, True)
+    plan = plan_checkpoint(opened, ConvertOptions(bits=4))
+    packed = OpenedSource(opened, plan).load().model
+    samples = read_samples(plain, [texts])[:5]
+    targets = make_targets(plain.model, samples, quiet)
+    twin = OpenedSource(opened, plan).load().model
+    before = {path: tunable.tuned for path, tunable in make_tunable(twin).items()}
+    learned = learn(packed, targets, samples, LearnOptions(steps=3, rate=0.9), quiet)
+    assert learned.keys() == before.keys()
+    for path, arrays in learned.items():
+        assert all(mx.array_equal(arrays[suffix], before[path][suffix]) for suffix in arrays)
+
+
+@pytest.mark.parametrize("count", [2, 3, 8, 32, 400])
+def test_few_samples_are_held_back_and_none_is_in_both(count):
+    numbers = [3 * n for n in range(count)]
+    held, rest = hold_back(numbers)
+    assert sorted(held + rest) == numbers
+    assert len(held) == max(1, min(16, count // 8))
+    assert hold_back([5]) == ([5], [5])
+
+
+def test_a_rate_moves_finer_matrices_by_no_more_steps():
+    weight = mx.random.normal((4, 64), key=mx.random.key(0))
+    moved = {}
+    for bits in (2, 4, 6):
+        linear = nn.Linear(64, 4, bias=False)
+        linear.weight = weight
+        tunable = Tunable(linear.to_quantized(64, bits))
+        before = tunable.weight
+        tunable.scale_change = mx.full((4, 1), 0.1)
+        step = mx.abs(linear.to_quantized(64, bits).scales)
+        moved[bits] = (mx.abs(tunable.weight - before).max(-1, keepdims=True) / step).max().item()
+    assert moved[2] == pytest.approx(0.1 * 3, rel=1e-3)
+    assert moved[4] == pytest.approx(0.1 * 15, rel=1e-3)
+    assert moved[6] == pytest.approx(moved[4], rel=1e-3)
 
 
 def test_the_loss_is_that_of_compare(source, plain, texts):
