@@ -503,7 +503,11 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
 
     alone = begin(None).communicate(timeout=300)[0]
     pair = [begin(0), begin(1)]
-    both, _ = (process.communicate(timeout=300)[0] for process in pair)
+    try:
+        both, _ = (process.communicate(timeout=300)[0] for process in pair)
+    finally:
+        for process in pair:
+            process.kill()  # one that waits for the other would wait for ever
     assert [process.returncode for process in pair] == [0, 0]
     assert (json.loads(alone)[0], json.loads(both)[0]) == (1, 2)
     assert json.loads(alone)[1:] == json.loads(both)[1:]

@@ -549,6 +549,13 @@ def test_videos_inside_of_messages(tiny_video, path):
         tiny_video.ask(inside, videos=[path], sampling=SHORT)
 
 
+def test_making_a_file_leaves_this_thread_scheduled_as_before():
+    policy = getattr(os, "sched_getscheduler", lambda _pid: None)  # macOS has none
+    before = policy(0)
+    clips.make(clips.SPECS["av1 mp4"])
+    assert policy(0) == before
+
+
 def alive(monkeypatch, module, name):
     """[how many of what `name` returns are alive at most]."""
     most, refs, original = [0], [], getattr(module, name)

@@ -3,12 +3,13 @@
 Loaded by path, since tests are no package.
 """
 
+import contextlib
 import functools
 import io
 import os
 import struct
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
@@ -69,10 +70,27 @@ def moving(number: int, size: tuple[int, int]) -> np.ndarray:
     return base.astype(np.uint8)
 
 
+@contextlib.contextmanager
+def scheduled_as_before() -> Iterator[None]:
+    """This thread is scheduled afterwards as it was before.
+
+    SVT-AV1 gives the thread that opens it the highest realtime priority if root runs it, and
+    leaves it so: processes that wait for each other then take every core from everything else.
+    """
+    if not hasattr(os, "sched_getscheduler"):  # macOS
+        yield
+        return
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
 def make(spec: Spec) -> bytes:
     """The file that `spec` describes."""
     os.environ.setdefault("SVT_LOG", "0")  # the AV1 encoder writes to stderr
-    with tempfile.NamedTemporaryFile() as file:
+    with tempfile.NamedTemporaryFile() as file, scheduled_as_before():
         _write(file.name, spec)
         return file.read()
 
