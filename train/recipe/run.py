@@ -83,7 +83,7 @@ class Stage:
 
 STAGES = (
     Stage("encoder", steps=6000, rate=0.014, size=48),
-    Stage("answers", steps=5000, rate=0.008, floor=0.01, encoder_share=0.4, clips=0.24, parts=2),
+    Stage("answers", steps=4500, rate=0.008, floor=0.01, encoder_share=0.4, clips=0.24, parts=2),
 )
 
 
