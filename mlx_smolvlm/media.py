@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlx_smolvlm.image import Detail, Grid
     from mlx_smolvlm.video import Clip, Frame
 
-TILE_BATCH = 8  # tiles that go through the encoder at once; bounds its memory
+TILE_BATCH = 4  # tiles that go through the encoder at once; bounds its memory
 
 Tile = tuple["Frame | None", np.ndarray]
 
