@@ -54,7 +54,7 @@ def convert(request: ConvertRequest) -> None:
             refuses.
     """
     from mlx_smolvlm.convert.quantize import requested
-    from mlx_smolvlm.hub import ALIASES, is_own
+    from mlx_smolvlm.hub import ALIASES, DEMO, is_own, resolve
 
     try:
         requested(request.options)
@@ -68,7 +68,8 @@ def convert(request: ConvertRequest) -> None:
         check_upload(request.upload)  # or the work would be done before it is known
     source: str | Path = Path(request.source).expanduser()
     if not Path(source).exists():
-        source = ALIASES.get(request.source.lower(), request.source)
+        own = request.source == DEMO
+        source = resolve(DEMO) if own else ALIASES.get(request.source.lower(), request.source)
     if request.upload is not None and request.dest is None and is_own(Path(source)):
         publish(Path(source), request)
         return

@@ -95,7 +95,7 @@ def build(step: Step, reader: Reader, dtype: mx.Dtype) -> dict[str, mx.array]:
         return _packed_rows(step, reader, dtype) | _bias(bias)
     weights = [_float_weight(member, reader, dtype) for member in step.members]
     weight = weights[0] if len(weights) == 1 else mx.concatenate(weights)
-    if step.entry.path.endswith("patch_embedding"):
+    if weight.ndim == 4:  # the patch embedding
         if weight.shape[1:] == step.entry.shapes[0][1:]:  # (V, 3, p, p), transformers' layout
             weight = weight.transpose(0, 2, 3, 1)
         weight = weight.reshape(weight.shape[0], -1)  # (V, p*p*3)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_smolvlm.convert.source import Source, is_hub_id
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.origin import Origin
+from mlx_smolvlm.origin import Origin, read_origin
 from mlx_smolvlm.safetensors import read_json
 
 CARD_FILE = "README.md"
@@ -21,6 +22,11 @@ def trace(source: Source) -> Origin:
     """Where the checkpoint `source` comes from, as far as its files tell."""
     from mlx_smolvlm import __version__
 
+    converter = f"mlx-smolvlm {__version__}"
+    own = read_origin(source.folder) if source.is_own else None
+    if own is not None:
+        name, revision = source.name, source.revision
+        return replace(own, source=name, revision=revision, converter=converter)
     card = read_card(source.folder)
     base = source.name if is_hub_id(source.name) else None
     for stated in (card.get("base_model"), _name_in_config(source.folder)):
@@ -36,7 +42,7 @@ def trace(source: Source) -> Origin:
         license_name=_text(card.get("license_name")),
         license_link=_text(card.get("license_link")),
         languages=tuple(text for one in languages if (text := _text(one))),
-        converter=f"mlx-smolvlm {__version__}",
+        converter=converter,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -141,6 +141,7 @@ def make_plan(
     packing: Mapping[str, Quantization],
     wanted: Mapping[str, Quantization | None],
     overrides: Iterable[tuple[str, Quantization | None]] = (),
+    expected: Sequence[Entry] | None = None,
 ) -> tuple[Config, list[Step]]:
     """The configuration to write and the steps that write its modules, in order.
 
@@ -149,13 +150,14 @@ def make_plan(
         packing: From `source_quantization`.
         wanted: Quantization by part; a part that is absent stays as it is.
         overrides: Patterns over paths and what their modules get, see `ConvertOptions`.
+        expected: The modules; None is those of a Hugging Face checkpoint.
 
     Raises:
         CheckpointError: A tensor is missing, unknown, of another shape or type, a group
             size does not fit, or a pattern matches nothing.
     """
     steps, used = [], set()
-    expected = entries(config)
+    expected = entries(config) if expected is None else expected
     wanted = {**wanted, **exceptions((e.path for e in expected if e.quantizable), overrides)}
     for entry in expected:
         members = tuple(

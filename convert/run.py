@@ -11,7 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_smolvlm.checkpoint import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE
+from mlx_smolvlm.checkpoint import (
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    chat_template,
+    read_config,
+)
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.convert.arrays import Reader, ShardWriter, build
 from mlx_smolvlm.convert.card_data import trace
@@ -28,6 +34,7 @@ from mlx_smolvlm.convert.preprocessing import read_template
 from mlx_smolvlm.convert.quantize import ConvertOptions, requested
 from mlx_smolvlm.convert.settings import read_settings
 from mlx_smolvlm.convert.source import Source, open_source
+from mlx_smolvlm.convert.weights import entries, own_entries
 from mlx_smolvlm.convert.written import Outbox
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.origin import ORIGIN_FILE, Origin
@@ -106,12 +113,16 @@ def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
     """
     wanted = requested(options)
     stamps = source.stamps()
-    settings = read_settings(source.folder, source.name)
-    template = read_template(source.folder)
     found = match(source.tensors())
-    settings = _settle_tie(settings, found)
-    packing = source_quantization(read_json(source.folder / CONFIG_FILE))
-    config, steps = make_plan(settings, found, packing, wanted, options.overrides)
+    if source.is_own:
+        settings, template = read_config(source.folder), chat_template(source.folder)
+        expected, packing = own_entries(settings), {}
+    else:
+        settings = _settle_tie(read_settings(source.folder, source.name), found)
+        template = read_template(source.folder)
+        expected = entries(settings)
+        packing = source_quantization(read_json(source.folder / CONFIG_FILE))
+    config, steps = make_plan(settings, found, packing, wanted, options.overrides, expected)
     config = dataclasses.replace(config, dtype=options.dtype or usual_dtype(steps))
     config.check()
     return Plan(source, config, template, steps, trace(source), stamps)

@@ -12,9 +12,9 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_smolvlm.checkpoint import CONFIG_FILE
-from mlx_smolvlm.config import FORMAT
+from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.hub import is_own
 from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.safetensors import (
     INDEX_FILE,
@@ -43,19 +43,24 @@ class Source:
     name: str
     revision: str | None = None
 
+    @property
+    def is_own(self) -> bool:
+        """Whether it has this package's format, as what `mlx-smolvlm train` wrote."""
+        return is_own(self.folder)
+
     def checked(self) -> Source:
-        """Itself, if it has a config.json of another format than ours.
+        """Itself, if it has a config.json and, where its format is ours, weights in floats.
 
         Raises:
-            CheckpointError: It has none, or is converted already.
+            CheckpointError: It has none, or its weights are quantized already.
         """
         path = self.folder / CONFIG_FILE
         if not path.is_file():
             raise CheckpointError(f"{self.folder} is no checkpoint: it has no {CONFIG_FILE}")
-        if read_json(path).get("format") == FORMAT:
+        if self.is_own and read_config(self.folder).quantization.is_quantized:
             raise CheckpointError(
-                f"{self.folder} is already an mlx-smolvlm checkpoint; convert its source again "
-                "for another precision"
+                f"{self.folder} is already a quantized mlx-smolvlm checkpoint; convert its source "
+                "again for another precision"
             )
         return self
 

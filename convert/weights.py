@@ -10,8 +10,9 @@ leading `model.`; `canonical` does that for every style in use:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mlx_smolvlm.config import Config
 
@@ -86,6 +87,17 @@ def entries(config: Config) -> list[Entry]:
     result.append(_single("text_model.norm", (text.hidden_size,)))
     if not text.tie_word_embeddings:
         result.append(_linear("lm_head", (text.vocab_size, text.hidden_size)))
+    return result
+
+
+def own_entries(config: Config) -> list[Entry]:
+    """The same modules where the source has this package's format: each is made of itself."""
+    result = []
+    for entry in entries(config):
+        rows, width = sum(shape[0] for shape in entry.shapes), entry.shapes[0][1:]
+        if len(width) > 1:  # the patch embedding is a matrix already
+            width = (math.prod(width),)
+        result.append(replace(entry, members=(entry.path,), shapes=((rows, *width),)))
     return result
 
 

@@ -122,6 +122,12 @@ class QuantizationConfig:
     embeddings: Quantization | None
     overrides: tuple[tuple[str, Quantization | None], ...] = ()
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any module is."""
+        usual = [getattr(self, part) for part in PARTS]
+        return any(one is not None for one in (*usual, *(q for _, q in self.overrides)))
+
     def of(self, path: str) -> Quantization | None:
         """Quantization of the module at `path`, such as `text_model.layers.0.mlp.down_proj`."""
         for name, quantization in self.overrides:

@@ -78,6 +78,16 @@ def test_chat_says_that_it_converts(source: Path, tmp_path: Path) -> None:
     assert run("chat", "Hi", "-m", source, cwd=tmp_path).stderr.splitlines() == [second]
 
 
+def test_the_demo_and_any_float_checkpoint_of_ours_is_a_source(tmp_path: Path) -> None:
+    first = run("convert", "demo", "--bits", "8", cwd=tmp_path)
+    assert first.returncode == 0, first.stderr
+    assert first.stderr.startswith("wrote demo-mlx-8bit: 8 bits, ")
+    again = run("convert", "demo-mlx-8bit", "worse", "--bits", "4", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "already a quantized mlx-smolvlm checkpoint" in again.stderr
+    assert not (tmp_path / "worse").exists()
+
+
 def test_convert_shows_a_bar_on_a_terminal(source: Path, tmp_path: Path) -> None:
     outer, inner = pty.openpty()
     result = subprocess.run(

@@ -380,9 +380,40 @@ def test_a_folder_without_weights_or_config_is_refused(tmp_path):
         convert_checkpoint(tmp_path / "absent", tmp_path / "out")
 
 
-def test_a_converted_folder_is_no_source(tmp_path):
-    out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
-    with pytest.raises(CheckpointError, match="already an mlx-smolvlm checkpoint"):
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("width", [64, 72])  # 72 is padded to whole groups
+def test_floats_of_this_format_convert_as_their_source_does(tmp_path, tied, width):
+    values = hf.settings()
+    values["text_config"]["tie_word_embeddings"] = values["tie_word_embeddings"] = tied
+    values["vision_config"]["intermediate_size"] = width
+    source = hf.make(tmp_path / "s", values)
+    floats = convert_checkpoint(source, tmp_path / "floats")
+    for name, options in (
+        ("16", ConvertOptions(dtype="bfloat16")),
+        ("4", ConvertOptions(bits=4, group_size=32, vision_bits=8)),
+    ):
+        direct = convert_checkpoint(source, tmp_path / f"direct-{name}", options)
+        again = convert_checkpoint(floats, tmp_path / f"again-{name}", options)
+        assert_same(stored(again), stored(direct))
+        ours, expected = (json.loads((one / "config.json").read_text()) for one in (again, direct))
+        assert ours == expected
+        for file in ("tokenizer.json", "chat_template.jinja"):
+            assert (again / file).read_bytes() == (direct / file).read_bytes()
+
+
+def test_floats_of_this_format_keep_what_is_known_of_their_origin(tmp_path):
+    floats = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "floats")
+    values = json.loads((floats / "origin.json").read_text()) | {"license": "mit"}
+    (floats / "origin.json").write_text(json.dumps(values))
+    out = convert_checkpoint(floats, tmp_path / "out", ConvertOptions(bits=8, group_size=32))
+    found = json.loads((out / "origin.json").read_text())
+    assert (found["license"], found["source"]) == ("mit", "floats")
+
+
+def test_a_quantized_folder_is_no_source(tmp_path):
+    options = ConvertOptions(vision_bits=4, group_size=32)
+    out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out", options)
+    with pytest.raises(CheckpointError, match="already a quantized mlx-smolvlm checkpoint"):
         convert_checkpoint(out, tmp_path / "again")
 
 
