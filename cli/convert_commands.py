@@ -12,7 +12,10 @@ from mlx_smolvlm.cli.arguments import Offline
 
 def convert(
     source: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="A folder, a hub id (owner/name), an alias, or demo.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A folder, a hub id (owner/name), an alias, or demo."
+        ),
     ],
     dest: Annotated[
         Path | None,

@@ -22,7 +22,6 @@ from mlx_smolvlm.safetensors import (
     TensorInfo,
     read_header,
     read_headers,
-    read_json,
 )
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
