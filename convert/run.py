@@ -18,7 +18,7 @@ from mlx_smolvlm.checkpoint import (
     chat_template,
     read_config,
 )
-from mlx_smolvlm.config import Config
+from mlx_smolvlm.config import Config, Quantization
 from mlx_smolvlm.convert.arrays import Reader, ShardWriter, build
 from mlx_smolvlm.convert.card_data import trace
 from mlx_smolvlm.convert.folder import check_destination, staged
@@ -113,15 +113,18 @@ def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
     """
     wanted = requested(options)
     stamps = source.stamps()
-    found = match(source.tensors())
+    packing: dict[str, Quantization] = {}
     if source.is_own:
         settings, template = read_config(source.folder), chat_template(source.folder)
-        expected, packing = own_entries(settings), {}
+        found = match(source.tensors())
+        expected = own_entries(settings)
     else:
-        settings = _settle_tie(read_settings(source.folder, source.name), found)
+        settings = read_settings(source.folder, source.name)
         template = read_template(source.folder)
-        expected = entries(settings)
+        found = match(source.tensors())
+        settings = _settle_tie(settings, found)
         packing = source_quantization(read_json(source.folder / CONFIG_FILE))
+        expected = entries(settings)
     config, steps = make_plan(settings, found, packing, wanted, options.overrides, expected)
     config = dataclasses.replace(config, dtype=options.dtype or usual_dtype(steps))
     config.check()
