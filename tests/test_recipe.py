@@ -32,6 +32,7 @@ from mlx_smolvlm.train.recipe.fast import fast_gelu, fast_swiglu
 from mlx_smolvlm.train.recipe.items import Glyph, Turn, text_of
 from mlx_smolvlm.train.recipe.kinds import GLYPHS
 from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
+from mlx_smolvlm.train.recipe.losses import Paired, encoder_loss, step_loss
 from mlx_smolvlm.train.recipe.run import STAGES as ALL_STAGES
 from mlx_smolvlm.train.recipe.run import Run, Stage, make_batch, start
 from mlx_smolvlm.train.recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokenizer
@@ -461,6 +462,21 @@ def test_batches_drawn_ahead_are_those_of_their_steps(tmp_path: Path) -> None:
         assert len(found.pixel_values) == stages[place[0]].size  # type: ignore[union-attr]
 
 
+@pytest.mark.usefixtures("small")
+def test_tiles_beside_conversations_count_too(tmp_path: Path) -> None:
+    stages = (Stage("more", 2, 0.01, tiles=3), Stage("plain", 2, 0.01))
+    run = start(tmp_path / "run", 0, stages)
+    found = make_batch(run.builder, stages, 0, (0, 0, 0))
+    assert isinstance(found, Paired)
+    assert len(found.tiles.pixel_values) == 3
+    again = make_batch(run.builder, stages, 0, (0, 0, 0))
+    assert (again.tiles.pixel_values == found.tiles.pixel_values).all()  # type: ignore[union-attr]
+    parts = step_loss(run.trainee, found.talk), encoder_loss(run.trainee, found.tiles)
+    total = step_loss(run.trainee, found)
+    assert parts[0].item() < total.item()
+    assert total.item() == pytest.approx((parts[0] + 0.3 * parts[1]).item(), rel=1e-5)
+
+
 TWO = """
 import json, sys
 from pathlib import Path
@@ -519,6 +535,6 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
 
 def test_every_step_of_every_run_draws_from_seeds_of_its_own() -> None:
     for number, stage in enumerate(ALL_STAGES):
-        assert 0 < stage.steps <= 500_000, stage  # above are the seeds of the second part
+        assert 0 < stage.steps <= 250_000, stage  # above are the seeds of tiles and second parts
         assert stage.parts <= 2
         assert number + 1 < 1000

@@ -237,3 +237,22 @@ def test_continuations_see_their_beginning(demo_builder: PromptBuilder) -> None:
     keys = np.concatenate([old[[0, 0, 1, 1]], new], axis=1)
     (loss,) = cache.losses
     assert loss.item() == pytest.approx(direct_loss(queries, keys, pointers), rel=1e-4)
+
+
+def test_words_for_what_is_not_there_look_at_the_beginning(demo_builder: PromptBuilder) -> None:
+    asked = Turn("absent", "Where is the star?", "There is no star.", "star")
+    later = Turn("count", "How many stars are there?", "0.", "stars")
+    row = make_row(demo_builder, [asked, later, Turn("chat", "Hi", "Hello!")], " ")
+    said = [demo_builder.tokenizer.decode(row.ids[: place + 1]) for place in row.missing]
+    assert [text.rsplit(" ", 1)[1] for text in said] == ["star", "stars"]
+    mix = Mix(("shapes",), 6, 4)
+    old, new = (batch(5, demo_builder, mix, missing=flag) for flag in (False, True))
+    assert (old.row_ids == new.row_ids).all()
+    before, after = old.pointers[ASKED_LAYER], new.pointers[ASKED_LAYER]
+    count = len(before.places)
+    assert len(after.places) > count
+    assert (after.places[:count] == before.places).all()
+    assert (after.targets[:count] == before.targets).all()
+    assert not before.targets[:, 0].any()
+    assert (np.flatnonzero(after.targets[count:]) % after.targets.shape[1] == 0).all()
+    assert after.targets[count:, 0].all()

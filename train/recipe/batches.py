@@ -6,6 +6,7 @@ Letters as in `mlx_smolvlm/model.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -80,7 +81,9 @@ _SYSTEMS = (
     "Answer the question.",
 )
 # Of the topics where the encoder learns alone: print takes it longest.
-_ENCODER_SHARES = {"shapes": 0.28, "words": 0.32, "charts": 0.12, "objects": 0.13, "pages": 0.15}
+ENCODER_SHARES = {"shapes": 0.28, "words": 0.32, "charts": 0.12, "objects": 0.13, "pages": 0.15}
+# Of the tiles beside conversations: what the encoder alone did not learn well enough.
+PRINT_SHARES = {"shapes": 0.05, "words": 0.65, "charts": 0.05, "objects": 0.05, "pages": 0.2}
 _SHORT = tuple(name for name, topic in TOPICS.items() if not topic.long)
 _COARSE = tuple(name for name in _SHORT if not TOPICS[name].tiled)
 MIXES: tuple[tuple[Mix, float], ...] = (
@@ -113,12 +116,18 @@ def sample_grid(rng: np.random.Generator, topics: tuple[str, ...]) -> str:
     return str(rng.choice(("square", "wide", "tall"), p=(0.86, 0.09, 0.05)))
 
 
-def encoder_batch(seed: int, config: Config, size: int = 48) -> EncoderBatch:
-    """Tiles with labels, half of them crops; the same for the same arguments."""
+def encoder_batch(
+    seed: int, config: Config, size: int = 48, shares: Mapping[str, float] = ENCODER_SHARES
+) -> EncoderBatch:
+    """`size` tiles with labels, half of them crops; the same for the same arguments.
+
+    Args:
+        shares: Of the topics, at sum 1.
+    """
     rng = np.random.default_rng(seed)
     pixels, labels, extents = [], [], []
     for _ in range(size):
-        topic = str(rng.choice(list(_ENCODER_SHARES), p=list(_ENCODER_SHARES.values())))
+        topic = str(rng.choice(list(shares), p=list(shares.values())))
         drawn = draw(rng, topic, sample_size(rng, sample_grid(rng, (topic,))))
         cut = tiles(drawn.picture, config, "high")
         told = patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
@@ -136,8 +145,12 @@ def pick_mix(rng: np.random.Generator) -> Mix:
     return MIXES[int(rng.choice(len(MIXES), p=[share for _, share in MIXES]))][0]
 
 
-def batch(seed: int, builder: PromptBuilder, mix: Mix) -> Batch:
-    """Questions as `mix` wants; the same for the same arguments."""
+def batch(seed: int, builder: PromptBuilder, mix: Mix, missing: bool = False) -> Batch:
+    """Questions as `mix` wants; the same for the same arguments.
+
+    Args:
+        missing: Whether words for what is not there should look somewhere, too.
+    """
     rng = np.random.default_rng(seed)
     if not mix.topics:
         rows = [make_row(builder, talk(rng), "User: ") for _ in range(mix.rows)]
@@ -166,6 +179,8 @@ def batch(seed: int, builder: PromptBuilder, mix: Mix) -> Batch:
             rows.append(make_row(builder, turns, ""))
     joined = (np.concatenate(part) for part in zip(*map(_arrays, shown), strict=True))
     pointers = find_pointers(rows, grids, prefixes[0], builder.config)
+    if missing:
+        point_nowhere(pointers, rows, len(prefixes[0]))
     return _batch(np.array(prefixes, np.int32), EncoderBatch(*joined), rows, pointers)
 
 
@@ -222,6 +237,25 @@ def find_pointers(
         ANSWERED_LAYER: gather([row.answered for row in rows]),
     }
     return {layer: found for layer, found in layers.items() if found is not None}
+
+
+def point_nowhere(pointers: dict[int, Pointers], rows: list[Row], length: int) -> None:
+    """Lets the words of `rows` for what is not there look at the beginning's first token.
+
+    So they find something else than words for what is there do.
+    """
+    width = max(len(row.ids) for row in rows)
+    places = [number * width + place for number, row in enumerate(rows) for place in row.missing]
+    if not places:
+        return
+    targets = np.zeros((len(places), length), bool)
+    targets[:, 0] = True
+    found = Pointers(np.array(places, np.int32), targets)
+    if ASKED_LAYER in pointers:
+        old = pointers[ASKED_LAYER]
+        joined = np.concatenate([old.targets, found.targets])
+        found = Pointers(np.concatenate([old.places, found.places]), joined)
+    pointers[ASKED_LAYER] = found
 
 
 def _batch(

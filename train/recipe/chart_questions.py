@@ -163,7 +163,7 @@ def absent(bars: Bars, rng: np.random.Generator) -> Turn:
         present = {bar.letter for bar in bars}
         near = [letter for letter in "ABCDEFGHIJ" if letter not in present]
         name = asked = f"bar {pick(rng, tuple(near))}"
-    return Turn("absent", pick(rng, VALUE).format(asked), f"There is no {name}.")
+    return Turn("absent", pick(rng, VALUE).format(asked), f"There is no {name}.", name)
 
 
 def what(bars: Bars, rng: np.random.Generator) -> Turn:

@@ -17,7 +17,7 @@ from mlx_smolvlm.config import VisionConfig
 from mlx_smolvlm.frames import clock, stamp
 from mlx_smolvlm.image import Grid, frame_tile
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.train.recipe.batches import find_pointers
+from mlx_smolvlm.train.recipe.batches import find_pointers, point_nowhere
 from mlx_smolvlm.train.recipe.clip_questions import ask_clip, makers_of
 from mlx_smolvlm.train.recipe.clips import VIDEO, Clip, sampled_indices, shown_frames
 from mlx_smolvlm.train.recipe.grounding import word_table
@@ -73,12 +73,17 @@ class ClipBatch:
 
 
 def clip_batch(
-    seed: int, builder: PromptBuilder, frames: int, longest: int = SAMPLED[-1]
+    seed: int,
+    builder: PromptBuilder,
+    frames: int,
+    longest: int = SAMPLED[-1],
+    missing: bool = False,
 ) -> ClipBatch:
     """Questions about clips of about `frames` sampled frames in all; follows from its arguments.
 
     Args:
         longest: Sampled frames of a clip at most.
+        missing: Whether words for what is not there should look somewhere, too.
     """
     rng = np.random.default_rng(seed)
     weights = np.array(_SAMPLED_WEIGHTS) * (np.array(SAMPLED) <= longest)
@@ -106,6 +111,10 @@ def clip_batch(
     length = row_ids.shape[1]
     found = [(i * length + at, *what) for i, row in enumerate(words) for at, *what in row]
     labels = [_patch_labels(clip, builder.config.vision) for clip in clips]
+    grids, prefix = [Grid(0, 0)] * sampled, prefixes[0].tolist()
+    pointers = find_pointers(rows, grids, prefix, builder.config)
+    if missing:
+        point_nowhere(pointers, rows, len(prefix))
     return ClipBatch(
         prefix_ids=prefixes,
         pixel_values=np.concatenate(pixels),
@@ -119,7 +128,7 @@ def clip_batch(
         places=(flat - 1).astype(np.int32),
         targets=row_ids.reshape(-1)[flat],
         weights=shares.reshape(-1)[flat] / shares.sum(),
-        pointers=find_pointers(rows, [Grid(0, 0)] * sampled, prefixes[0].tolist(), builder.config),
+        pointers=pointers,
         words=np.array(found or [(0, -1, -1, -1)], np.int32),
     )
 

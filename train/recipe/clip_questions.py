@@ -169,7 +169,8 @@ def direction(clip: Clip, rng: np.random.Generator) -> Turn:
     if rng.random() < 0.06 or not clip.shapes:
         kinds = [shape.kind for shape in clip.shapes]
         kind = str(rng.choice([kind for kind in SHAPES if kind not in kinds]))
-        return Turn("absent", pick(rng, DIRECTION).format(f"the {kind}"), f"There is no {kind}.")
+        taken = pick(rng, DIRECTION).format(f"the {kind}")
+        return Turn("absent", taken, f"There is no {kind}.", kind)
     shape = _one_of(clip, rng)
     asked = _naming(clip, shape, rng)
     answer = way(clip, shape)

@@ -37,11 +37,17 @@ Said = str | tuple[Part, ...]
 
 @dataclass(frozen=True)
 class Turn:
-    """A question with its answer. `family` groups the questions of one kind in an evaluation."""
+    """A question with its answer.
+
+    Attributes:
+        family: Groups the questions of one kind in an evaluation.
+        missing: Words of the question that name what no picture shows; "" is none.
+    """
 
     family: str
     question: Said
     answer: Said
+    missing: str = ""
 
 
 @dataclass(frozen=True)

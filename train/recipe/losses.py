@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -23,6 +25,7 @@ from mlx_smolvlm.train.recipe.prefix import SharedPrefix, layer_states
 
 _DENSE_SHARE = 0.1  # of the dense loss, beside that of the answers
 _POINTER_SHARE = 0.25  # of the loss of where words look, in each of two layers
+_PRINT_SHARE = 0.3  # of the dense loss of tiles beside conversations
 _TOKEN_SHARE = 0.2  # of the loss of what the image tokens of a clip tell
 _FRAME_SHARE = 0.2  # of the loss of what the frames of a clip show
 _MOTION_SHARE = 0.1  # of the loss of what a question's words refer to in a clip
@@ -108,6 +111,17 @@ def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
     )
 
 
-def step_loss(trainee: Trainee, data: Batch | ClipBatch) -> mx.array:
-    """Loss of a batch of pictures or of clips."""
+@dataclass(frozen=True)
+class Paired:
+    """Conversations, and tiles whose patches alone are told."""
+
+    talk: Batch | ClipBatch
+    tiles: EncoderBatch
+
+
+def step_loss(trainee: Trainee, data: Batch | ClipBatch | Paired) -> mx.array:
+    """Loss of a batch of pictures or of clips, and of what comes with it."""
+    if isinstance(data, Paired):
+        more = encoder_loss(trainee, data.tiles)
+        return step_loss(trainee, data.talk) + _PRINT_SHARE * more
     return answer_loss(trainee, data) if isinstance(data, Batch) else clip_loss(trainee, data)

@@ -86,7 +86,7 @@ def ask_where(scene: Scene, rng: np.random.Generator) -> Turn:
     if not single or rng.random() < 0.12:
         kind = _absent(scene, rng)
         question = pick(rng, WHERE).format(kind)
-        return Turn("absent", question, (Part(f"There is no {kind}.", scene.boxes()),))
+        return Turn("absent", question, (Part(f"There is no {kind}.", scene.boxes()),), kind)
     thing = single[int(rng.integers(len(single)))]
     boxes = (Box(scene.extent(thing)),)
     place = PLACES[thing.cell]
@@ -116,8 +116,10 @@ def ask_exists(scene: Scene, rng: np.random.Generator) -> Turn:
         boxes = scene.boxes(kind)
         question = fill(pick(rng, EXISTS), Part(article(kind), boxes))
         return Turn("object exists", question, (Part("Yes", boxes), Part(".")))
-    question = fill(pick(rng, EXISTS), Part(article(_absent(scene, rng))))
-    return Turn("object exists", question, (Part("No", scene.boxes()), Part(".")))
+    template = pick(rng, EXISTS)
+    kind = _absent(scene, rng)
+    question = fill(template, Part(article(kind)))
+    return Turn("object exists", question, (Part("No", scene.boxes()), Part(".")), kind)
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -134,7 +136,8 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> Turn:
         boxes = scene.boxes(kind)
         number, asked = len(boxes), Part(plural(kind), boxes)
     answer = (Part(str(number), boxes), Part("."))
-    return Turn("object count", fill(pick(rng, COUNT), asked), answer)
+    missing = "" if boxes else asked.text
+    return Turn("object count", fill(pick(rng, COUNT), asked), answer, missing)
 
 
 def ask_background(scene: Scene, rng: np.random.Generator) -> Turn:

@@ -83,7 +83,7 @@ def ask_title(page: Page, rng: np.random.Generator) -> Turn:
     """The title as printed; where there is none, that there is none."""
     titles = page.of("title")
     if not titles:
-        return Turn("absent", pick(rng, TITLE), "There is no title.")
+        return Turn("absent", pick(rng, TITLE), "There is no title.", "title")
     return Turn("page title", pick(rng, TITLE), tuple(_spelled(page, titles[0].words)))
 
 

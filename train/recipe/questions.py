@@ -7,6 +7,7 @@ several, among them what a newcomer would type.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 
@@ -195,7 +196,7 @@ def color(scene: Scene, rng: np.random.Generator) -> Turn:
         question = fill(pick(rng, COLOR), seen(shape.kind, shape, scene=scene))
         return Turn("color", question, (seen(f"{capital(shape.color)}.", shape, scene=scene),))
     kind = _absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
-    return Turn("absent", pick(rng, COLOR).format(kind), f"There is no {kind}.")
+    return Turn("absent", pick(rng, COLOR).format(kind), f"There is no {kind}.", kind)
 
 
 def shape_of(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -235,7 +236,8 @@ def count(scene: Scene, rng: np.random.Generator) -> Turn:
             asked = f"{hue} {plural(kind)}"
             found = [s for s in scene.shapes if s.kind == kind and s.color == hue]
     question = fill(pick(rng, COUNT), seen(asked, *found, scene=scene))
-    return Turn("count", question, (seen(f"{len(found)}.", *found, scene=scene),))
+    answer = seen(f"{len(found)}.", *found, scene=scene)
+    return Turn("count", question, (answer,), "" if found else asked)
 
 
 def where(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -254,7 +256,7 @@ def where(scene: Scene, rng: np.random.Generator) -> Turn:
         question = fill(pick(rng, WHERE), seen(asked, shape, scene=scene))
         return Turn("where", question, (seen(f"{capital(shape.place)}.", shape, scene=scene),))
     kind = _absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
-    return Turn("absent", pick(rng, WHERE).format(kind), f"There is no {kind}.")
+    return Turn("absent", pick(rng, WHERE).format(kind), f"There is no {kind}.", kind)
 
 
 def _named(scene: Scene, draw: float) -> list[tuple[Shape, str]]:
@@ -296,7 +298,7 @@ def exists(scene: Scene, rng: np.random.Generator) -> Turn:
         found = [s for s in scene.shapes if s.kind == kind and s.color == hue]
     question = fill(pick(rng, EXISTS), seen(asked, *found, scene=scene))
     answer = seen("Yes.", *found, scene=scene) if found else Part("No.")
-    return Turn("exists", question, (answer,))
+    return Turn("exists", question, (answer,), "" if found else asked)
 
 
 def compare(scene: Scene, rng: np.random.Generator) -> Turn:
@@ -407,7 +409,7 @@ def casual(turn: Turn, rng: np.random.Generator) -> Turn:
         parts[-1] = Part(parts[-1].text.rstrip("?.!"), parts[-1].boxes)
     elif rng.random() < 0.15 and parts[-1].text in ("?", ".") and len(parts) > 1:
         parts.pop()
-    return Turn(turn.family, tuple(parts), turn.answer)
+    return replace(turn, question=tuple(parts))
 
 
 def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:

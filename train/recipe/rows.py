@@ -21,12 +21,14 @@ class Row:
         weights: What each counts as a target, (M,); 0 is none.
         asked: Places of the words that name something.
         answered: Places whose next token is to be read off a picture.
+        missing: Places of the words that name what no picture shows.
     """
 
     ids: list[int]
     weights: list[float]
     asked: list[Pointed]
     answered: list[Pointed]
+    missing: list[int]
 
 
 def make_row(builder: PromptBuilder, turns: list[Turn], before: str) -> Row:
@@ -35,7 +37,7 @@ def make_row(builder: PromptBuilder, turns: list[Turn], before: str) -> Row:
     With its beginning it is what `PromptBuilder.build` makes of the same messages, which a
     test holds.
     """
-    row = Row([], [], [], [])
+    row = Row([], [], [], [], [])
     end = builder.config.eos_token_ids[0]
     for turn in turns:
         ids, ends = _encode(builder, f"{before}{text_of(turn.question)}")
@@ -46,6 +48,7 @@ def make_row(builder: PromptBuilder, turns: list[Turn], before: str) -> Row:
                 if boxes and start < at <= stop:
                     last[number] = place
         row.asked.extend((len(row.ids) + place, spans[n][2]) for n, place in last.items())
+        row.missing.extend(len(row.ids) + place for place in _missing(turn, len(before), ends))
         asked = [*ids, end, *_encode(builder, "\nAssistant:")[0]]
         _answer(builder, row, turn, asked)
         before = "\nUser: "
@@ -65,6 +68,15 @@ def _answer(builder: PromptBuilder, row: Row, turn: Turn, asked: list[int]) -> N
     row.ids.extend([*asked, *ids, builder.config.eos_token_ids[0]])
     share = (len(ids) + 1) ** -0.75
     row.weights.extend([0.0] * len(asked) + [share] * (len(ids) + 1))
+
+
+def _missing(turn: Turn, start: int, ends: list[int]) -> list[int]:
+    """The last token of what `turn` says is missing, if it asks for anything of the kind."""
+    found = text_of(turn.question).lower().rfind(turn.missing.lower()) if turn.missing else -1
+    if found < 0:
+        return []
+    stop = start + found + len(turn.missing)
+    return [max(place for place, at in enumerate(ends) if start + found < at <= stop)]
 
 
 def _spans(turn: Turn, start: int) -> list[tuple[int, int, tuple[Box, ...]]]:

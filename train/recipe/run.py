@@ -3,7 +3,8 @@
     python -m mlx_smolvlm.train.recipe --out FOLDER [--seed S] [--minutes N]
     mlx.launch -n 2 --backend ring -- python -m mlx_smolvlm.train.recipe --out FOLDER
 
-Two stages: the encoder alone on dense labels, then conversations about pictures and clips.
+Three stages: the encoder alone on dense labels, conversations about pictures and clips, and more
+of them, in which words for what is not there have a place to look at, and print is told beside.
 A batch follows from the seed and its number, and the schedule from the number of steps, so
 that a run which was stopped and goes on equals one that was not. A step of conversations is
 the mean over two batches, which one process makes one after the other, and two make at once.
@@ -29,6 +30,7 @@ from tokenizers import Tokenizer
 
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.recipe.batches import (
+    PRINT_SHARES,
     Batch,
     EncoderBatch,
     batch,
@@ -38,7 +40,7 @@ from mlx_smolvlm.train.recipe.batches import (
 from mlx_smolvlm.train.recipe.clip_batches import ClipBatch, clip_batch
 from mlx_smolvlm.train.recipe.encoder import start_encoder
 from mlx_smolvlm.train.recipe.fast import fast_curves
-from mlx_smolvlm.train.recipe.losses import Trainee, encoder_loss, step_loss
+from mlx_smolvlm.train.recipe.losses import Paired, Trainee, encoder_loss, step_loss
 from mlx_smolvlm.train.recipe.optimizer import Optimizer
 from mlx_smolvlm.train.recipe.sample_clips import SAMPLED
 from mlx_smolvlm.train.recipe.shapes import demo_config
@@ -67,6 +69,8 @@ class Stage:
         frames: Sampled frames of the clips in a batch, about.
         brief: Share of the steps in which clips have three frames at most.
         parts: Batches whose mean gradient a step follows.
+        missing: Whether words for what is not there are told where to look, too.
+        tiles: Beside the conversations of a batch, most of them with print.
     """
 
     name: str
@@ -79,15 +83,21 @@ class Stage:
     frames: int = 24
     brief: float = 0.3
     parts: int = 1
+    missing: bool = False
+    tiles: int = 0
 
 
 STAGES = (
     Stage("encoder", steps=6000, rate=0.014, size=48),
     Stage("answers", steps=4500, rate=0.008, floor=0.01, encoder_share=0.4, clips=0.24, parts=2),
-)
+    Stage(
+        "more", steps=4500, rate=0.006, floor=0.01, encoder_share=0.7, clips=0.18, brief=0.0,
+        parts=2, missing=True, tiles=16,
+    ),
+)  # fmt: skip
 
 
-Data = EncoderBatch | Batch | ClipBatch
+Data = EncoderBatch | Batch | ClipBatch | Paired
 
 
 Place = tuple[int, int, int]  # stage, step, part
@@ -105,8 +115,12 @@ def make_batch(builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, pla
     own += 500_000 * part
     if is_clip:
         longest = 3 if step < stage.brief * stage.steps else SAMPLED[-1]
-        return clip_batch(own, builder, stage.frames, longest)
-    return batch(own, builder, mix)
+        talk: Batch | ClipBatch = clip_batch(own, builder, stage.frames, longest, stage.missing)
+    else:
+        talk = batch(own, builder, mix, stage.missing)
+    if not stage.tiles:
+        return talk
+    return Paired(talk, encoder_batch(own + 250_000, builder.config, stage.tiles, PRINT_SHARES))
 
 
 class Run:

@@ -140,6 +140,7 @@ def ask_several(pictures: list[Drawn], rng: np.random.Generator) -> Turn:
         "several",
         (lead, *_moved(moved, number)),
         _moved(parts_of(turn.answer), number),
+        turn.missing,
     )
 
 

@@ -165,7 +165,7 @@ def absent(page: Page, rng: np.random.Generator) -> Turn:
     if not missing:
         return read_one(page, rng)
     kind = pick(rng, tuple(missing))
-    return Turn("absent", pick(rng, READ_ONE[kind]).format(kind), f"There is no {kind}.")
+    return Turn("absent", pick(rng, READ_ONE[kind]).format(kind), f"There is no {kind}.", kind)
 
 
 def what(page: Page, rng: np.random.Generator) -> Turn:
