@@ -6,7 +6,7 @@ Letters as in `mlx_smolvlm/model.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -178,9 +178,7 @@ def batch(seed: int, builder: PromptBuilder, mix: Mix, missing: bool = False) ->
                 turns = ask(pictures[0], rng, 1 + int(rng.random() < 0.18))
             rows.append(make_row(builder, turns, ""))
     joined = (np.concatenate(part) for part in zip(*map(_arrays, shown), strict=True))
-    pointers = find_pointers(rows, grids, prefixes[0], builder.config)
-    if missing:
-        point_nowhere(pointers, rows, len(prefixes[0]))
+    pointers = find_pointers(rows, grids, prefixes[0], builder.config, missing)
     return _batch(np.array(prefixes, np.int32), EncoderBatch(*joined), rows, pointers)
 
 
@@ -210,17 +208,22 @@ def _arrays(shown: EncoderBatch) -> tuple[np.ndarray, ...]:
 
 
 def find_pointers(
-    rows: list[Row], grids: list[Grid], prefix: list[int], config: Config
+    rows: list[Row], grids: list[Grid], prefix: list[int], config: Config, missing: bool = False
 ) -> dict[int, Pointers]:
-    """Where the tokens of `rows` should look, by layer."""
+    """Where the tokens of `rows` should look, by layer.
+
+    Args:
+        missing: Whether words for what is not there should look at the first token of the
+            beginning, so that they find something else than words for what is there do.
+    """
     length = max(len(row.ids) for row in rows)
     spots = np.flatnonzero(np.array(prefix) == config.image_token_id)
     side = math.isqrt(config.image_seq_len)
     starts = np.cumsum([0, *((grid.num_tiles if grid.rows else 1) * side * side for grid in grids)])
 
-    def gather(found: list[list[Pointed]]) -> Pointers | None:
+    def gather(found: Iterable[tuple[int, list[Pointed]]]) -> Pointers | None:
         places, masks = [], []
-        for number, row in enumerate(found):
+        for number, row in found:
             for place, boxes in row:
                 mask = np.zeros(len(spots), bool)
                 for box in boxes:
@@ -228,34 +231,19 @@ def find_pointers(
                     mask[own] |= token_mask(box.extent, grids[box.picture], side)
                 target = np.zeros(len(prefix), bool)
                 target[spots] = mask
+                target[0] = not boxes  # of what is nowhere
                 places.append(number * length + place)
                 masks.append(target)
         return Pointers(np.array(places, np.int32), np.stack(masks)) if places else None
 
+    nowhere: list[list[Pointed]] = [
+        [(place, ()) for place in row.missing if missing] for row in rows
+    ]
     layers = {
-        ASKED_LAYER: gather([row.asked for row in rows]),
-        ANSWERED_LAYER: gather([row.answered for row in rows]),
+        ASKED_LAYER: gather([*enumerate(row.asked for row in rows), *enumerate(nowhere)]),
+        ANSWERED_LAYER: gather(enumerate(row.answered for row in rows)),
     }
     return {layer: found for layer, found in layers.items() if found is not None}
-
-
-def point_nowhere(pointers: dict[int, Pointers], rows: list[Row], length: int) -> None:
-    """Lets the words of `rows` for what is not there look at the beginning's first token.
-
-    So they find something else than words for what is there do.
-    """
-    width = max(len(row.ids) for row in rows)
-    places = [number * width + place for number, row in enumerate(rows) for place in row.missing]
-    if not places:
-        return
-    targets = np.zeros((len(places), length), bool)
-    targets[:, 0] = True
-    found = Pointers(np.array(places, np.int32), targets)
-    if ASKED_LAYER in pointers:
-        old = pointers[ASKED_LAYER]
-        joined = np.concatenate([old.targets, found.targets])
-        found = Pointers(np.concatenate([old.places, found.places]), joined)
-    pointers[ASKED_LAYER] = found
 
 
 def _batch(

@@ -17,7 +17,7 @@ from mlx_smolvlm.config import VisionConfig
 from mlx_smolvlm.frames import clock, stamp
 from mlx_smolvlm.image import Grid, frame_tile
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.train.recipe.batches import find_pointers, point_nowhere
+from mlx_smolvlm.train.recipe.batches import find_pointers
 from mlx_smolvlm.train.recipe.clip_questions import ask_clip, makers_of
 from mlx_smolvlm.train.recipe.clips import VIDEO, Clip, sampled_indices, shown_frames
 from mlx_smolvlm.train.recipe.grounding import word_table
@@ -112,9 +112,6 @@ def clip_batch(
     found = [(i * length + at, *what) for i, row in enumerate(words) for at, *what in row]
     labels = [_patch_labels(clip, builder.config.vision) for clip in clips]
     grids, prefix = [Grid(0, 0)] * sampled, prefixes[0].tolist()
-    pointers = find_pointers(rows, grids, prefix, builder.config)
-    if missing:
-        point_nowhere(pointers, rows, len(prefix))
     return ClipBatch(
         prefix_ids=prefixes,
         pixel_values=np.concatenate(pixels),
@@ -128,7 +125,7 @@ def clip_batch(
         places=(flat - 1).astype(np.int32),
         targets=row_ids.reshape(-1)[flat],
         weights=shares.reshape(-1)[flat] / shares.sum(),
-        pointers=pointers,
+        pointers=find_pointers(rows, grids, prefix, builder.config, missing),
         words=np.array(found or [(0, -1, -1, -1)], np.int32),
     )
 

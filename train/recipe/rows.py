@@ -41,14 +41,12 @@ def make_row(builder: PromptBuilder, turns: list[Turn], before: str) -> Row:
     end = builder.config.eos_token_ids[0]
     for turn in turns:
         ids, ends = _encode(builder, f"{before}{text_of(turn.question)}")
-        last = {}  # of the tokens of each part, the last
-        spans = _spans(turn, len(before))
-        for place, at in enumerate(ends):
-            for number, (start, stop, boxes) in enumerate(spans):
-                if boxes and start < at <= stop:
-                    last[number] = place
-        row.asked.extend((len(row.ids) + place, spans[n][2]) for n, place in last.items())
-        row.missing.extend(len(row.ids) + place for place in _missing(turn, len(before), ends))
+        for start, stop, boxes in _spans(turn, len(before)):
+            if boxes:
+                places = _last(ends, start, stop)
+                row.asked.extend((len(row.ids) + place, boxes) for place in places)
+        places = _last(ends, *_missing(turn, len(before)))
+        row.missing.extend(len(row.ids) + place for place in places)
         asked = [*ids, end, *_encode(builder, "\nAssistant:")[0]]
         _answer(builder, row, turn, asked)
         before = "\nUser: "
@@ -70,13 +68,15 @@ def _answer(builder: PromptBuilder, row: Row, turn: Turn, asked: list[int]) -> N
     row.weights.extend([0.0] * len(asked) + [share] * (len(ids) + 1))
 
 
-def _missing(turn: Turn, start: int, ends: list[int]) -> list[int]:
-    """The last token of what `turn` says is missing, if it asks for anything of the kind."""
-    found = text_of(turn.question).lower().rfind(turn.missing.lower()) if turn.missing else -1
-    if found < 0:
-        return []
-    stop = start + found + len(turn.missing)
-    return [max(place for place, at in enumerate(ends) if start + found < at <= stop)]
+def _last(ends: list[int], start: int, stop: int) -> list[int]:
+    """The last of the tokens that end between two characters, if there is one."""
+    return [place for place, at in enumerate(ends) if start < at <= stop][-1:]
+
+
+def _missing(turn: Turn, start: int) -> tuple[int, int]:
+    """First character, and the one after the last, of what `turn` says is missing."""
+    found = text_of(turn.question).lower().rfind(turn.missing.lower())
+    return (start + found, start + found + len(turn.missing)) if found >= 0 else (0, 0)
 
 
 def _spans(turn: Turn, start: int) -> list[tuple[int, int, tuple[Box, ...]]]:
