@@ -7,17 +7,22 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_map
+from tokenizers import Tokenizer
 
 from mlx_smolvlm import text, vision
-from mlx_smolvlm.image import Grid
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.image import Grid, tiles
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.recipe import batches, pages, questions
+from mlx_smolvlm.train.recipe import run as run_module
 from mlx_smolvlm.train.recipe.batches import Mix, encoder_batch
 from mlx_smolvlm.train.recipe.draw import (
     COLOR_NAMES,
@@ -32,9 +37,11 @@ from mlx_smolvlm.train.recipe.fast import fast_gelu, fast_swiglu
 from mlx_smolvlm.train.recipe.items import Glyph, Turn, text_of
 from mlx_smolvlm.train.recipe.kinds import GLYPHS
 from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
-from mlx_smolvlm.train.recipe.losses import Paired, encoder_loss, step_loss
+from mlx_smolvlm.train.recipe.losses import Paired, encoder_loss, normalized, step_loss
+from mlx_smolvlm.train.recipe.optimizer import FlatAdamW, StackedMuon
 from mlx_smolvlm.train.recipe.run import STAGES as ALL_STAGES
 from mlx_smolvlm.train.recipe.run import Run, Stage, make_batch, start
+from mlx_smolvlm.train.recipe.shapes import demo_config
 from mlx_smolvlm.train.recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokenizer
 from mlx_smolvlm.train.recipe.topics import ORDINALS, ask_several, shape_glyphs, shapes
 
@@ -393,26 +400,39 @@ def weights_of(run: Run) -> dict[str, mx.array]:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Batches of two pictures, so that a step takes a second without a fast BLAS too."""
+    """Two pictures a batch, narrow layers: fast enough without a fast BLAS too."""
     mixes = ((Mix(("shapes", "pages"), 2, 2, detail="high"), 0.5), (Mix(("words",), 2, 2), 0.5))
     monkeypatch.setattr(batches, "MIXES", mixes)
+    monkeypatch.setattr(run_module, "demo_config", small_config)
+
+
+def small_config(tokenizer: Tokenizer) -> Config:
+    """The demo's configuration with narrow layers, and one of them in the encoder."""
+    config = demo_config(tokenizer)
+    narrow = {"hidden_size": 64, "intermediate_size": 64}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
+    return replace(
+        config,
+        vision=replace(config.vision, num_hidden_layers=1, num_attention_heads=1, **narrow),
+        text=replace(config.text, **narrow, **heads),
+    )
 
 
 @pytest.mark.usefixtures("small")
 def test_steps_lower_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(2):
         run = start(tmp_path / str(number), 0, STAGES[number : number + 1])
-        same = run._drawn(0, 0)
-        monkeypatch.setattr(run, "_drawn", lambda *_place, same=same: same)
+        same = run._ahead.at((0, 0))
+        monkeypatch.setattr(run._ahead, "at", lambda _place, same=same: same)
         before, _, after = run.advance(), run.advance(), run.advance()
         assert after < before
 
 
 def test_encoder_batches_follow_from_the_seed(demo_builder: PromptBuilder) -> None:
     first, second = (encoder_batch(4, demo_builder.config, 3) for _ in range(2))
-    assert (first.pixel_values == second.pixel_values).all()
+    assert (first.pixels == second.pixels).all()
     other = encoder_batch(5, demo_builder.config, 3)
-    assert not np.array_equal(first.pixel_values, other.pixel_values)
+    assert not np.array_equal(first.pixels, other.pixels)
 
 
 @pytest.mark.usefixtures("small")
@@ -452,14 +472,51 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) ->
     assert all(mx.array_equal(value, expected[name]) for name, value in weights_of(resumed).items())
 
 
-def test_batches_drawn_ahead_are_those_of_their_steps(tmp_path: Path) -> None:
+def test_raw_pixels_are_normalized_as_the_model_wants_them(demo_builder: PromptBuilder) -> None:
+    drawn = shapes(np.random.default_rng(3), (250, 180))
+    expected = tiles(drawn.picture, demo_builder.config).pixel_values
+    pixels = batches.told_tiles(drawn, demo_builder.config, "high").pixels
+    assert pixels.dtype == np.uint8
+    assert np.abs(np.array(normalized(pixels, demo_builder.config.image)) - expected).max() <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        (StackedMuon(0.02, weight_decay=0.0), optim.Muon(0.02, weight_decay=0.0)),
+        (
+            FlatAdamW(0.02, bias_correction=True, weight_decay=0.0),
+            optim.AdamW(0.02, bias_correction=True, weight_decay=0.0),
+        ),
+    ],
+)
+def test_stacked_optimizers_step_as_those_of_mlx(
+    own: optim.Optimizer, expected: optim.Optimizer
+) -> None:
+    matrices = {"a": (6, 10), "b": (10, 6), "c": (6, 10), "d": (4, 4)}
+    start_at = {name: mx.random.normal(shape) for name, shape in matrices.items()}
+    ours, theirs = start_at, start_at
+    own.init(ours)
+    expected.init(theirs)
+    for _ in range(4):
+        gradient = tree_map(lambda weight: mx.random.normal(weight.shape), start_at)
+        ours = own.apply_gradients(gradient, ours)
+        theirs = expected.apply_gradients(gradient, theirs)
+        for name, weight in theirs.items():
+            assert mx.abs(ours[name] - weight).max().item() <= 1e-5, name
+            assert mx.abs(weight - start_at[name]).max().item() > 1e-3
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_drawn_ahead_are_those_of_their_steps(tmp_path: Path, workers: int) -> None:
     stages = (Stage("a", 2, 0.01, size=2), Stage("b", 2, 0.01, size=3))
-    run = start(tmp_path / "run", 0, stages)
+    run = start(tmp_path / "run", 0, stages, workers)
     for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
-        (found,) = run._drawn(*place)
+        (found,) = run._ahead.at(place)
         expected = make_batch(run.builder, stages, 0, (*place, 0))
-        assert (found.pixel_values == expected.pixel_values).all(), place  # type: ignore[union-attr]
-        assert len(found.pixel_values) == stages[place[0]].size  # type: ignore[union-attr]
+        assert (found.pixels == expected.pixels).all(), place  # type: ignore[union-attr]
+        assert len(found.pixels) == stages[place[0]].size  # type: ignore[union-attr]
 
 
 @pytest.mark.usefixtures("small")
@@ -468,9 +525,9 @@ def test_tiles_beside_conversations_count_too(tmp_path: Path) -> None:
     run = start(tmp_path / "run", 0, stages)
     found = make_batch(run.builder, stages, 0, (0, 0, 0))
     assert isinstance(found, Paired)
-    assert len(found.tiles.pixel_values) == 3
+    assert len(found.tiles.pixels) == 3
     again = make_batch(run.builder, stages, 0, (0, 0, 0))
-    assert (again.tiles.pixel_values == found.tiles.pixel_values).all()  # type: ignore[union-attr]
+    assert (again.tiles.pixels == found.tiles.pixels).all()  # type: ignore[union-attr]
     parts = step_loss(run.trainee, found.talk), encoder_loss(run.trainee, found.tiles)
     total = step_loss(run.trainee, found)
     assert parts[0].item() < total.item()
@@ -479,18 +536,35 @@ def test_tiles_beside_conversations_count_too(tmp_path: Path) -> None:
 
 TWO = """
 import json, sys
+from dataclasses import replace
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_smolvlm.train.recipe import batches
+from mlx_smolvlm.train.recipe import batches, run
 from mlx_smolvlm.train.recipe.batches import Mix
 from mlx_smolvlm.train.recipe.run import Stage, start
 batches.MIXES = ((Mix(("shapes",), 1, 2), 1.0),)
-run = start(Path(sys.argv[1]), 0, (Stage("answers", 2, 0.01, parts=2),))
-losses = [run.advance() for _ in range(2)]
-if run.group.rank() == 0:
-    mx.save_safetensors(sys.argv[2], dict(tree_flatten(run.trainee.parameters())))
-    print(json.dumps([run.group.size(), *losses]))
+full = run.demo_config
+
+
+def small(tokenizer):
+    config = full(tokenizer)
+    return replace(
+        config,
+        vision=replace(
+            config.vision, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
+            num_attention_heads=1,
+        ),
+        text=replace(config.text, hidden_size=64, intermediate_size=64),
+    )
+
+
+run.demo_config = small
+one = start(Path(sys.argv[1]), 0, (Stage("answers", 2, 0.01, parts=2),))
+losses = [one.advance() for _ in range(2)]
+if one.group.rank() == 0:
+    mx.save_safetensors(sys.argv[2], dict(tree_flatten(one.trainee.parameters())))
+    print(json.dumps([one.group.size(), *losses]))
 """
 
 

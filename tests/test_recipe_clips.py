@@ -292,19 +292,19 @@ def test_batch_holds_what_its_places_say(demo_builder: PromptBuilder, seed: int)
     assert (made.row_ids.reshape(-1)[made.places + 1] == made.targets).all()
     assert made.weights.sum() == pytest.approx(1)
     images = (made.prefix_ids == demo_builder.config.image_token_id).sum()
-    assert images == 16 * len(made.pixel_values)
+    assert images == 16 * len(made.pixels)
     fake = demo_builder.tokenizer.token_to_id("<fake_token_around_image>")
     assert (made.prefix_ids.reshape(-1)[made.closings] == fake).all()
-    assert len(made.closings) == len(made.frame_labels) == len(made.pixel_values)
+    assert len(made.closings) == len(made.frame_labels) == len(made.pixels)
     is_image = made.prefix_ids == demo_builder.config.image_token_id
     assert (made.image_places == np.flatnonzero(is_image)).all()
-    assert len(made.labels) == len(made.extents) == len(made.pixel_values)
+    assert len(made.labels) == len(made.extents) == len(made.pixels)
     assert {ANSWERED_LAYER} <= set(made.pointers) <= {ASKED_LAYER, ANSWERED_LAYER}
     for pointers in made.pointers.values():
         assert pointers.targets.any(1).all()
         assert not pointers.targets[:, ~is_image[0]].any()
     again = clip_batch(seed, demo_builder, 8)
-    assert (made.pixel_values == again.pixel_values).all()
+    assert (made.pixels == again.pixels).all()
     assert (made.row_ids == again.row_ids).all()
 
 
@@ -315,7 +315,7 @@ def test_clips_of_a_batch_are_no_longer_than_wanted(
     lengths = set()
     for seed in range(12):
         made = clip_batch(seed, demo_builder, 8, longest)
-        lengths.add(len(made.pixel_values) // len(made.prefix_ids))
+        lengths.add(len(made.pixels) // len(made.prefix_ids))
     assert max(lengths) <= longest
     assert longest == 2 or len(lengths) > 1
 

@@ -11,7 +11,15 @@ from mlx_smolvlm.image import Detail, Grid, tiles
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.storage import Mask
-from mlx_smolvlm.train.recipe.batches import MIXES, Mix, batch, find_pointers, picture_prefix
+from mlx_smolvlm.train.recipe.batches import (
+    MIXES,
+    Asked,
+    Mix,
+    batch,
+    find_pointers,
+    named_places,
+    picture_prefix,
+)
 from mlx_smolvlm.train.recipe.clip_questions import ask_clip, makers_of
 from mlx_smolvlm.train.recipe.items import Box, Part, Turn, parts_of, text_of
 from mlx_smolvlm.train.recipe.prefix import (
@@ -24,7 +32,7 @@ from mlx_smolvlm.train.recipe.prefix import (
 )
 from mlx_smolvlm.train.recipe.rows import make_row
 from mlx_smolvlm.train.recipe.sample_clips import sample_clip
-from mlx_smolvlm.train.recipe.topics import TOPICS, ask, ask_several, draw, talk
+from mlx_smolvlm.train.recipe.topics import TOPICS, ask, ask_several, draw, shapes, talk
 
 
 def messages_of(turns: list[Turn], pictures: int, system: str | None) -> list[dict[str, Any]]:
@@ -169,7 +177,7 @@ def test_batches_hold_what_their_places_say(demo_builder: PromptBuilder, mix: Mi
         assert not made.pointers
         return
     assert (is_image == is_image[0]).all()  # so that the first one's places serve for all
-    assert is_image.sum() == 16 * len(made.shown.pixel_values)
+    assert is_image.sum() == 16 * len(made.shown.pixels)
     assert set(made.pointers) == {ASKED_LAYER, ANSWERED_LAYER}
     for pointers in made.pointers.values():
         assert pointers.targets.any(1).all()
@@ -177,7 +185,7 @@ def test_batches_hold_what_their_places_say(demo_builder: PromptBuilder, mix: Mi
     again = batch(7, demo_builder, mix)
     assert again.shown is not None
     assert (again.row_ids == made.row_ids).all()
-    assert (again.shown.pixel_values == made.shown.pixel_values).all()
+    assert (again.shown.pixels == made.shown.pixels).all()
 
 
 def direct_loss(queries: np.ndarray, keys: np.ndarray, pointers: Pointers) -> float:
@@ -246,7 +254,7 @@ def test_words_for_what_is_not_there_look_at_the_beginning(demo_builder: PromptB
     said = [demo_builder.tokenizer.decode(row.ids[: place + 1]) for place in row.missing]
     assert [text.rsplit(" ", 1)[1] for text in said] == ["star", "stars"]
     mix = Mix(("shapes",), 6, 4)
-    old, new = (batch(5, demo_builder, mix, missing=flag) for flag in (False, True))
+    old, new = (batch(5, demo_builder, mix, Asked(missing=flag)) for flag in (False, True))
     assert (old.row_ids == new.row_ids).all()
     before, after = old.pointers[ASKED_LAYER], new.pointers[ASKED_LAYER]
     count = len(before.places)
@@ -256,3 +264,29 @@ def test_words_for_what_is_not_there_look_at_the_beginning(demo_builder: PromptB
     assert not before.targets[:, 0].any()
     assert (np.flatnonzero(after.targets[count:]) % after.targets.shape[1] == 0).all()
     assert after.targets[count:, 0].all()
+
+
+def test_words_that_name_one_thing_tell_its_place_and_size(demo_builder: PromptBuilder) -> None:
+    left, right = Box((0.0, 0.5, 0.25, 1.0)), Box((0.75, 0.0, 1.0, 0.24))
+    question = (Part("Are the "), Part("star", (left,)), Part(" and the "), Part("moon", (right,)))
+    both = Part(" shapes", (left, right))
+    row = make_row(demo_builder, [Turn("compare", (*question, both), "No.")], "")
+    found = named_places([row, row], len(row.ids) + 2)
+    said = [demo_builder.tokenizer.decode(row.ids[: at + 1]) for at in found[:2, 0]]
+    assert [text.rsplit(" ", 1)[1] for text in said] == ["star", "moon"]
+    assert found[:2, 1:].tolist() == [[1, 9, 3, 6], [10, 1, 3, 2]]  # twelfths
+    assert (found[2:, 0] == found[:2, 0] + len(row.ids) + 2).all()
+    assert (found[2:, 1:] == found[:2, 1:]).all()
+    mix = Mix(("shapes",), 3, 4)
+    assert not len(batch(5, demo_builder, mix).named)
+    assert len(batch(5, demo_builder, mix, Asked(places=True)).named)
+
+
+def test_families_in_focus_are_asked_about_more_often() -> None:
+    rng = np.random.default_rng(0)
+    shares = []
+    for focus in ((), ("compare",)):
+        drawn = [shapes(rng, (96, 96)) for _ in range(200)]
+        families = [ask(one, rng, 1, focus)[0].family for one in drawn]
+        shares.append(families.count("compare") / 200)
+    assert shares[1] > shares[0] + 0.1

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.image import Detail, Grid, tiles
+from mlx_smolvlm.image import Detail, Grid, grid_of, tiles
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.recipe.items import Drawn
 from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
@@ -25,9 +25,15 @@ from mlx_smolvlm.train.recipe.topics import TOPICS, ask, ask_several, draw, talk
 
 @dataclass(frozen=True)
 class EncoderBatch:
-    """Tiles (N, H, W, 3) with the labels (N, P, columns) and extents (N, P, 4) of their patches."""
+    """Tiles with labels.
 
-    pixel_values: np.ndarray
+    Attributes:
+        pixels: uint8 (N, H, W, 3), before they are normalized.
+        labels: int32 (N, P, columns) of their patches, see `labels.patch_labels`.
+        extents: float32 (N, P, 4) likewise.
+    """
+
+    pixels: np.ndarray
     labels: np.ndarray
     extents: np.ndarray
 
@@ -44,6 +50,8 @@ class Batch:
         targets: Those tokens, int32 (T,).
         weights: What each counts, float32 (T,), at sum 1.
         pointers: Where tokens should look, by layer.
+        named: int32 (S, 5), flat place in `row_ids` of a word that names one thing, and the
+            bins of `PLACE_BINS` that its centre's column and row, width and height fall into.
     """
 
     prefix_ids: np.ndarray
@@ -53,6 +61,25 @@ class Batch:
     targets: np.ndarray
     weights: np.ndarray
     pointers: dict[int, Pointers]
+    named: np.ndarray
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked, and told beside the answers.
+
+    Attributes:
+        missing: Whether words for what is not there should look somewhere, too.
+        focus: Families that are asked about more often.
+        places: Whether words that name something are told its place and size.
+    """
+
+    missing: bool = False
+    focus: tuple[str, ...] = ()
+    places: bool = False
+
+
+PLAIN = Asked()
 
 
 @dataclass(frozen=True)
@@ -74,6 +101,7 @@ class Mix:
     detail: Detail = "low"
 
 
+PLACE_BINS = 12
 _SYSTEMS = (
     "You are a helpful assistant.",
     "Answer briefly.",
@@ -119,25 +147,40 @@ def sample_grid(rng: np.random.Generator, topics: tuple[str, ...]) -> str:
 def encoder_batch(
     seed: int, config: Config, size: int = 48, shares: Mapping[str, float] = ENCODER_SHARES
 ) -> EncoderBatch:
-    """`size` tiles with labels, half of them crops; the same for the same arguments.
+    """`size` tiles with labels; the same for the same arguments.
+
+    A picture is seen as a whole, or else in crops, of which those that show nothing are few.
 
     Args:
         shares: Of the topics, at sum 1.
     """
     rng = np.random.default_rng(seed)
-    pixels, labels, extents = [], [], []
-    for _ in range(size):
+    found: list[tuple[np.ndarray, ...]] = []
+    while len(found) < size:
         topic = str(rng.choice(list(shares), p=list(shares.values())))
         drawn = draw(rng, topic, sample_size(rng, sample_grid(rng, (topic,))))
-        cut = tiles(drawn.picture, config, "high")
-        told = patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
-        count = len(cut.pixel_values)
-        crop = rng.random() < 0.5 or TOPICS[topic].tiled
-        number = int(rng.integers(count - 1)) if crop and count > 1 else count - 1
-        pixels.append(cut.pixel_values[number])
-        labels.append(told[0][number])
-        extents.append(told[1][number])
-    return EncoderBatch(np.stack(pixels), np.stack(labels), np.stack(extents))
+        whole = rng.random() < 0.5 and not TOPICS[topic].tiled
+        shown = told_tiles(drawn, config, "low" if whole else "high")
+        for number, labels in enumerate(shown.labels):
+            last = number == len(shown.labels) - 1
+            if (labels[..., 0] > 0).any() or (last and whole) or rng.random() < 0.05:
+                found.append((shown.pixels[number], labels, shown.extents[number]))
+    return EncoderBatch(*(np.stack(part) for part in zip(*found[:size], strict=True)))
+
+
+def told_tiles(drawn: Drawn, config: Config, detail: Detail) -> EncoderBatch:
+    """The tiles of a picture with their labels."""
+    cut = tiles(drawn.picture, config, detail)
+    told = patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
+    return EncoderBatch(raw(cut.pixel_values, config), *told)
+
+
+def raw(pixel_values: np.ndarray, config: Config) -> np.ndarray:
+    """`pixel_values` as uint8, as they were before `image.tiles` normalized them."""
+    values = pixel_values * (255 * np.array(config.image.std, np.float32))
+    values += 255 * np.array(config.image.mean, np.float32) + np.float32(0.5)
+    whole: np.ndarray = values.astype(np.uint8)
+    return whole
 
 
 def pick_mix(rng: np.random.Generator) -> Mix:
@@ -145,41 +188,45 @@ def pick_mix(rng: np.random.Generator) -> Mix:
     return MIXES[int(rng.choice(len(MIXES), p=[share for _, share in MIXES]))][0]
 
 
-def batch(seed: int, builder: PromptBuilder, mix: Mix, missing: bool = False) -> Batch:
+def batch(
+    seed: int,
+    builder: PromptBuilder,
+    mix: Mix,
+    asked: Asked = PLAIN,
+    scale: int = 1,
+) -> Batch:
     """Questions as `mix` wants; the same for the same arguments.
 
     Args:
-        missing: Whether words for what is not there should look somewhere, too.
+        scale: How many times the conversations that `mix` names.
     """
     rng = np.random.default_rng(seed)
     if not mix.topics:
-        rows = [make_row(builder, talk(rng), "User: ") for _ in range(mix.rows)]
+        rows = [make_row(builder, talk(rng), "User: ") for _ in range(scale * mix.rows)]
         prefix = np.array([[token_id(builder.tokenizer, "<|im_start|>")]], np.int32)
-        return _batch(prefix, None, rows, {})
+        return _batch(prefix, None, rows, {}, asked)
     kind = sample_grid(rng, mix.topics)
     system = str(rng.choice(_SYSTEMS)) if rng.random() < 0.04 else None
     shown: list[EncoderBatch] = []
     rows, prefixes = [], []
     grids: list[Grid] = []
-    for _ in range(mix.conversations):
+    for _ in range(scale * mix.conversations):
         pictures = _draw(rng, mix, kind)
         grids = []
         for drawn in pictures:
-            cut = tiles(drawn.picture, builder.config, mix.detail)
-            side = builder.config.vision.patch_grid
-            told = patch_labels(drawn.glyphs, drawn.background, cut.grid, side)
-            shown.append(EncoderBatch(cut.pixel_values, *told))
-            grids.append(cut.grid)
+            shown.append(told_tiles(drawn, builder.config, mix.detail))
+            grids.append(grid_of(drawn.picture.size, builder.config, mix.detail))
         prefixes.append(picture_prefix(builder, grids, system))
         for _ in range(mix.rows):
             if mix.pictures > 1:
                 turns = [ask_several(pictures, rng)]
             else:
-                turns = ask(pictures[0], rng, 1 + int(rng.random() < 0.18))
+                turns = ask(pictures[0], rng, 1 + int(rng.random() < 0.18), asked.focus)
             rows.append(make_row(builder, turns, ""))
     joined = (np.concatenate(part) for part in zip(*map(_arrays, shown), strict=True))
-    pointers = find_pointers(rows, grids, prefixes[0], builder.config, missing)
-    return _batch(np.array(prefixes, np.int32), EncoderBatch(*joined), rows, pointers)
+    pointers = find_pointers(rows, grids, prefixes[0], builder.config, asked.missing)
+    shown_tiles = EncoderBatch(*joined)
+    return _batch(np.array(prefixes, np.int32), shown_tiles, rows, pointers, asked)
 
 
 def _draw(rng: np.random.Generator, mix: Mix, kind: str) -> list[Drawn]:
@@ -204,7 +251,7 @@ def picture_prefix(
 
 
 def _arrays(shown: EncoderBatch) -> tuple[np.ndarray, ...]:
-    return shown.pixel_values, shown.labels, shown.extents
+    return shown.pixels, shown.labels, shown.extents
 
 
 def find_pointers(
@@ -251,6 +298,7 @@ def _batch(
     shown: EncoderBatch | None,
     rows: list[Row],
     pointers: dict[int, Pointers],
+    asked: Asked,
 ) -> Batch:
     row_ids, weights = padded(rows)
     flat = np.flatnonzero(weights)
@@ -262,4 +310,18 @@ def _batch(
         targets=row_ids.reshape(-1)[flat],
         weights=weights.reshape(-1)[flat] / weights.sum(),
         pointers=pointers,
+        named=named_places(rows if asked.places else [], row_ids.shape[1]),
     )
+
+
+def named_places(rows: list[Row], length: int) -> np.ndarray:
+    """`Batch.named` of `rows` that are padded to `length`."""
+    found = []
+    for number, row in enumerate(rows):
+        for place, boxes in row.asked:
+            if len(boxes) == 1:
+                left, top, right, bottom = boxes[0].extent
+                shares = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+                bins = (min(PLACE_BINS - 1, max(0, int(PLACE_BINS * share))) for share in shares)
+                found.append((number * length + place, *bins))
+    return np.array(found, np.int32).reshape(-1, 5)

@@ -17,7 +17,7 @@ from mlx_smolvlm.config import VisionConfig
 from mlx_smolvlm.frames import clock, stamp
 from mlx_smolvlm.image import Grid, frame_tile
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.train.recipe.batches import find_pointers
+from mlx_smolvlm.train.recipe.batches import find_pointers, raw
 from mlx_smolvlm.train.recipe.clip_questions import ask_clip, makers_of
 from mlx_smolvlm.train.recipe.clips import VIDEO, Clip, sampled_indices, shown_frames
 from mlx_smolvlm.train.recipe.grounding import word_table
@@ -40,7 +40,7 @@ class ClipBatch:
 
     Attributes:
         prefix_ids: int32 (C, L), each clip's tokens up to the end of its last frame.
-        pixel_values: float32 (C * F, H, W, 3).
+        pixels: uint8 (C * F, H, W, 3), before they are normalized.
         labels: int32 (C * F, P, columns) of the patches, see `labels.patch_labels`.
         extents: float32 (C * F, P, 4) likewise.
         image_places: int32 (C * F * I,), flat places of the placeholders in `prefix_ids`.
@@ -57,7 +57,7 @@ class ClipBatch:
     """
 
     prefix_ids: np.ndarray
-    pixel_values: np.ndarray
+    pixels: np.ndarray
     labels: np.ndarray
     extents: np.ndarray
     image_places: np.ndarray
@@ -114,7 +114,7 @@ def clip_batch(
     grids, prefix = [Grid(0, 0)] * sampled, prefixes[0].tolist()
     return ClipBatch(
         prefix_ids=prefixes,
-        pixel_values=np.concatenate(pixels),
+        pixels=raw(np.concatenate(pixels), builder.config),
         labels=np.concatenate([told for told, _ in labels]),
         extents=np.concatenate([extents for _, extents in labels]),
         image_places=np.flatnonzero(prefixes == builder.config.image_token_id).astype(np.int32),

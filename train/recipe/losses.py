@@ -8,9 +8,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_smolvlm.config import Config
+from mlx_smolvlm.config import Config, ImageConfig
 from mlx_smolvlm.model import Model
-from mlx_smolvlm.train.recipe.batches import Batch, EncoderBatch
+from mlx_smolvlm.train.recipe.batches import PLACE_BINS, Batch, EncoderBatch
 from mlx_smolvlm.train.recipe.clip_batches import ClipBatch
 from mlx_smolvlm.train.recipe.labels import dense_loss, label_head
 from mlx_smolvlm.train.recipe.motion import (
@@ -28,6 +28,8 @@ _POINTER_SHARE = 0.25  # of the loss of where words look, in each of two layers
 _PRINT_SHARE = 0.3  # of the dense loss of tiles beside conversations
 _TOKEN_SHARE = 0.2  # of the loss of what the image tokens of a clip tell
 _FRAME_SHARE = 0.2  # of the loss of what the frames of a clip show
+_PLACE_SHARE = 0.1  # of the loss of places and sizes that words tell
+PLACE_LAYERS = 3  # after which words tell them
 _MOTION_SHARE = 0.1  # of the loss of what a question's words refer to in a clip
 
 
@@ -36,14 +38,26 @@ class Trainee(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.model = Model(config)
+        self.model, self.image = Model(config), config.image
         self.dense_head = label_head(config.vision)
         self.motion_head = MotionHeads(config.text.hidden_size)
+        self.place_head = nn.Linear(config.text.hidden_size, 4 * PLACE_BINS)
+
+    def features(self, pixels: np.ndarray) -> mx.array:
+        """The encoder's features (N, P, V) of uint8 tiles (N, H, W, 3)."""
+        return self.model.vision_model(normalized(pixels, self.image))
+
+
+def normalized(pixels: np.ndarray, image: ImageConfig) -> mx.array:
+    """`pixel_values` float32 (N, H, W, 3) of uint8 `pixels`, as `image.tiles` makes them."""
+    mean, std = np.array(image.mean), np.array(image.std)
+    scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
+    return mx.array(pixels).astype(mx.float32) * mx.array(scale) + mx.array(shift)
 
 
 def encoder_loss(trainee: Trainee, data: EncoderBatch) -> mx.array:
     """Loss of the dense labels."""
-    features = trainee.model.vision_model(mx.array(data.pixel_values))
+    features = trainee.features(data.pixels)
     logits = trainee.dense_head(features)
     return dense_loss(logits, mx.array(data.labels), mx.array(data.extents))
 
@@ -53,15 +67,27 @@ def answer_loss(trainee: Trainee, data: Batch) -> mx.array:
     model, text_model = trainee.model, trainee.model.text_model
     dense, image_embeds = mx.array(0.0), None
     if data.shown is not None:
-        features = model.vision_model(mx.array(data.shown.pixel_values))  # (N, P, V)
+        features = trainee.features(data.shown.pixels)  # (N, P, V)
         labels = mx.array(data.shown.labels), mx.array(data.shown.extents)
         dense = dense_loss(trainee.dense_head(features), *labels)
         image_embeds = model.connector(features)  # (N, I, D)
     embeds = model.embed(data.prefix_ids.reshape(-1), image_embeds)
     cache = SharedPrefix(len(text_model.layers))
     layer_states(text_model, embeds.reshape(*data.prefix_ids.shape, -1), cache)
-    answers, pointing, _ = row_losses(trainee, data, cache)
-    return answers + _DENSE_SHARE * dense + _POINTER_SHARE * pointing
+    answers, pointing, states = row_losses(trainee, data, cache)
+    places = place_loss(trainee, states[PLACE_LAYERS - 1], data.named)
+    total = answers + _DENSE_SHARE * dense + _POINTER_SHARE * pointing
+    return total + _PLACE_SHARE * places
+
+
+def place_loss(trainee: Trainee, states: mx.array, named: np.ndarray) -> mx.array:
+    """Loss of the places and sizes `named` (S, 5) that words' states (B, M, D) tell."""
+    if not len(named):
+        return mx.array(0.0)
+    read = unit(states.reshape(-1, states.shape[-1])[mx.array(named[:, 0])])
+    logits = trainee.place_head(read).reshape(-1, 4, PLACE_BINS)
+    losses = nn.losses.cross_entropy(logits, mx.array(named[:, 1:]))
+    return losses.mean(0).sum()
 
 
 def row_losses(
@@ -81,7 +107,7 @@ def row_losses(
 def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
     """Loss of the answers about clips, with shares of those of what clips show."""
     model, text_model, heads = trainee.model, trainee.model.text_model, trainee.motion_head
-    features = model.vision_model(mx.array(data.pixel_values))
+    features = trainee.features(data.pixels)
     labels = mx.array(data.labels), mx.array(data.extents)
     dense = dense_loss(trainee.dense_head(features), *labels)
     embeds = model.embed(data.prefix_ids.reshape(-1), model.connector(features))

@@ -1,13 +1,13 @@
 """The training run of the demo checkpoint.
 
-    python -m mlx_smolvlm.train.recipe --out FOLDER [--seed S] [--minutes N]
+    python -m mlx_smolvlm.train.recipe --out FOLDER [--seed S] [--minutes N] [--workers N]
     mlx.launch -n 2 --backend ring -- python -m mlx_smolvlm.train.recipe --out FOLDER
 
-Three stages: the encoder alone on dense labels, conversations about pictures and clips, and more
-of them, in which words for what is not there have a place to look at, and print is told beside.
-A batch follows from the seed and its number, and the schedule from the number of steps, so
-that a run which was stopped and goes on equals one that was not. A step of conversations is
-the mean over two batches, which one process makes one after the other, and two make at once.
+Two stages: the encoder alone on dense labels, then conversations about pictures and clips, with
+more tiles beside them, most of which show print. A batch follows from the seed and its number,
+and the schedule from the number of steps, so that a run which was stopped and goes on equals one
+that was not. A step is the mean over its parts, which one process makes one after the other, and
+several make at once. Workers are processes that only draw.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import argparse
 import json
 import math
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tokenizers import Tokenizer
 
 from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.train.recipe.ahead import Ahead
 from mlx_smolvlm.train.recipe.batches import (
+    PLAIN,
     PRINT_SHARES,
+    Asked,
     Batch,
     EncoderBatch,
     batch,
@@ -40,12 +43,13 @@ from mlx_smolvlm.train.recipe.batches import (
 from mlx_smolvlm.train.recipe.clip_batches import ClipBatch, clip_batch
 from mlx_smolvlm.train.recipe.encoder import start_encoder
 from mlx_smolvlm.train.recipe.fast import fast_curves
-from mlx_smolvlm.train.recipe.losses import Paired, Trainee, encoder_loss, step_loss
+from mlx_smolvlm.train.recipe.losses import Paired, Trainee, encoder_loss, normalized, step_loss
 from mlx_smolvlm.train.recipe.optimizer import Optimizer
 from mlx_smolvlm.train.recipe.sample_clips import SAMPLED
 from mlx_smolvlm.train.recipe.shapes import demo_config
 from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer
 
+SAVED_EVERY_S = 120
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
     "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
@@ -69,8 +73,9 @@ class Stage:
         frames: Sampled frames of the clips in a batch, about.
         brief: Share of the steps in which clips have three frames at most.
         parts: Batches whose mean gradient a step follows.
-        missing: Whether words for what is not there are told where to look, too.
+        asked: What is asked about pictures, and told beside the answers.
         tiles: Beside the conversations of a batch, most of them with print.
+        scale: How many times the conversations of `batches.MIXES` a batch has.
     """
 
     name: str
@@ -83,16 +88,20 @@ class Stage:
     frames: int = 24
     brief: float = 0.3
     parts: int = 1
-    missing: bool = False
+    asked: Asked = PLAIN
     tiles: int = 0
+    scale: int = 1
 
 
 STAGES = (
-    Stage("encoder", steps=6000, rate=0.014, size=48),
-    Stage("answers", steps=4500, rate=0.008, floor=0.01, encoder_share=0.4, clips=0.24, parts=2),
+    Stage("encoder", steps=7500, rate=0.014, size=256),
     Stage(
-        "more", steps=4500, rate=0.006, floor=0.01, encoder_share=0.7, clips=0.18, brief=0.0,
-        parts=2, missing=True, tiles=16,
+        "answers", steps=6000, rate=0.008, floor=0.01, encoder_share=0.5, clips=0.2, frames=96,
+        asked=Asked(missing=True), tiles=64, scale=4,
+    ),
+    Stage(
+        "relations", steps=1200, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.15, brief=0.0,
+        parts=2, asked=Asked(True, ("compare", "chart compare", "number"), True), tiles=12,
     ),
 )  # fmt: skip
 
@@ -115,26 +124,59 @@ def make_batch(builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, pla
     own += 500_000 * part
     if is_clip:
         longest = 3 if step < stage.brief * stage.steps else SAMPLED[-1]
-        talk: Batch | ClipBatch = clip_batch(own, builder, stage.frames, longest, stage.missing)
+        talk: Batch | ClipBatch = clip_batch(
+            own, builder, stage.frames, longest, stage.asked.missing
+        )
     else:
-        talk = batch(own, builder, mix, stage.missing)
+        talk = batch(own, builder, mix, stage.asked, stage.scale)
     if not stage.tiles:
         return talk
     return Paired(talk, encoder_batch(own + 250_000, builder.config, stage.tiles, PRINT_SHARES))
 
 
-class Run:
-    """A training run: what is trained, by which optimizer, and how far it has come."""
+def draw_step(
+    folder: Path,
+    stages: tuple[Stage, ...],
+    seed: int,
+    share: tuple[int, int],
+    place: tuple[int, int],
+) -> list[Data]:
+    """One process's batches of a step; of a step of one part, every process has that one.
 
-    def __init__(self, builder: PromptBuilder, stages: tuple[Stage, ...], seed: int) -> None:
+    Args:
+        share: The process's number, and how many there are.
+        place: Stage and step.
+    """
+    (rank, size), parts = share, stages[place[0]].parts
+    if parts > 1 and parts % size:
+        raise ValueError(f"{size} processes cannot share the {parts} parts of a step")
+    own = range(rank, parts, size) if parts > 1 else range(1)
+    return [make_batch(builder_of(folder), stages, seed, (*place, part)) for part in own]
+
+
+class Run:
+    """A training run: what is trained, by which optimizer, and how far it has come.
+
+    Args:
+        folder: Where the tokenizer lies.
+        workers: Processes that draw.
+    """
+
+    def __init__(
+        self, folder: Path, stages: tuple[Stage, ...], seed: int, workers: int = 0
+    ) -> None:
         mx.random.seed(seed)
+        builder = builder_of(folder)
         self.builder, self.stages, self.seed = builder, stages, seed
         self.trainee = Trainee(builder.config)
         self.group = mx.distributed.init()  # of this process alone, unless several were launched
         sample = encoder_batch(seed + 999, builder.config, size=400)
-        start_encoder(self.trainee.model.vision_model, sample.pixel_values)
-        self._pool = ThreadPoolExecutor(1)
-        self._ahead: tuple[tuple[int, int], Future[list[Data]]] | None = None
+        start_encoder(
+            self.trainee.model.vision_model,
+            np.array(normalized(sample.pixels, builder.config.image)),
+        )
+        share = self.group.rank(), self.group.size()
+        self._ahead = Ahead(partial(draw_step, folder, stages, seed, share), self._after, workers)
         self.stage, self.step = 0, 0
         self._enter_stage()
 
@@ -157,22 +199,26 @@ class Run:
 
     def advance(self) -> float:
         """One step; the loss before it."""
-        data = self._drawn(self.stage, self.step)
+        value: float = self.begin().item()  # type: ignore[assignment]
+        return value
+
+    def begin(self) -> mx.array:
+        """One step that may still be computed when this returns; the loss before it."""
+        data = self._ahead.at((self.stage, self.step))
         stage = self.stages[self.stage]
         share = 0.5 + 0.5 * math.cos(math.pi * self.step / stage.steps)
         rate = stage.rate * (stage.floor + (1 - stage.floor) * share)
         self.optimizer.set_rates(rate * min(1, (self.step + 1) / 20), stage.encoder_share)
-        with fast_curves():
+        with fast_curves() if mx.default_device() == mx.Device(mx.cpu) else nullcontext():
             loss, gradient = self._mean(data, stage.parts)
             self.optimizer.update(self.trainee, gradient)
-            mx.eval(self.trainee.parameters(), self.optimizer.state, loss)
+            mx.async_eval(self.trainee.parameters(), self.optimizer.state, loss)
         self.step += 1
         if self.step == stage.steps:
             self.stage, self.step = self.stage + 1, 0
             if not self.done:
                 self._enter_stage()
-        value: float = loss.item()  # type: ignore[assignment]
-        return value
+        return loss
 
     def any_of(self, wish: bool) -> bool:
         """Whether any of the processes wishes so; all of them are told the same."""
@@ -182,36 +228,21 @@ class Run:
     def _mean(self, data: list[Data], parts: int) -> tuple[mx.array, Any]:
         """Mean loss and gradient over the parts of a step, of which `data` are this process's."""
         loss, gradient = self._gradient(self.trainee, data[0])
-        mx.eval(loss, gradient)
         for one in data[1:]:
+            mx.eval(loss, gradient)
             more = self._gradient(self.trainee, one)
             loss, gradient = loss + more[0], tree_map(mx.add, gradient, more[1])
-            mx.eval(loss, gradient)
         if self.group.size() > 1 and parts > 1:
             loss = mx.distributed.all_sum(loss)
             gradient = tree_map(mx.distributed.all_sum, gradient)
         return loss / parts, tree_map(lambda g: g / parts, gradient)
 
-    def _draw(self, place: tuple[int, int]) -> list[Data]:
-        """This process's batches of a step; of a step of one part, every process has that one."""
-        parts, size = self.stages[place[0]].parts, self.group.size()
-        if parts > 1 and parts % size:
-            raise ValueError(f"{size} processes cannot share the {parts} parts of a step")
-        own = range(self.group.rank(), parts, size) if parts > 1 else range(1)
-        make = partial(make_batch, self.builder, self.stages, self.seed)
-        return [make((*place, part)) for part in own]
-
-    def _drawn(self, number: int, step: int) -> list[Data]:
-        """The batches of a step, which were drawn ahead; the next ones are begun."""
-        draw = self._draw
-        place = (number, step)
-        if self._ahead is None or self._ahead[0] != place:
-            self._ahead = (place, self._pool.submit(draw, place))
-        data = self._ahead[1].result()
-        after = (number, step + 1) if step + 1 < self.stages[number].steps else (number + 1, 0)
-        if after[0] < len(self.stages):
-            self._ahead = (after, self._pool.submit(draw, after))
-        return data
+    def _after(self, place: tuple[int, int]) -> tuple[int, int] | None:
+        """The stage and step after those of `place`; None after the last."""
+        number, step = place
+        if step + 1 < self.stages[number].steps:
+            return number, step + 1
+        return (number + 1, 0) if number + 1 < len(self.stages) else None
 
     def save(self, path: Path) -> None:
         """Write weights, the optimizer's state and the step to `path`, at once."""
@@ -244,7 +275,7 @@ def save_checkpoint(run: Run, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
-def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES) -> Run:
+def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES, workers: int = 0) -> Run:
     """A run that writes to `folder`, with its tokenizer and template written there."""
     group = mx.distributed.init()
     if group.rank() == 0:
@@ -253,9 +284,10 @@ def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES) -> Run:
         tokenizer.save(str(folder / "tokenizer.json"))
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # the others wait until it is there
-    return Run(builder_of(folder), stages, seed)
+    return Run(folder, stages, seed, workers)
 
 
+@lru_cache(maxsize=4)
 def builder_of(folder: Path) -> PromptBuilder:
     """Prompts with the tokenizer in `folder`."""
     path = folder / "tokenizer.json"
@@ -267,34 +299,36 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--minutes", type=float, default=math.inf, help="stop after so many of CPU time"
-    )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw")
     parser.add_argument("--until", choices=[s.name for s in STAGES], help="stop after this stage")
     options = parser.parse_args()
-    run = start(options.out, options.seed)
+    run = start(options.out, options.seed, workers=options.workers)
     state, log = options.out / "state.safetensors", options.out / "log.csv"
     if state.exists():
         run.restore(state)
     else:
-        log.write_text("stage,step,loss,cpu_s\n")
-    losses: list[float] = []
-    saved = time.process_time()
-    while not run.done and not run.any_of(time.process_time() > options.minutes * 60):
+        log.write_text("stage,step,loss,seconds\n")
+    losses: list[mx.array] = []
+    saved = begun = time.monotonic()
+    while not run.done and not run.any_of(time.monotonic() - begun > options.minutes * 60):
         name, step = run.stages[run.stage].name, run.step + 1
-        losses.append(run.advance())
+        losses.append(run.begin())
+        mx.eval(losses[-2:-1])  # so that one step is computed while the next is prepared
         if run.step == 0 and name == options.until:
             break
         if run.group.rank():
+            del losses[:-1]
             continue  # the first process writes for all
         if step % 50 == 0:
+            mean = float(mx.stack(losses).mean())
             with log.open("a") as file:
-                file.write(f"{name},{step},{np.mean(losses):.4f},{time.process_time():.0f}\n")
+                file.write(f"{name},{step},{mean:.4f},{time.monotonic() - begun:.0f}\n")
             losses.clear()
-        if time.process_time() - saved > 120:
+        if time.monotonic() - saved > SAVED_EVERY_S:
             run.save(state)
             save_checkpoint(run, options.out)
-            saved = time.process_time()
+            saved = time.monotonic()
     if not run.group.rank():
         run.save(state)
         save_checkpoint(run, options.out)

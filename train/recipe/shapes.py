@@ -19,16 +19,16 @@ def demo_config(tokenizer: Tokenizer) -> Config:
     """Configuration of the demo: tiles of 96 px and 16 tokens, pictures of 192 px."""
     return Config(
         vision=VisionConfig(
-            hidden_size=160,
-            intermediate_size=640,
-            num_hidden_layers=4,
-            num_attention_heads=2,
+            hidden_size=192,
+            intermediate_size=704,
+            num_hidden_layers=6,
+            num_attention_heads=3,
             image_size=96,
             patch_size=12,
             layer_norm_eps=1e-6,
         ),
         text=TextConfig(
-            hidden_size=160,
+            hidden_size=192,
             intermediate_size=448,
             num_hidden_layers=6,
             num_attention_heads=4,

@@ -75,7 +75,7 @@ class Topic:
 
 TOPICS: dict[str, Topic] = {
     "shapes": Topic(shapes, 0.4),
-    "words": Topic(words.sample, 0.2),
+    "words": Topic(words.sample, 0.28),
     "charts": Topic(charts.sample, 0.2),
     "objects": Topic(objects.sample, 0.2),
     "pages": Topic(pages.sample, 0.15, tiled=True, long=True),
@@ -87,13 +87,27 @@ def draw(rng: np.random.Generator, topic: str, size: Size) -> Drawn:
     return TOPICS[topic].sample(rng, size)
 
 
-def ask(drawn: Drawn, rng: np.random.Generator, count: int) -> list[Turn]:
-    """`count` turns about one picture, of which a second may go on from the first."""
+_FOCUS_SHARE = 0.4  # of the questions that are tried to be of a family in focus
+_TRIES = 8
+
+
+def ask(
+    drawn: Drawn, rng: np.random.Generator, count: int, focus: tuple[str, ...] = ()
+) -> list[Turn]:
+    """`count` turns about one picture, of which a second may go on from the first.
+
+    Args:
+        focus: Families that are asked about more often.
+    """
     if count == 2 and drawn.talk is not None and rng.random() < 0.7:
         return drawn.talk(rng)
     weights = np.array([weight for _, weight in drawn.makers])
     picks = rng.choice(len(drawn.makers), size=count, p=weights / weights.sum())
     turns = [drawn.makers[i][0](rng) for i in picks]
+    if focus and rng.random() < _FOCUS_SHARE:
+        tries = rng.choice(len(drawn.makers), size=_TRIES, p=weights / weights.sum())
+        drawn_again = (drawn.makers[i][0](rng) for i in tries)
+        turns[-1] = next((turn for turn in drawn_again if turn.family in focus), turns[-1])
     return [casual(unknown(rng) if rng.random() < 0.03 else turn, rng) for turn in turns]
 
 
