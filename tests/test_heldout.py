@@ -13,7 +13,18 @@ from mlx_smolvlm.train.recipe.lexicon import HELD_OUT, TRAINED, WORDS
 from mlx_smolvlm.train.recipe.run import STAGES
 from mlx_smolvlm.train.recipe.words import sample
 
-FAMILIES = {"what", "describe", "color", "shape", "count", "where", "at", "exists", "compare"}
+FAMILIES = {
+    "what",
+    "describe",
+    "color",
+    "shape",
+    "count",
+    "where",
+    "at",
+    "exists",
+    "larger",
+    "beside",
+}
 
 
 def words_of(drawn: Drawn) -> list[str]:

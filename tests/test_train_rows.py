@@ -32,7 +32,7 @@ from mlx_smolvlm.train.recipe.prefix import (
 )
 from mlx_smolvlm.train.recipe.rows import make_row
 from mlx_smolvlm.train.recipe.sample_clips import sample_clip
-from mlx_smolvlm.train.recipe.topics import TOPICS, ask, ask_several, draw, shapes, talk
+from mlx_smolvlm.train.recipe.topics import TOPICS, Focus, ask, ask_several, draw, shapes, talk
 
 
 def messages_of(turns: list[Turn], pictures: int, system: str | None) -> list[dict[str, Any]]:
@@ -270,7 +270,7 @@ def test_words_that_name_one_thing_tell_its_place_and_size(demo_builder: PromptB
     left, right = Box((0.0, 0.5, 0.25, 1.0)), Box((0.75, 0.0, 1.0, 0.24))
     question = (Part("Are the "), Part("star", (left,)), Part(" and the "), Part("moon", (right,)))
     both = Part(" shapes", (left, right))
-    row = make_row(demo_builder, [Turn("compare", (*question, both), "No.")], "")
+    row = make_row(demo_builder, [Turn("beside", (*question, both), "No.")], "")
     found = named_places([row, row], len(row.ids) + 2)
     said = [demo_builder.tokenizer.decode(row.ids[: at + 1]) for at in found[:2, 0]]
     assert [text.rsplit(" ", 1)[1] for text in said] == ["star", "moon"]
@@ -285,8 +285,10 @@ def test_words_that_name_one_thing_tell_its_place_and_size(demo_builder: PromptB
 def test_families_in_focus_are_asked_about_more_often() -> None:
     rng = np.random.default_rng(0)
     shares = []
-    for focus in ((), ("compare",)):
-        drawn = [shapes(rng, (96, 96)) for _ in range(200)]
+    names = ("larger", "beside")
+    for focus in (Focus(), Focus(names, 0.5), Focus(names, 0.5, 80, True)):
+        drawn = [shapes(rng, (96, 96)) for _ in range(300)]
         families = [ask(one, rng, 1, focus)[0].family for one in drawn]
-        shares.append(families.count("compare") / 200)
-    assert shares[1] > shares[0] + 0.1
+        shares.append([families.count(name) / 300 for name in names])
+    assert sum(shares[1]) > sum(shares[0]) + 0.1
+    assert shares[2][0] > shares[1][0] + 0.02  # of the rare one

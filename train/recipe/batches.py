@@ -20,7 +20,7 @@ from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
 from mlx_smolvlm.train.recipe.prefix import ANSWERED_LAYER, ASKED_LAYER, Pointers
 from mlx_smolvlm.train.recipe.rows import Pointed, Row, make_row, padded
 from mlx_smolvlm.train.recipe.tokenizer import token_id
-from mlx_smolvlm.train.recipe.topics import TOPICS, ask, ask_several, draw, talk
+from mlx_smolvlm.train.recipe.topics import NO_FOCUS, TOPICS, Focus, ask, ask_several, draw, talk
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Asked:
 
     Attributes:
         missing: Whether words for what is not there should look somewhere, too.
-        focus: Families that are asked about more often.
+        focus: Families of questions on one picture that are asked about more often.
         places: Whether words that name something are told its place and size.
     """
 
     missing: bool = False
-    focus: tuple[str, ...] = ()
+    focus: Focus = NO_FOCUS
     places: bool = False
 
 

@@ -318,14 +318,14 @@ def compare(scene: Scene, rng: np.random.Generator) -> Turn:
         question = fill(pick(rng, LARGER if larger else SMALLER), first, second)
         (answer,) = (first,) if (ratio > 1) == larger else (second,)
         shown = one if answer is first else other
-        return Turn("compare", question, (seen(f"The {answer.text}.", shown, scene=scene),))
+        return Turn("larger", question, (seen(f"The {answer.text}.", shown, scene=scene),))
     across = abs(one.x - other.x) / scene.width
     along = abs(one.y - other.y) / scene.height
     side = str(rng.choice(("left of", "right of") if across > along else ("above", "below")))
     before = one.x < other.x if across > along else one.y < other.y
     is_true = before == (side in ("left of", "above"))
     question = fill(pick(rng, BESIDE).replace("{side}", side), first, second)
-    return Turn("compare", question, (seen("Yes." if is_true else "No.", *both, scene=scene),))
+    return Turn("beside", question, (seen("Yes." if is_true else "No.", *both, scene=scene),))
 
 
 def follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:

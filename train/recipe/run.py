@@ -48,6 +48,7 @@ from mlx_smolvlm.train.recipe.optimizer import Optimizer
 from mlx_smolvlm.train.recipe.sample_clips import SAMPLED
 from mlx_smolvlm.train.recipe.shapes import demo_config
 from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer
+from mlx_smolvlm.train.recipe.topics import Focus
 
 SAVED_EVERY_S = 120
 CHAT_TEMPLATE = (
@@ -93,6 +94,7 @@ class Stage:
     scale: int = 1
 
 
+RELATIONS = ("larger", "beside", "chart compare", "number")
 STAGES = (
     Stage("encoder", steps=7500, rate=0.014, size=256),
     Stage(
@@ -100,8 +102,12 @@ STAGES = (
         asked=Asked(missing=True), tiles=64, scale=4,
     ),
     Stage(
-        "relations", steps=1200, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.15, brief=0.0,
-        parts=2, asked=Asked(True, ("compare", "chart compare", "number"), True), tiles=12,
+        "relations", steps=654, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.15, brief=0.0,
+        parts=2, asked=Asked(True, Focus(RELATIONS), True), tiles=12,
+    ),
+    Stage(
+        "sizes", steps=600, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.12, brief=0.0,
+        parts=2, asked=Asked(True, Focus(RELATIONS, 0.5, 80, True), True), tiles=12,
     ),
 )  # fmt: skip
 

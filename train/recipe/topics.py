@@ -87,27 +87,37 @@ def draw(rng: np.random.Generator, topic: str, size: Size) -> Drawn:
     return TOPICS[topic].sample(rng, size)
 
 
-_FOCUS_SHARE = 0.4  # of the questions that are tried to be of a family in focus
-_TRIES = 8
+@dataclass(frozen=True)
+class Focus:
+    """Families that are asked about more often.
 
-
-def ask(
-    drawn: Drawn, rng: np.random.Generator, count: int, focus: tuple[str, ...] = ()
-) -> list[Turn]:
-    """`count` turns about one picture, of which a second may go on from the first.
-
-    Args:
-        focus: Families that are asked about more often.
+    Attributes:
+        share: Of the questions that are tried to be of one of them.
+        tries: Questions that are drawn for it.
+        evenly: Whether one family is chosen first, so that rare ones come as often as others.
     """
+
+    families: tuple[str, ...] = ()
+    share: float = 0.4
+    tries: int = 8
+    evenly: bool = False
+
+
+NO_FOCUS = Focus()
+
+
+def ask(drawn: Drawn, rng: np.random.Generator, count: int, focus: Focus = NO_FOCUS) -> list[Turn]:
+    """`count` turns about one picture, of which a second may go on from the first."""
     if count == 2 and drawn.talk is not None and rng.random() < 0.7:
         return drawn.talk(rng)
     weights = np.array([weight for _, weight in drawn.makers])
     picks = rng.choice(len(drawn.makers), size=count, p=weights / weights.sum())
     turns = [drawn.makers[i][0](rng) for i in picks]
-    if focus and rng.random() < _FOCUS_SHARE:
-        tries = rng.choice(len(drawn.makers), size=_TRIES, p=weights / weights.sum())
+    if focus.families and rng.random() < focus.share:
+        wanted = (pick(rng, focus.families),) if focus.evenly else focus.families
+        tries = rng.choice(len(drawn.makers), size=focus.tries, p=weights / weights.sum())
         drawn_again = (drawn.makers[i][0](rng) for i in tries)
-        turns[-1] = next((turn for turn in drawn_again if turn.family in focus), turns[-1])
+        turns[-1] = next((turn for turn in drawn_again if turn.family in wanted), turns[-1])
     return [casual(unknown(rng) if rng.random() < 0.03 else turn, rng) for turn in turns]
 
 
@@ -182,4 +192,4 @@ def talk(rng: np.random.Generator) -> list[Turn]:
     return [small_talk(rng) for _ in range(1 + int(rng.random() < 0.3))]
 
 
-__all__ = ["TOPICS", "Topic", "ask", "ask_several", "capital", "draw", "name", "talk"]
+__all__ = ["TOPICS", "Focus", "Topic", "ask", "ask_several", "capital", "draw", "name", "talk"]
