@@ -183,9 +183,10 @@ def raw(pixel_values: np.ndarray, config: Config) -> np.ndarray:
     return whole
 
 
-def pick_mix(rng: np.random.Generator) -> Mix:
-    """One of `MIXES`, by their shares."""
-    return MIXES[int(rng.choice(len(MIXES), p=[share for _, share in MIXES]))][0]
+def pick_mix(rng: np.random.Generator, mixes: tuple[tuple[Mix, float], ...] = ()) -> Mix:
+    """One of `mixes`, or else of `MIXES`, by their shares."""
+    mixes = mixes or MIXES
+    return mixes[int(rng.choice(len(mixes), p=[share for _, share in mixes]))][0]
 
 
 def batch(

@@ -31,11 +31,13 @@ from tokenizers import Tokenizer
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.recipe.ahead import Ahead
 from mlx_smolvlm.train.recipe.batches import (
+    MIXES,
     PLAIN,
     PRINT_SHARES,
     Asked,
     Batch,
     EncoderBatch,
+    Mix,
     batch,
     encoder_batch,
     pick_mix,
@@ -74,6 +76,7 @@ class Stage:
         frames: Sampled frames of the clips in a batch, about.
         brief: Share of the steps in which clips have three frames at most.
         parts: Batches whose mean gradient a step follows.
+        mixes: What batches of pictures hold, with shares; none is `batches.MIXES`.
         asked: What is asked about pictures, and told beside the answers.
         tiles: Beside the conversations of a batch, most of them with print.
         scale: How many times the conversations of `batches.MIXES` a batch has.
@@ -89,11 +92,17 @@ class Stage:
     frames: int = 24
     brief: float = 0.3
     parts: int = 1
+    mixes: tuple[tuple[Mix, float], ...] = ()
     asked: Asked = PLAIN
     tiles: int = 0
     scale: int = 1
 
 
+_SHAPES = (
+    *((mix, 0.25 * share) for mix, share in MIXES),
+    (Mix(("shapes",), 6, 8, detail="high"), 0.45),
+    (Mix(("shapes",), 14, 5), 0.3),
+)
 RELATIONS = ("larger", "beside", "chart compare", "number")
 STAGES = (
     Stage("encoder", steps=7500, rate=0.014, size=256),
@@ -106,8 +115,12 @@ STAGES = (
         parts=2, asked=Asked(True, Focus(RELATIONS), True), tiles=12,
     ),
     Stage(
-        "sizes", steps=600, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.12, brief=0.0,
+        "sizes", steps=247, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.12, brief=0.0,
         parts=2, asked=Asked(True, Focus(RELATIONS, 0.5, 80, True), True), tiles=12,
+    ),
+    Stage(
+        "shapes", steps=640, rate=0.004, floor=0.01, encoder_share=0.2, clips=0.06, brief=0.0,
+        parts=2, mixes=_SHAPES, asked=Asked(True, Focus(RELATIONS[:2], 0.6, 80, True), True),
     ),
 )  # fmt: skip
 
@@ -126,7 +139,7 @@ def make_batch(builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, pla
     if stage.size:
         return encoder_batch(own + 500_000 * part, builder.config, stage.size)
     kind = np.random.default_rng([own, 1])
-    is_clip, mix = kind.random() < stage.clips, pick_mix(kind)
+    is_clip, mix = kind.random() < stage.clips, pick_mix(kind, stage.mixes)
     own += 500_000 * part
     if is_clip:
         longest = 3 if step < stage.brief * stage.steps else SAMPLED[-1]
