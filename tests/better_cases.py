@@ -9,7 +9,7 @@ import numpy as np
 from mlx_smolvlm.convert.losses import head_of, predictions
 from mlx_smolvlm.convert.observe import last_hidden, windows
 from mlx_smolvlm.convert.samples import TEXTS
-from mlx_smolvlm.train.tokenizer import build_tokenizer
+from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer
 
 spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
 hf = importlib.util.module_from_spec(spec)
@@ -28,7 +28,7 @@ def make_source(folder, **changes):
 
     `changes` are to its config.json, as `hf_folder.settings` takes them.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(vocab_size=640, tags=())
     values = hf.settings(
         image_token_id=tokenizer.token_to_id("<image>"),
         text__vocab_size=tokenizer.get_vocab_size(),

@@ -36,7 +36,7 @@ from mlx_smolvlm.generate import prefill  # noqa: E402
 from mlx_smolvlm.image import open_image, tiles  # noqa: E402
 from mlx_smolvlm.sampling import Sampling  # noqa: E402
 from mlx_smolvlm.smolvlm import SmolVLM, load  # noqa: E402
-from mlx_smolvlm.train.tokenizer import build_tokenizer  # noqa: E402
+from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer  # noqa: E402
 
 
 def load_recorder() -> ModuleType:
@@ -121,7 +121,7 @@ CASES = {
 
 
 def make_pair(case: Case, folder: Path) -> Pair:
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer(vocab_size=640, tags=())
     special = {name: tokenizer.token_to_id(name) for name in ("<image>", "<end_of_utterance>")}
     make_config = Idefics3Config if case.idefics3 else SmolVLMConfig
     make_model = (
