@@ -1,10 +1,10 @@
 """What packed and bounded caches of keys and values cost in answers, and save in bytes.
 
     make oracles
-    python benchmarks/kv.py [text] [demo] [bytes] [--tokens N] [--only NAME] [--pictures N] [--json]
+    python benchmarks/kv.py [text] [demo] [bytes] [--tokens N] [--only NAME] [--items N] [--json]
 
 text   the real SmolLM2-135M-Instruct over LICENSE, against a cache of everything in float32
-demo   the demo's answers to held-out questions (train/evaluate.py), likewise
+demo   the demo's answers to held-out questions, N of each family, likewise
 bytes  what a token takes in the caches of the published models' shapes
 
 On Linux a preloaded OpenBLAS (LD_PRELOAD) makes the first many times faster.
@@ -33,6 +33,7 @@ from mlx_smolvlm.storage import FLOAT, Held, Mask, PackedStorage
 
 ROOT = Path(__file__).parent.parent
 CHUNK = 500  # tokens of which logits are held at once
+TOPICS = ("shapes", "words", "charts", "objects")  # that the demo is asked about
 SHAPES = {"256M": (30, 3), "500M": (32, 5), "2.2B": (24, 32)}  # layers, heads of keys; 64 wide
 
 
@@ -158,11 +159,13 @@ def compared(
     }
 
 
-def on_demo(pictures: int) -> dict[str, dict[str, float]]:
+def on_demo(items: int) -> dict[str, dict[str, float]]:
     """For each cache the shares of answers that are right, and as they are with a full one."""
-    from mlx_smolvlm.train.evaluate import answers, held_out
+    from mlx_smolvlm.train.recipe.evaluate import ask, cases
 
-    results, full = {}, []
+    asked = [case for topic in TOPICS for case in cases(topic, items)]
+    results: dict[str, dict[str, float]] = {}
+    full: list[str] = []
     for name, options in {
         "everything": CacheOptions(),
         "8 bits, groups of 64": CacheOptions(kv_bits=8),
@@ -170,12 +173,13 @@ def on_demo(pictures: int) -> dict[str, dict[str, float]]:
         "4 bits, groups of 64": CacheOptions(kv_bits=4),
         "4 bits, groups of 32": CacheOptions(kv_bits=4, kv_group_size=32),
     }.items():
-        cases = list(answers(load("demo", cache=options), held_out(pictures)))
-        full = full or cases
-        same = [a.answer == b.answer for a, b in zip(full, cases, strict=True)]
-        right = sum(case.right for case in cases) / len(cases)
+        vlm = load("demo", cache=options)
+        said = [ask(vlm, case).text for case in asked]
+        full = full or said
+        same = sum(map(str.__eq__, full, said)) / len(asked)
+        right = sum(text == case.answer for text, case in zip(said, asked, strict=True))
         results[name] = {
-            "questions": len(cases), "unchanged": sum(same) / len(cases), "right": right,
+            "questions": len(asked), "unchanged": same, "right": right / len(asked),
         }  # fmt: skip
     return results
 
@@ -234,14 +238,14 @@ def main() -> None:
     parser.add_argument("--text", default="LICENSE")
     parser.add_argument("--tokens", type=int, default=2000)
     parser.add_argument("--only", default="", help="caches whose names hold this, of text")
-    parser.add_argument("--pictures", type=int, default=100)
+    parser.add_argument("--items", type=int, default=20, help="questions of a family, of demo")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     results: dict[str, Any] = {}
     if "text" in options.what:
         results["text"] = on_text(ROOT / options.text, options.tokens, options.only)
     if "demo" in options.what:
-        results["demo"] = on_demo(options.pictures)
+        results["demo"] = on_demo(options.items)
     if "bytes" in options.what:
         results["bytes"] = bytes_a_token()
     if options.json:

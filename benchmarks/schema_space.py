@@ -1,6 +1,6 @@
 """Right answers of the demo with and without the space that it learned to begin with.
 
-    python benchmarks/schema_space.py [--pictures N]
+    python benchmarks/schema_space.py [--items N]
 
 Held-out questions about colors, numbers and places, answered freely, and then held to the
 answers that occur in each family, after what each row says.
@@ -16,8 +16,7 @@ import mlx_smolvlm
 from mlx_smolvlm import Sampling
 from mlx_smolvlm.constrain import Constraint
 from mlx_smolvlm.schema import grammar
-from mlx_smolvlm.train.draw import render
-from mlx_smolvlm.train.evaluate import held_out
+from mlx_smolvlm.train.recipe.evaluate import cases
 
 FAMILIES = ("color", "count", "where")
 LEADS = {"free": None, "space demanded": " ", "space left to the model": " ?", "no space": ""}
@@ -32,27 +31,23 @@ def constraint(vlm: mlx_smolvlm.SmolVLM, answers: list[str], lead: str) -> Const
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Does the space before an answer matter?")
-    parser.add_argument("--pictures", type=int, default=60)
+    parser.add_argument("--items", type=int, default=60, help="questions of a family")
     options = parser.parse_args()
     vlm = mlx_smolvlm.load("demo", dtype="float32")
-    drawn = [
-        (render(scene), turn)
-        for scene, turn in held_out(options.pictures)
-        if scene is not None and turn.family in FAMILIES
-    ]
+    asked = list(cases("shapes", options.items, families=FAMILIES))
     answers = {
-        family: sorted({turn.answer for _, turn in drawn if turn.family == family})
+        family: sorted({case.answer for case in asked if case.family == family})
         for family in FAMILIES
     }
     for name, lead in LEADS.items():
         right = 0
-        for picture, turn in drawn:
+        for case in asked:
             sampling = Sampling(max_tokens=60, regex=None if lead is None else ".*")
-            stream = vlm.stream(turn.question, images=[picture], sampling=sampling)
+            stream = vlm.stream(case.messages, images=case.pictures, sampling=sampling)
             if lead is not None:
-                stream._constraint = constraint(vlm, answers[turn.family], lead)
-            right += stream.finished().text.strip() == turn.answer
-        print(f"{name:24} {right} of {len(drawn)}")
+                stream._constraint = constraint(vlm, answers[case.family], lead)
+            right += stream.finished().text.strip() == case.answer
+        print(f"{name:24} {right} of {len(asked)}")
 
 
 if __name__ == "__main__":

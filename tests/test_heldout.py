@@ -2,11 +2,15 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
 
+from mlx_smolvlm.train.recipe.evaluate import Case, cases, shares
 from mlx_smolvlm.train.recipe.heldout import _REALM, ALL_TOPICS, collect, items, write
 from mlx_smolvlm.train.recipe.items import Drawn, text_of
 from mlx_smolvlm.train.recipe.lexicon import HELD_OUT, TRAINED, WORDS
@@ -115,3 +119,41 @@ def test_training_never_draws_from_a_seed_of_the_held_out() -> None:
     assert 10**6 * (len(STAGES) + 1) + longest + 500_000 < 10**9  # each run keeps to its own
     # A run with another seed begins at 10**9 times it; those of a thousand stay below.
     assert _REALM > 10**9 * 1000
+
+
+class Knowing:
+    """Stands for a model that knows every answer of some cases but those of `wrong` families."""
+
+    def __init__(self, known: list[Case], wrong: set[str]) -> None:
+        self.known, self.wrong = known, wrong
+        self.media: list[tuple[int, int]] = []
+
+    def ask(self, prompt: list, images: list, videos: list, **_options: object) -> SimpleNamespace:
+        case = next(one for one in self.known if one.messages == prompt)
+        assert images == list(case.pictures)
+        assert [av.open(str(path)).streams.video[0].frames for path in videos] == (
+            [case.clip.frames] if case.clip else []
+        )
+        self.media.append((len(images), len(videos)))
+        return SimpleNamespace(
+            text=case.answer.lower() if case.family in self.wrong else case.answer
+        )
+
+
+def test_cases_are_the_items_of_the_dataset_up_to_their_answers() -> None:
+    for topic in ALL_TOPICS:
+        for case, item in zip(cases(topic, 2, seed=3), collect(topic, 2, seed=3), strict=True):
+            assert (case.family, case.answer, case.clip) == (item.task, item.answer, item.clip)
+            assert [*case.messages, {"role": "assistant", "content": case.answer}] == item.messages
+            assert case.question == text_of(item.turns[-1].question)
+            assert len(case.pictures) == len(item.pictures)
+
+
+def test_shares_of_right_answers() -> None:
+    asked = [*cases("shapes", 3, families={"color", "two turns"}), *cases("several", 1)]
+    asked += cases("clips", 1, families={"clip: ends"})
+    vlm: Any = Knowing(asked, {"color"})
+    assert shares(vlm, asked) == {
+        "color": (0, 3), "two turns": (3, 3), "several": (1, 1), "clip: ends": (1, 1),
+    }  # fmt: skip
+    assert vlm.media == [(1, 0)] * 6 + [(2, 0), (0, 1)]
