@@ -29,6 +29,7 @@ from mlx_smolvlm.safetensors import read_header, read_metadata
 from mlx_smolvlm.storage import FLOAT
 
 VERSION = 1
+CARD_FILE = "README.md"
 LEAST_TOKENS = 16  # of a prompt that is worth a file
 _HEADER = "mlx-smolvlm"
 _BLOCK = 1 << 20
@@ -273,7 +274,7 @@ def _digest(tensors: Mapping[str, mx.array]) -> str:
 
 
 def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | None = None) -> str:
-    """Digest of every file of the checkpoint in `folder`.
+    """Digest of every file of the checkpoint in `folder` but its card, which may grow.
 
     Args:
         memo: A JSON file that remembers digests by name, size and time of the files, since
@@ -287,7 +288,7 @@ def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | No
         both = checkpoint_digest(folder, memo) + checkpoint_digest(adapter, memo)
         return hashlib.sha256(both.encode()).hexdigest()
     try:
-        files = sorted(path for path in folder.iterdir() if path.is_file())
+        files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != CARD_FILE)
         stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         known: dict[str, Any] = {}
         if memo is not None:

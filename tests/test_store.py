@@ -110,6 +110,10 @@ def test_the_digest_of_a_checkpoint_is_remembered_by_size_and_time(
     assert checkpoint_digest(tiny_folder, memo) == "remembered"
     twin = Path(shutil.copytree(tiny_folder, tmp_path / "twin"))
     assert checkpoint_digest(twin, memo) == digest
+    (twin / "README.md").write_text("What it can do is written here once it was judged.")
+    assert checkpoint_digest(twin, memo) == digest
+    (twin / "more.json").write_text("{}")
+    assert checkpoint_digest(twin, memo) != digest
     os.utime(tiny_folder / "config.json", ns=(1, 1))
     assert checkpoint_digest(tiny_folder, memo) == digest
     memo.write_text("not json")
