@@ -195,7 +195,7 @@ def test_wrong_arguments(tiny: SmolVLM) -> None:
     with pytest.raises(MediaError):
         tiny.choose("Which?", ["a", "b"], images=["nowhere.png"])
     with pytest.raises(PromptError, match="context is 512"):
-        tiny.choose("Which?", ["a", "word " * 600])
+        tiny.choose("Which?", ["a", "wool " * 600])
     config = dataclasses.replace(tiny.config, eos_token_ids=(5, 600))
     vlm = SmolVLM(tiny.path, config, tiny.model, tiny.prompt_builder)
     with pytest.raises(PromptError, match=r"ends an answer with none.*\(5, 600\)"):

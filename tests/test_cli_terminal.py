@@ -154,7 +154,7 @@ def test_mistakes_do_not_end_it(start: Start, tmp_path: Path) -> None:
     terminal.expect("error: there is no command /imgae; did you mean /image[^>]*> ")
     terminal.send("/help\n")
     terminal.expect("/image PATH(.|\n)*/reset(.|\n)*/exit(.|\n)*> ")
-    terminal.send("word " * 600 + "\n")
+    terminal.send("wool " * 600 + "\n")
     terminal.expect("error: the prompt takes [^>]*> ")
     terminal.send("Short\n")
     terminal.expect("<seen 1 users, 0 answers, 0 images>\r\n[^>]*> ")

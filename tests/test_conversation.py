@@ -419,23 +419,23 @@ def test_files_that_cannot_be_loaded(warm: SmolVLM, tmp_path: Path) -> None:
 
 def test_a_full_context_is_an_error_that_leaves_the_conversation(warm: SmolVLM) -> None:
     chat = warm.chat(sampling=SHORT)
-    chat.ask("word " * 90)
+    chat.ask("wool " * 90)
     with pytest.raises(ContextError, match="context is 512"):
-        chat.ask("word " * 500)
+        chat.ask("wool " * 500)
     assert chat.ask("And now?").cached_tokens > 90
 
 
 def test_drop_oldest_forgets_openly(warm: SmolVLM, cold: SmolVLM, logits: list[np.ndarray]) -> None:
     chat = warm.chat(system="Brief.", sampling=SHORT, on_full="drop-oldest")
     for number in range(3):
-        check_turn(chat, cold, logits, f"{number} " + "word " * 22, images=[PICTURES[number]])
+        check_turn(chat, cold, logits, f"{number} " + "wool " * 22, images=[PICTURES[number]])
     assert chat.context_used <= chat.context_size == 512
     with pytest.warns(SmolVLMWarning, match="oldest 1 of 3 questions are forgotten"):
-        check_turn(chat, cold, logits, "3 " + "word " * 60)
+        check_turn(chat, cold, logits, "3 " + "wool " * 60)
     assert chat.messages[0]["role"] == "system"
     assert chat.messages[1]["content"][1]["text"].startswith("1 ")
     with pytest.raises(ContextError):
-        chat.ask("word " * 600)
+        chat.ask("wool " * 600)
     assert len(chat.messages) == 7
 
 

@@ -89,8 +89,8 @@ def test_a_bounded_conversation_equals_a_cold_run(bounded: SmolVLM, cold: SmolVL
 def test_a_bounded_cache_goes_back_only_while_it_holds_all(tiny_folder: Path) -> None:
     vlm = load(tiny_folder, cache=CacheOptions(max_kv_tokens=LIMIT))
     for words, reuses in ((20, True), (60, False)):
-        first = vlm.ask("word " * words, sampling=SHORT)
-        again = vlm.ask("word " * words, sampling=SHORT)
+        first = vlm.ask("wool " * words, sampling=SHORT)
+        again = vlm.ask("wool " * words, sampling=SHORT)
         assert (again.cached_tokens > 0) is reuses
         assert again.token_ids == first.token_ids
         vlm.memory.clear()
@@ -133,9 +133,9 @@ def test_pictures_that_do_not_fit_are_refused(bounded: SmolVLM) -> None:
 
 def test_a_prompt_longer_than_the_cache_says_so(bounded: SmolVLM) -> None:
     with pytest.warns(SmolVLMWarning, match=r"longer than max_kv_tokens, 128: its oldest text"):
-        bounded.ask("word " * 60, sampling=SHORT)
+        bounded.ask("wool " * 60, sampling=SHORT)
     with pytest.raises(PromptError, match="context is 512"):  # not the cache decides that
-        bounded.ask("word " * 600)
+        bounded.ask("wool " * 600)
 
 
 def test_pinned_tokens(tiny: SmolVLM) -> None:

@@ -259,7 +259,7 @@ def test_a_long_beginning_and_long_questions(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mlx_smolvlm.packing.PREFILL_CHUNK", 7)
-    system = "word " * 40
+    system = "wool " * 40
     questions = ["long " * 30, "x", "longer " * 20]
     many = tiny.ask_many(None, questions, system=system, sampling=SHORT)
     assert_same(many, alone(tiny, questions, system=system, sampling=SHORT))
@@ -268,7 +268,7 @@ def test_a_long_beginning_and_long_questions(
 def test_answers_end_with_the_context(tiny: SmolVLM) -> None:
     endless = dataclasses.replace(tiny.config, eos_token_ids=())
     vlm = SmolVLM(tiny.path, endless, tiny.model, tiny.prompt_builder)
-    questions = ["word " * 60, "word " * 3]
+    questions = ["wool " * 60, "wool " * 3]
     sampling = Sampling(max_tokens=10_000)
     many = vlm.ask_many(None, questions, sampling=sampling)
     assert_same(many, alone(vlm, questions, sampling=sampling))
@@ -327,7 +327,7 @@ def test_wrong_arguments(tiny: SmolVLM, seen: list[int]) -> None:
     with pytest.raises(MediaError):
         tiny.ask_many("nowhere.png", QUESTIONS)
     with pytest.raises(PromptError, match=r"context is 512.*fewer pictures"):
-        tiny.ask_many([PICTURE], ["What?", "word " * 600])
+        tiny.ask_many([PICTURE], ["What?", "wool " * 600])
     assert seen == []
 
 

@@ -174,7 +174,7 @@ def test_mistakes(start: Talk, tmp_path: Path) -> None:
         (f"/load {tmp_path}/none", "error: .*none"),
         ("/imgae x", r"there is no command /imgae; did you mean /image\?"),
         ("/xyzzy", r"there is no command /xyzzy \("),
-        ("word " * 900, "error: the prompt takes"),
+        ("wool " * 900, "error: the prompt takes"),
     ):
         terminal.ready()
         terminal.enter(line)

@@ -88,11 +88,11 @@ def test_context_guard_comes_before_any_work(
     with pytest.raises(PromptError, match=r"context is 512.*fewer pictures"):
         tiny.stream("What?", images=[PICTURE] * 20)
     with pytest.raises(PromptError, match="shorten the text"):
-        tiny.stream("word " * 600)
+        tiny.stream("wool " * 600)
 
 
 def test_answer_ends_with_the_context(tiny: SmolVLM) -> None:
-    prompt = "word " * 20
+    prompt = "wool " * 20
     length = tiny.ask(prompt, sampling=Sampling(max_tokens=1)).prompt_tokens
     reply = tiny.ask(prompt, sampling=Sampling(max_tokens=10_000))
     assert reply.finish_reason in ("length", "stop")

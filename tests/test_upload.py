@@ -98,7 +98,7 @@ def test_convert_and_upload(source, hub, tmp_path):
 def test_what_was_verified_is_on_the_card_and_the_texts_stay_here(hub, tmp_path):
     source = neighbor("test_verify").make_source(tmp_path / "Some-VLM")
     text = tmp_path / "secret.txt"
-    text.write_text("The word of the day is marzipan, and nobody may know it. " * 4)
+    text.write_text("marzipan, " * 40)  # each passage that is shown holds it
     arguments = ("out", "--bits", "8", "--verify-texts", str(text), "--upload", "me/model")
     done = run("convert", str(source), *arguments, cwd=tmp_path, hub=hub)
     assert done.returncode == 0, done.stderr
