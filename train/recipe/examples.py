@@ -2,15 +2,14 @@
 
     python -m mlx_smolvlm.train.recipe.examples examples [--pick FOLDER]
 
-`--pick` writes nothing: it prints, for each of them, the first number from the one below on
-with which the checkpoint in FOLDER gives every answer.
+`--pick` looks for those about which the checkpoint in FOLDER answers right, and keeps their
+numbers in `examples.json`. It also writes the answers in the README.md beside `examples` anew.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-import tempfile
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,43 +20,31 @@ import mlx_smolvlm as smolvlm
 from mlx_smolvlm.train.recipe import words
 from mlx_smolvlm.train.recipe.clips import Clip, Event
 from mlx_smolvlm.train.recipe.draw import render, sample_scene
-from mlx_smolvlm.train.recipe.example_questions import PLAIN, asked, asked_of_clip, asked_of_drawn
+from mlx_smolvlm.train.recipe.example_questions import asked, asked_of_clip, asked_of_drawn
 from mlx_smolvlm.train.recipe.film import write_mp4
 from mlx_smolvlm.train.recipe.items import Turn, text_of
-from mlx_smolvlm.train.recipe.lexicon import HELD_OUT
 from mlx_smolvlm.train.recipe.sample_clips import sample_clip
 from mlx_smolvlm.train.recipe.topics import TOPICS
 
 SEED = 8_000_000_000_000
-# Number of the seed and of the shapes, by the picture's name.
-SHAPES = {
-    "one.png": (1000, 1),
-    "two.png": (2001, 2),
-    "three.png": (3000, 3),
-    "four.png": (4021, 4),
-}
-# Number of the seed, topic, width and height, and what the answer to the first question should
-# match, by the picture's name.
+# How many shapes, by the picture's name.
+SHAPES = {"one.png": 1, "two.png": 2, "three.png": 3, "four.png": 4}
+# Topic, width and height, by the picture's name.
 DRAWN = {
-    "word.png": (11004, "words", (240, 160), "|".join(HELD_OUT)),
-    "chart.png": (12000, "charts", (240, 200), ".* [45] bars."),
-    "objects.png": (13003, "objects", (240, 240), r"An? \w+, an? \w+ and an? \w+\."),
-    "page.png": (14004, "pages", (300, 400), "(?s).*<title>.*<unordered_list>.*"),
+    "word.png": ("words", (240, 160)),
+    "chart.png": ("charts", (240, 200)),
+    "objects.png": ("objects", (240, 240)),
+    "page.png": ("pages", (300, 400)),
 }
 PICTURES = (*SHAPES, *DRAWN)
-# Number of the seed, event and how many frames are sampled, by the clip's name.
-CLIPS: dict[str, tuple[int, Event, int]] = {
-    "left.mp4": (5028, "moves", 4),
-    "up.mp4": (6742, "moves", 5),
-    "colors.mp4": (7015, "shape turns", 6),
-    "still.mp4": (8010, "stays", 3),
+# Event and how many frames are sampled, by the clip's name.
+CLIPS: dict[str, tuple[Event, int]] = {
+    "left.mp4": ("moves", 4),
+    "up.mp4": ("moves", 5),
+    "colors.mp4": ("shape turns", 6),
+    "still.mp4": ("stays", 3),
 }
-NUMBERS = {
-    **{name: number for name, (number, _) in SHAPES.items()},
-    **{name: number for name, (number, *_) in DRAWN.items()},
-    **{name: number for name, (number, _, _) in CLIPS.items()},
-}
-_TRIED = 1000  # numbers of a seed to pick from
+PICKED = Path(__file__).with_name("examples.json")
 _HEAD = """\
 # Examples
 
@@ -65,7 +52,7 @@ Pictures and clips for the bundled demo checkpoint, drawn in code from seeds tha
 not trained on (`python -m mlx_smolvlm.train.recipe.examples examples` draws them again), with
 questions and their true answers. The demo gives each of these answers; the pictures and
 clips were picked for that, so they say nothing of how often it is right (see
-[train/README.md](../train/README.md)).
+[its card](../mlx_smolvlm/demo/README.md)).
 
 ```
 mlx-smolvlm chat "What is in this picture?" -i examples/three.png -m demo
@@ -82,23 +69,54 @@ class Example:
     shown: Image.Image | Clip
     turns: list[Turn]
 
+    def answer(self, question: str) -> str:
+        """The answer to one of its questions."""
+        return next(text_of(t.answer) for t in self.turns if text_of(t.question) == question)
 
-def example(name: str, further: int = 0) -> Example:
-    """One of `PICTURES` or `CLIPS`, or what it is with a number of the seed that much further."""
-    rng = np.random.default_rng(SEED + NUMBERS[name] + further)
+
+@dataclass(frozen=True)
+class Picked:
+    """What was picked for an example: the number of its seed, and questions it goes without."""
+
+    number: int
+    left_out: tuple[str, ...] = ()
+
+
+def read_picked(path: Path = PICKED) -> dict[str, Picked]:
+    """What was picked, by the example's name."""
+    lines = json.loads(path.read_text())
+    return {name: Picked(one["number"], tuple(one["left_out"])) for name, one in lines.items()}
+
+
+def write_picked(picked: dict[str, Picked], path: Path = PICKED) -> None:
+    """Keep what was picked."""
+    path.write_text(json.dumps({name: vars(one) for name, one in picked.items()}, indent=1) + "\n")
+
+
+def candidate(name: str, number: int) -> Example:
+    """What one of `PICTURES` or `CLIPS` is with `number`, with all questions that fit it."""
+    rng = np.random.default_rng([SEED, *name.encode(), number])
     if name in CLIPS:
-        _, event, sampled = CLIPS[name]
+        event, sampled = CLIPS[name]
         clip = sample_clip(rng, sampled, event)
         return Example(clip, asked_of_clip(clip))
     if name in SHAPES:
-        scene = sample_scene(rng, SHAPES[name][1])
+        scene = sample_scene(rng, SHAPES[name])
         return Example(render(scene), asked(scene))
-    _, topic, size, _ = DRAWN[name]
+    topic, size = DRAWN[name]
     if topic == "words":
         drawn = words.sample(rng, size, heldout=True)
     else:
         drawn = TOPICS[topic].sample(rng, size)
     return Example(drawn.picture, asked_of_drawn(drawn, topic))
+
+
+def example(name: str) -> Example:
+    """One of `PICTURES` or `CLIPS`, as it was picked."""
+    picked = read_picked()[name]
+    made = candidate(name, picked.number)
+    kept = [turn for turn in made.turns if text_of(turn.question) not in picked.left_out]
+    return Example(made.shown, kept)
 
 
 def told(turn: Turn) -> str:
@@ -132,51 +150,26 @@ def write(folder: Path) -> None:
     (folder / "README.md").write_text("\n".join(sections))
 
 
-def is_answered(vlm: smolvlm.SmolVLM, made: Example) -> bool:
-    """Whether `vlm` gives every answer."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        if isinstance(made.shown, Clip):
-            write_mp4(made.shown, path)
-        pictures = [] if isinstance(made.shown, Clip) else [made.shown]
-        clips = [path] if isinstance(made.shown, Clip) else []
-        return all(
-            vlm.ask(text_of(turn.question), images=pictures, videos=clips).text
-            == text_of(turn.answer)
-            for turn in made.turns
-        )
-
-
-def is_telling(name: str, made: Example) -> bool:
-    """Whether a picture that is to be picked for `name` shows what the example is for."""
-    if name not in DRAWN:
-        return True
-    _, topic, _, wanted = DRAWN[name]
-    first = text_of(made.turns[0].answer)
-    return len(made.turns) == len(PLAIN[topic]) and re.fullmatch(wanted, first) is not None
-
-
-def pick(vlm: smolvlm.SmolVLM, name: str) -> int | None:
-    """The first number of the seed with which `vlm` gives every answer about `name`."""
-    for further in range(_TRIED):
-        made = example(name, further)
-        if is_telling(name, made) and is_answered(vlm, made):
-            return NUMBERS[name] + further
-    return None
-
-
 def main() -> None:
-    """Write the examples, or pick them."""
+    """Draw the examples; pick them before, if asked."""
+    from mlx_smolvlm.train.recipe.example_pick import pick
+    from mlx_smolvlm.train.recipe.transcripts import retell
+
     parser = argparse.ArgumentParser(description="Draw the examples.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--pick", type=Path, help="a checkpoint to pick the numbers for")
+    parser.add_argument("--pick", type=Path, help="a checkpoint to pick them for")
     options = parser.parse_args()
-    if options.pick is None:
-        write(options.folder)
-        return
-    vlm = smolvlm.load(options.pick)
-    for name in (*PICTURES, *CLIPS):
-        print(name, pick(vlm, name), flush=True)
+    vlm = None if options.pick is None else smolvlm.load(options.pick, dtype="float32")
+    if vlm is not None:
+        picked = {}
+        for name in (*PICTURES, *CLIPS):
+            picked[name] = pick(vlm, name)
+            print(name, picked[name].number, *picked[name].left_out, sep=" | ", flush=True)
+        write_picked(picked)
+    write(options.folder)
+    readme = options.folder.resolve().parent / "README.md"
+    if vlm is not None and readme.exists():
+        readme.write_text(retell(readme.read_text(), vlm, readme.parent))
 
 
 if __name__ == "__main__":
