@@ -58,7 +58,7 @@ def tokens(*arguments):
         yield last
         hold()
     yield from asked[1].encode(end, add_special_tokens=False).ids
-    yield 639
+    yield asked[1].token_to_id("<end_of_utterance>")
 if "HOLD_ENCODER" in os.environ:
     real_encode = answers.encode
     def encode(media, *rest):

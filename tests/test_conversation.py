@@ -25,6 +25,7 @@ from mlx_smolvlm import (
     Video,
     load,
 )
+from mlx_smolvlm.image import grid_of, open_image
 from mlx_smolvlm.sampling import make_sampler
 
 SHORT = Sampling(max_tokens=5)
@@ -233,16 +234,19 @@ def test_a_turn_does_new_work_only(monkeypatch: pytest.MonkeyPatch, prefilled: l
     """With the demo, whose answers are spelled as the tokenizer spells them."""
     demo = load("demo")
     sizes = encoded(demo, monkeypatch)
+    paths = [EXAMPLES / name for name in ("three.png", "two.png", "one.png")]
+    grids = [grid_of(open_image(path).size, demo.config) for path in paths]
+    one, *others = (grid.num_tiles for grid in grids)
     chat = demo.chat()
-    first = chat.ask("What is in this picture?", images=[EXAMPLES / "three.png"])
-    assert (first.encoded_tiles, first.cached_tokens) == (1, 0)
+    first = chat.ask("What is in this picture?", images=paths[:1])
+    assert (first.encoded_tiles, first.cached_tokens) == (one, 0)
     second = chat.ask("How many shapes are there?")
-    assert (second.encoded_tiles, second.image_tiles) == (0, 1)
+    assert (second.encoded_tiles, second.image_tiles) == (0, one)
     assert second.cached_tokens == first.prompt_tokens + first.generation_tokens
-    third = chat.ask("And here?", images=[EXAMPLES / "two.png", EXAMPLES / "one.png"])
-    assert (third.encoded_tiles, third.image_tiles) == (2, 3)
+    third = chat.ask("And here?", images=paths[1:])
+    assert (third.encoded_tiles, third.image_tiles) == (sum(others), one + sum(others))
     assert third.cached_tokens == second.prompt_tokens + second.generation_tokens
-    assert sizes == [1, 1, 1]
+    assert sum(sizes) == one + sum(others)
     replies = (first, second, third)
     assert prefilled == [one.prompt_tokens - one.cached_tokens for one in replies]
 

@@ -91,7 +91,7 @@ def picture(tmp_path: Path) -> Path:
 
 def test_turns(start: Talk, picture: Path) -> None:
     terminal = start("-i", picture, answers={"First": "**one** [x]", "Second": "two"})
-    assert "red one.png: 1 tile" in terminal.ready()
+    assert "red one.png: 2 x 2 tiles" in terminal.ready()
     assert re.search(r"demo \| 0 of 2,048 tokens \| 1 picture for the next", terminal.toolbar())
     terminal.enter("First")
     terminal.expect("one \\[x\\]")
@@ -152,7 +152,7 @@ def test_commands(start: Talk, picture: Path, tmp_path: Path) -> None:
     run("/system Be long.")
     run("Fourth", "(\nfour(.|\n)*){3}")
     assert terminal.program.asked()[-1]["texts"] == ["Be long.", "Fourth"]
-    run(f"/image {str(picture).replace(' ', chr(92) + ' ')}", "red one.png: 1 tile")
+    run(f"/image {str(picture).replace(' ', chr(92) + ' ')}", "red one.png: 2 x 2 tiles")
     run("/undo", "let go of 1 picture")
     terminal.enter("/quit")
     assert terminal.status() == 0
@@ -306,7 +306,7 @@ def test_completion(start: Talk, picture: Path) -> None:
     terminal.send("\t")
     terminal.wait(lambda: is_shown("my\\ pictures/red\\ one.png"), "the file")
     terminal.send("\r")
-    terminal.expect("red one.png: 1 tile")
+    terminal.expect("red one.png: 2 x 2 tiles")
 
 
 def test_history(start: Talk, tmp_path: Path) -> None:
@@ -352,7 +352,7 @@ def test_bytes_that_are_no_utf_8(start: Talk, picture: Path) -> None:
     latin = os.fsencode(picture.parent) + b"/\xe9t\xe9.png"
     shutil.copy(os.fsencode(picture), latin)
     terminal.enter(b"/image '" + latin + b"'", "t?.png'")
-    terminal.expect("png: 1 tile")
+    terminal.expect("png: 2 x 2 tiles")
     terminal.ready()
     terminal.enter("/system \xfcber")
     terminal.ready()
@@ -371,11 +371,11 @@ def test_dropped_paths(start: Talk, picture: Path) -> None:
     terminal.send(PASTE.format(f"{str(picture).replace(' ', chr(92) + ' ')} {url} "))
     terminal.expect("blue.png")
     terminal.send("\r")
-    terminal.expect("red one.png: 1 tile")
-    terminal.expect("blue.png: 1 tile")
+    terminal.expect("red one.png: 2 x 2 tiles")
+    terminal.expect("blue.png: 2 x 2 tiles")
     terminal.ready()
     terminal.enter(f"'{picture}'")
-    terminal.expect("red one.png: 1 tile(.|\n)*red one.png: 1 tile")
+    terminal.expect("red one.png: 2 x 2 tiles(.|\n)*red one.png: 2 x 2 tiles")
     terminal.ready()
     assert "3 pictures for the next message" in terminal.toolbar()
     terminal.enter("First")
@@ -496,7 +496,7 @@ def test_pictures_inline(
     start: Talk, picture: Path, env: dict[str, str], decode: Callable[[bytes], Image.Image]
 ) -> None:
     terminal = start("-i", picture, env=env)
-    terminal.expect("red one.png: 1 tile")
+    terminal.expect("red one.png: 2 x 2 tiles")
     image = decode(terminal.raw)
     assert image.size == (64, 48)
     assert image.convert("RGB").getpixel((9, 9)) == (200, 30, 30)
@@ -507,7 +507,7 @@ def test_sixel_where_the_terminal_says_so(start: Talk, picture: Path) -> None:
     terminal.attributes = b"\x1b[?62;4;22c"
     terminal.ready()
     terminal.enter(f"'{picture}'")
-    terminal.expect("red one.png: 1 tile")
+    terminal.expect("red one.png: 2 x 2 tiles")
     assert b'\x1bP0;1q"1;1;64;48#0;2;78;12;12' in terminal.raw
     assert b"\x1b_G" not in terminal.raw
 
@@ -525,7 +525,7 @@ def test_no_pictures_inline(
     start: Talk, picture: Path, options: tuple[str, ...], env: dict[str, str]
 ) -> None:
     terminal = start("-i", picture, *options, env=env)
-    terminal.expect("red one.png: 1 tile")
+    terminal.expect("red one.png: 2 x 2 tiles")
     for sequence in (b"1337", b"\x1b_G", b"\x1bP"):
         assert sequence not in terminal.raw
 

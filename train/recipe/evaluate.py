@@ -77,10 +77,12 @@ def ask(vlm: SmolVLM, case: Case, sampling: Sampling = LONGEST, detail: Detail =
         return vlm.ask(case.messages, **media, sampling=sampling, detail=detail)
 
 
-def shares(vlm: SmolVLM, asked: Iterable[Case]) -> dict[str, tuple[int, int]]:
+def shares(
+    vlm: SmolVLM, asked: Iterable[Case], detail: Detail = "high"
+) -> dict[str, tuple[int, int]]:
     """For each family how many answers of `vlm` are right to the letter, and of how many."""
     right, total = Counter[str](), Counter[str]()
     for case in asked:
         total[case.family] += 1
-        right[case.family] += ask(vlm, case).text == case.answer
+        right[case.family] += ask(vlm, case, detail=detail).text == case.answer
     return {family: (right[family], number) for family, number in total.items()}

@@ -24,7 +24,7 @@ MUST: dict[str, dict[str, str]] = {
         "Where is the square?": r"At the (top|bottom) (left|right)\.",
         "What color is the square?": r"(Red|Green|Blue)\.",
     },
-    "word.png": {"What does it say?": "|".join(HELD_OUT)},
+    "word.png": {"What does it say?": "|".join(sorted({*HELD_OUT} - {"PAIN"}))},
     "chart.png": {"What is in this picture?": r".* [45] bars\."},
     "objects.png": {"What is in this picture?": r"An? \w+, an? \w+ and an? \w+\."},
     "page.png": {PLAIN["pages"][0]: "(?s).*<title>.*<unordered_list>.*"},
