@@ -51,7 +51,7 @@ def test_folder_is_small_and_complete() -> None:
         "tokenizer.json",
         "chat_template.jinja",
     }
-    assert sum(files.values()) <= 13_000_000
+    assert sum(files.values()) <= 12_000_000
 
 
 def test_what_is_beside_the_weights_is_the_recipes(demo: mlx_smolvlm.SmolVLM) -> None:

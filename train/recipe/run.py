@@ -119,7 +119,7 @@ STAGES = (
         parts=2, asked=Asked(True, Focus(RELATIONS, 0.5, 80, True), True), tiles=12,
     ),
     Stage(
-        "shapes", steps=640, rate=0.004, floor=0.01, encoder_share=0.2, clips=0.06, brief=0.0,
+        "shapes", steps=740, rate=0.004, floor=0.01, encoder_share=0.2, clips=0.06, brief=0.0,
         parts=2, mixes=_SHAPES, asked=Asked(True, Focus(RELATIONS[:2], 0.6, 80, True), True),
     ),
 )  # fmt: skip
