@@ -20,7 +20,7 @@ model = "demo"
 epochs = 3
 batch_size = 8
 detail = "low"
-parts = ["text", "connector", "vision"]
+parts = ["text", "connector"]
 [optimizer]
 rate = 3e-3
 warmup = 5
