@@ -269,7 +269,7 @@ MUTATIONS: dict[Callable[[], None], str] = {
     global_first: "small_print",
     swapped_channels: "right_color",
     picture_as_it_lies: "however_it_comes",
-    flipped_patches: "expression",
+    flipped_patches: "test",
     stale_pictures: "place_of_another or on_disk",
     stale_ids: "place_of_another or on_disk",
     positions_from_zero: "second_question",
@@ -283,7 +283,7 @@ MUTATIONS: dict[Callable[[], None], str] = {
     frames_reversed: "backwards",
     one_frame: "backwards",
     whole_videos: "outside_of_a_range",
-    forced_tokens_unseen: "expression",
+    forced_tokens_unseen: "expression or forced",
 }
 BY_NAME = {mutation.__name__: mutation for mutation in MUTATIONS}
 

@@ -79,7 +79,7 @@ def some(cold: SmolVLM) -> list[Case]:
 
 
 def test_small_print_is_read_off_its_tiles(cold: SmolVLM) -> None:
-    found = known(cold, cases("pages", 12, SEED, {"page table"}), 4)
+    found = known(cold, cases("pages", 40, SEED, {"page table"}), 4)
     assert right(cold, found, detail="low") <= 1
 
 
@@ -193,11 +193,13 @@ def test_the_right_color_is_chosen(cold: SmolVLM, demo: SmolVLM) -> None:
 def test_two_pictures_keep_their_order(cold: SmolVLM) -> None:
     asked = (case for case in cases("several", 40, SEED) if case.answer.endswith(" one."))
     swapped = {"The first one.": "The second one.", "The second one.": "The first one."}
-    found = known(cold, asked, 6)
+    found = known(cold, asked, 8)
     assert len({case.answer for case in found}) == 2
-    for case in found:
-        reply = cold.ask(case.messages, images=case.pictures[::-1])
-        assert reply.text == swapped[case.answer]
+    turned = [
+        cold.ask(case.messages, images=case.pictures[::-1]).text == swapped[case.answer]
+        for case in found
+    ]
+    assert sum(turned) >= len(found) - 2  # by chance: a half
 
 
 def test_an_answer_held_to_an_expression(cold: SmolVLM) -> None:
@@ -205,6 +207,13 @@ def test_an_answer_held_to_an_expression(cold: SmolVLM) -> None:
         regex=r"(At the (top|bottom)( left| right)?|On the (left|right)|In the center)\."
     )
     for case in known(cold, cases("shapes", 10, SEED, {"where"}), 8):
+        assert ask(cold, case, sampling).text == case.answer
+
+
+def test_letters_are_read_on_from_those_that_are_forced(cold: SmolVLM) -> None:
+    asked = (case for case in cases("words", 20, SEED, {"word"}) if len(case.answer) > 3)
+    for case in known(cold, asked, 6):
+        sampling = Sampling(regex=f"[A-Z]{case.answer[1:3]}[A-Z]+")
         assert ask(cold, case, sampling).text == case.answer
 
 
