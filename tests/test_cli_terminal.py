@@ -163,7 +163,7 @@ def test_mistakes_do_not_end_it(start: Start, tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_the_answer_only(start: Start) -> None:
-    terminal = start("--max-tokens", "200")
+    terminal = start("--max-tokens", "900")
     terminal.expect("> ")
     terminal.send("First\n")
     terminal.expect("<seen 1 users, 0 answers, 0 images>\r\n.{5}")

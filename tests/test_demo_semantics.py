@@ -176,27 +176,29 @@ def test_answers_side_by_side(cold: SmolVLM, demo: SmolVLM) -> None:
         if len(case.messages) == 1:
             groups.setdefault(id(case.pictures[0]), []).append(case)
     for group in groups.values():
-        same = [case for case in group if ask(cold, case).text == case.answer]
+        same = [case for case in group if ask(cold, case, detail="low").text == case.answer]
         assert len(same) >= len(group) - 2
         demo.memory.clear()
-        replies = demo.ask_many(same[0].pictures[0], [case.question for case in same])
+        questions = [case.question for case in same]
+        replies = demo.ask_many(same[0].pictures[0], questions, detail="low")
         assert [reply.text for reply in replies] == [case.answer for case in same]
 
 
 def test_the_right_color_is_chosen(cold: SmolVLM, demo: SmolVLM) -> None:
     colors = [f"{name.capitalize()}." for name in COLOR_NAMES]
-    for case in known(cold, cases("shapes", 10, SEED, {"color"}), 8):
-        choice = demo.choose(case.question, colors, images=case.pictures)
+    for case in known(cold, cases("shapes", 10, SEED, {"color"}), 8, "low"):
+        choice = demo.choose(case.question, colors, images=case.pictures, detail="low")
         assert choice.best == case.answer
 
 
 def test_two_pictures_keep_their_order(cold: SmolVLM) -> None:
     asked = (case for case in cases("several", 40, SEED) if case.answer.endswith(" one."))
     swapped = {"The first one.": "The second one.", "The second one.": "The first one."}
-    found = known(cold, asked, 8)
+    found = known(cold, asked, 8, "low")
     assert len({case.answer for case in found}) == 2
     turned = [
-        cold.ask(case.messages, images=case.pictures[::-1]).text == swapped[case.answer]
+        cold.ask(case.messages, images=case.pictures[::-1], detail="low").text
+        == swapped[case.answer]
         for case in found
     ]
     assert sum(turned) >= len(found) - 2  # by chance: a half
@@ -206,8 +208,8 @@ def test_an_answer_held_to_an_expression(cold: SmolVLM) -> None:
     sampling = Sampling(
         regex=r"(At the (top|bottom)( left| right)?|On the (left|right)|In the center)\."
     )
-    for case in known(cold, cases("shapes", 10, SEED, {"where"}), 8):
-        assert ask(cold, case, sampling).text == case.answer
+    for case in known(cold, cases("shapes", 10, SEED, {"where"}), 8, "low"):
+        assert ask(cold, case, sampling, detail="low").text == case.answer
 
 
 def test_letters_are_read_on_from_those_that_are_forced(cold: SmolVLM) -> None:
