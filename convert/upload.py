@@ -6,10 +6,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_smolvlm.checkpoint import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, read_config
+from mlx_smolvlm.checkpoint import (
+    CARD_FILE,
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    read_config,
+)
 from mlx_smolvlm.checksums import SUMS_FILE, file_sum, read_sums, sums_text
 from mlx_smolvlm.convert.card import model_card
-from mlx_smolvlm.convert.card_data import CARD_FILE
 from mlx_smolvlm.convert.source import is_hub_id
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.offline import is_offline

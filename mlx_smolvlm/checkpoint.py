@@ -22,6 +22,7 @@ from mlx_smolvlm.safetensors import FLOATS, TensorInfo, read_headers, read_json
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
+CARD_FILE = "README.md"
 
 # The patch embedding's width (3 * patch_size**2) is no multiple of a group, and the
 # position embedding is added whole; both are small.

@@ -22,6 +22,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.checkpoint import CARD_FILE
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.reuse import Content, Span, State
@@ -29,7 +30,6 @@ from mlx_smolvlm.safetensors import read_header, read_metadata
 from mlx_smolvlm.storage import FLOAT
 
 VERSION = 1
-CARD_FILE = "README.md"
 LEAST_TOKENS = 16  # of a prompt that is worth a file
 _HEADER = "mlx-smolvlm"
 _BLOCK = 1 << 20
