@@ -73,13 +73,17 @@ def _name(source: str) -> str:
 
 def describe_image(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> None:
     """Say what a picture costs, if stderr is a terminal."""
+    if sys.stderr.isatty():
+        say(cost_of(vlm, image, detail), dim=True)
+
+
+def cost_of(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> str:
+    """The name of a picture, its tiles and its tokens."""
     from mlx_smolvlm.image import grid_of
 
-    if not sys.stderr.isatty():
-        return
     grid = grid_of(image.image.size, vlm.config, detail)
     tiles = "1 tile" if grid.num_tiles == 1 else f"{grid.rows} x {grid.cols} tiles + 1"
-    say(f"{image.name}: {tiles}, {vlm.prompt_builder.tokens_of(grid)} tokens", dim=True)
+    return f"{image.name}: {tiles}, {vlm.prompt_builder.tokens_of(grid)} tokens"
 
 
 def sampled(vlm: SmolVLM, video: OpenedVideo) -> Clip:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlx_smolvlm as smolvlm
-from mlx_smolvlm.image import grid_of, open_image
+from mlx_smolvlm.cli.media import cost_of, open_picture
 
 _BLOCK = re.compile(r"(?<=```console\n).*?(?=```)", re.DOTALL)
 _COMMAND = "$ mlx-smolvlm chat"
@@ -39,7 +39,7 @@ def _lines(shown: list[str], vlm: smolvlm.SmolVLM, root: Path) -> Iterator[str]:
             yield f"took back: {chat.undo()}\n"
         elif line[0] == ">" and (root / typed).is_file():
             pictures.append(root / typed)
-            yield f"{_cost(root / typed, vlm)}\n"
+            yield f"{cost_of(vlm, open_picture(str(root / typed)), 'high')}\n"
         elif line[0] == ">":
             yield f"{chat.ask(typed, images=pictures).text}\n"
             pictures = []
@@ -57,10 +57,3 @@ def _answer(arguments: str, vlm: smolvlm.SmolVLM, root: Path) -> str:
         else:
             prompt = word
     return vlm.ask(prompt, images=images, videos=videos).text
-
-
-def _cost(path: Path, vlm: smolvlm.SmolVLM) -> str:
-    """What the program says of a picture that is added."""
-    grid = grid_of(open_image(path).size, vlm.config)
-    tiles = "1 tile" if grid.num_tiles == 1 else f"{grid.rows} x {grid.cols} tiles + 1"
-    return f"{path.name}: {tiles}, {vlm.prompt_builder.tokens_of(grid)} tokens"
