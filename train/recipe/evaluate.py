@@ -61,19 +61,19 @@ def cases(
 
 
 @contextmanager
-def media_of(case: Case) -> Iterator[dict[str, Any]]:
-    """The `images` and `videos` of a call about `case`; its clip is a file while that lasts."""
+def media_of(pictures: Iterable[Image.Image], clip: Clip | None) -> Iterator[dict[str, Any]]:
+    """The `images` and `videos` of a call; the clip is a file while that lasts."""
     with tempfile.TemporaryDirectory() as folder:
         videos = []
-        if case.clip is not None:
+        if clip is not None:
             videos.append(Path(folder) / "clip.mp4")
-            write_mp4(case.clip, videos[0])
-        yield {"images": list(case.pictures), "videos": videos}
+            write_mp4(clip, videos[0])
+        yield {"images": list(pictures), "videos": videos}
 
 
 def ask(vlm: SmolVLM, case: Case, sampling: Sampling = LONGEST, detail: Detail = "high") -> Reply:
     """What `vlm` answers."""
-    with media_of(case) as media:
+    with media_of(case.pictures, case.clip) as media:
         return vlm.ask(case.messages, **media, sampling=sampling, detail=detail)
 
 

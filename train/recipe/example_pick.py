@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import re
-import tempfile
 from itertools import islice
-from pathlib import Path
 
 import mlx_smolvlm as smolvlm
 from mlx_smolvlm.train.recipe.clip_questions import HAPPENS
 from mlx_smolvlm.train.recipe.clips import Clip
+from mlx_smolvlm.train.recipe.evaluate import media_of
 from mlx_smolvlm.train.recipe.example_questions import PLAIN
 from mlx_smolvlm.train.recipe.examples import DRAWN, Example, Picked, candidate
-from mlx_smolvlm.train.recipe.film import write_mp4
 from mlx_smolvlm.train.recipe.items import text_of
 from mlx_smolvlm.train.recipe.lexicon import HELD_OUT
 
@@ -72,15 +70,12 @@ def misses(
 ) -> tuple[str, ...] | None:
     """Questions that `vlm` answers wrong; None if it is the first, one of `needed`, or > `most`."""
     missed: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "clip.mp4"
-        if isinstance(made.shown, Clip):
-            write_mp4(made.shown, path)
-        pictures = [] if isinstance(made.shown, Clip) else [made.shown]
-        clips = [path] if isinstance(made.shown, Clip) else []
+    shown = made.shown
+    told = ((), shown) if isinstance(shown, Clip) else ((shown,), None)
+    with media_of(*told) as media:
         for turn in made.turns:
             question = text_of(turn.question)
-            if vlm.ask(question, images=pictures, videos=clips).text == text_of(turn.answer):
+            if vlm.ask(question, **media).text == text_of(turn.answer):
                 continue
             missed.append(question)
             if turn is made.turns[0] or question in needed or len(missed) > most:
