@@ -26,50 +26,47 @@ def changed(owner: Any, name: str, change: Callable[[Any], Any]) -> None:
     setattr(owner, name, change(getattr(owner, name)))
 
 
-def no_crops() -> None:
-    """All tiles of a picture are the global one."""
+def retiled(move: Callable[[np.ndarray], None]) -> None:
+    """Let `move` change the tiles (N, H, W, 3) of every picture, the global one last, in place."""
     from mlx_smolvlm import image
 
     def change(real: Any) -> Any:
         def tiles(*arguments: Any) -> Any:
             made = real(*arguments)
-            made.pixel_values[:] = made.pixel_values[-1]
+            move(made.pixel_values)
             return made
 
         return tiles
 
     changed(image, "tiles", change)
+
+
+def no_crops() -> None:
+    """All tiles of a picture are the global one."""
+
+    def move(pixel_values: np.ndarray) -> None:
+        pixel_values[:] = pixel_values[-1]
+
+    retiled(move)
 
 
 def swapped_crops() -> None:
     """The first two crops stand in each other's places."""
-    from mlx_smolvlm import image
 
-    def change(real: Any) -> Any:
-        def tiles(*arguments: Any) -> Any:
-            made = real(*arguments)
-            if made.grid.num_tiles > 2:
-                made.pixel_values[[0, 1]] = made.pixel_values[[1, 0]]
-            return made
+    def move(pixel_values: np.ndarray) -> None:
+        if len(pixel_values) > 2:
+            pixel_values[[0, 1]] = pixel_values[[1, 0]]
 
-        return tiles
-
-    changed(image, "tiles", change)
+    retiled(move)
 
 
 def global_first() -> None:
     """The global tile comes before the crops."""
-    from mlx_smolvlm import image
 
-    def change(real: Any) -> Any:
-        def tiles(*arguments: Any) -> Any:
-            made = real(*arguments)
-            made.pixel_values[:] = np.roll(made.pixel_values, 1, axis=0)
-            return made
+    def move(pixel_values: np.ndarray) -> None:
+        pixel_values[:] = np.roll(pixel_values, 1, axis=0)
 
-        return tiles
-
-    changed(image, "tiles", change)
+    retiled(move)
 
 
 def swapped_channels() -> None:
