@@ -14,7 +14,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from mlx_smolvlm.config import Config
+from mlx_smolvlm.config import Config, ImageConfig
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.picture import MAX_PIXELS, open_image
 
@@ -189,12 +189,16 @@ def _fit(size: Size, longest_edge: int) -> Size:
 def _normalized(crops: list[np.ndarray], config: Config) -> np.ndarray:
     """`pixel_values` float32 (N, H, W, 3) of uint8 crops (H, W, 3): (x / 255 - mean) / std."""
     tile = config.tile_size
-    mean, std = np.array(config.image.mean), np.array(config.image.std)
     # As wide as a row of pixels: numpy is several times slower with rows of three numbers.
-    scale = np.tile((1 / (255 * std)).astype(np.float32), (tile, 1))  # (W, 3)
-    shift = np.tile((-mean / std).astype(np.float32), (tile, 1))
+    scale, shift = (np.tile(one, (tile, 1)) for one in scale_and_shift(config.image))  # (W, 3)
     pixel_values = np.empty((len(crops), tile, tile, 3), np.float32)
     for out, crop in zip(pixel_values, crops, strict=True):
         np.multiply(crop, scale, out=out)
         out += shift
     return pixel_values
+
+
+def scale_and_shift(image: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
+    """What a byte of each channel is multiplied by, and what is added then; float32 (3,) each."""
+    mean, std = np.array(image.mean), np.array(image.std)
+    return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

@@ -475,7 +475,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) ->
 def test_raw_pixels_are_normalized_as_the_model_wants_them(demo_builder: PromptBuilder) -> None:
     drawn = shapes(np.random.default_rng(3), (250, 180))
     expected = tiles(drawn.picture, demo_builder.config).pixel_values
-    pixels = batches.told_tiles(drawn, demo_builder.config, "high").pixels
+    pixels = batches.told_tiles(drawn, demo_builder.config, "high")[0].pixels
     assert pixels.dtype == np.uint8
     assert np.abs(np.array(normalized(pixels, demo_builder.config.image)) - expected).max() <= 1e-5
 
@@ -536,30 +536,15 @@ def test_tiles_beside_conversations_count_too(tmp_path: Path) -> None:
 
 TWO = """
 import json, sys
-from dataclasses import replace
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from test_recipe import small_config
 from mlx_smolvlm.train.recipe import batches, run
 from mlx_smolvlm.train.recipe.batches import Mix
 from mlx_smolvlm.train.recipe.run import Stage, start
 batches.MIXES = ((Mix(("shapes",), 1, 2), 1.0),)
-full = run.demo_config
-
-
-def small(tokenizer):
-    config = full(tokenizer)
-    return replace(
-        config,
-        vision=replace(
-            config.vision, hidden_size=64, intermediate_size=64, num_hidden_layers=1,
-            num_attention_heads=1,
-        ),
-        text=replace(config.text, hidden_size=64, intermediate_size=64),
-    )
-
-
-run.demo_config = small
+run.demo_config = small_config
 one = start(Path(sys.argv[1]), 0, (Stage("answers", 2, 0.01, parts=2),))
 losses = [one.advance() for _ in range(2)]
 if one.group.rank() == 0:
@@ -586,9 +571,11 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
             str(tmp_path / name),
             str(tmp_path / f"{name}.safetensors"),
         ]
-        ring = {} if rank is None else {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
+        own = {"PYTHONPATH": str(Path(__file__).parent)}  # where `small_config` is
+        if rank is not None:
+            own |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         return subprocess.Popen(
-            command, env=os.environ | ring, stdout=subprocess.PIPE, text=True, cwd=tmp_path
+            command, env=os.environ | own, stdout=subprocess.PIPE, text=True, cwd=tmp_path
         )
 
     alone = begin(None).communicate(timeout=300)[0]

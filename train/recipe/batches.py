@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.image import Detail, Grid, grid_of, tiles
+from mlx_smolvlm.image import Detail, Grid, tiles
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.recipe.items import Drawn
 from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
@@ -160,7 +160,7 @@ def encoder_batch(
         topic = str(rng.choice(list(shares), p=list(shares.values())))
         drawn = draw(rng, topic, sample_size(rng, sample_grid(rng, (topic,))))
         whole = rng.random() < 0.5 and not TOPICS[topic].tiled
-        shown = told_tiles(drawn, config, "low" if whole else "high")
+        shown, _ = told_tiles(drawn, config, "low" if whole else "high")
         for number, labels in enumerate(shown.labels):
             last = number == len(shown.labels) - 1
             if (labels[..., 0] > 0).any() or (last and whole) or rng.random() < 0.05:
@@ -168,11 +168,11 @@ def encoder_batch(
     return EncoderBatch(*(np.stack(part) for part in zip(*found[:size], strict=True)))
 
 
-def told_tiles(drawn: Drawn, config: Config, detail: Detail) -> EncoderBatch:
-    """The tiles of a picture with their labels."""
+def told_tiles(drawn: Drawn, config: Config, detail: Detail) -> tuple[EncoderBatch, Grid]:
+    """The tiles of a picture with their labels, and its grid."""
     cut = tiles(drawn.picture, config, detail)
     told = patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
-    return EncoderBatch(raw(cut.pixel_values, config), *told)
+    return EncoderBatch(raw(cut.pixel_values, config), *told), cut.grid
 
 
 def raw(pixel_values: np.ndarray, config: Config) -> np.ndarray:
@@ -215,8 +215,9 @@ def batch(
         pictures = _draw(rng, mix, kind)
         grids = []
         for drawn in pictures:
-            shown.append(told_tiles(drawn, builder.config, mix.detail))
-            grids.append(grid_of(drawn.picture.size, builder.config, mix.detail))
+            told, grid = told_tiles(drawn, builder.config, mix.detail)
+            shown.append(told)
+            grids.append(grid)
         prefixes.append(picture_prefix(builder, grids, system))
         for _ in range(mix.rows):
             if mix.pictures > 1:
@@ -226,8 +227,7 @@ def batch(
             rows.append(make_row(builder, turns, ""))
     joined = (np.concatenate(part) for part in zip(*map(_arrays, shown), strict=True))
     pointers = find_pointers(rows, grids, prefixes[0], builder.config, asked.missing)
-    shown_tiles = EncoderBatch(*joined)
-    return _batch(np.array(prefixes, np.int32), shown_tiles, rows, pointers, asked)
+    return _batch(np.array(prefixes, np.int32), EncoderBatch(*joined), rows, pointers, asked)
 
 
 def _draw(rng: np.random.Generator, mix: Mix, kind: str) -> list[Drawn]:

@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_smolvlm.config import Config, ImageConfig
+from mlx_smolvlm.image import scale_and_shift
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.train.recipe.batches import PLACE_BINS, Batch, EncoderBatch
 from mlx_smolvlm.train.recipe.clip_batches import ClipBatch
@@ -50,9 +51,8 @@ class Trainee(nn.Module):
 
 def normalized(pixels: np.ndarray, image: ImageConfig) -> mx.array:
     """`pixel_values` float32 (N, H, W, 3) of uint8 `pixels`, as `image.tiles` makes them."""
-    mean, std = np.array(image.mean), np.array(image.std)
-    scale, shift = (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
-    return mx.array(pixels).astype(mx.float32) * mx.array(scale) + mx.array(shift)
+    scale, shift = map(mx.array, scale_and_shift(image))
+    return mx.array(pixels).astype(mx.float32) * scale + shift
 
 
 def encoder_loss(trainee: Trainee, data: EncoderBatch) -> mx.array:

@@ -3,11 +3,12 @@
     python -m mlx_smolvlm.train.recipe --out FOLDER [--seed S] [--minutes N] [--workers N]
     mlx.launch -n 2 --backend ring -- python -m mlx_smolvlm.train.recipe --out FOLDER
 
-Two stages: the encoder alone on dense labels, then conversations about pictures and clips, with
-more tiles beside them, most of which show print. A batch follows from the seed and its number,
-and the schedule from the number of steps, so that a run which was stopped and goes on equals one
-that was not. A step is the mean over its parts, which one process makes one after the other, and
-several make at once. Workers are processes that only draw.
+The encoder alone on dense labels comes first, then conversations about pictures and clips, with
+more tiles beside them, most of which show print, and last three stages about relations. A batch
+follows from the seed and its number, and the schedule from the number of steps, so that a run
+which was stopped and goes on equals one that was not. A step is the mean over its parts, which
+one process makes one after the other, and several make at once. Workers are processes that only
+draw.
 """
 
 from __future__ import annotations
