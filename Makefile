@@ -8,8 +8,9 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.app
 	$(BIN)/mlx-smolvlm chat --image examples/three.png "What is in this picture?"
 
+# Two processes: MLX computes on one core on a CPU. Tests of a file stay together, for its fixtures.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
