@@ -8,9 +8,10 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.app
 	$(BIN)/mlx-smolvlm chat --image examples/three.png "What is in this picture?"
 
-# Two processes: MLX computes on one core on a CPU. Tests of a file stay together, for its fixtures.
+# Two processes: MLX computes on one core on a CPU. A file's tests stay together, for its
+# fixtures; in the order of names, or the longest file, which has one test, would come last.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
