@@ -8,8 +8,8 @@ BIN = $(VENV)/bin
 demo: $(VENV)/.app
 	$(BIN)/mlx-smolvlm chat --image examples/three.png "What is in this picture?"
 
-# Two processes: MLX computes on one core on a CPU. A file's tests stay together, for its
-# fixtures; in the order of names, or the longest file, which has one test, would come last.
+# Two processes, since MLX computes on one core of a CPU. A file's tests share its fixtures, so
+# they stay in one; files run in the order of names, as the default leaves the longest for the end.
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
