@@ -76,6 +76,18 @@ class Terminal:
         """Type `text`."""
         os.write(self.fd, text.encode())
 
+    def interrupt(self) -> None:
+        """Type Ctrl-C once the process waits for a line.
+
+        Between showing a prompt and reading, Python would keep the signal until the next key.
+        """
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        end = time.monotonic() + 20
+        while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
+            assert time.monotonic() < end, "it does not wait"
+            time.sleep(0.01)
+        self.send("\x03")
+
     def status(self) -> int:
         """Exit status, once it has left."""
         end = time.monotonic() + 20
@@ -175,13 +187,13 @@ def test_ctrl_c_stops_the_answer_only(start: Start) -> None:
     terminal.expect("\r\n> ")
     terminal.send("half a li")
     terminal.expect("half a li")
-    terminal.send("\x03")
+    terminal.interrupt()
     terminal.expect("Ctrl-C again or Ctrl-D leaves[^>]*> ")
     terminal.send("/help\n")
     terminal.expect("stops an answer(.|\n)*> ")
-    terminal.send("\x03")
+    terminal.interrupt()
     terminal.expect("Ctrl-C again or Ctrl-D leaves[^>]*> ")
-    terminal.send("\x03")
+    terminal.interrupt()
     assert terminal.status() == 130
     assert "Traceback" not in terminal.text
 
