@@ -57,7 +57,7 @@ class Terminal:
             )
         os.close(inner)
 
-    def expect(self, pattern: str, timeout: float = 20) -> str:
+    def expect(self, pattern: str, timeout: float = 60) -> str:
         """What is shown up to the next match of `pattern`; later calls begin after it."""
         end = time.monotonic() + timeout
         while not (match := re.search(pattern, self.text)):
@@ -82,7 +82,7 @@ class Terminal:
         Between showing a prompt and reading, Python would keep the signal until the next key.
         """
         stat = Path(f"/proc/{self.process.pid}/stat")
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "S":
             assert time.monotonic() < end, "it does not wait"
             time.sleep(0.01)
@@ -90,7 +90,7 @@ class Terminal:
 
     def status(self) -> int:
         """Exit status, once it has left."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while self.process.poll() is None:
             assert time.monotonic() < end, f"it does not leave: {self.text!r}"
             if select.select([self.fd], [], [], 0.05)[0]:
