@@ -1,6 +1,7 @@
 """The held-out dataset: readable, true to its seed, apart from what training draws."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,6 +47,14 @@ def listed(folder: Path, seed: int = 0, wanted: set[str] | None = None) -> list[
     lines = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
     assert len(lines) == count
     return lines
+
+
+@pytest.mark.parametrize("topic", ["shapes", "words"])
+def test_rare_families_have_as_many_items_as_others(topic: str) -> None:
+    """The card promises 200; "larger" and "letter" need many pictures for that."""
+    found = Counter(item.task for item in collect(topic, 200))
+    assert {"shapes": "larger", "words": "letter"}[topic] in found
+    assert set(found.values()) == {200}
 
 
 def test_every_line_can_be_asked(tmp_path: Path) -> None:

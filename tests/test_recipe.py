@@ -15,10 +15,12 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
 from mlx_smolvlm import text, vision
 from mlx_smolvlm.config import Config
+from mlx_smolvlm.hub import DEMO, resolve
 from mlx_smolvlm.image import Grid, tiles
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.recipe import batches, pages, questions
@@ -27,9 +29,12 @@ from mlx_smolvlm.train.recipe.batches import Mix, encoder_batch
 from mlx_smolvlm.train.recipe.draw import (
     COLOR_NAMES,
     COLORS,
+    SHAPES,
     Scene,
     Shape,
+    area,
     index_map,
+    outline,
     render,
     sample_scene,
 )
@@ -40,7 +45,7 @@ from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
 from mlx_smolvlm.train.recipe.losses import Paired, encoder_loss, normalized, step_loss
 from mlx_smolvlm.train.recipe.optimizer import FlatAdamW, StackedMuon
 from mlx_smolvlm.train.recipe.run import STAGES as ALL_STAGES
-from mlx_smolvlm.train.recipe.run import Run, Stage, make_batch, start
+from mlx_smolvlm.train.recipe.run import Run, Stage, make_batch, save_checkpoint, start
 from mlx_smolvlm.train.recipe.shapes import demo_config
 from mlx_smolvlm.train.recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokenizer
 from mlx_smolvlm.train.recipe.topics import ORDINALS, ask_several, shape_glyphs, shapes
@@ -268,6 +273,33 @@ def test_comparisons_are_true() -> None:
     assert not any("larger" in question or "left" in question for question in answers)
 
 
+@pytest.mark.parametrize(("radius", "asked"), [(13, False), (17, False), (19, True)])
+def test_size_is_asked_about_where_both_measures_agree(radius: int, asked: bool) -> None:
+    """At 1.7 times a circle's radius a star covers 1.14 times as much, at 1.9 times 1.42."""
+    made = (
+        Shape("star", "blue", (0, 0, 0), 30, 30, radius, 0.0, False, 0),
+        Shape("circle", "red", (0, 0, 0), 80, 80, 10, 0.0, False, 8),
+    )
+    answers = all_answers(questions.compare, Scene(96, 96, "gray", (0, 0, 0), made, False))
+    said = {answer for question, answer in answers.items() if "larger" in question}
+    assert said == ({"The star.", "The blue star."} if asked else set())
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_area_is_what_is_painted(kind: str) -> None:
+    shape = Shape(kind, "red", (0, 0, 0), 500, 500, 400, 0.2, False, 4)
+    mask = Image.new("1", (1000, 1000))
+    ImageDraw.Draw(mask).polygon(outline(shape), fill=1)
+    assert area(shape) == pytest.approx(int(np.asarray(mask).sum()), rel=0.01)
+
+
+def test_half_of_the_pictures_of_several_hold_small_and_large_shapes() -> None:
+    drawn = [sample_scene(np.random.default_rng(seed), 2, (200, 200)) for seed in range(400)]
+    radii = [sorted(shape.radius for shape in scene.shapes) for scene in drawn]
+    assert sum(large > 1.4 * small for small, large in radii) > 130
+    assert all(small > 19 and large < 200 * 0.26 for small, large in radii)
+
+
 def test_second_questions_are_about_the_shape_of_the_first() -> None:
     scene = scene_of(("red", "circle", 0), ("blue", "star", 7))
     facts = {
@@ -348,9 +380,21 @@ def test_tokenizer_round_trips_any_text() -> None:
         assert tokenizer.decode(tokenizer.encode(sample).ids) == sample
 
 
-def test_tokenizer_is_reproducible_and_has_the_special_tokens() -> None:
-    tokenizer = build_tokenizer()
-    assert tokenizer.to_str() == build_tokenizer().to_str()
+def shipped_tokenizer() -> Tokenizer:
+    """The tokenizer that a run takes."""
+    return Tokenizer.from_file(str(resolve(DEMO) / "tokenizer.json"))
+
+
+BOTH = pytest.mark.parametrize("make", [build_tokenizer, shipped_tokenizer])
+
+
+def test_a_tokenizer_follows_from_its_seed() -> None:
+    assert build_tokenizer().to_str() == build_tokenizer().to_str()
+
+
+@BOTH
+def test_tokenizer_has_the_special_tokens(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
     assert [tokenizer.token_to_id(token) for token in FIRST_TOKENS] == [0, 1, 2]
     size = tokenizer.get_vocab_size()
     assert [tokenizer.token_to_id(t) for t in LAST_TOKENS] == list(
@@ -360,15 +404,17 @@ def test_tokenizer_is_reproducible_and_has_the_special_tokens() -> None:
     assert tokenizer.encode("\n\n<image>").tokens == ["ĊĊ", "<image>"]
 
 
-def test_what_is_printed_is_spelled_letter_by_letter() -> None:
-    tokenizer = build_tokenizer()
+@BOTH
+def test_what_is_printed_is_spelled_letter_by_letter(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
     for printed in ("HELLO", "ZEBRA", "1234567890", "QUICK", "THE"):
         assert tokenizer.encode(printed).tokens == list(printed)
         assert len(tokenizer.encode(f" {printed}.").ids) <= len(printed) + 2
 
 
-def test_doctags_are_tokens_that_stay_in_the_text() -> None:
-    tokenizer = build_tokenizer()
+@BOTH
+def test_doctags_are_tokens_that_stay_in_the_text(make: Callable[[], Tokenizer]) -> None:
+    tokenizer = make()
     assert set(pages.TAGS) < set(TAGS)
     for tag in TAGS:
         assert tokenizer.encode(tag).tokens == [tag]
@@ -438,6 +484,8 @@ def test_encoder_batches_follow_from_the_seed(demo_builder: PromptBuilder) -> No
 @pytest.mark.usefixtures("small")
 def test_the_encoder_is_trained_alone_and_then_with_the_rest(tmp_path: Path) -> None:
     run = start(tmp_path / "run", 0, (Stage("encoder", 1, 0.01, size=2), STAGES[1]))
+    taken = (tmp_path / "run" / "tokenizer.json").read_bytes()
+    assert taken == (resolve(DEMO) / "tokenizer.json").read_bytes()
     before = weights_of(run)
     run.advance()
     moved = {
@@ -592,6 +640,31 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     assert isinstance(first, dict)
     assert isinstance(second, dict)
     assert all(mx.array_equal(value, second[name]) for name, value in first.items())
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("stop", [0, 2, 3])
+def test_the_result_is_the_mean_of_the_ends_of_averaged_stages(tmp_path: Path, stop: int) -> None:
+    first = Stage("first", 2, 0.01, size=2, averaged=True)
+    stages = (first, replace(first, averaged=False), replace(first, steps=1))
+    run, ends = start(tmp_path, 0, stages), list[dict[str, mx.array]]()
+    for step in range(5):
+        if step == stop:
+            run.save(tmp_path / "state.safetensors")
+            run = start(tmp_path, 0, stages)
+            run.restore(tmp_path / "state.safetensors")
+        run.advance()
+        if step in (1, 4):
+            ends.append({k: v for k, v in weights_of(run).items() if k.startswith("model.")})
+            mx.eval(ends)
+    save_checkpoint(run, tmp_path)
+    saved = mx.load(str(tmp_path / "model.safetensors"))
+    assert isinstance(saved, dict)
+    assert {f"model.{name}" for name in saved} == set(ends[0])
+    assert not all(mx.array_equal(ends[0][name], ends[1][name]) for name in ends[0])
+    for name, value in saved.items():
+        mean = (ends[0][f"model.{name}"] + ends[1][f"model.{name}"]) / 2
+        assert mx.allclose(value, mean, rtol=1e-3, atol=1e-6), name  # float16's
 
 
 def test_every_step_of_every_run_draws_from_seeds_of_its_own() -> None:

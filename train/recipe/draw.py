@@ -142,12 +142,16 @@ def sample_rgb(rng: np.random.Generator, color: str) -> RGB:
 def _sample_shapes(
     rng: np.random.Generator, size: tuple[int, int], background: str, count: int
 ) -> list[Shape]:
-    """`count` shapes in different cells that touch neither each other nor the border."""
+    """`count` shapes in different cells that touch neither each other nor the border.
+
+    In half of the pictures of several they are small or large, with nothing between.
+    """
+    apart = count > 1 and rng.random() < 0.5
     largest = _LARGEST_RADIUS[count] if count else 0.0
     while True:
         shapes: list[Shape] = []
         for cell in rng.permutation(9)[:count]:
-            shape = _sample_shape(rng, size, int(cell), largest)
+            shape = _sample_shape(rng, size, int(cell), largest, apart)
             if shapes and rng.random() < 0.2:  # repeats make counts and "two red circles"
                 twin = shapes[-1]
                 shape = replace(shape, kind=twin.kind, color=twin.color, rgb=twin.rgb)
@@ -156,7 +160,7 @@ def _sample_shapes(
                 break
         else:
             return shapes
-        largest = max(0.95 * largest, _SMALLEST_RADIUS)
+        largest = max((0.995 if apart else 0.95) * largest, _SMALLEST_RADIUS)
 
 
 def _fits(shapes: list[Shape], size: tuple[int, int]) -> bool:
@@ -173,22 +177,38 @@ def _fits(shapes: list[Shape], size: tuple[int, int]) -> bool:
 
 
 def _sample_shape(
-    rng: np.random.Generator, size: tuple[int, int], cell: int, largest: float
+    rng: np.random.Generator, size: tuple[int, int], cell: int, largest: float, apart: bool
 ) -> Shape:
-    """A shape with its centre in `cell` and a radius of at most `largest`, a share of the scale."""
+    """A shape with its centre in `cell` and a radius of at most `largest`, a share of the scale.
+
+    Args:
+        apart: Whether the radius is of the smallest or the largest quarter.
+    """
     width, height = size
     scale = math.sqrt(width * height)
     kind = str(rng.choice(SHAPES))
     color = str(rng.choice(COLOR_NAMES))
     smallest = _SMALLEST_RADIUS
-    radius = scale * (smallest + (largest - smallest) * rng.random())
+    share = rng.random()
+    if apart:
+        share = share / 4 if rng.random() < 0.5 else 1 - share / 4
+    radius = scale * (smallest + (largest - smallest) * share)
     (left, right), (top, bottom) = _CENTRES[cell % 3], _CENTRES[cell // 3]
     x = width * (left + (right - left) * rng.random())
     y = height * (top + (bottom - top) * rng.random())
+    if apart:  # a large one moves inward, as far as its cell goes
+        x = _inward(x, radius + 2, (width * left, width * right), width)
+        y = _inward(y, radius + 2, (height * top, height * bottom), height)
     radius = min(radius, max(min(x, y, width - x, height - y) - 1.5, smallest * scale))
     rotation = ROTATIONS.get(kind, 0.0) * (2 * rng.random() - 1)
     outlined = bool(rng.random() < 0.1) and radius > 20
     return Shape(kind, color, sample_rgb(rng, color), x, y, radius, rotation, outlined, cell)
+
+
+def _inward(at: float, margin: float, within: tuple[float, float], side: float) -> float:
+    """`at`, brought as near to `margin` from both ends of `side` as `within` allows."""
+    first, last = within
+    return float(np.clip(at, min(margin, last), max(side - margin, first)))
 
 
 def outline(shape: Shape) -> Points:
@@ -213,6 +233,13 @@ def outline(shape: Shape) -> Points:
     return [
         (shape.x + r * (x * cos - y * sin), shape.y + r * (x * sin + y * cos)) for x, y in corners
     ]
+
+
+def area(shape: Shape) -> float:
+    """What `shape` covers, in square pixels."""
+    points = outline(shape)
+    following = points[1:] + points[:1]
+    return abs(sum(x * v - u * y for (x, y), (u, v) in zip(points, following, strict=True))) / 2
 
 
 def _star() -> list[tuple[float, float]]:

@@ -105,7 +105,7 @@ def collect(
     """
     found: Counter[str] = Counter()
     idle = 0
-    for number in range(10 * count + _ROUNDS):
+    for number in range(20 * count + _ROUNDS):
         before = found.total()
         for item in items(topic, 10**6 * seed + number):
             if found[item.task] < count and (wanted is None or item.task in wanted):

@@ -11,7 +11,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from mlx_smolvlm.train.recipe.draw import COLOR_NAMES, PLACES, SHAPES, Scene, Shape, cell_extent
+from mlx_smolvlm.train.recipe.draw import (
+    COLOR_NAMES,
+    PLACES,
+    SHAPES,
+    Scene,
+    Shape,
+    area,
+    cell_extent,
+)
 from mlx_smolvlm.train.recipe.items import Box, Part, Said, Turn, fill, parts_of, text_of
 
 SHAPE_NOUNS = (*SHAPES, "shape", "object", "word", "picture")
@@ -309,14 +317,16 @@ def compare(scene: Scene, rng: np.random.Generator) -> Turn:
     ]
     if not pairs:
         return exists(scene, rng)
-    (one, asked), (other, against) = pairs[rng.integers(len(pairs))]
+    plain = [pair for pair in pairs if _plainly_differ(pair[0][0], pair[1][0])]
+    sized = bool(plain) and rng.random() < 0.7
+    chosen = plain if sized else pairs
+    (one, asked), (other, against) = chosen[rng.integers(len(chosen))]
     first, second = seen(asked, one, scene=scene), seen(against, other, scene=scene)
     both = (one, other)
-    ratio = one.radius / other.radius
-    if rng.random() < 0.5 and not 0.8 < ratio < 1.25:
+    if sized:
         larger = rng.random() < 0.6
         question = fill(pick(rng, LARGER if larger else SMALLER), first, second)
-        (answer,) = (first,) if (ratio > 1) == larger else (second,)
+        (answer,) = (first,) if (one.radius > other.radius) == larger else (second,)
         shown = one if answer is first else other
         return Turn("larger", question, (seen(f"The {answer.text}.", shown, scene=scene),))
     across = abs(one.x - other.x) / scene.width
@@ -326,6 +336,12 @@ def compare(scene: Scene, rng: np.random.Generator) -> Turn:
     is_true = before == (side in ("left of", "above"))
     question = fill(pick(rng, BESIDE).replace("{side}", side), first, second)
     return Turn("beside", question, (seen("Yes." if is_true else "No.", *both, scene=scene),))
+
+
+def _plainly_differ(one: Shape, other: Shape) -> bool:
+    """Whether one is larger to any eye: it reaches farther by 2/5, and covers more by 1/4."""
+    small, large = sorted((one, other), key=lambda shape: shape.radius)
+    return large.radius > 1.4 * small.radius and area(large) > 1.25 * area(small)
 
 
 def follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:

@@ -4,9 +4,10 @@
     mlx.launch -n 2 --backend ring -- python -m mlx_smolvlm.train.recipe --out FOLDER
 
 The encoder alone on dense labels comes first, then conversations about pictures and clips, with
-more tiles beside them, most of which show print, and last three stages about relations. A batch
-follows from the seed and its number, and the schedule from the number of steps, so that a run
-which was stopped and goes on equals one that was not. A step is the mean over its parts, which
+more tiles beside them, most of which show print, then three stages about relations, and last three
+about all, with more of what was weakest: the model is the mean of the weights at their ends. A
+batch follows from the seed and its number, and the schedule from the number of steps, so that a
+run which was stopped and goes on equals one that was not. A step is the mean over its parts, which
 one process makes one after the other, and several make at once. Workers are processes that only
 draw.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -29,6 +31,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from tokenizers import Tokenizer
 
+from mlx_smolvlm.hub import DEMO, resolve
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.train.recipe.ahead import Ahead
 from mlx_smolvlm.train.recipe.batches import (
@@ -50,7 +53,6 @@ from mlx_smolvlm.train.recipe.losses import Paired, Trainee, encoder_loss, norma
 from mlx_smolvlm.train.recipe.optimizer import Optimizer
 from mlx_smolvlm.train.recipe.sample_clips import SAMPLED
 from mlx_smolvlm.train.recipe.shapes import demo_config
-from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer
 from mlx_smolvlm.train.recipe.topics import Focus
 
 SAVED_EVERY_S = 120
@@ -81,6 +83,7 @@ class Stage:
         asked: What is asked about pictures, and told beside the answers.
         tiles: Beside the conversations of a batch, most of them with print.
         scale: How many times the conversations of `batches.MIXES` a batch has.
+        averaged: Whether the weights at its end count into the mean that is the run's result.
     """
 
     name: str
@@ -97,6 +100,7 @@ class Stage:
     asked: Asked = PLAIN
     tiles: int = 0
     scale: int = 1
+    averaged: bool = False
 
 
 _SHAPES = (
@@ -104,7 +108,14 @@ _SHAPES = (
     (Mix(("shapes",), 6, 8, detail="high"), 0.45),
     (Mix(("shapes",), 14, 5), 0.3),
 )
+_WEAKEST = (
+    *((mix, 0.4 * share) for mix, share in MIXES),
+    (Mix(("shapes",), 6, 8, detail="high"), 0.2),
+    (Mix(("shapes",), 14, 5), 0.12),
+    (Mix(("words",), 7, 6, detail="high"), 0.28),
+)
 RELATIONS = ("larger", "beside", "chart compare", "number")
+WEAKEST = ("larger", "larger", "count", "word", "number")
 STAGES = (
     Stage("encoder", steps=7500, rate=0.014, size=256),
     Stage(
@@ -122,6 +133,21 @@ STAGES = (
     Stage(
         "shapes", steps=740, rate=0.004, floor=0.01, encoder_share=0.2, clips=0.06, brief=0.0,
         parts=2, mixes=_SHAPES, asked=Asked(True, Focus(RELATIONS[:2], 0.6, 80, True), True),
+    ),
+    Stage(
+        "together", steps=1200, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.16, brief=0.0,
+        parts=2, asked=Asked(True, Focus(WEAKEST, 0.5, 80, True), True), tiles=12,
+        averaged=True,
+    ),
+    Stage(
+        "weakest", steps=700, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.06, brief=0.0,
+        parts=2, mixes=_WEAKEST, asked=Asked(True, Focus(WEAKEST, 0.7, 80, True), True), tiles=12,
+        averaged=True,
+    ),
+    Stage(
+        "again", steps=450, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.16, brief=0.0,
+        parts=2, asked=Asked(True, Focus(WEAKEST, 0.5, 80, True), True), tiles=12,
+        averaged=True,
     ),
 )  # fmt: skip
 
@@ -198,12 +224,32 @@ class Run:
         share = self.group.rank(), self.group.size()
         self._ahead = Ahead(partial(draw_step, folder, stages, seed, share), self._after, workers)
         self.stage, self.step = 0, 0
+        self.ends = 0
+        self._average: dict[str, Any] = self.trainee.model.parameters()
         self._enter_stage()
 
     @property
     def done(self) -> bool:
         """Whether all stages are through."""
         return self.stage == len(self.stages)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The model's weights by now; at the end, the mean over the ends of averaged stages."""
+        if self.done and self.ends:
+            return self._average
+        now: dict[str, Any] = self.trainee.model.parameters()
+        return now
+
+    def _count_in(self) -> None:
+        """Let the model's weights count into the average."""
+        self.ends += 1
+        self._average = tree_map(
+            lambda mean, here: mean + (here - mean) / self.ends,
+            self._average,
+            self.trainee.model.parameters(),
+        )
+        mx.eval(self._average)
 
     def _enter_stage(self) -> None:
         stage = self.stages[self.stage]
@@ -235,6 +281,8 @@ class Run:
             mx.async_eval(self.trainee.parameters(), self.optimizer.state, loss)
         self.step += 1
         if self.step == stage.steps:
+            if stage.averaged:
+                self._count_in()
             self.stage, self.step = self.stage + 1, 0
             if not self.done:
                 self._enter_stage()
@@ -265,12 +313,13 @@ class Run:
         return (number + 1, 0) if number + 1 < len(self.stages) else None
 
     def save(self, path: Path) -> None:
-        """Write weights, the optimizer's state and the step to `path`, at once."""
-        arrays = dict(
-            tree_flatten({"trainee": self.trainee.parameters(), "optimizer": self.optimizer.state})
-        )
+        """Write weights, their average, the optimizer's state and the step to `path`, at once."""
+        state = {"trainee": self.trainee.parameters(), "optimizer": self.optimizer.state}
+        if self.ends:
+            state["average"] = self._average
+        place = {"stage": str(self.stage), "step": str(self.step), "ends": str(self.ends)}
         part = path.with_suffix(".part.safetensors")
-        mx.save_safetensors(str(part), arrays, {"stage": str(self.stage), "step": str(self.step)})
+        mx.save_safetensors(str(part), dict(tree_flatten(state)), place)
         part.replace(path)
 
     def restore(self, path: Path) -> None:
@@ -284,24 +333,30 @@ class Run:
         self.trainee.update(state["trainee"])
         if self.step:
             self.optimizer.state = state["optimizer"]
+        self.ends = int(place["ends"])
+        if self.ends:
+            self._average = state["average"]
 
 
 def save_checkpoint(run: Run, folder: Path) -> None:
     """Write the model as a checkpoint in float16; the tokenizer and template lie there already."""
     config = replace(run.builder.config, dtype="float16")
-    parameters: Any = tree_flatten(run.trainee.model.parameters())
+    parameters: Any = tree_flatten(run.result)
     weights = {name: value.astype(mx.float16) for name, value in parameters}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
 
 
 def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES, workers: int = 0) -> Run:
-    """A run that writes to `folder`, with its tokenizer and template written there."""
+    """A run that writes to `folder`, with its tokenizer and template written there.
+
+    The tokenizer is the shipped one: weights hold for its ids alone, and those that would be
+    learned anew change with every word that is asked.
+    """
     group = mx.distributed.init()
     if group.rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        tokenizer = build_tokenizer()
-        tokenizer.save(str(folder / "tokenizer.json"))
+        shutil.copy(resolve(DEMO) / "tokenizer.json", folder)
         (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # the others wait until it is there
     return Run(folder, stages, seed, workers)

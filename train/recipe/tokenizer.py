@@ -1,7 +1,7 @@
 """The demo's tokenizer: a small byte-level BPE with the special tokens of SmolVLM.
 
 Every text round-trips, since each byte is a token; the merges are learned from
-the questions and answers that the demo is trained on.
+the questions and answers that the demo is trained on. Runs take the shipped one.
 """
 
 from __future__ import annotations
