@@ -5,11 +5,11 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from tokenizers import Tokenizer
 
 from mlx_smolvlm.convert.losses import head_of, predictions
 from mlx_smolvlm.convert.observe import last_hidden, windows
 from mlx_smolvlm.convert.samples import TEXTS
-from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer
 
 spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
 hf = importlib.util.module_from_spec(spec)
@@ -20,6 +20,7 @@ TEMPLATE = (
     "{% if line['type'] == 'text' %}{{line['text']}}{% else %}{{ '<image>' }}{% endif %}"
     "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
 )
+TOKENIZER = str(Path(__file__).with_name("tiny_tokenizer.json"))
 HELD_OUT = " ".join(TEXTS)
 
 
@@ -28,7 +29,7 @@ def make_source(folder, **changes):
 
     `changes` are to its config.json, as `hf_folder.settings` takes them.
     """
-    tokenizer = build_tokenizer(vocab_size=640, tags=())
+    tokenizer = Tokenizer.from_file(TOKENIZER)
     values = hf.settings(
         image_token_id=tokenizer.token_to_id("<image>"),
         text__vocab_size=tokenizer.get_vocab_size(),

@@ -17,10 +17,10 @@ from mlx_smolvlm.config import (
     VideoConfig,
     VisionConfig,
 )
+from mlx_smolvlm.hub import DEMO, resolve
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.smolvlm import SmolVLM, load
-from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer
 
 TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -69,7 +69,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     config = tiny_config()
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
-    build_tokenizer(vocab_size=640, tags=()).save(str(folder / "tokenizer.json"))
+    shutil.copy(Path(__file__).with_name("tiny_tokenizer.json"), folder / "tokenizer.json")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     weights = dict(tree_flatten(randomize(Model(config), seed=1).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
@@ -112,10 +112,8 @@ def tiny_video(tiny_video_folder: Path) -> SmolVLM:
 
 
 @pytest.fixture(scope="session")
-def demo_builder(tmp_path_factory: pytest.TempPathFactory) -> PromptBuilder:
-    """Prompts of the recipe, with a tokenizer made anew."""
+def demo_builder() -> PromptBuilder:
+    """Prompts of the recipe."""
     from mlx_smolvlm.train.recipe.run import builder_of
 
-    folder = tmp_path_factory.mktemp("tokenizer")
-    build_tokenizer().save(str(folder / "tokenizer.json"))
-    return builder_of(folder)
+    return builder_of(resolve(DEMO))

@@ -192,7 +192,7 @@ def test_the_right_color_is_chosen(cold: SmolVLM, demo: SmolVLM) -> None:
 
 
 def test_two_pictures_keep_their_order(cold: SmolVLM) -> None:
-    asked = (case for case in cases("several", 40, SEED) if case.answer.endswith(" one."))
+    asked = (case for case in cases("several", 60, SEED) if case.answer.endswith(" one."))
     swapped = {"The first one.": "The second one.", "The second one.": "The first one."}
     found = known(cold, asked, 8, "low")
     assert len({case.answer for case in found}) == 2

@@ -285,10 +285,14 @@ def test_words_that_name_one_thing_tell_its_place_and_size(demo_builder: PromptB
 def test_families_in_focus_are_asked_about_more_often() -> None:
     rng = np.random.default_rng(0)
     shares = []
-    names = ("larger", "beside")
+    rare, _ = names = ("larger", "color")
+    sized = Focus((rare,), 1.0, 80)
+    drawn = [shapes(rng, (96, 96)) for _ in range(1000)]
+    drawn = [one for one in drawn if ask(one, rng, 1, sized)[0].family == rare]
+    assert len(drawn) > 100
     for focus in (Focus(), Focus(names, 0.5), Focus(names, 0.5, 80, True)):
-        drawn = [shapes(rng, (96, 96)) for _ in range(300)]
-        families = [ask(one, rng, 1, focus)[0].family for one in drawn]
-        shares.append([families.count(name) / 300 for name in names])
-    assert sum(shares[1]) > sum(shares[0]) + 0.1
-    assert shares[2][0] > shares[1][0] + 0.02  # of the rare one
+        families = [ask(one, rng, 1, focus)[0].family for one in drawn for _ in range(4)]
+        shares.append({name: families.count(name) / len(families) for name in names})
+    plain, focused, evenly = shares
+    assert sum(focused.values()) > sum(plain.values()) + 0.1
+    assert evenly[rare] > focused[rare] + 0.03

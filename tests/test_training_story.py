@@ -78,7 +78,7 @@ def right(folder: Path, adapter: Path | None) -> float:
 def test_the_demo_learns_what_it_did_not_know(folder: Path) -> None:
     assert right(folder, None) == 0.0
     done = subprocess.run(
-        [*COMMAND, "train", folder / "photos.toml"], capture_output=True, text=True, timeout=300
+        [*COMMAND, "train", folder / "photos.toml"], capture_output=True, text=True, timeout=900
     )
     assert done.returncode == 0, done.stderr
     adapter = Path(done.stdout.strip())

@@ -9,6 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 from mlx_smolvlm.checkpoint import load_model
 from mlx_smolvlm.convert import CompareOptions, Comparison
@@ -24,7 +25,6 @@ from mlx_smolvlm.convert.verify import (
     verify_conversion,
 )
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer
 
 spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
 hf = importlib.util.module_from_spec(spec)
@@ -35,13 +35,14 @@ TEMPLATE = (
     "{% if line['type'] == 'text' %}{{line['text']}}{% else %}{{ '<image>' }}{% endif %}"
     "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
 )
+TOKENIZER = str(Path(__file__).with_name("tiny_tokenizer.json"))
 TEXT = "The ferry leaves the island at seven, long before the shops open."
 FEW = CompareOptions(texts=(TEXT,), max_tokens=2)
 
 
 def make_source(folder: Path, dtype: mx.Dtype = mx.bfloat16, **changes: int) -> Path:
     """A small Hugging Face folder that can be asked questions."""
-    tokenizer = build_tokenizer(vocab_size=640, tags=())
+    tokenizer = Tokenizer.from_file(TOKENIZER)
     values = hf.settings(
         image_token_id=tokenizer.token_to_id("<image>"),
         text__vocab_size=tokenizer.get_vocab_size(),
@@ -118,7 +119,7 @@ def test_the_source_in_memory_is_the_converted_one(tmp_path: Path, dtype: mx.Dty
     written = OpenedFolder(convert_checkpoint(folder, tmp_path / "out"))
     assert opened.config == written.config
     assert opened.nbytes == written.nbytes
-    ids = build_tokenizer(vocab_size=640, tags=()).encode(TEXT).ids
+    ids = Tokenizer.from_file(TOKENIZER).encode(TEXT).ids
     models = [one.load().model for one in (opened, written)]
     logits = [model(model.embed(mx.array(ids))) for model in models]  # type: ignore[arg-type]
     assert logits[0].dtype == mx.float32  # whatever the weights are
@@ -205,7 +206,7 @@ def test_convert_and_verify(source: Path, samples: Path, tmp_path: Path) -> None
     assert found is not None
     assert [one.picture for one in found.answers] == ["blue.JPG", "red.png", None]
     assert found.texts is not None
-    assert found.texts.tokens == len(build_tokenizer(vocab_size=640, tags=()).encode(TEXT).ids) - 1
+    assert found.texts.tokens == len(Tokenizer.from_file(TOKENIZER).encode(TEXT).ids) - 1
 
     again = run("convert", source, "out", "--bits", "8", "--force", cwd=tmp_path)
     assert again.returncode == 0

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tokenizers import Tokenizer
 
 torch = pytest.importorskip("torch")
 
@@ -35,8 +36,8 @@ from mlx_smolvlm.image import tiles  # noqa: E402
 from mlx_smolvlm.messages import read_request  # noqa: E402
 from mlx_smolvlm.sampling import Sampling  # noqa: E402
 from mlx_smolvlm.smolvlm import load  # noqa: E402
-from mlx_smolvlm.train.recipe.tokenizer import build_tokenizer  # noqa: E402
 
+TOKENIZER = str(Path(__file__).parents[1] / "tiny_tokenizer.json")
 CLOSE = 1e-4
 WINDOW = 512  # tokens that are read at once, as told in Package.md
 TEMPLATE = (
@@ -121,7 +122,7 @@ def take_floats(model: Any, folder: Path) -> None:
 @pytest.fixture(scope="module", params=["noise", "packed", "packed tied"])
 def trio(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Trio:
     torch.set_num_threads(1)
-    folder, tokenizer = tmp_path_factory.mktemp("trio"), build_tokenizer(vocab_size=640, tags=())
+    folder, tokenizer = tmp_path_factory.mktemp("trio"), Tokenizer.from_file(TOKENIZER)
     tied = "tied" in request.param
     first, second = random_model(tokenizer, tied), random_model(tokenizer, tied)
     source = save(first, tokenizer, folder / "first")
@@ -182,7 +183,7 @@ def theirs(models: Any, windows: list[np.ndarray], start: int = 1, **media: Any)
 
 
 def test_texts(trio: Trio, found: Comparison) -> None:
-    tokenizer = build_tokenizer(vocab_size=640, tags=())
+    tokenizer = Tokenizer.from_file(TOKENIZER)
     ids = [np.array(tokenizer.encode(text).ids) for text in TEXTS]
     assert ids[0].size > WINDOW  # more than one window
     windows = [one[i : i + WINDOW] for one in ids for i in range(0, one.size, WINDOW)]
@@ -258,7 +259,7 @@ def test_picture_features(trio: Trio, found: Comparison, picture: Image.Image) -
 
 
 def test_states_after_each_layer(trio: Trio, found: Comparison) -> None:
-    ids = torch.tensor(build_tokenizer(vocab_size=640, tags=()).encode(TEXTS[0]).ids[:256])[None]
+    ids = torch.tensor(Tokenizer.from_file(TOKENIZER).encode(TEXTS[0]).ids[:256])[None]
     with torch.no_grad():
         states = [model(ids, output_hidden_states=True).hidden_states for model in trio.models]
     decoder = [one for one in found.layers if one.path.startswith("text_model.layers.")]

@@ -29,15 +29,14 @@ LAST_TOKENS = (
 )
 # DocTags are tokens, as in SmolDocling; they are part of an answer's text.
 TAGS = tuple(dict.fromkeys((*pages.TAGS, *(f"<loc_{place}>" for place in range(501)))))
+_TOKENS = 960  # at most, beside the tags
 _PICTURES = 150  # of each topic that questions are read from
 _TEXTS = 6000
 _PRINTED = re.compile(r"[A-Z]{2,}|<[^>]*>|\d+")  # what is printed is read letter by letter
 
 
-def build_tokenizer(
-    seed: int = 0, vocab_size: int = 960, tags: tuple[str, ...] = TAGS
-) -> Tokenizer:
-    """A trained tokenizer of at most `vocab_size` tokens and `tags`; it follows from these.
+def build_tokenizer(seed: int = 0) -> Tokenizer:
+    """A trained tokenizer of at most 960 tokens and `TAGS`; it follows from the seed.
 
     Ids follow SmolVLM's order: the tokens of a chat first, those of images and the
     end of an utterance last.
@@ -51,13 +50,13 @@ def build_tokenizer(
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(LAST_TOKENS),
+        vocab_size=_TOKENS - len(LAST_TOKENS),
         special_tokens=list(FIRST_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(_texts(seed), trainer)
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     tokenizer.add_special_tokens(list(LAST_TOKENS))
     return tokenizer
 
