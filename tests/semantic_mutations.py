@@ -266,7 +266,7 @@ MUTATIONS: dict[Callable[[], None], str] = {
     global_first: "small_print",
     swapped_channels: "right_color",
     picture_as_it_lies: "however_it_comes",
-    flipped_patches: "test",
+    flipped_patches: "lines",
     stale_pictures: "place_of_another or on_disk",
     stale_ids: "place_of_another or on_disk",
     positions_from_zero: "second_question",

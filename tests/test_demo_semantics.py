@@ -83,6 +83,12 @@ def test_small_print_is_read_off_its_tiles(cold: SmolVLM) -> None:
     assert right(cold, found, detail="low") <= 1
 
 
+def test_lines_of_print_are_told_apart(cold: SmolVLM) -> None:
+    """Where a shape lies, features say by themselves; which line is meant, their places too."""
+    asked = list(cases("words", 10, SEED, {"line"}))
+    assert right(cold, asked, "low") >= 8
+
+
 # What is known already
 
 
