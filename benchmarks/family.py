@@ -61,6 +61,7 @@ PRECISIONS: dict[str, dict[str, Any]] = {
     "16": {"dtype": "bfloat16"},
     "4": {"bits": 4},
     "4, embeddings 4": {"bits": 4, "embeddings_bits": 4},
+    "4, embeddings 4, bfloat16": {"bits": 4, "embeddings_bits": 4, "dtype": "bfloat16"},
 }
 
 
