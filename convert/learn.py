@@ -53,7 +53,7 @@ class LearnOptions:
 
     steps: int = 120
     picture_steps: int = 60
-    rate: float = 4e-3
+    rate: float = 1e-3
     seed: int = 0
 
     def __post_init__(self) -> None:
