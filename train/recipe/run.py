@@ -116,6 +116,10 @@ _WEAKEST = (
 )
 RELATIONS = ("larger", "beside", "chart compare", "number")
 WEAKEST = ("larger", "larger", "count", "word", "number")
+_TOGETHER = Stage(
+    "together", steps=1200, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.16, brief=0.0,
+    parts=2, asked=Asked(True, Focus(WEAKEST, 0.5, 80, True), True), tiles=12, averaged=True,
+)  # fmt: skip
 STAGES = (
     Stage("encoder", steps=7500, rate=0.014, size=256),
     Stage(
@@ -134,21 +138,12 @@ STAGES = (
         "shapes", steps=740, rate=0.004, floor=0.01, encoder_share=0.2, clips=0.06, brief=0.0,
         parts=2, mixes=_SHAPES, asked=Asked(True, Focus(RELATIONS[:2], 0.6, 80, True), True),
     ),
-    Stage(
-        "together", steps=1200, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.16, brief=0.0,
-        parts=2, asked=Asked(True, Focus(WEAKEST, 0.5, 80, True), True), tiles=12,
-        averaged=True,
+    _TOGETHER,
+    replace(
+        _TOGETHER, name="weakest", steps=700, clips=0.06, mixes=_WEAKEST,
+        asked=Asked(True, Focus(WEAKEST, 0.7, 80, True), True),
     ),
-    Stage(
-        "weakest", steps=700, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.06, brief=0.0,
-        parts=2, mixes=_WEAKEST, asked=Asked(True, Focus(WEAKEST, 0.7, 80, True), True), tiles=12,
-        averaged=True,
-    ),
-    Stage(
-        "again", steps=450, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.16, brief=0.0,
-        parts=2, asked=Asked(True, Focus(WEAKEST, 0.5, 80, True), True), tiles=12,
-        averaged=True,
-    ),
+    replace(_TOGETHER, name="again", steps=450),
 )  # fmt: skip
 
 
@@ -236,10 +231,9 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """The model's weights by now; at the end, the mean over the ends of averaged stages."""
-        if self.done and self.ends:
-            return self._average
-        now: dict[str, Any] = self.trainee.model.parameters()
-        return now
+        mean = self.done and self.ends
+        weights: dict[str, Any] = self._average if mean else self.trainee.model.parameters()
+        return weights
 
     def _count_in(self) -> None:
         """Let the model's weights count into the average."""
