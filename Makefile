@@ -11,7 +11,7 @@ demo: $(VENV)/.app
 # Two processes, since MLX computes on one core of a CPU. A file's tests share its fixtures, so
 # they stay in one; files run in the order of names, as the default leaves the longest for the end.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -25,7 +25,7 @@ EXTRAS = {"llguidance": "json"}
 LITTLE_DISK = 2 * 10**9  # bytes, about what the largest 4-bit conversion takes
 VARIABLES = (
     *("MLX_SMOLVLM_CACHE", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT"),
-    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "NO_COLOR", "TERM"),
+    *("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "MLX_SMOLVLM_OPENBLAS", "NO_COLOR", "TERM"),
 )
 SECRETS = ("HF_TOKEN", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")  # only whether they are set
 
@@ -90,9 +90,27 @@ def device() -> Iterator[Finding]:
             yield Finding("device", "broken", f"{named} multiplies wrongly", "reinstall mlx")
     if sys.platform == "darwin" and not information:
         yield Finding("metal", "note", "not available", "models run on the CPU, slowly")
+    if sys.platform == "linux" and kind.type == mx.DeviceType.cpu:
+        yield _blas()
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     text = f"{size(total)}, MLX may use {size(mx.get_memory_limit())}"
     yield Finding("memory", "ok", text)
+
+
+def _blas() -> Finding:
+    """What multiplies matrices on the CPU."""
+    from mlx_smolvlm import blas
+
+    if blas.problem is None:
+        return Finding("blas", "ok", "OpenBLAS")
+    advice = "pip install cmeel-openblas"
+    if "libgfortran" in blas.problem:
+        advice = "install libgfortran5 (apt install libgfortran5)"
+    elif "imported" in blas.problem:
+        advice = "import mlx_smolvlm first"
+    elif blas.VARIABLE in blas.problem:
+        advice = f"unset {blas.VARIABLE}"
+    return Finding("blas", "note", f"MLX's own, which is slow: {blas.problem}", advice)
 
 
 def storage() -> Iterator[Finding]:

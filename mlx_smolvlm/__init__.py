@@ -9,6 +9,10 @@ Package.md describes the rest.
 
 from typing import TYPE_CHECKING, Any
 
+import mlx_smolvlm.blas
+
+mlx_smolvlm.blas.load_openblas()  # only works before mlx.core is imported
+
 from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
 from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.choose import Choice

@@ -5,6 +5,9 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import mlx_smolvlm  # noqa: F401  (before mlx.core, so that it loads OpenBLAS)
+
+# isort: split
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
