@@ -29,6 +29,7 @@ from mlx_smolvlm import CacheOptions, SmolVLM, load
 from mlx_smolvlm.bounded import BoundedKVCache
 from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.convert.run import convert_checkpoint
+from mlx_smolvlm.logprobs import log_softmax
 from mlx_smolvlm.storage import FLOAT, Held, Mask, PackedStorage
 
 ROOT = Path(__file__).parent.parent
@@ -113,7 +114,7 @@ def log_probabilities(
             parts.append(vlm.model(chunk[:, first : first + step], cache)[0])
             mx.eval(parts[-1], cache.arrays)
         logits = mx.concatenate(parts)
-        yield logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+        yield log_softmax(logits)
 
 
 def on_text(path: Path, tokens: int, only: str) -> dict[str, dict[str, float]]:

@@ -23,6 +23,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_smolvlm.convert.calibration import Sample
 from mlx_smolvlm.convert.losses import HEAD_ROWS, Head, head_of
+from mlx_smolvlm.logprobs import log_softmax, sum_last
 from mlx_smolvlm.model import Model
 
 LEARNED_BELOW_BITS = 8  # 8 bits lose next to nothing; mlx-lm leaves them alone too
@@ -302,8 +303,8 @@ def _module_of_head(model: Model) -> nn.Module:
 
 def _divergence(true: mx.array, logits: mx.array) -> mx.array:
     """KL divergence of `logits` (L, vocabulary) from `true`, summed over L."""
-    logs = [x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (true, logits)]
-    return (mx.exp(logs[0]) * (logs[0] - logs[1])).sum()
+    logs = [log_softmax(x) for x in (true, logits)]
+    return sum_last(mx.exp(logs[0]) * (logs[0] - logs[1])).sum()
 
 
 def picture_loss(

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.convert.opened import Matrix
+from mlx_smolvlm.logprobs import log_softmax, sum_last
 from mlx_smolvlm.model import Model
 
 HEAD_ROWS = 128  # tokens whose logits are held at once
@@ -56,10 +57,8 @@ def predictions(
     for start in range(0, targets.size, HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
         true = mx.array(targets[part])[:, None]
-        logs = [
-            _log_softmax(head(states[part])) for states, head in zip(hidden, heads, strict=True)
-        ]
-        divergence = (mx.exp(logs[0]) * (logs[0] - logs[1])).sum(-1)
+        logs = [log_softmax(head(states[part])) for states, head in zip(hidden, heads, strict=True)]
+        divergence = sum_last(mx.exp(logs[0]) * (logs[0] - logs[1]))[:, 0]
         nll = mx.stack([-mx.take_along_axis(log, true, -1)[:, 0] for log in logs])
         best = mx.stack([mx.argmax(log, -1) for log in logs])
         mx.eval(divergence, nll, best)
@@ -71,12 +70,6 @@ def predictions(
         np.concatenate(nlls, 1),
         np.concatenate(likeliest, 1),
     )
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    """Log-probabilities in float32."""
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def cosines(a: mx.array, b: mx.array) -> np.ndarray:

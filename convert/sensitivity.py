@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.calibration import Sample
 from mlx_smolvlm.convert.learn import Progress, Recomputed
 from mlx_smolvlm.convert.quantize import pack, unpack
+from mlx_smolvlm.logprobs import cross_entropy
 from mlx_smolvlm.model import Model
 
 BLOCK = 32  # weights of a row that share a number; every group is a multiple
@@ -76,7 +76,7 @@ def _surprise(model: Model, sample: Sample, key: mx.array) -> mx.array:
     hidden = model.text_model(embeds)[0, sample.start - 1 : -1]
     logits = model.head(hidden).astype(mx.float32)
     drawn = mx.random.categorical(mx.stop_gradient(logits), key=key)
-    return nn.losses.cross_entropy(logits, drawn, reduction="sum")
+    return cross_entropy(logits, drawn).sum()
 
 
 def _blocks(weight: mx.array) -> mx.array:

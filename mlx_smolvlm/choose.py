@@ -12,6 +12,7 @@ import numpy as np
 from mlx_smolvlm.answer import Prompt, Reply
 from mlx_smolvlm.batch import held
 from mlx_smolvlm.errors import PromptError
+from mlx_smolvlm.logprobs import log_normalizer
 from mlx_smolvlm.packing import Rows, groups
 from mlx_smolvlm.reuse import common
 
@@ -164,6 +165,8 @@ def _of_tokens(vlm: SmolVLM, states: mx.array, token_ids: np.ndarray) -> np.ndar
     for start in range(0, token_ids.size, SCORED):
         part = slice(start, start + SCORED)
         logits = vlm.model.head(states[part]).astype(mx.float32)
-        chosen = mx.take_along_axis(logits, mx.array(token_ids[part])[:, None], axis=1)[:, 0]
-        parts.append(np.array(chosen - mx.logsumexp(logits, axis=1), np.float64))
+        chosen = mx.take_along_axis(logits, mx.array(token_ids[part])[:, None], axis=1)
+        numbers = mx.concatenate([chosen, *log_normalizer(logits)], axis=1)
+        own, largest, log_sum = np.array(numbers, np.float64).T  # float32 would round once more
+        parts.append(own - largest - log_sum)
     return np.concatenate(parts)

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_smolvlm.logprobs import cross_entropy
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.text import DecoderLayer
 from mlx_smolvlm.vision import VisionLayer
@@ -46,7 +47,7 @@ def answer_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
     """Sum of the cross-entropies of the targets, float32, and how many they are."""
     hidden = hidden_states(model, batch)  # (B, L, D)
     logits = model.head(hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.places)])
-    losses = nn.losses.cross_entropy(logits.astype(mx.float32), mx.array(batch.targets))
+    losses = cross_entropy(logits, mx.array(batch.targets))
     return losses.sum(), mx.array(float(batch.targets.size))
 
 
