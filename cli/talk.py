@@ -125,7 +125,7 @@ class Talk:
         if sampling.temperature == 0:
             sampling = replace(sampling, temperature=RETRY_TEMPERATURE, top_p=RETRY_TOP_P)
         if sampling.seed is not None:
-            sampling = replace(sampling, seed=sampling.seed + self._retries)
+            sampling = replace(sampling, seed=(sampling.seed + self._retries) % 2**64)
         try:
             kept = self._show(self._conversation.retry(sampling))
         except Exception:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+
+from mlx_smolvlm.logprobs import log_softmax
+from mlx_smolvlm.values import read_integer, read_number
+
+SEEDS = 2**64  # MLX takes those below
+TEMPERATURES = 1e-6, 1e6  # beyond them float32 overflows; here they are greedy and uniform already
+LEAST_TOP_P = 1e-30  # below it float32 is 0; the likeliest token alone is kept long before
 
 Sampler = Callable[[mx.array], mx.array]
 """Takes `logits` (vocabulary,), gives a token id (1,)."""
@@ -22,18 +32,20 @@ class Sampling:
     Attributes:
         temperature: 0 takes the likeliest token; higher is more varied.
         top_p: Keep the likeliest tokens up to this share of the probability, in (0, 1].
-        top_k: Keep this many of the likeliest tokens; 0 keeps all.
+        top_k: Keep this many of the likeliest tokens; 0, or as many as there are, keeps all.
         min_p: Drop tokens below this share of the likeliest token's probability, in [0, 1).
+            This and the two above look at the probabilities at temperature 1, as in mlx-lm:
+            they act before the temperature, which varies what they keep.
         max_tokens: The answer's length at most, in tokens.
-        seed: Repeats a sampled answer; None is a new one each time.
+        seed: Repeats a sampled answer, from 0 to 2**64 - 1; None is a new one each time.
         stop: Texts that end the answer; they are not part of it.
         schema: A JSON Schema, as an object or a text, or a pydantic model, that the
             answer fits; `Reply.parsed` is its value.
         regex: A regular expression that the whole answer matches.
 
     Raises:
-        ValueError: A value outside its range, a schema or an expression that no answer can
-            be held to, or both.
+        ValueError: A value of another type or outside its range, a schema or an expression
+            that no answer can be held to, or both.
         ConstraintError: There is a schema or an expression, and llguidance is not installed.
     """
 
@@ -48,18 +60,20 @@ class Sampling:
     regex: str | None = None
 
     def __post_init__(self) -> None:
-        checks = (
-            (0 <= self.temperature < float("inf"), "temperature", "0 or above"),
-            (0 < self.top_p <= 1, "top_p", "above 0 and at most 1"),
-            (self.top_k >= 0, "top_k", "0 or above"),
-            (0 <= self.min_p < 1, "min_p", "at least 0 and below 1"),
-            (self.max_tokens >= 1, "max_tokens", "1 or above"),
-            (self.seed is None or self.seed >= 0, "seed", "0 or above"),
-            (not isinstance(self.stop, str) and all(self.stop), "stop", "texts, none empty"),
-        )
-        for holds, name, range_ in checks:
-            if not holds:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
+        for name, accepts, limits in (
+            ("temperature", lambda x: 0 <= x < math.inf, "a number, 0 or above"),
+            ("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x < 1, "a number, at least 0 and below 1"),
+        ):
+            self._set(name, read_number(name, getattr(self, name), accepts, limits))
+        for name, accepts, limits in (
+            ("top_k", lambda x: x >= 0, "an integer, 0 or above"),
+            ("max_tokens", lambda x: x >= 1, "an integer, 1 or above"),
+            ("seed", lambda x: 0 <= x < SEEDS, "an integer from 0 to 2**64 - 1"),
+        ):
+            if name != "seed" or self.seed is not None:
+                self._set(name, read_integer(name, getattr(self, name), accepts, limits))
+        self._set("stop", _read_stop(self.stop))
         if self.schema is not None and self.regex is not None:
             raise ValueError("schema and regex are both given; an answer is held to one of them")
         if self.is_constrained:
@@ -67,38 +81,82 @@ class Sampling:
 
             check(self.schema, self.regex)
 
+    def _set(self, name: str, value: object) -> None:
+        """Set an attribute to a value that was checked, in the type that it is to have."""
+        object.__setattr__(self, name, value)
+
     @property
     def is_constrained(self) -> bool:
         """Whether the answer is held to a schema or a regular expression."""
         return self.schema is not None or self.regex is not None
 
 
+def _read_stop(stop: object) -> tuple[str, ...]:
+    """Stop texts as a tuple.
+
+    Raises:
+        ValueError: They are one text or no texts, or one is empty.
+    """
+    texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else ("",)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop is {stop!r:.100}; it must be a list of texts, none empty")
+    return texts
+
+
 def make_sampler(sampling: Sampling) -> Sampler:
     """The sampler that `sampling` describes.
 
-    Greedy needs nothing else. Other samplers are mlx-lm's; importing them takes
-    more than a second, so it happens here and only then. A seed sets MLX's global
-    random state, as mlx-lm does.
+    Greedy needs nothing else. A seed sets MLX's global random state, as mlx-lm does.
     """
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
     if sampling.temperature == 0:
         return lambda logits: mx.argmax(logits, keepdims=True)
+    draw = _make_draw(sampling)
+    return lambda logits: draw(logits[None])
+
+
+def _make_draw(sampling: Sampling) -> Sampler:
+    """From `logits` (B, vocabulary) to token ids (B,), drawn independently.
+
+    The samplers are mlx-lm's; importing them takes more than a second, so it happens here
+    and only then.
+    """
     from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
-    sample = mlx_lm_sampler(
-        temp=sampling.temperature,
-        top_p=sampling.top_p if sampling.top_p < 1 else 0.0,
-        min_p=sampling.min_p,
-        top_k=sampling.top_k,
-    )
+    low, high = TEMPERATURES
+
+    @cache
+    def chain(vocab_size: int) -> Sampler:
+        sampler: Sampler = mlx_lm_sampler(
+            temp=min(max(sampling.temperature, low), high),
+            top_p=max(sampling.top_p, LEAST_TOP_P) if sampling.top_p < 1 else 0.0,
+            min_p=sampling.min_p,
+            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,  # mlx-lm takes no more
+        )
+        return sampler
 
     def draw(logits: mx.array) -> mx.array:
-        logits = logits[None].astype(mx.float32)
-        token_id: mx.array = sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        return token_id
+        with intact_random_state():
+            return chain(logits.shape[-1])(log_softmax(logits))
 
     return draw
+
+
+@contextmanager
+def intact_random_state() -> Iterator[None]:
+    """Puts MLX's random state back if the body raises.
+
+    mlx-lm's samplers are compiled with that state as an input. While MLX traces such a
+    function, the state is a placeholder, and if the function raises, an interrupt included,
+    it stays one: from then on every draw of the process fails.
+    """
+    state: mx.array = mx.random.state[0]  # type: ignore[index]
+    try:
+        yield
+    except BaseException:
+        mx.random.seed(_seed_of(state))
+        raise
 
 
 def make_row_sampler(sampling: Sampling) -> RowSampler:
@@ -109,10 +167,10 @@ def make_row_sampler(sampling: Sampling) -> RowSampler:
     """
     if sampling.temperature == 0:
         return lambda logits, _: mx.argmax(logits, axis=-1)
-    sampler = make_sampler(sampling)
     if sampling.seed is None:
-        return lambda logits, _: mx.concatenate([sampler(row) for row in logits])
-    states = RandomStates(sampling.seed)
+        draw_all = _make_draw(sampling)
+        return lambda logits, _: draw_all(logits)
+    sampler, states = make_sampler(sampling), RandomStates(sampling.seed)
 
     def draw(logits: mx.array, counts: np.ndarray) -> mx.array:
         token_ids = []
@@ -127,8 +185,7 @@ def make_row_sampler(sampling: Sampling) -> RowSampler:
 class RandomStates:
     """MLX's random state at a seed and after each draw, as the seeds that set it.
 
-    A state is two halves of 64 bits. They are computed on the CPU, so that nothing waits
-    for what a GPU is at.
+    States are computed on the CPU, so that nothing waits for what a GPU is at.
     """
 
     def __init__(self, seed: int) -> None:
@@ -138,6 +195,12 @@ class RandomStates:
         """The seed of the state after so many draws."""
         while len(self._seeds) <= draws:
             self._state = mx.random.split(self._state, stream=mx.cpu)[0]
-            high, low = np.array(self._state).tolist()
-            self._seeds.append(high << 32 | low)
+            self._seeds.append(_seed_of(self._state))
         return self._seeds[draws]
+
+
+def _seed_of(state: mx.array) -> int:
+    """The seed that sets MLX's random state to `state`, two halves of 64 bits."""
+    high, low = np.array(state).tolist()
+    seed: int = high << 32 | low
+    return seed

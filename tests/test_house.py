@@ -11,7 +11,8 @@ LIBRARY = ROOT / "mlx_smolvlm"
 LEAVES = {
     "vision", "connector", "text", "cache", "storage", "bounded", "offline",
     "cache_options", "sampling", "picture", "fetch", "image", "decode",
-    "readers", "scenes", "frames", "video", "schema", "files", "blas",
+    "readers", "scenes", "frames", "video", "schema", "files", "blas", "logprobs",
+    "values",
 }  # fmt: skip
 
 
