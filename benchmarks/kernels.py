@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm import CacheOptions, load
-from mlx_smolvlm.model import Model
+from mlx_smolvlm.model import Model, compile_encoder
 from mlx_smolvlm.packing import Rows
 
 VIEWS = {
@@ -110,7 +110,7 @@ def encoded_tiles(model: Model, tile_size: int, count: int) -> Counter[str]:
     """Kernels of the encoder and the connector over `count` tiles."""
     pixel_values = mx.zeros((count, tile_size, tile_size, 3), model.dtype)
     mx.eval(pixel_values)
-    encode = mx.compile(model.encode)  # as SmolVLM.encode_images runs it
+    encode = compile_encoder(model)
     return kernels(lambda: encode(pixel_values))
 
 

@@ -9,6 +9,9 @@ the host beforehand.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -87,3 +90,31 @@ class Model(nn.Module):
         """`logits` (vocabulary,) after the one token `token_id` (1,)."""
         embeds: mx.array = self.text_model.embed_tokens(token_id)[None]  # (1, 1, D)
         return self(embeds, cache)[0, -1]
+
+
+def compile_encoder(model: Model) -> Callable[[mx.array], mx.array]:
+    """`model.encode`, compiled: a quantized layer's biases join the kernels that follow them.
+
+    The weights are arguments of what is compiled. As constants they would stay what they are at
+    the first call; as `inputs=` of `mx.compile` they would stay placeholders if a first call is
+    interrupted, since MLX does not put those back.
+    """
+
+    def weights() -> dict[str, Any]:
+        return {name: model[name].parameters() for name in ("vision_model", "connector")}
+
+    def run(given: dict[str, Any], pixel_values: mx.array) -> mx.array:
+        own = weights()
+        try:
+            model.update(given)
+            return model.encode(pixel_values)
+        finally:
+            model.update(own)
+
+    compiled = mx.compile(run)
+
+    def encode(pixel_values: mx.array) -> mx.array:
+        image_embeds: mx.array = compiled(weights(), pixel_values)
+        return image_embeds
+
+    return encode

@@ -26,7 +26,7 @@ from mlx_smolvlm.conversation import Conversation, ConversationOptions
 from mlx_smolvlm.errors import ContextError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Medium, Picture, encode, in_order, joined
 from mlx_smolvlm.messages import ImageSource, Message, Request, VideoSource, read_request
-from mlx_smolvlm.model import Model
+from mlx_smolvlm.model import Model, compile_encoder
 from mlx_smolvlm.parts import Part, answers_by_part
 from mlx_smolvlm.reuse import Content, State, content_of, make_memory
 from mlx_smolvlm.sampling import Sampling
@@ -54,8 +54,7 @@ class SmolVLM:
         self.adapter = adapter
         self.cache_options, self.memory = cache, make_memory(cache, path, config, adapter)
         self.hidden_token_ids = builder.framing_token_ids
-        # Compiled, a quantized layer's biases join the kernels that follow them.
-        self.encoder: Callable[[mx.array], mx.array] = mx.compile(model.encode)
+        self.encoder = compile_encoder(model)
         self._video_warned = False
 
     @cached_property
@@ -377,6 +376,7 @@ def load(
             precision; see docs/training.md.
 
     Raises:
+        ValueError: `bits` is none of 4, 8 and 16.
         CheckpointError: It cannot be found, converted or read, or `cache` or `adapter` does
             not suit it.
     """
