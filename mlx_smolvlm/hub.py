@@ -26,8 +26,10 @@ from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, read_config, toke
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import read_headers, read_json
+from mlx_smolvlm.values import read_integer
 
 DEMO = "demo"
+BITS = (4, 8, 16)  # that a model can be converted to on first use
 PARTIAL = ".partial"  # how the names of folders end that are not whole yet
 _USED_FILE = ".last-used"  # in a converted folder, of which the time counts
 ALIASES = {
@@ -47,17 +49,25 @@ class ResolveOptions:
     """How a model that is not converted yet is fetched and converted.
 
     Attributes:
-        bits: Of the decoder, see `ConvertOptions`; None keeps the source's precision.
+        bits: Of the decoder, one of `BITS`; None keeps the source's precision.
         offline: Never ask the network.
         progress: Called during a conversion with the bytes done, the bytes in all and
             the module at hand.
         dtype: Type of what is not quantized; None keeps the source's.
+
+    Raises:
+        ValueError: `bits` is none of `BITS`.
     """
 
     bits: int | None = None
     offline: bool = False
     progress: Callable[[int, int, str], None] | None = None
     dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits is not None:
+            bits = read_integer("bits", self.bits, lambda bits: bits in BITS, "4, 8 or 16")
+            object.__setattr__(self, "bits", bits)
 
     @property
     def precision(self) -> str:
