@@ -52,7 +52,10 @@ def chat(
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(metavar="P", help="Share of the likeliest tokens to choose from, 0 to 1."),
+        typer.Option(
+            metavar="P",
+            help="Keep the likeliest tokens up to this share, 0 to 1, before the temperature.",
+        ),
     ] = 1.0,
     seed: Annotated[int | None, typer.Option(metavar="N", help="Repeat a varied answer.")] = None,
     stop: Annotated[

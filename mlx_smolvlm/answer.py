@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
 class Chunk:
     """A piece of an answer as it appears.
 
-    `token_id` is the token that completed `text`; None for text that was held
-    back in case a stop text followed.
+    `token_id` is the token that completed `text`; None for text that was held back to the
+    end of the answer: a stop text might have followed, or the rest of a character.
     """
 
     text: str
@@ -110,6 +111,9 @@ class Answer:
 
     The clock of the first token runs from here. `ended` says that no token may follow. The
     text is shown without its `lead`; None stands for any white space.
+
+    Some characters take several tokens. Their text is shown once they are whole; what is left
+    of one when the answer ends is U+FFFD, as the tokenizer decodes it.
     """
 
     def __init__(
@@ -126,6 +130,7 @@ class Answer:
         self.ended = False
         self._vlm, self._held, self._lead = vlm, StopText(stop), lead
         self._decoder = DecodeStream(skip_special_tokens=False)
+        self._undecoded: list[int] = []  # the last token ids, whose text is not whole yet
         self._started = self._begun = self._first = time.perf_counter()
         self._prefilled = 0
 
@@ -149,8 +154,16 @@ class Answer:
             return ""
         if token_id in vlm.hidden_token_ids:
             return ""
-        tokenizer = vlm.prompt_builder.tokenizer
-        text = self._held.feed(self._decoder.step(tokenizer, token_id) or "")
+        self._undecoded.append(token_id)
+        text = self._decoder.step(vlm.prompt_builder.tokenizer, token_id)
+        if text is None:
+            return ""
+        self._undecoded = []
+        return self._feed(text)
+
+    def _feed(self, text: str) -> str:
+        """What of the text so far may be shown now; a stop text in it ends the answer."""
+        text = self._held.feed(text)
         if self._held.stopped:
             self._end("stop")
         return self._shown(text)
@@ -159,7 +172,9 @@ class Answer:
         """The text that was held back, once no more tokens come; `reason` says why they do not."""
         if not self.ended:
             self._end(reason)
-        return self._shown(self._held.flush())
+        tokenizer = self._vlm.prompt_builder.tokenizer
+        text = self._feed(tokenizer.decode(self._undecoded, skip_special_tokens=False))
+        return text + self._shown(self._held.flush())
 
     def _end(self, reason: Literal["stop", "length"]) -> None:
         self.ended, self.reply.finish_reason = True, reason
@@ -196,9 +211,10 @@ def preparing(vlm: SmolVLM, prompt: Prompt, reply: Reply) -> Generator[Progress,
     spans = zip(prompt.media, content.spans, strict=True)
     todo = [medium for medium, span in spans if span.stop > start]
     vlm.memory.lend_features(todo)
-    for step in encode(todo, vlm.encoder, vlm.config):
-        reply.encoded_tiles = step.encoded
-        yield step
+    with closing(encode(todo, vlm.encoder, vlm.config)) as steps:
+        for step in steps:
+            reply.encoded_tiles = step.encoded
+            yield step
     vlm.memory.keep_features(todo)
     for medium in todo:
         if isinstance(medium, Footage) and medium.clip is not None:
@@ -239,8 +255,11 @@ class AnswerStream(Iterator[Chunk]):
 
     def finished(self) -> Reply:
         """The whole answer, once it has been generated."""
-        for _ in self:
-            pass
+        try:
+            for _ in self:
+                pass
+        finally:
+            self.close()
         return self.reply
 
     def prepare(self) -> Iterator[Progress]:
@@ -255,12 +274,13 @@ class AnswerStream(Iterator[Chunk]):
 
     def _generate(self) -> Generator[Chunk, None, None]:
         """The chunks, with `reply` kept up to date before each."""
-        for token_id in self._token_ids():
-            shown = self._answer.add(token_id)
-            if shown:
-                yield Chunk(shown, token_id)
-            if self._answer.ended:
-                break
+        with closing(self._token_ids()) as token_ids:
+            for token_id in token_ids:
+                shown = self._answer.add(token_id)
+                if shown:
+                    yield Chunk(shown, token_id)
+                if self._answer.ended:
+                    break
         held = self._constraint
         whole = held is not None and held.ended and not self._answer.is_cut
         rest = self._answer.finish("stop" if whole else "length")
@@ -269,7 +289,7 @@ class AnswerStream(Iterator[Chunk]):
         if whole:
             self.reply.parsed = value_of(self.reply.text, self._sampling.schema)
 
-    def _token_ids(self) -> Iterator[int]:
+    def _token_ids(self) -> Generator[int, None, None]:
         """Token ids of the answer; what is known afterwards is remembered."""
         vlm, prompt, sampling = self._vlm, self._prompt, self._sampling
         for _ in self._preparation:

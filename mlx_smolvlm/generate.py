@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -33,7 +33,7 @@ def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
 
 def tokens(
     model: Model, inputs_embeds: mx.array, cache: KVCache, sampler: Sampler, max_tokens: int
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Yields up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D).
 
     While the caller handles a token, the device already computes the next one. So
@@ -56,7 +56,7 @@ def constrained_tokens(
     sampler: Sampler,
     constraint: Constraint,
     max_tokens: int,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Yields up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D) and are allowed.
 
     Tokens that have no alternative go through the decoder together, the first ones with the
