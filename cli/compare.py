@@ -11,6 +11,7 @@ import typer
 
 from mlx_smolvlm.cli.options import Detail
 from mlx_smolvlm.cli.render import Bar, say, table, write
+from mlx_smolvlm.files import expand_path, write_output
 
 if TYPE_CHECKING:
     from mlx_smolvlm.convert.compare_options import CompareOptions
@@ -71,8 +72,14 @@ class CompareRequest:
 
     def __post_init__(self) -> None:
         for name, path in (("--json", self.json), ("--plot", self.plot)):
-            if path is not None and not path.parent.is_dir():
-                raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=name)
+            if path is None:
+                continue
+            try:
+                folder = expand_path(path).parent
+            except OSError as error:
+                raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=name) from None
+            if not folder.is_dir():
+                raise typer.BadParameter(f"there is no folder {folder}", param_hint=name)
 
 
 def compare(request: CompareRequest) -> None:
@@ -96,7 +103,7 @@ def compare(request: CompareRequest) -> None:
         import json
 
         text = json.dumps(found.to_dict(), indent=2) + "\n"
-        request.json.write_text(text, encoding="utf-8")
+        write_output(request.json, text)
     if request.plot is not None:
         from mlx_smolvlm.convert.plot import draw_plot
 
@@ -137,7 +144,7 @@ def read_text(path: Path) -> str:
         typer.BadParameter: It cannot be read, is no text, or is empty.
     """
     try:
-        text = path.expanduser().read_text(encoding="utf-8-sig")
+        text = expand_path(path).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise typer.BadParameter(f"{path}: {error.strerror}", param_hint="texts") from None
     except UnicodeDecodeError:
@@ -153,7 +160,10 @@ def find_pictures(folder: Path) -> tuple[tuple[str, Path], ...]:
     Raises:
         typer.BadParameter: It is no folder, or has none.
     """
-    folder = folder.expanduser()
+    try:
+        folder = expand_path(folder)
+    except OSError as error:
+        raise typer.BadParameter(f"{folder}: {error.strerror}", param_hint="pictures") from None
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder", param_hint="pictures")
     found = [one for one in sorted(folder.iterdir()) if one.suffix.lower() in PICTURE_SUFFIXES]

@@ -11,6 +11,7 @@ import typer
 
 from mlx_smolvlm.cli.render import ConversionProgress, say, size, warn, write
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
     from mlx_smolvlm.cli.compare import Samples
@@ -54,7 +55,7 @@ def convert(request: ConvertRequest) -> None:
             refuses.
     """
     from mlx_smolvlm.convert.quantize import requested
-    from mlx_smolvlm.hub import ALIASES, DEMO, is_own, resolve
+    from mlx_smolvlm.hub import is_own
 
     try:
         requested(request.options)
@@ -66,18 +67,30 @@ def convert(request: ConvertRequest) -> None:
         from mlx_smolvlm.convert.upload import check_upload
 
         check_upload(request.upload)  # or the work would be done before it is known
-    source: str | Path = Path(request.source).expanduser()
-    if not Path(source).exists():
-        own = request.source == DEMO
-        source = resolve(DEMO) if own else ALIASES.get(request.source.lower(), request.source)
+    source = find_source(request.source)
     if request.upload is not None and request.dest is None and is_own(Path(source)):
         publish(Path(source), request)
         return
     suffix = None if request.better is None else request.better.suffix
     dest = request.dest or default_dest(str(source), request.options, suffix)
+    dest = expand_path(dest, CheckpointError)
     write_converted(source, dest, request)
     if request.upload is not None:
         publish(dest, request)
+
+
+def find_source(name: str) -> str | Path:
+    """The path `name` if there is something, else the demo's, else a hub id.
+
+    Raises:
+        CheckpointError: It begins with a home directory that is not known.
+    """
+    from mlx_smolvlm.hub import ALIASES, DEMO, resolve
+
+    path = expand_path(name, CheckpointError)
+    if path.exists():
+        return path
+    return resolve(DEMO) if name == DEMO else ALIASES.get(name.lower(), name)
 
 
 def write_converted(source: str | Path, dest: Path, request: ConvertRequest) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import typer
 
@@ -52,14 +51,13 @@ def _named(models: Sequence[str]) -> Iterator[Finding]:
     """Of each model that a user names: a folder, what is in a cache, or demo."""
     from mlx_smolvlm.cached import find, list_cached
     from mlx_smolvlm.convert.originals import list_originals
-    from mlx_smolvlm.hub import DEMO, resolve
+    from mlx_smolvlm.hub import DEMO, find_folder, resolve
 
     for name in models:
-        folder = Path(name).expanduser()
         if name == DEMO:
             yield from checkpoint(name, resolve(name))
             continue
-        if folder.is_dir():
+        if (folder := find_folder(name)) is not None:
             yield from checkpoint(name, folder)
             continue
         fetched = [one for one in list_originals() if one.is_own and one.name == name]

@@ -14,6 +14,7 @@ import typer
 from mlx_smolvlm.cli.chat import INTERRUPTED, load_model
 from mlx_smolvlm.cli.options import Detail, as_text, check_bits
 from mlx_smolvlm.cli.render import Bar, neutral, say, table, warn, write, write_json
+from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions
@@ -51,7 +52,7 @@ class EvaluateRequest:
     def results_file(self) -> Path:
         """Where the results go."""
         if self.results is not None:
-            return self.results.expanduser()
+            return expand_path(self.results)
         adapters = [] if self.adapter is None else [str(self.adapter)]
         paths = (Path(name).resolve() for name in (self.model, *adapters, *self.data))
         parts = (path.stem if path.suffix == ".jsonl" else path.name for path in paths)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 
+from mlx_smolvlm.errors import SmolVLMError
+from mlx_smolvlm.files import expand_path, open_file, write_file
 from mlx_smolvlm.hub import cache_folder
 
 VARIABLE = "MLX_SMOLVLM_HISTORY"
@@ -24,21 +26,25 @@ def open_history() -> History:
     name = os.environ.get(VARIABLE)
     if name == "":
         return InMemoryHistory()
-    path = cache_folder() / "history" if name is None else Path(name).expanduser()
     try:
+        path = cache_folder() / "history" if name is None else expand_path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600))
+        if not path.exists():
+            write_file(path, "", mode=0o600)
         _shorten(path)
-    except (OSError, RuntimeError):
+    except (OSError, SmolVLMError):
         return InMemoryHistory()
     return _History(str(path))
 
 
 def _shorten(path: Path) -> None:
     """Drop the older half of a long history."""
-    if path.stat().st_size > MAX_BYTES:
-        _, _, newer = path.read_bytes()[-MAX_BYTES // 2 :].partition(b"\n\n")
-        path.write_bytes(b"\n" + newer)
+    with open_file(path) as file:  # it refuses a pipe, which would be waited for
+        size = os.fstat(file.fileno()).st_size
+        file.seek(max(0, size - MAX_BYTES // 2))
+        end = file.read(MAX_BYTES)
+    if size > MAX_BYTES:
+        write_file(path, b"\n" + end.partition(b"\n\n")[2])
 
 
 class _History(FileHistory):

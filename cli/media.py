@@ -13,6 +13,7 @@ import numpy as np
 
 from mlx_smolvlm.cli.options import VideoOptions, is_url, make_video
 from mlx_smolvlm.cli.render import say
+from mlx_smolvlm.files import append_file, expand_path, replace_file, write_file
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -112,10 +113,11 @@ class FrameWriter:
     """
 
     def __init__(self, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+        folder = expand_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._mean, self._std = folder, np.array(mean), np.array(std)
         self._list = folder / "frames.jsonl"
-        self._list.write_text("")
+        write_file(self._list, "", follow_links=False)
         self._count = 0
 
     def write(self, step: Progress) -> None:
@@ -128,7 +130,8 @@ class FrameWriter:
         frame = step.frame
         name = f"frame-{self._count:04d}-{frame.stamp.replace(':', 'm')}s.png"
         pixels = np.rint((step.tile * self._std + self._mean) * 255).clip(0, 255)
-        Image.fromarray(pixels.astype(np.uint8)).save(self._folder / name)
+        with replace_file(self._folder / name, ".png", follow_links=False) as part:
+            Image.fromarray(pixels.astype(np.uint8)).save(part)
         row = {
             "file": name,
             "video": step.name.strip("'"),
@@ -136,5 +139,4 @@ class FrameWriter:
             "timestamp_s": round(frame.timestamp_s, 6),
             "stamp": frame.stamp,
         }
-        with self._list.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        append_file(self._list, json.dumps(row, ensure_ascii=False) + "\n")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 import typer
 
+from mlx_smolvlm.files import expand_path
+
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions, Sampling, Video
 
@@ -257,7 +259,7 @@ def read_schema(value: str | None) -> str | None:
     if value is None or value.lstrip().startswith("{"):
         return None if value is None else as_text("--schema", value)
     try:
-        return Path(value).expanduser().read_text(encoding="utf-8-sig")
+        return expand_path(value).read_text(encoding="utf-8-sig")
     except OSError as error:
         reason = error.strerror or str(error)
     except ValueError as error:  # no text, or no name of a file

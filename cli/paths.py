@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
 from mlx_smolvlm.cli.options import is_url
+from mlx_smolvlm.files import expand_path
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
@@ -25,7 +26,7 @@ _LONGEST = 1 << 14  # a longer line is no list of paths
 def split_sources(argument: str) -> list[str]:
     """Paths and URLs in `argument`: one as it stands, or several quoted as for a shell."""
     stripped = argument.strip()
-    if is_url(stripped) or os.path.exists(os.path.expanduser(stripped)):
+    if is_url(stripped) or os.path.exists(_expanded(stripped)):
         return [stripped]
     try:
         words = shlex.split(argument)
@@ -52,8 +53,18 @@ def dropped(line: str) -> list[str]:
     return sources if all(map(_is_medium, sources)) else []
 
 
+def _expanded(path: str) -> str:
+    """`path` with its home directory, if it begins with one that is known."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(expand_path(path))
+    except OSError:
+        return path
+
+
 def _is_medium(path: str) -> bool:
-    expanded = os.path.expanduser(path)
+    expanded = _expanded(path)
     if not expanded.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES):
         return False
     return os.path.isabs(expanded) or os.path.isfile(expanded)
@@ -81,7 +92,7 @@ def completions(argument: str, suffixes: Sequence[str] = ()) -> list[Completion]
     start, word, quote = _last_word(argument)
     folder, typed = os.path.split(word)
     try:
-        with os.scandir(os.path.expanduser(folder) or ".") as entries:
+        with os.scandir(_expanded(folder) or ".") as entries:
             found = sorted((entry.name, entry.is_dir()) for entry in entries)
     except (OSError, ValueError):
         return []

@@ -8,7 +8,7 @@ from mlx_smolvlm.cli.chat import INTERRUPTED
 from mlx_smolvlm.cli.commands import help_text, is_command, unknown
 from mlx_smolvlm.cli.lines import make_lines
 from mlx_smolvlm.cli.paths import dropped, split_sources
-from mlx_smolvlm.cli.render import fail, os_fault, out_of_memory, say
+from mlx_smolvlm.cli.render import OutputClosedError, fail, os_fault, out_of_memory, say
 from mlx_smolvlm.cli.talk import Talk
 from mlx_smolvlm.cli.terminal import can_draw, wants_plain
 from mlx_smolvlm.errors import SmolVLMError
@@ -44,7 +44,7 @@ class Session:
         interrupted = False
         while True:
             try:
-                line = self._lines.read(self.talk.status())
+                line = self._lines.read(self._status())
                 interrupted = False
             except EOFError:
                 if not self._lines.is_edited:
@@ -61,20 +61,31 @@ class Session:
             if not self._handle(line.lstrip()):
                 return 0
 
+    def _status(self) -> str:
+        """What stands below the prompt; nothing if the chat template refuses the messages."""
+        try:
+            return self.talk.status()
+        except SmolVLMError:  # the next question says so
+            return ""
+
     def _handle(self, line: str) -> bool:
-        """Carry out one line, and say what goes wrong; False to leave."""
+        """Carry out one line, and say what goes wrong; False to leave.
+
+        No failure ends the session, since the conversation would be lost with it.
+        """
         try:
             return self._carry_out(line)
+        except OutputClosedError:  # nobody reads the answers
+            raise
         except SmolVLMError as error:
             fail(error)
         except OSError as error:
             fail(os_fault(error))
-        except (MemoryError, RuntimeError) as error:
-            if (message := out_of_memory(error)) is None:
-                raise
-            fail(message)
         except KeyboardInterrupt:  # while media are opened or drawn
             say("")
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}; this is a defect, /save keeps what was said"
+            fail(out_of_memory(error) or text)
         return True
 
     def _carry_out(self, line: str) -> bool:

@@ -167,7 +167,7 @@ class Talk:
         try:
             self._conversation.save(path)
         except OSError as error:  # it names the file that is written first
-            raise OSError(error.errno, error.strerror, path) from None
+            raise OSError(error.errno, error.strerror or str(error), path) from None
         say(f"saved as {path}", dim=True)
 
     def load(self, argument: str) -> None:

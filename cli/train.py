@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from mlx_smolvlm.cli.render import Bar, say, write
 from mlx_smolvlm.errors import TrainingError
+from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
     from mlx_smolvlm.train.settings import Settings
@@ -46,7 +47,7 @@ def train(options: TrainOptions) -> int:
         raise TrainingError("--fuse needs method lora: a full training makes a whole model")
     out = options.out or settings.path(settings.out or f"{options.config.stem}-trained")
     with interruption() as interrupted:
-        tuning = Tuning(settings, out.expanduser(), options.offline)
+        tuning = Tuning(settings, expand_path(out, TrainingError), options.offline)
         with contextlib.closing(tuning):
             describe(tuning)
             if not run(tuning, interrupted):

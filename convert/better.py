@@ -30,6 +30,7 @@ from mlx_smolvlm.convert.run import Plan, plan_checkpoint, write_checkpoint
 from mlx_smolvlm.convert.sensitivity import damage, importance
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.model import Model
 
 CANDIDATES = tuple(Quantization(n, g, "affine") for n in AFFINE_BITS for g in (32, 64))
@@ -112,7 +113,7 @@ def convert_better(
         CheckpointError: The source is not usable, `dest` is taken, the target is too small, or
             nothing is rounded that errors could be made up for.
     """
-    dest = Path(dest).expanduser()
+    dest = expand_path(dest, CheckpointError)
     requested(options)
     check_destination(dest, better.force)
     opened = open_source(source, better.offline)

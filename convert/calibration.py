@@ -14,6 +14,7 @@ import numpy as np
 
 from mlx_smolvlm.convert.samples import QUESTIONS, drawn_pictures
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.media import Medium
 from mlx_smolvlm.messages import ImageSource, read_request
 from mlx_smolvlm.sampling import Sampling
@@ -65,7 +66,7 @@ def read_samples(vlm: SmolVLM, paths: Sequence[Path] = ()) -> list[Sample]:
 def _files(paths: Sequence[Path]) -> Iterator[Path]:
     """Files to read, those of folders in order of their names."""
     for path in paths:
-        path = path.expanduser()
+        path = expand_path(path, CheckpointError)
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         files = [file for file in inside if file.suffix.lower() in TEXTS + DATASETS]
         files = [file for file in files if file.is_file()]

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import sync
 from mlx_smolvlm.hub import PARTIAL
 
 
@@ -120,16 +121,7 @@ def remove_leftovers(dest: Path) -> None:
 def _sync(folder: Path) -> None:
     """Wait until every file of `folder`, and the folder itself, is on the disk."""
     for path in [*folder.iterdir(), folder]:
-        _sync_one(path)
-
-
-def _sync_one(path: Path) -> None:
-    """Wait until the file or the folder's list of names at `path` is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)
 
 
 def _publish(partial: Path, dest: Path, force: bool) -> None:
@@ -148,6 +140,6 @@ def _publish(partial: Path, dest: Path, force: bool) -> None:
             check_destination(dest, force=False)
         raise
     with contextlib.suppress(OSError):  # it is in place, and whole
-        _sync_one(dest.parent)
+        sync(dest.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)

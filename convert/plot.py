@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 from mlx_smolvlm.convert.comparison import KL_EDGES_NATS, Comparison, LayerLoss, MatrixLoss
 from mlx_smolvlm.convert.report import summary_rows
+from mlx_smolvlm.files import write_output
 
 WIDTH, MARGIN = 1200, 40
 INK, PALE = (30, 30, 40), (150, 150, 160)
@@ -19,7 +21,12 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
 def draw_plot(found: Comparison, path: Path) -> None:
-    """Write the picture of `found` as a PNG to `path`."""
+    """Write the picture of `found` as a PNG to `path`; errors as `write_output`."""
+    write_output(path, plot_png(found))
+
+
+def plot_png(found: Comparison) -> bytes:
+    """The picture of `found` as a PNG file."""
     from PIL import Image, ImageDraw
 
     rows = [f"{name}: {text}" for name, text in summary_rows(found)]
@@ -35,7 +42,9 @@ def draw_plot(found: Comparison, path: Path) -> None:
     half = WIDTH // 2
     _layers(draw, found.layers, (MARGIN, middle + 20, half - 30, middle + 370))
     _histogram(draw, found, (half + 30, middle + 20, WIDTH - MARGIN, middle + 370))
-    image.save(path, "PNG", optimize=True)
+    stream = io.BytesIO()
+    image.save(stream, "PNG", optimize=True)
+    return stream.getvalue()
 
 
 def heat_rows(matrices: Sequence[MatrixLoss]) -> dict[str, list[tuple[int, float]]]:

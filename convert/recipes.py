@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any
 
 from mlx_smolvlm.config import Quantization
@@ -26,6 +25,7 @@ from mlx_smolvlm.convert.quantize import (
     requested,
 )
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
 
 # What each costs was measured: docs/decisions/precision.md.
 RECIPES = {
@@ -43,8 +43,8 @@ def read_recipe(name: str) -> ConvertOptions:
     """
     if name in RECIPES:
         return RECIPES[name]
-    path = Path(name).expanduser()
     try:
+        path = expand_path(name)
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise CheckpointError(

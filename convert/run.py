@@ -37,6 +37,7 @@ from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.convert.weights import entries, own_entries
 from mlx_smolvlm.convert.written import Outbox
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.origin import ORIGIN_FILE, Origin
 from mlx_smolvlm.safetensors import read_json
 
@@ -65,7 +66,7 @@ def convert_checkpoint(
     Raises:
         CheckpointError: The source is not usable or `dest` is taken; nothing is written.
     """
-    dest = Path(dest).expanduser()
+    dest = expand_path(dest, CheckpointError)
     options = options or ConvertOptions()
     requested(options)  # a wrong option is refused before anything is fetched
     check_destination(dest, force)

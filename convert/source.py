@@ -14,6 +14,7 @@ from pathlib import Path
 
 from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.hub import is_own
 from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.safetensors import (
@@ -120,7 +121,7 @@ def open_source(source: str | Path, offline: bool = False) -> Source:
         CheckpointError: There is no such folder or repository, it cannot be reached, or
             it is no checkpoint.
     """
-    folder = Path(source).expanduser()
+    folder = expand_path(source, CheckpointError)
     if folder.is_dir():
         return Source(folder, folder.resolve().name).checked()
     if folder.is_file() and folder.suffix == ".gguf":

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,11 +20,12 @@ from mlx_smolvlm.convert.comparison import (
 )
 from mlx_smolvlm.convert.measure import compare_opened
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
-from mlx_smolvlm.convert.plot import draw_plot
+from mlx_smolvlm.convert.plot import plot_png
 from mlx_smolvlm.convert.report import card_section
 from mlx_smolvlm.convert.run import Progress
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import remove_leftovers, write_file
 from mlx_smolvlm.safetensors import read_json
 
 VERIFY_FILE = "verify.json"
@@ -60,20 +59,11 @@ def verify_conversion(
     name = folder.resolve().name  # what is published should not tell where it was made
     options = options or CompareOptions()
     found = compare_opened(reference, OpenedFolder(folder, name), options, progress)
-    _replace(folder / VERIFY_PLOT, lambda path: draw_plot(found, path))
+    remove_leftovers(folder)
+    write_file(folder / VERIFY_PLOT, plot_png(found), follow_links=False)
     text = json.dumps(found.to_dict(), indent=2) + "\n"
-    _replace(folder / VERIFY_FILE, lambda path: path.write_text(text, encoding="utf-8"))
+    write_file(folder / VERIFY_FILE, text, follow_links=False)
     return found
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file beside `path`, then let it take its place."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def read_verification(folder: Path) -> Comparison | None:

@@ -22,6 +22,7 @@ from mlx.utils import tree_unflatten
 from mlx_smolvlm.checkpoint import NEVER_QUANTIZED
 from mlx_smolvlm.config import part_of
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
+from mlx_smolvlm.files import write_file
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.safetensors import read_header, read_json, save_synced
 
@@ -188,5 +189,5 @@ def save_adapter(model: Model, folder: Path, config: AdapterConfig) -> None:
     """Write the adapter of `model` into `folder`; of one of the same `config`, at once."""
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
-    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    write_file(folder / CONFIG_FILE, text, follow_links=False)
     save_synced(folder / WEIGHTS_FILE, adapter_arrays(model, config), {"format": "mlx"})

@@ -16,6 +16,7 @@ from typing import Literal
 from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
 from mlx_smolvlm.config import DTYPE_BITS, FORMAT, FORMAT_VERSION, PARTS, Config
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.hub import ALIASES, PARTIAL, cache_folder, last_used
 from mlx_smolvlm.origin import read_origin
 from mlx_smolvlm.safetensors import read_headers, read_json
@@ -160,7 +161,9 @@ def find(name: str, models: Sequence[CachedModel]) -> list[CachedModel]:
     wanted = ALIASES.get(name.lower(), name).rstrip("/")
     repo, at, revision = wanted.partition("@")
     start = f"{repo}/{revision[:12]}" if at and revision else f"{wanted}/"
-    path = os.path.abspath(os.path.expanduser(name))
+    path = ""
+    with contextlib.suppress(OSError):  # no path, but it may be a name
+        path = os.path.abspath(expand_path(name))
     found = [
         model
         for model in models

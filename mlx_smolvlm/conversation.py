@@ -6,11 +6,11 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlx_smolvlm.answer import AnswerStream, Reply
-from mlx_smolvlm.errors import ContextError, PromptError, SmolVLMWarning
+from mlx_smolvlm.errors import CheckpointError, ContextError, PromptError, SmolVLMWarning
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.messages import ImageSource, Message, VideoSource, read_request, system_message
 from mlx_smolvlm.reuse import State
@@ -194,27 +194,37 @@ class Conversation:
         """Write the transcript, its encoded media and its keys and values to one file.
 
         Raises:
-            OSError: It cannot be written; a file that was there stays as it was.
+            OSError: It cannot be written, or is a device or a pipe; what was there stays as it
+                was.
             MediaError: A video that was not looked at yet cannot be decoded.
         """
         from mlx_smolvlm.saved import Saved, save
 
+        target = expand_path(os.fspath(path))
         self._settle()
         for medium in _media(self._turns):
             self._vlm.encode([medium])
         saved = Saved(self._system, self._turns, self._state)
-        save(saved, Path(path).expanduser(), self._vlm.checkpoint_digest)
+        save(saved, target, self._vlm.checkpoint_digest)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote to `path`; what was said here is forgotten.
 
         Raises:
-            CheckpointError: It is no such file, damaged, or of another checkpoint or version.
+            CheckpointError: It is no such file, damaged, or of another checkpoint or version;
+                the conversation stays as it was.
         """
         from mlx_smolvlm.saved import load
 
         vlm = self._vlm
-        saved = load(Path(path).expanduser(), vlm.checkpoint_digest, vlm.config)
+        source = expand_path(os.fspath(path), CheckpointError)
+        saved = load(source, vlm.checkpoint_digest, vlm.config)
+        other = Conversation(vlm, saved.system, self._options)
+        other._turns = saved.turns
+        try:
+            _ = other.context_used  # the chat template may refuse what is well formed
+        except PromptError as error:
+            raise CheckpointError(f"{path} is not a conversation of this model: {error}") from None
         self.reset()
         self._system, self._turns = saved.system, saved.turns
         if vlm.cache_options.is_plain:  # as files are; other caches begin anew

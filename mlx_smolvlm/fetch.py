@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlx_smolvlm.errors import MediaError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.offline import is_offline
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def _open_file(source: str | Path, video: bool) -> BinaryIO:
     if not str(source):
         raise MediaError("the path is empty; give a file, URL or data URI")
     try:
-        stream = Path(source).expanduser().open("rb")
+        stream = expand_path(source).open("rb")
         if stream.seekable():
             return stream
         with stream:

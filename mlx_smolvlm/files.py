@@ -5,42 +5,84 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from mlx_smolvlm.errors import SmolVLMError
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part(\.\w+)?")  # how `replace_file` names its files
+_STALE_S = 3600.0  # a temporary file not written to for so long has no living writer
 
 
-def expand_path(path: str | Path) -> Path:
+def expand_path(path: str | Path, error: type[SmolVLMError] | None = None) -> Path:
     """`path` with a leading `~` or `~user` replaced by that home directory.
+
+    Args:
+        path: Of a file or folder.
+        error: What to raise instead of an OSError.
 
     Raises:
         FileNotFoundError: There is no such user, or no home directory is known.
+        OSError: No file can have this name: it has a null character, or one that the
+            system's encoding lacks.
     """
     try:
-        return Path(path).expanduser()
+        expanded = Path(path).expanduser()
+        if b"\0" not in os.fsencode(expanded):
+            return expanded
+        fault = OSError(errno.EINVAL, "No file can have this name", ascii(str(path)))
     except RuntimeError:
-        raise FileNotFoundError(
-            errno.ENOENT, "No home directory is known for this user", str(path)
-        ) from None
+        reason = "No home directory is known for this user"
+        fault = FileNotFoundError(errno.ENOENT, reason, str(path))
+    except UnicodeEncodeError:
+        fault = OSError(errno.EINVAL, "No file can have this name", ascii(str(path)))
+    if error is None:
+        raise fault
+    raise error(f"{fault.filename} cannot be used: {fault.strerror}; give another path")
 
 
-def read_file(path: str | Path, max_bytes: int) -> bytes:
-    """The content of a regular file of at most `max_bytes` bytes.
+def open_regular(path: str | Path, flags: int) -> int:
+    """A descriptor of the regular file `path`; a pipe or a device is not waited for.
+
+    Args:
+        path: A file.
+        flags: As of `os.open`.
+
+    Raises:
+        OSError: It cannot be opened, or is not a regular file (EISDIR, EINVAL).
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return descriptor
+    os.close(descriptor)
+    raise _refusal(path, mode)
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading.
 
     A pipe, a device or a socket is refused before anything is read from it, so that it can
     neither block nor deliver without end.
 
     Raises:
-        OSError: It cannot be opened, is not a regular file (EINVAL), or is too large (EFBIG).
+        OSError: It cannot be opened, or is not a regular file (EISDIR, EINVAL).
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+
+
+def read_file(path: str | Path, max_bytes: int) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes.
+
+    Raises:
+        OSError: As `open_file`, or it is too large (EFBIG).
+    """
+    with open_file(path) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"Larger than {max_bytes:,} bytes", str(path))
@@ -48,47 +90,100 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
 
 
 @contextlib.contextmanager
-def replace_file(path: str | Path, suffix: str = "") -> Iterator[Path]:
+def replace_file(
+    path: str | Path, suffix: str = "", *, mode: int = 0o666, follow_links: bool = True
+) -> Iterator[Path]:
     """Yields the path of a temporary file that becomes `path` when the block ends.
 
     The file lies in the same folder, has a random name that begins with a dot and ends in
     ".part" and `suffix`, and is created by this call alone (O_EXCL), so no link that stands
     there is followed. It is synced and then renamed: `path` holds the old content or the new
-    one, never a part. After an error, nothing is left behind.
+    one, never a part. After an error, nothing is left behind; what a killed process left,
+    `remove_leftovers` removes.
+
+    Args:
+        path: A regular file, which keeps its permissions, or nothing yet.
+        suffix: Such as ".safetensors".
+        mode: The permissions of a new file, before the umask.
+        follow_links: A link at `path` stays, and the file it leads to is replaced: for a path
+            that a user gave. False replaces the link itself: for a name that this package
+            chose, where a link would lead out of its folder.
 
     Raises:
-        OSError: The folder cannot be written to, or `path` exists and is not a regular file
-            (a link to one is followed, so that the link stays).
+        OSError: The folder cannot be written to, or `path` exists and is not a regular file.
     """
     path = Path(path)
-    if path.is_symlink():
+    if follow_links and path.is_symlink():
         path = Path(os.path.realpath(path))
-    if os.path.lexists(path) and not path.is_file():
-        code = errno.EISDIR if path.is_dir() else errno.EINVAL
-        reason = os.strerror(code) if path.is_dir() else "Not a regular file"
-        raise OSError(code, reason, str(path))
+    old = _regular_mode(path, follow_links)
     part = path.with_name(f".{secrets.token_hex(8)}.part{suffix}")
-    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
     try:
-        if path.exists():
-            part.chmod(stat.S_IMODE(path.stat().st_mode))
+        if old is not None:
+            part.chmod(old)
         yield part
         sync(part)
         os.replace(part, path)
-        sync(path.parent)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+    with contextlib.suppress(OSError):  # the file is in place, and whole
+        sync(path.parent)
 
 
-def write_file(path: str | Path, data: bytes | str) -> None:
+def write_file(
+    path: str | Path, data: bytes | str, *, mode: int = 0o666, follow_links: bool = True
+) -> None:
     """Replace the content of `path` atomically; text is written as UTF-8.
 
-    Raises:
-        OSError: As `replace_file`.
+    Args and Raises: as `replace_file`.
     """
-    with replace_file(path) as part:
+    with replace_file(path, mode=mode, follow_links=follow_links) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_output(path: str | Path, data: bytes | str) -> None:
+    """Write to what a user named: a file as `write_file`; a device, a pipe or the file behind
+    a standard stream, such as /dev/stdout, by opening it.
+
+    Raises:
+        OSError: It cannot be written to.
+    """
+    path = expand_path(path)
+    if path.is_file() and not _is_standard_stream(path):
+        write_file(path, data)
+    elif path.exists() and not path.is_dir():
+        with path.open("ab") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+    else:
+        write_file(path, data)
+
+
+def append_file(path: str | Path, text: str) -> None:
+    """Append `text` to the regular file `path`, which is made if it is not there.
+
+    Raises:
+        OSError: It is a link or no regular file, or cannot be written to.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
+    with os.fdopen(open_regular(path, flags), "ab") as file:
+        file.write(text.encode())
+
+
+def remove_leftovers(folder: Path, older_than_s: float = _STALE_S) -> None:
+    """Remove temporary files of `replace_file` in `folder` whose writers were killed.
+
+    Args:
+        folder: One that this package keeps.
+        older_than_s: Of the last write; 0 if the caller is the only one that writes there.
+    """
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                if not _TEMPORARY.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                    continue
+                if entry.stat(follow_symlinks=False).st_mtime <= time.time() - older_than_s:
+                    os.unlink(entry.path)
 
 
 def sync(path: Path) -> None:
@@ -98,3 +193,35 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _refusal(path: str | Path, mode: int) -> OSError:
+    """Why what has the mode `mode` is no file to read or to replace."""
+    if stat.S_ISDIR(mode):
+        return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    return OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def _regular_mode(path: Path, follow_links: bool) -> int | None:
+    """The permissions of the regular file that is to be replaced; None if there is none."""
+    try:
+        status = path.lstat()
+    except FileNotFoundError:
+        return None
+    if stat.S_ISLNK(status.st_mode) and not follow_links:
+        return None
+    if not stat.S_ISREG(status.st_mode):
+        raise _refusal(path, status.st_mode)
+    if _is_standard_stream(path):
+        raise OSError(errno.EINVAL, "Open as a standard stream", str(path))
+    return stat.S_IMODE(status.st_mode)
+
+
+def _is_standard_stream(path: Path) -> bool:
+    """Whether stdin, stdout or stderr is the file `path`: replaced, it would lose what follows."""
+    status = path.stat()
+    for descriptor in range(3):
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), status):
+                return True
+    return False

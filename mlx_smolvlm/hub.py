@@ -25,6 +25,7 @@ from pathlib import Path
 from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, read_config, tokenizer_path
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.safetensors import read_headers, read_json
 from mlx_smolvlm.values import read_integer
 
@@ -90,8 +91,8 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
     options = options or ResolveOptions()
     if model == DEMO:
         return Path(__file__).parent / DEMO
-    folder = Path(model).expanduser()
-    if folder.is_dir() and str(model):
+    folder = find_folder(model)
+    if folder is not None:
         if read_json(folder / CONFIG_FILE).get("format") == FORMAT:
             return folder
         return _local(folder.resolve(), options)
@@ -102,6 +103,15 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
             f"nor one of {', '.join([DEMO, *ALIASES])}"
         )
     return _remote(repo, options)
+
+
+def find_folder(name: str | Path) -> Path | None:
+    """The folder that `name` is the path of; None if there is none."""
+    try:
+        folder = expand_path(name)
+        return folder if str(name) and folder.is_dir() else None
+    except OSError:  # no such home, or no name that a file can have
+        return None
 
 
 def _local(folder: Path, options: ResolveOptions) -> Path:
@@ -219,11 +229,19 @@ def _is_whole(folder: Path) -> bool:
 
 
 def cache_folder() -> Path:
-    """Where converted checkpoints are kept; it may not exist yet."""
+    """Where converted checkpoints are kept; it may not exist yet.
+
+    Raises:
+        CheckpointError: No home directory is known to keep them in.
+    """
     own, general = os.environ.get("MLX_SMOLVLM_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        return Path(own).expanduser()
-    return (Path(general) if general else Path.home() / ".cache") / "mlx-smolvlm"
+    try:
+        return expand_path(own) if own else expand_path(general or "~/.cache") / "mlx-smolvlm"
+    except OSError as error:
+        raise CheckpointError(
+            f"the cache {error.filename} cannot be used ({error.strerror}); set MLX_SMOLVLM_CACHE "
+            "to another folder"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -111,8 +111,8 @@ def make_memory(
         return Memory(options)
     from mlx_smolvlm.store import Store
 
-    folder = Path(options.folder).expanduser()
-    return Memory(options, Store(folder, options.folder_bytes, checkpoint, config, adapter))
+    store = Store(Path(options.folder), options.folder_bytes, checkpoint, config, adapter)
+    return Memory(options, store)
 
 
 class Memory:

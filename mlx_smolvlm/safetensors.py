@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import struct
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import open_file, replace_file
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -22,6 +24,7 @@ ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I3
 ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 LARGEST_HEADER = 10**8  # bytes, the format's own bound
+_MAX_AXES, _MAX_SIDE = 8, 2**31 - 1  # MLX counts in 32 bits, and NumPy aborts beyond 64 axes
 
 
 @dataclass(frozen=True)
@@ -77,31 +80,38 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         place = end
     if place != room:
         raise CheckpointError(f"{path}: {room - place} bytes follow the last tensor")
+    for name, info in tensors.items():
+        if len(info.shape) > _MAX_AXES or max(info.shape, default=0) > _MAX_SIDE:
+            raise CheckpointError(f"{path}: tensor '{name}' has a shape that no model has")
     return tensors
 
 
-def read_metadata(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:
     """The texts that the safetensors file at `path` carries besides its tensors.
+
+    Args:
+        path: A file.
+        largest: Bytes of the longest header to read.
 
     Raises:
         CheckpointError: As `read_header`.
     """
-    metadata = _raw_header(path)[0].get("__metadata__")
+    metadata = _raw_header(path, largest)[0].get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
 
 
-def _raw_header(path: Path) -> tuple[dict[str, Any], int]:
+def _raw_header(path: Path, largest: int = LARGEST_HEADER) -> tuple[dict[str, Any], int]:
     """The header's JSON object, and how many bytes of data follow it."""
     try:
-        with path.open("rb") as file:
-            total = path.stat().st_size
+        with open_file(path) as file:
+            total = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
             if 8 + length > total:
                 raise CheckpointError(
                     f"{path} is cut off or not safetensors: {total} bytes; fetch it again"
                 )
-            if length > LARGEST_HEADER:
+            if length > largest:
                 raise CheckpointError(f"{path} has a header of {length} bytes; fetch it again")
             header = json.loads(file.read(length))
     except OSError as error:
@@ -177,17 +187,30 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def save_synced(path: Path, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    """Write `arrays` and texts to `path`, which ends in .safetensors, whole or not at all."""
+def save_synced(
+    path: Path,
+    arrays: dict[str, mx.array],
+    metadata: dict[str, str],
+    *,
+    mode: int = 0o666,
+    follow_links: bool = False,
+) -> None:
+    """Write `arrays` and texts to `path`, whole or not at all.
+
+    Args:
+        path: Of any suffix.
+        arrays: By name.
+        metadata: The texts, by name.
+        mode: As in `replace_file`.
+        follow_links: Likewise.
+
+    Raises:
+        OSError: It cannot be written.
+    """
     import mlx.core as mx
 
-    part = path.with_suffix(".part.safetensors")
-    mx.save_safetensors(str(part), arrays, metadata)
-    for target in (part, path.parent):
-        if target != part:
-            part.replace(path)
-        descriptor = os.open(target, os.O_RDONLY)
+    with replace_file(path, ".safetensors", mode=mode, follow_links=follow_links) as part:
         try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            mx.save_safetensors(str(part), arrays, metadata)
+        except RuntimeError as error:
+            raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,13 @@ import mlx.core as mx
 
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.conversation import Turn
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, PromptError
 from mlx_smolvlm.image import Grid
 from mlx_smolvlm.media import Footage, Medium, Picture
+from mlx_smolvlm.messages import NOUNS, Message
 from mlx_smolvlm.reuse import Content, State
 from mlx_smolvlm.store import content_in, content_values, is_plain, kept, read, restored, write
+from mlx_smolvlm.template import checked
 
 KIND = "conversation"
 
@@ -62,30 +65,51 @@ def save(saved: Saved, path: Path, checkpoint: str) -> None:
         values["content"] = content_values(Content(ids, whole))
     if not tensors:
         tensors["empty"] = mx.zeros((1,))
-    write(path, KIND, checkpoint, tensors, values)
+    write(path, KIND, checkpoint, tensors, values, follow_links=True)
 
 
 def load(path: Path, checkpoint: str, config: Config) -> Saved:
-    """What `save` wrote to `path`.
+    """What `save` wrote to `path`, or what could have been.
 
     Raises:
         CheckpointError: It is no such file, damaged, or of another checkpoint or version.
     """
     tensors, values = read(path, KIND, checkpoint)
     try:
-        turns = [
-            Turn(
-                turn["question"],
-                tuple(_medium(one, tensors, config) for one in turn["media"]),
-                turn["answer"],
-            )
-            for turn in values["turns"]
-        ]
+        turns = [_turn(turn, tensors, config) for turn in values["turns"]]
         system, content = values["system"], values["content"]
-    except (KeyError, TypeError, ValueError, AttributeError):
+        if system is not None:
+            system = _text("system", system)
+    except (KeyError, TypeError, ValueError, OverflowError, PromptError):
         raise CheckpointError(f"{path} is damaged") from None
-    state = None if content is None else State(content_in(content), restored(tensors, config))
-    return Saved(system, turns, state)
+    if content is None:
+        return Saved(system, turns, None)
+    return Saved(system, turns, State(content_in(content, config), restored(tensors, config)))
+
+
+def _turn(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config) -> Turn:
+    """The turn that `values` describe.
+
+    Raises:
+        PromptError: A message is malformed.
+        KeyError, TypeError, ValueError, OverflowError: A value is missing or of another kind.
+    """
+    question = checked(values["question"], 1)
+    media = tuple(_medium(one, tensors, config) for one in values["media"])
+    items = [item["type"] for item in question["content"] if item["type"] in NOUNS]
+    kinds = ["image" if isinstance(one, Picture) else "video" for one in media]
+    if question["role"] != "user" or items != kinds:
+        raise ValueError
+    answer = values["answer"]
+    return Turn(question, media, None if answer is None else _text("assistant", answer))
+
+
+def _text(role: str, value: Any) -> str:
+    """`value` as the text of a message of `role`; errors as `_turn`."""
+    if not isinstance(value, str):
+        raise TypeError
+    message: Message = checked({"role": role, "content": value}, 1)
+    return str(message["content"][0]["text"])
 
 
 def _values(medium: Medium) -> dict[str, Any]:
@@ -101,17 +125,23 @@ def _values(medium: Medium) -> dict[str, Any]:
 
 
 def _medium(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config) -> Medium:
-    """The medium that `_values` described, with its embeddings."""
+    """The medium that `_values` described, with its embeddings; errors as `_turn`."""
     medium: Medium
     if values["kind"] == "picture":
         rows, cols = values["grid"]
-        medium = Picture(None, Grid(int(rows), int(cols)), "high", str(values["digest"]))
+        if (type(rows), type(cols)) != (int, int):
+            raise TypeError
+        medium = Picture(None, Grid(rows, cols), "high", str(values["digest"]))
     else:
         times = Times(tuple(map(float, values["timestamps_s"])), float(values["duration_s"]))
+        if not all(map(math.isfinite, times.timestamps_s)) or not 0 <= times.duration_s < math.inf:
+            raise ValueError
         medium = Footage(times, None, str(values["digest"]))
     embeds = tensors[values["tensor"]]
     shape = (medium.num_tiles, config.image_seq_len, config.text.hidden_size)
-    if tuple(embeds.shape) != shape:
+    if tuple(embeds.shape) != shape or embeds.size == 0:
         raise ValueError
+    if not mx.issubdtype(embeds.dtype, mx.floating):
+        raise TypeError
     medium.image_embeds = embeds
     return medium

@@ -23,7 +23,8 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.constrain import Constrainer
 from mlx_smolvlm.context import pinned_tokens, too_long
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
-from mlx_smolvlm.errors import ContextError, SmolVLMWarning
+from mlx_smolvlm.errors import CheckpointError, ContextError, SmolVLMWarning
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.media import Footage, Medium, Picture, encode, in_order, joined
 from mlx_smolvlm.messages import ImageSource, Message, Request, VideoSource, read_request
 from mlx_smolvlm.model import Model, compile_encoder
@@ -394,7 +395,7 @@ def load(
         return SmolVLM(path, config, network, builder, cache)
     from mlx_smolvlm.adapter import load_adapter
 
-    folder = Path(adapter).expanduser()
+    folder = expand_path(adapter, CheckpointError)
     load_adapter(network, folder, config.source)
     return SmolVLM(path, config, network, builder, cache, folder)
 

@@ -7,12 +7,10 @@ arrays. What is cut off, damaged or made by something else is never used.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
-import tempfile
-import time
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,22 +23,33 @@ from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.checkpoint import CARD_FILE
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
+from mlx_smolvlm.files import expand_path, open_file, read_file, remove_leftovers, write_file
 from mlx_smolvlm.reuse import Content, Span, State
-from mlx_smolvlm.safetensors import read_header, read_metadata
+from mlx_smolvlm.safetensors import read_header, read_metadata, save_synced
 from mlx_smolvlm.storage import FLOAT
 
 VERSION = 1
 LEAST_TOKENS = 16  # of a prompt that is worth a file
+OWN_FOLDER = "mlx-smolvlm-cache"  # below the folder that a user names, where other files may lie
+MEMO_FILE = "checkpoints.json"
+TAG_FILE = "CACHEDIR.TAG"  # tells backup programs too: https://bford.info/cachedir/
+_TAG = """Signature: 8a477f597d28d172789f06886806bc55
+# A cache of mlx-smolvlm: keys and values of prompts. It can be removed at any time.
+"""
+_PREFIX = "prefix"  # the kind of the files here
+_NAME = re.compile(rf"{_PREFIX}-([0-9a-f]{{16}})-v\d+-[0-9a-f]{{32}}\.safetensors")
 _HEADER = "mlx-smolvlm"
+_LARGEST_HEADER = 1 << 24  # bytes; those of the longest contexts take one hundredth of it
+_LARGEST_MEMO = 1 << 24
 _BLOCK = 1 << 20
-_STALE_S = 3600.0  # an unfinished file that old is nobody's
 
 
 class Store:
     """States of prompts in a folder, for later runs of the same checkpoint.
 
-    Files are found by content; `limit` bytes are kept, and what was not used for longest
-    goes first. Trouble with a file is told once and stops no answer.
+    They lie in the subfolder `OWN_FOLDER`, which a tag file marks. Files are found by content;
+    `limit` bytes are kept, and what was not used for longest goes first. Nothing is counted or
+    removed that the cache did not write. Trouble with a file is told once and stops no answer.
     """
 
     def __init__(
@@ -52,16 +61,17 @@ class Store:
         adapter: Path | None = None,
     ) -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            memo = folder / "checkpoints.json"
+            self._own = _make_folder(expand_path(folder))
+            with contextlib.suppress(OSError):  # no room: `put` tries again, and says so
+                _mark(self._own)
+            memo = self._own / MEMO_FILE if _is_marked(self._own) else None
             self._checkpoint = checkpoint_digest(checkpoint, memo, adapter)
-            self._own = folder / f"{self._checkpoint[:16]}-v{VERSION}"
-            self._own.mkdir(exist_ok=True)
         except OSError as error:
             raise CheckpointError(
                 f"the cache folder {folder} cannot be used ({error.strerror}); choose another"
             ) from None
-        self._folder, self._limit, self._config = folder, limit, config
+        self._start = f"{_PREFIX}-{self._checkpoint[:16]}-v{VERSION}-"
+        self._limit, self._config = limit, config
         self._warned = False
 
     def find(self, content: Content, most: int, above: int) -> State | None:
@@ -74,8 +84,8 @@ class Store:
         if chosen is None:
             return None
         with self._tolerant(chosen):
-            tensors, header = read(chosen, "prefix", self._checkpoint)
-            state = State(content_in(header), restored(tensors, self._config))
+            tensors, header = read(chosen, _PREFIX, self._checkpoint)
+            state = State(content_in(header, self._config), restored(tensors, self._config))
             os.utime(chosen)
             return state
         return None
@@ -99,33 +109,36 @@ class Store:
         if length < LEAST_TOKENS:
             return
         name = hashlib.sha256(json.dumps(content_values(prompt)).encode()).hexdigest()[:32]
-        path = self._own / f"{name}.safetensors"
+        path = self._own / f"{self._start}{name}.safetensors"
         with self._tolerant(path):
+            _mark(self._own)
             tensors = kept(state.cache, length)
-            write(path, "prefix", self._checkpoint, tensors, content_values(prompt))
+            write(path, _PREFIX, self._checkpoint, tensors, content_values(prompt))
             for old in contained:
                 old.unlink(missing_ok=True)
             self._shrink(path)
 
     def _stored(self) -> Iterator[tuple[Path, Content]]:
         """The files of this checkpoint that can be read, with their contents."""
-        for path in sorted(self._own.glob("[!.]*.safetensors")):
-            with self._tolerant(path):
-                yield path, content_in(read_values(path, "prefix", self._checkpoint))
+        for path, _ in _named(self._own):
+            if path.name.startswith(self._start):
+                with self._tolerant(path):
+                    values = read_values(path, _PREFIX, self._checkpoint)
+                    yield path, content_in(values, self._config)
 
     def _shrink(self, newest: Path) -> None:
         """Remove what was not used for longest until the limit holds, and what was left half."""
-        for part in self._folder.glob("*/.*.part.safetensors"):
-            with contextlib.suppress(FileNotFoundError):
-                if part.stat().st_mtime < time.time() - _STALE_S:
-                    part.unlink()
-        files = [(path.stat(), path) for path in self._folder.glob("*/[!.]*.safetensors")]
-        total = sum(stat.st_size for stat, _ in files)
-        for stat, path in sorted(files, key=lambda one: (one[1] == newest, one[0].st_mtime_ns)):
+        remove_leftovers(self._own)
+        files = [(status, path) for path, status in _named(self._own)]
+        if sum(status.st_size for status, _ in files) <= self._limit:
+            return  # without reading every header
+        files = [one for one in files if _is_own(one[1])]
+        total = sum(status.st_size for status, _ in files)
+        for status, path in sorted(files, key=lambda one: (one[1] == newest, one[0].st_mtime_ns)):
             if total <= self._limit:
                 break
             path.unlink(missing_ok=True)
-            total -= stat.st_size
+            total -= status.st_size
 
     @contextlib.contextmanager
     def _tolerant(self, path: Path) -> Iterator[None]:
@@ -141,13 +154,74 @@ class Store:
                 )
 
 
-def write(
-    path: Path, kind: str, checkpoint: str, tensors: dict[str, mx.array], values: dict[str, Any]
-) -> None:
-    """Write `tensors` and the JSON `values` to `path`, whole or not at all.
+def _make_folder(folder: Path) -> Path:
+    """The cache's own subfolder of `folder`, made if it is not there.
 
     Raises:
-        OSError: There is no room, or the folder cannot be written to.
+        CheckpointError: Something else has its name.
+        OSError: It cannot be made.
+    """
+    own = folder / OWN_FOLDER
+    own.mkdir(parents=True, exist_ok=True)
+    names = [name for name in os.listdir(own) if not name.startswith(".")]
+    if own.is_symlink() or (names and not _is_marked(own)):
+        raise CheckpointError(
+            f"{own} is not a cache of mlx-smolvlm, so nothing is written there; choose another "
+            "folder"
+        )
+    return own
+
+
+def _mark(own: Path) -> None:
+    """Write the tag into the cache's folder, if it has none; errors as `_make_folder`."""
+    _make_folder(own.parent)
+    if not _is_marked(own):
+        write_file(own / TAG_FILE, _TAG, follow_links=False)
+
+
+def _is_marked(own: Path) -> bool:
+    """Whether the folder `own` holds the tag of this cache."""
+    try:
+        return read_file(own / TAG_FILE, 4096).startswith(_TAG.encode())
+    except OSError:
+        return False
+
+
+def _named(own: Path) -> list[tuple[Path, os.stat_result]]:
+    """Regular files of `own` that are called as the cache calls its own, in order; no links."""
+    found = []
+    with contextlib.suppress(OSError), os.scandir(own) as entries:
+        for entry in sorted(entries, key=lambda one: one.name):
+            with contextlib.suppress(OSError):  # removed by another run
+                if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                    found.append((own / entry.name, entry.stat(follow_symlinks=False)))
+    return found
+
+
+def _is_own(path: Path) -> bool:
+    """Whether the header of the file at `path` is one that the cache wrote under this name."""
+    match = _NAME.fullmatch(path.name)
+    try:
+        header = _any_header(path)
+    except CheckpointError:
+        return False
+    if match is None or header is None or header.get("kind") != _PREFIX:
+        return False
+    return str(header.get("checkpoint")).startswith(match[1])
+
+
+def write(
+    path: Path,
+    kind: str,
+    checkpoint: str,
+    tensors: dict[str, mx.array],
+    values: dict[str, Any],
+    follow_links: bool = False,
+) -> None:
+    """Write `tensors` and the JSON `values` to `path`, whole or not at all; its owner reads it.
+
+    Raises:
+        OSError: There is no room, the folder cannot be written to, or `path` is no regular file.
     """
     header = {
         "kind": kind,
@@ -156,20 +230,8 @@ def write(
         "digest": _digest(tensors),
         "values": values,
     }
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".part.safetensors")
-    os.close(handle)
-    try:
-        try:
-            mx.save_safetensors(name, tensors, {_HEADER: json.dumps(header)})
-        except RuntimeError as error:
-            raise OSError(errno.EIO, str(error)) from None
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
+    metadata = {_HEADER: json.dumps(header)}
+    save_synced(path, tensors, metadata, mode=0o600, follow_links=follow_links)
 
 
 def read_values(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
@@ -191,21 +253,29 @@ def read(path: Path, kind: str, checkpoint: str) -> tuple[dict[str, mx.array], d
     read_header(path)
     try:
         tensors = mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from None
-    assert isinstance(tensors, dict)
-    if _digest(tensors) != header.get("digest"):
+        assert isinstance(tensors, dict)
+        is_whole = _digest(tensors) == header.get("digest")
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+    if not is_whole:
         raise CheckpointError(f"{path} is damaged")
     return tensors, header["values"]
 
 
+def _any_header(path: Path) -> dict[str, Any] | None:
+    """What `write` stated in the file at `path`, of whatever kind; None if it wrote nothing."""
+    try:
+        header = json.loads(read_metadata(path, _LARGEST_HEADER).get(_HEADER, "null"))
+    except (ValueError, TypeError, RecursionError):
+        return None
+    return header if isinstance(header, dict) else None
+
+
 def _header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
     """What `write` stated in the file at `path`."""
-    try:
-        header = json.loads(read_metadata(path).get(_HEADER, "null"))
-    except (ValueError, TypeError, RecursionError):
-        header = None
-    if not isinstance(header, dict) or header.get("kind") != kind:
+    header = _any_header(path)
+    if header is None or header.get("kind") != kind:
         raise CheckpointError(f"{path} is no {kind} file of mlx-smolvlm")
     if header.get("version") != VERSION or not isinstance(header.get("values"), dict):
         raise CheckpointError(f"{path} was written by another version of mlx-smolvlm")
@@ -238,23 +308,33 @@ def restored(tensors: Mapping[str, mx.array], config: Config) -> KVCache:
         shape = (1, 2 * text.num_key_value_heads, length, text.head_dim)
         if array is None or tuple(array.shape) != shape or (i and length != cache.offset):
             raise CheckpointError(f"keys and values of layer {i} are missing or of another shape")
+        if not mx.issubdtype(array.dtype, mx.floating):
+            raise CheckpointError(f"keys and values of layer {i} are {array.dtype}, not floats")
         cache.buffers[i] = (array,)
         cache.offset = length
     return cache
 
 
-def content_in(values: Mapping[str, Any]) -> Content:
+def content_in(values: Any, config: Config) -> Content:
     """The content that `content_values` described.
 
     Raises:
-        CheckpointError: It describes none.
+        CheckpointError: It describes none, or tokens that the checkpoint does not have.
     """
     try:
-        ids = np.array(values["ids"], np.int32).reshape(-1)
-        spans = tuple(Span(int(a), int(b), str(digest)) for a, b, digest in values["spans"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise CheckpointError("the tokens of a cache file are damaged") from None
-    return Content(ids, spans)
+        ids, spans = values["ids"], tuple(Span(*span) for span in values["spans"])
+        places = [place for span in spans for place in (span.start, span.stop)]
+        if (
+            {*map(type, ids), *map(type, places)} <= {int}
+            and {type(span.digest) for span in spans} <= {str}
+            and all(0 <= token_id < config.text.vocab_size for token_id in ids)
+            and all(span.start < span.stop for span in spans)
+            and [0, *places, len(ids)] == sorted([0, *places, len(ids)])
+        ):
+            return Content(np.array(ids, np.int32), spans)
+    except (KeyError, TypeError, ValueError):
+        pass
+    raise CheckpointError("the tokens of a cache file are damaged")
 
 
 def content_values(content: Content) -> dict[str, Any]:
@@ -274,7 +354,9 @@ def _digest(tensors: Mapping[str, mx.array]) -> str:
 
 
 def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | None = None) -> str:
-    """Digest of every file of the checkpoint in `folder` but its card, which may grow.
+    """Digest of the checkpoint's files in `folder`, without its card, which may grow.
+
+    Hidden files are notes and leftovers, which say nothing of the model.
 
     Args:
         memo: A JSON file that remembers digests by name, size and time of the files, since
@@ -288,19 +370,21 @@ def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | No
         both = checkpoint_digest(folder, memo) + checkpoint_digest(adapter, memo)
         return hashlib.sha256(both.encode()).hexdigest()
     try:
-        files = sorted(p for p in folder.iterdir() if p.is_file() and p.name != CARD_FILE)
+        paths = [path for path in folder.iterdir() if path.name[0] != "." and path.is_file()]
+        files = sorted(path for path in paths if path.name != CARD_FILE)
         stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
         known: dict[str, Any] = {}
         if memo is not None:
-            with contextlib.suppress(OSError, ValueError):
-                known = dict(json.loads(memo.read_text(encoding="utf-8")))
+            known = _read_memo(memo)
         found = known.get(str(folder.resolve()))
         if isinstance(found, list) and len(found) == 2 and found[0] == stamp:
-            return str(found[1])
+            digest = str(found[1])
+            if re.fullmatch("[0-9a-f]{64}", digest):  # it becomes part of the files' names
+                return digest
         total = hashlib.sha256()
         for path in files:
             total.update(f"{path.name} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
+            with open_file(path) as file:
                 while block := file.read(_BLOCK):
                     total.update(block)
     except OSError as error:
@@ -309,7 +393,14 @@ def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | No
     if memo is not None:
         with contextlib.suppress(OSError):
             known[str(folder.resolve())] = [stamp, digest]
-            part = memo.with_suffix(f".{os.getpid()}.part")
-            part.write_text(json.dumps(known), encoding="utf-8")
-            part.replace(memo)
+            write_file(memo, json.dumps(known), follow_links=False)
     return digest
+
+
+def _read_memo(memo: Path) -> dict[str, Any]:
+    """The digests that were remembered; none if the file cannot be used."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        values = json.loads(read_file(memo, _LARGEST_MEMO))
+        if isinstance(values, dict):
+            return values
+    return {}

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_smolvlm import files
+from mlx_smolvlm import CheckpointError, files
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -78,3 +78,88 @@ def test_an_unknown_home_is_an_os_error() -> None:
     assert files.expand_path("~/x") == Path.home() / "x"
     with pytest.raises(FileNotFoundError, match="No home directory"):
         files.expand_path("~no-such-user/x")
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_what_no_file_can_be_called_is_an_os_error(path: str) -> None:
+    with pytest.raises(OSError, match="No file can have this name"):
+        files.expand_path(path)
+    with pytest.raises(CheckpointError, match="No file can have this name; give another path"):
+        files.expand_path(path, CheckpointError)
+
+
+def test_a_link_that_leads_out_of_an_own_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    for name in ("link", "dangling"):
+        (tmp_path / name).symlink_to("mine" if name == "link" else "none")
+        files.write_file(tmp_path / name, "new", follow_links=False)
+        assert not (tmp_path / name).is_symlink()
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_permissions_of_a_new_file(tmp_path: Path) -> None:
+    files.write_file(tmp_path / "a", "text", mode=0o600)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+    files.write_file(tmp_path / "a", "text")
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o600
+
+
+def test_what_a_killed_writer_leaves_goes_once_it_is_old(tmp_path: Path) -> None:
+    writer = files.replace_file(tmp_path / "a", ".safetensors")
+    part = writer.__enter__()  # and then it is killed
+    for name in (".part", ".x.part", f".{'x' * 16}.part", f"{part.name}.mine.x", part.name[1:]):
+        (tmp_path / name).write_text("of the user")
+        os.utime(tmp_path / name, (1, 1))
+    (tmp_path / f".{'ab' * 8}.part").symlink_to(tmp_path / "none")
+    before = sorted(os.listdir(tmp_path))
+    files.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == before  # its writer may live
+    os.utime(part, (1, 1))
+    files.remove_leftovers(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [name for name in before if name != part.name]
+    files.remove_leftovers(tmp_path / "none")
+
+
+def test_output_goes_into_devices_and_pipes(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    files.write_output(tmp_path / "pipe", "text")
+    assert os.read(reader, 10) == b"text"
+    os.close(reader)
+    files.write_output("/dev/null", b"text")
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)
+    files.write_output(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    with pytest.raises(IsADirectoryError):
+        files.write_output(tmp_path, "text")
+
+
+def test_the_file_behind_stdout_is_not_renamed_over(tmp_path: Path) -> None:
+    out, before = tmp_path / "out", os.dup(1)
+    try:
+        with out.open("ab") as file:
+            os.dup2(file.fileno(), 1)
+        os.write(1, b"answer\n")
+        files.write_output("/dev/stdout", "json\n")
+        os.write(1, b"more\n")
+        with pytest.raises(OSError, match="Open as a standard stream"):
+            files.write_file("/dev/stdout", "text")
+    finally:
+        os.dup2(before, 1)
+        os.close(before)
+    assert out.read_text() == "answer\njson\nmore\n"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_only_regular_files_are_appended_to(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "link").symlink_to("mine")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("link", "pipe"):
+        with pytest.raises(OSError, match=r"."):
+            files.append_file(tmp_path / name, "text")
+    for _ in range(2):
+        files.append_file(tmp_path / "log", "line\n")
+    assert (tmp_path / "log").read_text() == "line\nline\n"
+    assert (tmp_path / "mine").read_text() == "mine"

@@ -21,7 +21,7 @@ from mlx_smolvlm import (
     SmolVLMWarning,
     load,
 )
-from mlx_smolvlm.store import checkpoint_digest, write
+from mlx_smolvlm.store import OWN_FOLDER, checkpoint_digest, write
 
 SHORT = Sampling(max_tokens=4)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -105,9 +105,9 @@ def test_the_digest_of_a_checkpoint_is_remembered_by_size_and_time(
     digest = checkpoint_digest(tiny_folder, memo)
     assert digest == checkpoint_digest(tiny_folder)
     values = json.loads(memo.read_text())
-    values[str(tiny_folder.resolve())][1] = "remembered"
+    values[str(tiny_folder.resolve())][1] = "ab" * 32
     memo.write_text(json.dumps(values))
-    assert checkpoint_digest(tiny_folder, memo) == "remembered"
+    assert checkpoint_digest(tiny_folder, memo) == "ab" * 32
     twin = Path(shutil.copytree(tiny_folder, tmp_path / "twin"))
     assert checkpoint_digest(twin, memo) == digest
     (twin / "README.md").write_text("What it can do is written here once it was judged.")
@@ -220,7 +220,7 @@ def test_short_prompts_make_no_files(tiny_folder: Path, folder: Path) -> None:
 
 def test_what_a_killed_run_leaves_is_not_read_and_goes(tiny_folder: Path, folder: Path) -> None:
     run(tiny_folder, folder)
-    part = files(folder)[0].with_name(".left.part.safetensors")
+    part = files(folder)[0].with_name(f".{'ab' * 8}.part.safetensors")
     part.write_bytes(b"half a file")
     run(tiny_folder, folder, picture=OTHER)  # without a warning
     assert part.exists()  # it may be another run's, which is writing it now
@@ -228,3 +228,111 @@ def test_what_a_killed_run_leaves_is_not_read_and_goes(tiny_folder: Path, folder
     run(tiny_folder, folder, "And what is it that can be seen over there, on the left?", PICTURE)
     run(tiny_folder, folder, picture=Image.new("RGB", (64, 48)))
     assert not part.exists()
+
+
+def test_only_files_of_the_cache_are_removed(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "models"
+    own = folder / OWN_FOLDER
+    run(tiny_folder, folder)
+    [first] = files(folder)
+    name = first.name
+    foreign = [
+        folder / "my-model" / "model.safetensors",
+        folder / "model.safetensors",
+        folder / name,
+        folder / "my-model" / name,
+        own / "model.safetensors",
+        own / "sub" / name,
+        own / name.replace("prefix", "suffix"),
+        own / name[:-13],
+        own / f".{'ab' * 8}.part.mine.txt",
+        own / ".mine.part",
+        own / name.replace(name[-40:-12], "0" * 28),  # its name, and not its header
+        own / name.replace(name[7:23], "0" * 16),  # its name and header, of another checkpoint
+    ]
+    for path in foreign:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of the user" * 100_000)
+    foreign[-1].write_bytes(first.read_bytes())
+    (own / f"{name[:-44]}{'1' * 32}.safetensors").symlink_to(foreign[0])
+    (own / f".{'cd' * 8}.part").symlink_to(foreign[0])
+    (own / f"{name[:-44]}{'2' * 32}.safetensors").mkdir()
+    for path in sorted(folder.rglob("*")):
+        os.utime(path, (1, 1))
+    before = {path for path in folder.rglob("*") if path != first}
+    options = CacheOptions(folder=folder, folder_bytes=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SmolVLMWarning)  # of the file without its header
+        load(tiny_folder, cache=options).ask("And?", images=[OTHER], sampling=SHORT)
+    assert not first.exists()
+    assert {path for path in folder.rglob("*") if path in before} == before
+    assert foreign[0].read_bytes().startswith(b"of the user")
+
+
+def test_links_in_the_cache_are_not_followed(tiny_folder: Path, folder: Path) -> None:
+    run(tiny_folder, folder)
+    mine, own = folder / "mine", folder / OWN_FOLDER
+    mine.write_text("mine")
+    tag = (own / "CACHEDIR.TAG").read_bytes()
+    for name in ("checkpoints.json", "CACHEDIR.TAG"):
+        (own / name).unlink()
+        (own / name).symlink_to(mine)
+    with pytest.raises(CheckpointError, match="not a cache of mlx-smolvlm"):  # the tag is not ours
+        run(tiny_folder, folder)
+    (own / "CACHEDIR.TAG").unlink()
+    (own / "CACHEDIR.TAG").write_bytes(tag)
+    run(tiny_folder, folder)
+    assert mine.read_text() == "mine"
+    assert not (own / "checkpoints.json").is_symlink()
+
+
+def test_the_folder_is_marked_for_backup_programs(tiny_folder: Path, folder: Path) -> None:
+    run(tiny_folder, folder)
+    tag = (folder / OWN_FOLDER / "CACHEDIR.TAG").read_bytes()
+    assert tag.startswith(b"Signature: 8a477f597d28d172789f06886806bc55\n")
+    assert os.listdir(folder) == [OWN_FOLDER]
+    [path] = files(folder)
+    assert path.stat().st_mode & 0o077 == 0  # what was asked is its owner's
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file", "dangling"])
+def test_what_has_the_name_of_the_cache_is_refused(
+    tiny_folder: Path, folder: Path, kind: str
+) -> None:
+    own, mine = folder / OWN_FOLDER, folder / "mine"
+    mine.mkdir(parents=True)
+    (mine / "thesis.txt").write_text("mine")
+    if kind == "folder":
+        mine.rename(own)
+    elif kind == "file":
+        own.write_text("mine")
+    else:
+        own.symlink_to(mine if kind == "link" else folder / "none")
+    with pytest.raises(CheckpointError, match=r"choose another( folder)?$"):
+        run(tiny_folder, folder)
+    kept = own if kind == "folder" else mine
+    assert os.listdir(kept) == ["thesis.txt"]
+    assert not (folder / "none").exists()
+
+
+def test_a_cache_that_is_removed_meanwhile_is_made_again(tiny_folder: Path, folder: Path) -> None:
+    vlm = load(tiny_folder, cache=CacheOptions(folder=folder))
+    shutil.rmtree(folder)
+    vlm.ask("What?", images=[PICTURE], sampling=SHORT)
+    assert len(files(folder)) == 1
+    assert run(tiny_folder, folder).encoded_tiles == 0
+
+
+@pytest.mark.parametrize("memo", ["5", "[]", "[" * 100_000, '{"FOLDER": [STAMP, "../../../x"]}'])
+def test_remembered_digests_are_not_trusted(tiny_folder: Path, tmp_path: Path, memo: str) -> None:
+    path = tmp_path / "checkpoints.json"
+    digest = checkpoint_digest(tiny_folder, path)
+    stamp = json.dumps(json.loads(path.read_text())[str(tiny_folder.resolve())][0])
+    path.write_text(memo.replace("FOLDER", str(tiny_folder.resolve())).replace("STAMP", stamp))
+    assert checkpoint_digest(tiny_folder, path) == digest
+
+
+def test_hidden_files_are_no_part_of_a_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    twin = Path(shutil.copytree(tiny_folder, tmp_path / "twin"))
+    (twin / ".last-used").touch()
+    assert checkpoint_digest(twin) == checkpoint_digest(tiny_folder)

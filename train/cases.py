@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.errors import DatasetError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.train.dataset import Example, read_dataset
 from mlx_smolvlm.train.metrics import METRICS, Metric, checked_metric, option_letter
 
@@ -91,7 +92,7 @@ def read_cases(paths: Sequence[str | Path], options: EvaluationOptions) -> Datas
     Raises:
         DatasetError: A file or a line cannot be used, or no line is chosen.
     """
-    files = [_file(Path(path).expanduser()) for path in paths]
+    files = [_file(expand_path(path, DatasetError)) for path in paths]
     twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
     if twice:
         raise DatasetError(f"{twice[0]} is given twice; give each file once")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_smolvlm.errors import DatasetError, PromptError
+from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.template import checked
 
 Message = dict[str, Any]
@@ -71,7 +72,7 @@ def read_dataset(path: str | Path, split: str = "train") -> list[Example]:
         DatasetError: There is no such file, it holds no example, or a line is not as
             docs/training.md says; it names file, line and reason.
     """
-    file = Path(path).expanduser()
+    file = expand_path(path, DatasetError)
     if file.is_dir():
         file = file / f"{split}.jsonl"
     examples = list(_examples(file))
@@ -207,7 +208,7 @@ def _media(values: dict[str, Any], kind: str, folder: Path) -> tuple[Path, ...]:
     names = _texts(values, many)
     if kind in values:
         names = (_text(values, kind) or "",)
-    paths = tuple(folder / Path(name).expanduser() for name in names)
+    paths = tuple(folder / expand_path(name, DatasetError) for name in names)
     for name, path in zip(names, paths, strict=True):
         if not path.is_file():
             raise DatasetError(f"there is no file {name!r} in {folder}")

@@ -13,10 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlx_smolvlm.errors import TrainingError
+from mlx_smolvlm.files import remove_leftovers, write_file
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 ADAPTER, MODEL, FUSED = "adapter", "model", "fused"
-OWN = (STATE_FILE, LOG_FILE, ADAPTER, MODEL, FUSED, "state.part.safetensors", "log.part")
+OWN = (STATE_FILE, LOG_FILE, ADAPTER, MODEL, FUSED)
 
 
 def check_folder(out: Path) -> None:
@@ -33,13 +34,15 @@ def check_folder(out: Path) -> None:
 
 
 def lock(out: Path) -> int:
-    """A descriptor that keeps other trainings out of the folder."""
+    """A descriptor that keeps other trainings out of the folder; what killed ones left goes."""
     descriptor = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
         raise TrainingError(f"another training is writing to {out}; wait for it") from None
+    for folder in (out, out / ADAPTER):
+        remove_leftovers(folder, older_than_s=0)
     return descriptor
 
 
@@ -66,6 +69,4 @@ def rewind(log: Path, step: int) -> None:
             with suppress(ValueError, KeyError):
                 if json.loads(line)["step"] <= step and step > 0:
                     lines.append(line + "\n")
-    part = log.with_suffix(".part")
-    part.write_text("".join(lines), encoding="utf-8")
-    part.replace(log)
+    write_file(log, "".join(lines), follow_links=False)

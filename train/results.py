@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_smolvlm.errors import DatasetError
+from mlx_smolvlm.files import open_regular
 
 KIND = "mlx-smolvlm evaluation"
 VERSION = 1
@@ -79,7 +80,7 @@ class ResultsFile:
         """
         self._path = path
         try:
-            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._fd = open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
         except OSError as error:
             raise DatasetError(f"the results file {path}: {error.strerror}") from None
         try:

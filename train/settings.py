@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from mlx_smolvlm.config import DTYPES, PARTS
 from mlx_smolvlm.errors import TrainingError
+from mlx_smolvlm.files import expand_path
 
 METHODS = ("lora", "full")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -111,7 +112,7 @@ class Settings:
 
     def path(self, name: str) -> Path:
         """A path that the file names."""
-        return self.folder / Path(name).expanduser()
+        return self.folder / expand_path(name, TrainingError)
 
     def check(self) -> None:
         """Refuse values out of range.
@@ -165,7 +166,7 @@ def read_settings(path: str | Path) -> Settings:
     Raises:
         TrainingError: It cannot be read, or says what no training can be.
     """
-    file = Path(path).expanduser()
+    file = expand_path(path, TrainingError)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except OSError as error:

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_smolvlm.adapter import AdapterConfig, save_adapter, signature
 from mlx_smolvlm.errors import DatasetError, TrainingError
+from mlx_smolvlm.files import append_file
 from mlx_smolvlm.smolvlm import SmolVLM, load
 from mlx_smolvlm.train.answer_loss import answer_loss, checkpointed_loss
 from mlx_smolvlm.train.dataset import Example, read_dataset
@@ -306,6 +307,5 @@ class Tuning:
             values |= {"seconds": round(report.seconds, 4)}
         if event.valid_loss is not None:
             values["valid_loss"] = event.valid_loss
-        with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+        append_file(self.out / LOG_FILE, json.dumps(values) + "\n")
         return event

@@ -1,0 +1,170 @@
+"""Commands of a conversation that fail: they say so, and what was said stays."""
+
+import errno
+import os
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_smolvlm import CacheOptions, Sampling, SmolVLM
+from mlx_smolvlm.cli.chat import Printer
+from mlx_smolvlm.cli.options import ChatOptions, VideoOptions
+from mlx_smolvlm.cli.session import Session
+from mlx_smolvlm.cli.talk import Talk
+from mlx_smolvlm.errors import PromptError
+
+OPTIONS = ChatOptions(
+    prompt=None,
+    images=(),
+    videos=(),
+    frames=VideoOptions(),
+    model="tiny",
+    system=None,
+    sampling=Sampling(max_tokens=2),
+    detail="high",
+    bits=None,
+    adapter=None,
+    cache=CacheOptions(),
+    on_full="error",
+    offline=True,
+    json=False,
+    stats=False,
+    plain=True,
+    pictures=False,
+)
+Converse = Callable[..., str]
+
+
+class Script:
+    """What a user types, line by line."""
+
+    is_edited = False
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = iter(lines)
+
+    def read(self, status: str) -> str:
+        try:
+            return next(self._lines)
+        except StopIteration:
+            raise EOFError from None
+
+
+@pytest.fixture
+def converse(
+    tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Converse:
+    """Runs a session of these lines between two questions, and gives what was on stderr.
+
+    Both questions must be in the conversation at the end.
+    """
+
+    def run(*lines: str) -> str:
+        sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]  # as the program does
+        script = Script(["First question", *lines, "Last question"])
+        monkeypatch.setattr("mlx_smolvlm.cli.session.make_lines", lambda: script)
+        talk = Talk(tiny, OPTIONS, Printer(tiny, OPTIONS))
+        assert Session(talk).run() == 0
+        said = [one for one in talk._conversation.messages if one["role"] == "user"]
+        texts = [message["content"][0]["text"] for message in said]
+        assert texts == ["First question", "Last question"]
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/save ~no-such-user/x", "No home directory is known for this user: ~no-such-user/x"),
+        ("/load ~no-such-user/x", "~no-such-user/x cannot be used: No home directory"),
+        ("/image ~no-such-user/x", "~no-such-user/x' does not exist"),
+        ("/video ~no-such-user/x.mp4", "~no-such-user/x.mp4' does not exist"),
+        ("/save a\0b", "No file can have this name"),
+        ("/load a\0b", "No file can have this name"),
+        ("/image a\0b", "cannot be opened"),
+        ("/save \ud800", "No file can have this name"),
+        ("/load \ud800", "No file can have this name"),
+        ("/save /dev/null", "Not a regular file: /dev/null"),
+        ("/save /dev/full", "Not a regular file: /dev/full"),
+        ("/load /dev/zero", "/dev/zero cannot be read: Not a regular file"),
+        (f"/save {'a' * 300}", "File name too long"),
+        (f"/load {'a' * 300}", "File name too long"),
+        ("/load .", "Is a directory"),
+        ("/save .", "Is a directory"),
+    ],
+)
+def test_a_path_that_cannot_be_used(converse: Converse, line: str, message: str) -> None:
+    error = converse(line)
+    assert error.count("error: ") == 1
+    assert message in error
+    assert stat.S_ISCHR(os.stat("/dev/null").st_mode)
+
+
+def test_a_pipe_is_not_waited_for(converse: Converse, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    error = converse(f"/load {tmp_path}/pipe", f"/save {tmp_path}/pipe")
+    assert error.count("Not a regular file") == 2
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "error: No space left on device"),
+        (PermissionError(errno.EACCES, "Permission denied"), "error: Permission denied"),
+        (OSError("strange"), "error: strange"),
+        (RuntimeError("[write] Unable to write"), "error: .*Unable to write"),
+        (MemoryError(), "error: out of memory"),
+        (ValueError("odd"), "error: ValueError: odd; this is a defect"),
+        (KeyboardInterrupt(), ""),
+    ],
+)
+def test_a_save_that_fails(
+    converse: Converse,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fault: BaseException,
+    message: str,
+) -> None:
+    def fail(*_: object) -> None:
+        raise fault
+
+    (tmp_path / "chat").write_text("old")
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx.core.save_safetensors", fail)
+        error = converse(f"/save {tmp_path}/chat")
+    assert re.search(message, error)
+    assert (tmp_path / "chat").read_text() == "old"
+    assert os.listdir(tmp_path) == ["chat"]
+
+
+@pytest.mark.parametrize("command", ["/reset", "/retry", "/undo", "/stats", "/help", "/system x"])
+def test_any_command_that_raises_leaves_the_session(
+    converse: Converse, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("by zero")
+
+    name = {"/help": "help_text", "/system x": "system"}.get(command, command[1:])
+    target = f"mlx_smolvlm.cli.talk.Talk.{name}"
+    if command == "/help":
+        target = "mlx_smolvlm.cli.session.help_text"
+    with monkeypatch.context() as patch:
+        patch.setattr(target, fail)
+        assert "error: ZeroDivisionError: by zero" in converse(command)
+
+
+def test_a_template_that_refuses_the_messages_leaves_the_session(
+    converse: Converse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Any) -> str:
+        raise PromptError("no system message, please")
+
+    monkeypatch.setattr("mlx_smolvlm.cli.talk.Talk.status", refuse)
+    assert "error" not in converse()
