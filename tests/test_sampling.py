@@ -1,5 +1,7 @@
 """How tokens are drawn: values that are refused, and distributions compared with NumPy's."""
 
+from types import SimpleNamespace
+
 import mlx.core as mx
 import mlx_lm.sample_utils
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 import typer
 
 from mlx_smolvlm.cli.options import make_sampling
+from mlx_smolvlm.cli.talk import Talk
 from mlx_smolvlm.sampling import (
     RandomStates,
     Sampling,
@@ -239,3 +242,18 @@ def test_answers_depend_on_the_temperature(tiny: SmolVLM, regex: str | None) -> 
     greedy, nearly, usual, high = (said(temperature) for temperature in (0, 1e-300, 1, 4))
     assert greedy == nearly
     assert all(a != b and b != c for a, b, c in zip(greedy, usual, high, strict=True))
+
+
+def test_a_retry_with_the_largest_seed(tiny: SmolVLM) -> None:
+    sampling = Sampling(temperature=1.0, seed=2**64 - 1, max_tokens=3)
+    options = SimpleNamespace(
+        pictures=False, system=None, sampling=sampling, detail="high", on_full="error"
+    )
+    printer = SimpleNamespace(show=lambda stream: bool(stream.finished()))
+    talk = Talk(tiny, options, printer)  # type: ignore[arg-type]
+    talk.ask("Hi")
+    first = talk._reply
+    talk.retry()
+    assert first is not None
+    assert talk._reply is not None
+    assert talk._reply.token_ids != first.token_ids
