@@ -101,9 +101,8 @@ def demo() -> Iterator[Finding]:
 def checkpoint(name: str, folder: Path) -> Iterator[Finding]:
     """Whether the checkpoint in `folder` is whole: headers, tokenizer, template, sums."""
     from mlx_smolvlm.checkpoint import (
-        build_model,
+        build_checked,
         chat_template,
-        check_tensors,
         read_config,
         tokenizer_path,
     )
@@ -114,7 +113,7 @@ def checkpoint(name: str, folder: Path) -> Iterator[Finding]:
     advice = f"convert or fetch it again; {folder}"
     try:
         config: Config = read_config(folder)
-        check_tensors(build_model(config), read_headers(folder))
+        build_checked(config, read_headers(folder))
         PromptBuilder(tokenizer_path(folder), chat_template(folder), config)
         wrong = [f"{file} {problem}" for file, problem in check_sums(folder) if problem]
         has_sums = read_sums(folder) is not None

@@ -32,7 +32,9 @@ from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.hub import ResolveOptions, resolve
 from mlx_smolvlm.media import Medium
 from mlx_smolvlm.messages import read_request
+from mlx_smolvlm.safetensors import read_text
 from mlx_smolvlm.smolvlm import SmolVLM
+from mlx_smolvlm.tokenizer import LARGEST_FILE, read_tokenizer
 
 
 def compare(
@@ -113,12 +115,14 @@ def check_tokenizers(reference: Opened, other: Opened) -> None:
         CheckpointError: It names both.
     """
     if reference.config.text.vocab_size == other.config.text.vocab_size:
-        texts = [one.tokenizer_json.read_bytes() for one in (reference, other)]
+        both = (reference, other)
+        texts = [read_text(one.tokenizer_json, LARGEST_FILE) for one in both]
         if texts[0] == texts[1]:
             return
-        from tokenizers import Tokenizer
-
-        vocabularies = [Tokenizer.from_buffer(text).get_vocab() for text in texts]
+        vocabularies = [
+            read_tokenizer(one.tokenizer_json, one.config.text.vocab_size).get_vocab()
+            for one in both
+        ]
         if vocabularies[0] == vocabularies[1]:
             return
     raise CheckpointError(

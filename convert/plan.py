@@ -23,7 +23,7 @@ from mlx_smolvlm.convert.quantize import (
     summarize,
 )
 from mlx_smolvlm.convert.weights import Entry, canonical, entries
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.safetensors import FLOATS, TensorInfo
 
 Found = dict[str, tuple[str, TensorInfo]]  # canonical name -> name in the source, place
@@ -107,7 +107,7 @@ def source_quantization(settings: Mapping[str, Any]) -> dict[str, Quantization]:
     if not isinstance(values, dict) or "quant_method" in values:
         method = values.get("quant_method") if isinstance(values, dict) else values
         raise CheckpointError(
-            f"config.json: weights quantized by {method!r} cannot be read; convert the "
+            f"config.json: weights quantized by {shorten(method)} cannot be read; convert the "
             "checkpoint that they were made from"
         )
     result = {"": _quantization(values, "quantization")}
@@ -123,13 +123,15 @@ def _quantization(values: Mapping[str, Any], where: str) -> Quantization:
     bits, group_size = values.get("bits"), values.get("group_size")
     mode = values.get("mode", "affine")
     if type(bits) is not int or type(group_size) is not int or not isinstance(mode, str):
-        raise CheckpointError(f"config.json: {where} needs bits and group_size, not {dict(values)}")
+        raise CheckpointError(
+            f"config.json: {where} needs bits and group_size, not {shorten(dict(values))}"
+        )
     known = FLOAT_MODES.get(mode) == (bits, group_size)
     if mode == "affine":
         known = bits in AFFINE_BITS and group_size in AFFINE_GROUPS
     if not known:
         raise CheckpointError(
-            f"config.json: {where} is {bits} bits in groups of {group_size}, mode {mode!r}, "
+            f"config.json: {where} is {bits} bits in groups of {group_size}, mode {shorten(mode)}, "
             "which MLX cannot read"
         )
     return Quantization(bits, group_size, mode)

@@ -5,15 +5,15 @@ Source: transformers 5.23, Idefics3ImageProcessor, SmolVLMVideoProcessor, Proces
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from mlx_smolvlm.checkpoint import TEMPLATE_FILE, TOKENIZER_FILE
+from mlx_smolvlm.checkpoint import LARGEST_TEMPLATE, TEMPLATE_FILE, TOKENIZER_FILE
 from mlx_smolvlm.config import ImageConfig, VideoConfig
 from mlx_smolvlm.convert.section import Section
-from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.safetensors import read_json
+from mlx_smolvlm.errors import CheckpointError, shorten
+from mlx_smolvlm.safetensors import read_json, read_text
+from mlx_smolvlm.tokenizer import LARGEST_FILE
 
 LONGEST_EDGE, TILE = 4 * 364, 364  # the image processors' defaults, in pixels
 LANCZOS = 1
@@ -157,7 +157,7 @@ def added_tokens(folder: Path) -> dict[str, int]:
             f"{folder} has no {TOKENIZER_FILE}; save its tokenizer with transformers' "
             "AutoTokenizer, which writes one"
         )
-    added = read_json(path).get("added_tokens") or []
+    added = read_json(path, LARGEST_FILE).get("added_tokens") or []
     try:
         return {token["content"]: token["id"] for token in added}
     except (TypeError, KeyError):
@@ -172,10 +172,7 @@ def read_template(folder: Path) -> str:
     """
     for name in ("processor_config.json", "chat_template.json", TEMPLATE_FILE):
         if name == TEMPLATE_FILE and (folder / name).is_file():
-            try:
-                return (folder / name).read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise CheckpointError(f"{folder / name} is not UTF-8 text") from None
+            return read_text(folder / name, LARGEST_TEMPLATE)
         template = _template_in(folder / name)
         if template is not None:
             return template
@@ -198,5 +195,5 @@ def _template_in(path: Path) -> str | None:
     if isinstance(value, dict):
         value = value.get("default")
     if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{path}: chat_template is no text: {json.dumps(value)[:80]}")
+        raise CheckpointError(f"{path}: chat_template is no text: {shorten(value)}")
     return value

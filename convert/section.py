@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_smolvlm.config import LARGEST
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Section:
 
     def error(self, key: str, advice: str) -> CheckpointError:
         """An error about the value at `key`."""
-        return CheckpointError(f"{self.name}: {key} is {self.values.get(key)!r}; {advice}")
+        return CheckpointError(f"{self.name}: {key} is {shorten(self.values.get(key))}; {advice}")
 
     def child(self, key: str) -> Section | None:
         """The object at `key`; None if it is absent or null."""

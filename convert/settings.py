@@ -27,7 +27,7 @@ from mlx_smolvlm.convert.preprocessing import (
     video_config,
 )
 from mlx_smolvlm.convert.section import Section
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.safetensors import read_json
 
 MODEL_TYPES = ("idefics3", "smolvlm")
@@ -78,7 +78,8 @@ def read_settings(folder: Path, name: str) -> Config:
     model_type = top.values.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
-            f"{name} is a {model_type} checkpoint; mlx-smolvlm converts {' and '.join(MODEL_TYPES)}"
+            f"{name} is a {shorten(model_type).strip(chr(39))} checkpoint; mlx-smolvlm converts "
+            f"{' and '.join(MODEL_TYPES)}"
         )
     vision, text = top.child("vision_config"), top.child("text_config")
     for key, section in (("vision_config", vision), ("text_config", text)):
@@ -159,7 +160,9 @@ def _rope_theta(section: Section) -> float:
             continue
         kind = rope.values.get("rope_type", rope.values.get("type", "default"))
         if kind != "default":
-            raise CheckpointError(f"{rope.name}: rope type {kind!r} is not supported, only default")
+            raise CheckpointError(
+                f"{rope.name}: rope type {shorten(kind)} is not supported, only default"
+            )
         rope.fixed({"partial_rotary_factor": 1.0})
         if rope.values.get("rope_theta") is not None:
             bases.append(rope.number("rope_theta", None))

@@ -10,6 +10,7 @@ from typing import BinaryIO
 
 from mlx_smolvlm.checksums import SUMS_FILE, sums_text
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import open_file
 
 _BLOCK = 1 << 20
 
@@ -71,11 +72,14 @@ class Outbox:
             CheckpointError: It cannot be read.
         """
         try:
-            with source.open("rb") as reading, self.open(source.name) as file:
-                while block := _read(reading, source):
-                    file.write(block)
+            reading = open_file(source)
         except FileNotFoundError:
             raise CheckpointError(f"{source} is missing; fetch the checkpoint again") from None
+        except OSError as error:
+            raise CheckpointError(f"{source} cannot be read: {error.strerror}") from None
+        with reading, self.open(source.name) as file:
+            while block := _read(reading, source):
+                file.write(block)
 
     def rename(self, old: str, new: str) -> None:
         """Give the file `old` its final name."""

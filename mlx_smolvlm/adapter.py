@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,8 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_smolvlm.checkpoint import NEVER_QUANTIZED
-from mlx_smolvlm.config import part_of
-from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
+from mlx_smolvlm.config import LARGEST, LONGEST_SOURCE, part_of
+from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning, shorten
 from mlx_smolvlm.files import write_file
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.safetensors import read_header, read_json, save_synced
@@ -80,11 +81,20 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         if kind is float and type(value) is int:
             value = values[name] = float(value)
         if type(value) is not kind:
-            raise CheckpointError(f"{path}: {name} must be of type {kind.__name__}, not {value!r}")
+            raise CheckpointError(
+                f"{path}: {name} must be of type {kind.__name__}, not {shorten(value)}"
+            )
     if unknown := sorted(values.keys() - kinds.keys()):
-        raise CheckpointError(f"{path}: the key {unknown[0]!r} is not known")
+        raise CheckpointError(f"{path}: the key {shorten(unknown[0])} is not known")
     items = [(values["base_signature"], float), (values["modules"], str)]
-    if values["rank"] < 1 or not all(type(one) is kind for many, kind in items for one in many):
+    usable = (
+        1 <= values["rank"] <= LARGEST
+        and 0 <= values["dropout"] < 1
+        and math.isfinite(values["scale"])
+        and len(values["base"]) <= LONGEST_SOURCE
+        and all(type(one) is kind for many, kind in items for one in many)
+    )
+    if not usable:
         raise CheckpointError(f"{path} is damaged; train the adapter again")
     values |= {name: tuple(values[name]) for name in ("base_signature", "modules")}
     return AdapterConfig(**values)

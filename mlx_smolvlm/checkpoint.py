@@ -17,12 +17,14 @@ from mlx.utils import tree_flatten
 from mlx_smolvlm.config import DTYPES, Config
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.model import Model
-from mlx_smolvlm.safetensors import FLOATS, TensorInfo, read_headers, read_json
+from mlx_smolvlm.safetensors import FLOATS, TensorInfo, read_headers, read_json, read_text
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
 TEMPLATE_FILE = "chat_template.jinja"
 CARD_FILE = "README.md"
+
+LARGEST_TEMPLATE = 2**20  # bytes
 
 # The patch embedding's width (3 * patch_size**2) is no multiple of a group, and the
 # position embedding is added whole; both are small.
@@ -57,15 +59,9 @@ def chat_template(folder: Path) -> str:
     """The chat template in `folder`, a Jinja text.
 
     Raises:
-        CheckpointError: It is missing or not UTF-8.
+        CheckpointError: It is missing, too large or not UTF-8.
     """
-    path = Path(folder) / TEMPLATE_FILE
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise CheckpointError(f"{path} is not UTF-8 text") from None
+    return read_text(Path(folder) / TEMPLATE_FILE, LARGEST_TEMPLATE)
 
 
 def load_model(folder: Path, dtype: str | None = None) -> Model:
@@ -84,10 +80,7 @@ def load_model(folder: Path, dtype: str | None = None) -> Model:
         raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     config = read_config(folder)
     tensors = read_headers(folder)
-    if config.text.num_hidden_layers + config.vision.num_hidden_layers > len(tensors):
-        raise CheckpointError(f"{folder}: config.json states more layers than there are tensors")
-    model = build_model(config)
-    check_tensors(model, tensors)
+    model = build_checked(config, tensors)
     weights: list[tuple[str, mx.array]] = []
     try:
         for file in sorted({info.file for info in tensors.values()}):
@@ -137,6 +130,19 @@ def build_model(config: Config) -> Model:
         nn.quantize(model, class_predicate=wanted)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"config: quantization cannot be applied: {error}") from None
+    return model
+
+
+def build_checked(config: Config, tensors: dict[str, TensorInfo]) -> Model:
+    """The network that `config` describes, whose parameters are those of `tensors`.
+
+    Raises:
+        CheckpointError: As `build_model` and `check_tensors`.
+    """
+    if config.text.num_hidden_layers + config.vision.num_hidden_layers > len(tensors):
+        raise CheckpointError("config.json states more layers than there are tensors")
+    model = build_model(config)
+    check_tensors(model, tensors)
     return model
 
 

@@ -8,10 +8,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import open_file
+from mlx_smolvlm.safetensors import read_text
 
 SUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 _BLOCK = 1 << 20
+_LARGEST_LIST = 1 << 20  # bytes
 
 
 def sums_text(sums: Mapping[str, str]) -> str:
@@ -26,15 +29,10 @@ def read_sums(folder: Path) -> dict[str, str] | None:
         CheckpointError: The list cannot be read, or names files elsewhere.
     """
     path = folder / SUMS_FILE
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is not text"
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
     sums = {}
-    for line in lines:
+    for line in read_text(path, _LARGEST_LIST).splitlines():
         match = _LINE.fullmatch(line)
         if match is None or Path(match[2]).name != match[2]:
             raise CheckpointError(f"{path} is damaged; convert or fetch the checkpoint again")
@@ -49,7 +47,7 @@ def file_sum(path: Path) -> str:
         OSError: It cannot be read.
     """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_file(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -71,8 +69,8 @@ def check_sums(folder: Path) -> Iterator[tuple[str, str | None]]:
             found = file_sum(folder / name)
         except FileNotFoundError:
             yield name, "is missing"
-        except OSError as error:
-            yield name, f"cannot be read: {error.strerror}"
+        except (OSError, ValueError) as error:  # ValueError: a name with a null character
+            yield name, f"cannot be read: {getattr(error, 'strerror', None) or error}"
         else:
             yield name, None if found == wanted else f"differs from its sum in {SUMS_FILE}"
     for path in sorted(folder.glob("*.safetensors")):

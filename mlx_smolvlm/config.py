@@ -12,12 +12,13 @@ import math
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 
 FORMAT = "mlx-smolvlm"
 FORMAT_VERSION = 2
 
 LARGEST = 2**24  # no width, vocabulary, context or picture comes near
+LONGEST_SOURCE = 1000  # characters; it is part of messages
 
 PARTS = ("text", "vision", "connector", "embeddings")
 DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -195,7 +196,7 @@ class Config:
             )
         if values.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
-                f"config.json has format_version {values.get('format_version')!r}, and this "
+                f"config.json has format_version {shorten(values.get('format_version'))}, and this "
                 f"version reads {FORMAT_VERSION}; convert the checkpoint again, or update "
                 "mlx-smolvlm"
             )
@@ -256,7 +257,14 @@ class Config:
                 f"image_token_id {self.image_token_id} is outside the vocabulary of "
                 f"{text.vocab_size}",
             ),
-            (self.dtype in DTYPES, f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}"),
+            (
+                bool(self.eos_token_ids)
+                and all(0 <= one < text.vocab_size for one in self.eos_token_ids),
+                f"eos_token_ids is {shorten(self.eos_token_ids)}; it needs one or more ids "
+                f"within the vocabulary of {text.vocab_size}, or no answer would end",
+            ),
+            (len(self.source) <= LONGEST_SOURCE, f"source has {len(self.source)} characters"),
+            (self.dtype in DTYPES, f"dtype {shorten(self.dtype)} is none of {', '.join(DTYPES)}"),
             (
                 0 < image.longest_edge <= LARGEST,
                 f"image.longest_edge is {image.longest_edge}; it must be from 1 to {LARGEST}",
@@ -301,7 +309,9 @@ _NESTED: dict[str, type] = {
 def _read(cls: type[T], values: Any, where: str) -> T:
     """An instance of the dataclass `cls` from `values`; `where` prefixes the key in errors."""
     if not isinstance(values, dict):
-        raise CheckpointError(f"config: {where or 'the file'} must be an object, not {values!r}")
+        raise CheckpointError(
+            f"config: {where or 'the file'} must be an object, not {shorten(values)}"
+        )
     prefix = f"{where}." if where else ""
     fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for name in fields:
@@ -309,7 +319,7 @@ def _read(cls: type[T], values: Any, where: str) -> T:
             raise CheckpointError(f"config: key '{prefix}{name}' is missing")
     for name in values:
         if name not in fields:
-            raise CheckpointError(f"config: key '{prefix}{name}' is not known")
+            raise CheckpointError(f"config: key {shorten(prefix + name)} is not known")
     return cls(**{name: _value(kind, values[name], prefix + name) for name, kind in fields.items()})
 
 
@@ -321,17 +331,17 @@ def _value(kind: str, value: Any, where: str) -> Any:
         return _read(_NESTED[kind], value, where)
     if where == "quantization.overrides":
         if not isinstance(value, dict):
-            raise CheckpointError(f"config: {where} must be an object, not {value!r}")
+            raise CheckpointError(f"config: {where} must be an object, not {shorten(value)}")
         return tuple(
             (k, _value("Quantization | None", v, f"{where}.{k}")) for k, v in value.items()
         )
     if kind.startswith("tuple"):
         item = "int" if "int" in kind else "float"
         if not isinstance(value, list):
-            raise CheckpointError(f"config: {where} must be a list, not {value!r}")
+            raise CheckpointError(f"config: {where} must be a list, not {shorten(value)}")
         return tuple(_value(item, one, where) for one in value)
     if kind == "float" and type(value) is int:
         value = float(value)
     if type(value).__name__ != kind:
-        raise CheckpointError(f"config: {where} must be of type {kind}, not {value!r}")
+        raise CheckpointError(f"config: {where} must be of type {kind}, not {shorten(value)}")
     return value

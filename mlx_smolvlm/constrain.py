@@ -11,6 +11,7 @@ import numpy as np
 from mlx_smolvlm.errors import ConstraintError
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.schema import error_of, grammar, llguidance_module
+from mlx_smolvlm.tokenizer import native_errors
 
 if TYPE_CHECKING:
     import llguidance
@@ -24,11 +25,13 @@ class Constrainer:
     def __init__(self, builder: PromptBuilder) -> None:
         config = builder.config
         self._lead = builder.answer_lead
-        self._tokenizer: llguidance.LLTokenizer = llguidance_module().LLTokenizer(
-            _unspellable(builder.tokenizer.to_str()),
-            n_vocab=config.text.vocab_size,
-            eos_token=list(config.eos_token_ids),
-        )
+        module = llguidance_module()
+        with native_errors(ConstraintError, "llguidance cannot read the tokenizer"):
+            self._tokenizer: llguidance.LLTokenizer = module.LLTokenizer(
+                _unspellable(builder.tokenizer.to_str()),
+                n_vocab=config.text.vocab_size,
+                eos_token=list(config.eos_token_ids),
+            )
 
     def __call__(self, sampling: Sampling) -> Constraint:
         """A new constraint for the schema or the regular expression of `sampling`."""

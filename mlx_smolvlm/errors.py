@@ -4,6 +4,28 @@ Every message says what went wrong, with which value, and what to do next. The
 command line prints the message alone, without a traceback.
 """
 
+from __future__ import annotations
+
+import reprlib
+
+_reprs = reprlib.Repr()
+_reprs.maxstring = _reprs.maxother = _reprs.maxlong = 100
+
+
+def shorten(value: object) -> str:
+    """`value` as Python writes it, cut to what a message can hold: a few elements and levels.
+
+    A list of a million numbers would fill the screen, and one nested a thousand deep cannot
+    be written at all.
+    """
+    return _reprs.repr(value)
+
+
+def explain(error: BaseException) -> str:
+    """What `error` says, on one line of at most 300 characters; its type if it says nothing."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:299]}\N{HORIZONTAL ELLIPSIS}"
+
 
 class SmolVLMError(Exception):
     """Base of every error that this package raises on purpose."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.safetensors import read_json
 
 ORIGIN_FILE = "origin.json"
@@ -63,6 +63,8 @@ def read_origin(folder: Path) -> Origin | None:
         else:
             usable = isinstance(value, str) or (value is None and field.name != "source")
         if not usable:
-            raise CheckpointError(f"{path}: {field.name} is {value!r}; delete the file, or mend it")
+            raise CheckpointError(
+                f"{path}: {field.name} is {shorten(value)}; delete the file, or mend it"
+            )
         found[field.name] = value
     return Origin(**found)

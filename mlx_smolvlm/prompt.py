@@ -8,7 +8,6 @@ shapes: L prompt length.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, PromptError
-from mlx_smolvlm.fetch import one_line
 from mlx_smolvlm.frames import FrameTimes, with_frames
 from mlx_smolvlm.template import (
     ChatTemplate,
@@ -27,6 +25,7 @@ from mlx_smolvlm.template import (
     marked,
     unused_character,
 )
+from mlx_smolvlm.tokenizer import FRAMING, native_errors, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
 GLOBAL = "<global-img>"
-
-_FRAMING = re.compile(rf"{IMAGE}|{FAKE}|{GLOBAL}|<row_\d+_col_\d+>|<end_of_utterance>|<\|[^|]+\|>")
 
 
 class PromptBuilder:
@@ -50,12 +47,13 @@ class PromptBuilder:
 
     def __init__(self, tokenizer_json: Path, chat_template: str, config: Config) -> None:
         self.config = config
-        self.tokenizer = _read_tokenizer(tokenizer_json)
+        self.tokenizer = read_tokenizer(tokenizer_json, config.text.vocab_size)
         self._tokens = _added_tokens(self.tokenizer)
         self._split = _split_pattern(self._tokens)
+        self._stripped = {text.strip(): text for text in self._tokens}
         self._special = [text for text, token in self._tokens.items() if token[1].special]
         self.framing_token_ids = frozenset(
-            token_id for text, (token_id, _) in self._tokens.items() if _FRAMING.fullmatch(text)
+            token_id for text, (token_id, _) in self._tokens.items() if FRAMING.fullmatch(text)
         )
         self._template = ChatTemplate(chat_template)
         self.answer_lead = self._template.answer_lead()
@@ -136,7 +134,7 @@ class PromptBuilder:
         for match in self._split.finditer(text):
             yield from self._encode_run(text[place : match.start()], mark)
             place = match.end()
-            token = match[0].strip() if match[0] not in self._tokens else match[0]
+            token = match[0] if match[0] in self._tokens else self._stripped[match[0].strip()]
             if token == IMAGE and images is not None:
                 yield from self._next_image(placeholders, len(images))
             else:
@@ -149,7 +147,10 @@ class PromptBuilder:
         """Ids of text between two added tokens."""
         if mark is not None:
             text = text.replace(mark, "")
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids if text else []
+        if not text:
+            return []
+        with native_errors(PromptError, "the tokenizer cannot read the prompt"):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
     def _next_image(self, placeholders: Iterator[tuple[int, ...]], count: int) -> tuple[int, ...]:
@@ -183,30 +184,6 @@ class PromptBuilder:
                 f"{IMAGE} is {image_token_id} in the tokenizer and image_token_id is "
                 f"{self.config.image_token_id} in config; they belong to different checkpoints"
             )
-
-
-def _read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer in `path`, without truncation and padding, special tokens read as text."""
-    from tokenizers import Tokenizer
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        tokenizer = Tokenizer.from_str(text)
-        decoder = tokenizer.get_added_tokens_decoder()
-        if any(_FRAMING.fullmatch(t.content) and not t.special for t in decoder.values()):
-            # Only special tokens can be read as text: what the format is made of must be.
-            values = json.loads(text)
-            for token in values["added_tokens"]:
-                token["special"] |= _FRAMING.fullmatch(token["content"]) is not None
-            tokenizer = Tokenizer.from_str(json.dumps(values))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist; convert the checkpoint again") from None
-    except Exception as error:  # tokenizers raises plain Exception
-        raise CheckpointError(f"{path} is not a tokenizer: {one_line(error)}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def _added_tokens(tokenizer: Tokenizer) -> dict[str, tuple[int, AddedToken]]:

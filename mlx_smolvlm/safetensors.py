@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import open_file, replace_file
+from mlx_smolvlm.errors import CheckpointError, shorten
+from mlx_smolvlm.files import open_file, read_file, replace_file
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -23,8 +24,11 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
 ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
-LARGEST_HEADER = 10**8  # bytes, the format's own bound
+LARGEST_HEADER = 2**24  # bytes; the format allows 10**8, and a thousand tensors take 10**5
+LARGEST_JSON = 2**24  # bytes
 _MAX_AXES, _MAX_SIDE = 8, 2**31 - 1  # MLX counts in 32 bits, and NumPy aborts beyond 64 axes
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -44,23 +48,51 @@ class TensorInfo:
         return size
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_text(path: Path, max_bytes: int) -> str:
+    """The UTF-8 text of the file at `path`.
+
+    Raises:
+        CheckpointError: It is missing, not a regular file, larger than `max_bytes` or not text.
+    """
+    try:
+        return read_file(path, max_bytes).decode("utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing; convert or fetch the checkpoint again") from None
+    except UnicodeDecodeError:
+        raise CheckpointError(f"{path} is not UTF-8 text") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+
+
+def read_json(path: Path, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
     """The JSON object in the file at `path`.
+
+    Integers of 20 digits or more become floats, as in other readers of JSON, so that no
+    number is too large for one; tokenizer_config.json holds 1e30 written out.
 
     Raises:
         CheckpointError: The file is missing, unreadable, not JSON or not an object.
     """
+    text = read_text(path, max_bytes)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+        values = json.loads(text, parse_int=_integer)
+        if _ESCAPED_SURROGATE.search(text):
+            json.dumps(values, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise CheckpointError(
+            f"{path} holds half a surrogate pair, which is no character"
+        ) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(values).__name__}")
     return values
+
+
+def _integer(text: str) -> int | float:
+    """A JSON integer."""
+    return int(text) if len(text) < 20 else float(text)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -134,7 +166,7 @@ def _tensor_info(path: Path, name: str, entry: Any, room: int) -> TensorInfo:
         raise CheckpointError(f"{path}: the header's entry for '{name}' is damaged") from None
     if not known:
         raise CheckpointError(
-            f"{path}: tensor '{name}' has type {dtype!r}; "
+            f"{path}: tensor '{name}' has type {shorten(dtype)}; "
             f"{', '.join(FLOATS)} (and U32, U8 when quantized) can be read"
         )
     info = TensorInfo(path, dtype, shape)

@@ -1,22 +1,16 @@
 """A checkpoint's chat template, and the messages that it is given.
 
-Templates come with checkpoints from anywhere: they run in jinja2's sandbox and see
-nothing but strings, lists and dictionaries.
+Templates come with checkpoints from anywhere: they run in a sandbox (see `sandbox.py`) and
+see nothing but strings, lists and dictionaries.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any
 
-from mlx_smolvlm.errors import CheckpointError, PromptError
-from mlx_smolvlm.fetch import one_line
-
-if TYPE_CHECKING:
-    import jinja2
+from mlx_smolvlm.errors import CheckpointError, PromptError, explain
 
 Message = Mapping[str, Any]
 
@@ -33,7 +27,12 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        self._template = _compiled(source)
+        from mlx_smolvlm.sandbox import BoundedEnvironment
+
+        try:
+            self._template = BoundedEnvironment().read(source)
+        except Exception as error:
+            raise CheckpointError(f"the chat template cannot be read: {explain(error)}") from None
         self.takes_images = self._probed()
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
@@ -47,9 +46,7 @@ class ChatTemplate:
         try:
             return self._run(messages, add_generation_prompt)
         except Exception as error:  # a template runs any expression
-            raise PromptError(
-                f"the chat template refuses the messages: {one_line(error)}"
-            ) from None
+            raise PromptError(f"the chat template refuses the messages: {explain(error)}") from None
 
     def answer_lead(self) -> str:
         """White space between the heading of an answer and the answer: that after "Assistant:"."""
@@ -65,53 +62,31 @@ class ChatTemplate:
         return lead if found and whole.startswith(heading) and not lead.strip() else ""
 
     def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        return self._template.render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-        )
+        from mlx_smolvlm.sandbox import render
+
+        values = {"messages": messages, "tools": None, "documents": None}
+        text = render(self._template, {**values, "add_generation_prompt": add_generation_prompt})
+        text.encode()  # a template can write what is no character: '\ud800'
+        return text
 
     def _probed(self) -> bool:
         """Whether content is a list of items; a template for text fails on one or prints it."""
+        from mlx_smolvlm.sandbox import LimitError
+
         failure: Exception | None = None
         items = [{"type": "text", "text": _PROBE}]
         for content, takes_images in ((items, True), (_PROBE, False)):
             try:
                 text = self._run([{"role": "user", "content": content}], True)
+            except LimitError as error:  # the other content would cost as much
+                raise CheckpointError(f"the chat template was {error}") from None
             except Exception as error:  # a template runs any expression
                 failure = error
                 continue
             if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text:
                 return takes_images
-        reason = f": {one_line(failure)}" if failure else ", it leaves the text out"
+        reason = f": {explain(failure)}" if failure else ", it leaves the text out"
         raise CheckpointError(f"the chat template cannot render a plain question{reason}")
-
-
-def _compiled(source: str) -> jinja2.Template:
-    """The chat template, in a sandbox with the names that transformers gives it."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-    )
-    environment.globals = {
-        "range": environment.globals["range"],
-        "namespace": environment.globals["namespace"],
-        "raise_exception": raise_exception,
-        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
-    }
-    environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-        value, ensure_ascii=False, indent=indent
-    )
-    try:
-        return environment.from_string(source)
-    except Exception as error:
-        raise CheckpointError(f"the chat template cannot be read: {one_line(error)}") from None
 
 
 def checked(message: Message, number: int) -> dict[str, Any]:

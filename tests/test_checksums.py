@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -52,15 +53,21 @@ def test_coreutils_agree(folder):
 
 def test_nothing_is_read_again_to_be_hashed(tmp_path, monkeypatch):
     opened = []
-    plain_open = Path.open
+    plain_open, system_open = Path.open, os.open
 
     def watched(path, mode="r", *args, **kwargs):
         if "w" not in mode and "x" not in mode:
             opened.append(path)
         return plain_open(path, mode, *args, **kwargs)
 
+    def watched_by_the_system(path, flags, *args, **kwargs):
+        if flags & os.O_NONBLOCK:  # files.open_file; what is only synced is opened without
+            opened.append(Path(path))
+        return system_open(path, flags, *args, **kwargs)
+
     source = hf.make(tmp_path / "s")
     monkeypatch.setattr(Path, "open", watched)
+    monkeypatch.setattr(os, "open", watched_by_the_system)
     convert_checkpoint(source, tmp_path / "out")
     assert source / "tokenizer.json" in opened
     assert not [path for path in opened if not path.is_relative_to(source)]

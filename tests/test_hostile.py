@@ -166,7 +166,8 @@ def test_no_name_in_an_index_leaves_the_folder(tmp_path, name):
     index = json.loads(path.read_text())
     index["weight_map"]["model.text_model.norm.weight"] = name
     path.write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=r"no file of the folder|is missing|puts it in"):
+    match = r"no file of the folder|is missing|puts it in|half a surrogate"
+    with pytest.raises(CheckpointError, match=match):
         read_headers(source)
 
 

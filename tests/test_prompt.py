@@ -497,9 +497,10 @@ def test_a_vision_template_needs_its_tokens(missing, make):
 
 def test_a_broken_tokenizer_file(tmp_path):
     path = tmp_path / "tokenizer.json"
-    with pytest.raises(CheckpointError, match="does not exist"):
+    with pytest.raises(CheckpointError, match="is missing"):
         PromptBuilder(path, TEMPLATE, cases.config())
     for text in ("", "{}", "[1", "\udcff"):
         path.write_text(text, encoding="utf-8", errors="surrogateescape")
-        with pytest.raises(CheckpointError, match="is not a tokenizer"):
+        wrong = "is not UTF-8 text" if text == "\udcff" else "is not a tokenizer"
+        with pytest.raises(CheckpointError, match=wrong):
             PromptBuilder(path, TEMPLATE, cases.config())

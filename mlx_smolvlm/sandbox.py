@@ -1,0 +1,366 @@
+"""A jinja2 environment that bounds what a template computes and writes.
+
+jinja2's own sandbox keeps a template from the rest of the process, not from running for
+ever or filling the memory. Here every operation is paid from the budget of one rendering:
+characters that it may produce, and seconds of CPU time. Filters, methods and operators that
+could do without bound in a single call are checked before it, or are not there. Python runs
+between any two operations, so Ctrl-C is heard.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, ValuesView
+from contextvars import ContextVar
+from datetime import datetime
+from typing import Any, NoReturn, TypeVar
+
+import jinja2
+import jinja2.filters
+from jinja2 import nodes, runtime, utils
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+LONGEST_SOURCE = 2**17  # characters of a template; published ones have up to 2**15
+ROOM = 2**20  # characters that a template may produce, beside
+ROOM_PER_INPUT = 64  # so many for each character of the messages
+CPU_SECONDS = 2.0  # of one rendering, which usually takes a thousandth of this
+OPERATION = 16  # what any operation counts, as characters
+ELEMENT = 32  # what an element of a list counts
+LARGEST_PRODUCT = 64  # times the room: lengths of a method's arguments, multiplied
+LARGEST_BITS = 1024  # of an integer
+LARGEST_INDENT = 16  # spaces of tojson and indent
+
+# No filter and no method that takes a width, a precision or a format.
+FILTERS = (
+    *("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int"),
+    *("items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject"),
+    *("rejectattr", "replace", "reverse", "safe", "select", "selectattr", "sort", "string"),
+    *("title", "trim", "upper", "wordcount"),
+)
+_STR_METHODS = (
+    *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha"),
+    *("isascii", "isdecimal", "isdigit", "isidentifier", "islower", "isnumeric", "isprintable"),
+    *("isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition", "removeprefix"),
+    *("removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split"),
+    *("splitlines", "startswith", "strip", "swapcase", "title", "upper"),
+)
+METHODS: tuple[tuple[Any, tuple[str, ...]], ...] = (
+    (str, _STR_METHODS),
+    (Mapping, ("copy", "get", "items", "keys", "values")),
+    ((list, tuple), ("copy", "count", "index")),
+    ((int, float), ("bit_length", "is_integer")),
+)
+_SEQUENCES = (list, tuple, KeysView, ValuesView, ItemsView)
+
+# Names of filters that the environment itself puts into templates; no template can spell them.
+_SPEND, _CONCAT, _SLICE = " spend", " concat", " slice"
+
+T = TypeVar("T")
+
+
+class LimitError(jinja2.TemplateError):
+    """A template computes or writes more than a rendering may.
+
+    `what` says of which, such as "it computes for more than 2 s".
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"stopped, since {what}")
+
+
+class Budget:
+    """What one rendering may still use. `size` is that of what the template is given."""
+
+    def __init__(self, size: int) -> None:
+        self.total = self.room = ROOM + ROOM_PER_INPUT * size
+        self._deadline = time.thread_time() + CPU_SECONDS
+
+    def spend(self, size: int = 0) -> None:
+        """Take what an operation counts and `size` characters more, and look at the time.
+
+        Raises:
+            LimitError: There is none left of either.
+        """
+        self.room -= OPERATION + size
+        if self.room < 0:
+            raise LimitError("it computes or writes more than any conversation needs")
+        if time.thread_time() > self._deadline:
+            raise LimitError(f"it computes for more than {CPU_SECONDS:g} s")
+
+    def charge(self, value: T) -> T:
+        """Take what `value` holds; returns it."""
+        self.spend(weigh(value, self.room))
+        return value
+
+    def multiply(self, *values: Any) -> None:
+        """Refuse a call whose cost or result may be as large as the product of its arguments."""
+        product = 1
+        for value in values:
+            product *= max(1, weigh(value, self.total))
+        if product > LARGEST_PRODUCT * self.total:
+            raise LimitError("it joins, repeats or replaces texts that are too long")
+
+
+_budget: ContextVar[Budget] = ContextVar("budget")
+
+
+def weigh(value: Any, limit: int) -> int:
+    """Characters in `value` and what its elements count, at any depth; stops above `limit`.
+
+    A list that stands in another one twice counts twice, as it does when it is printed.
+    """
+    total, stack = 0, [value]
+    while stack and total <= limit:
+        one = stack.pop()
+        if isinstance(one, str | range):
+            total += len(one)
+        elif isinstance(one, _SEQUENCES):
+            total += ELEMENT * len(one)
+            stack.extend(one)
+        elif isinstance(one, dict):
+            total += 2 * ELEMENT * len(one)
+            stack.extend(one.keys())
+            stack.extend(one.values())
+        elif isinstance(one, _Namespace):
+            total += 2 * ELEMENT * object.__getattribute__(one, "_size")
+    return total
+
+
+class _Namespace(utils.Namespace):
+    """A namespace that does not print what it holds, which may be other namespaces."""
+
+    def __init__(self, /, *args: Any, **kwargs: Any) -> None:
+        values = dict(*args, **kwargs)
+        object.__setattr__(self, "_size", len(values))
+        super().__init__(values)
+
+    def __repr__(self) -> str:
+        return "<Namespace>"
+
+
+class BoundedEnvironment(ImmutableSandboxedEnvironment):
+    """The environment, with the names that transformers gives templates."""
+
+    intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
+
+    def __init__(self) -> None:
+        super().__init__(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols"],
+            optimized=False,  # nothing is computed when a template is compiled
+            finalize=_charge_output,
+        )
+        kept = {name: self.filters[name] for name in FILTERS}
+        self.filters = {
+            **{name: _bounded(function) for name, function in kept.items()},
+            **{"tojson": _bounded(_to_json), "indent": _bounded(_indent)},
+            **{_SPEND: _spend, _CONCAT: _concat, _SLICE: _slice},
+        }
+        for name in ("indent", "join", "replace", "trim"):
+            self.filters[name] = _multiplying(self.filters[name])
+        self.tests = {name: _bounded(function) for name, function in self.tests.items()}
+        self.globals = {
+            "range": self.globals["range"],
+            "namespace": _Namespace,
+            "raise_exception": _raise_exception,
+            "strftime_now": lambda pattern: datetime.now().strftime(pattern[:100]),
+        }
+
+    def read(self, source: str) -> jinja2.Template:
+        """The template in `source`.
+
+        Raises:
+            jinja2.TemplateError: It is longer than any template needs to be, or not one.
+        """
+        if len(source) > LONGEST_SOURCE:
+            raise LimitError(f"it has {len(source):,} characters, of {LONGEST_SOURCE:,} allowed")
+        tree = _Charging().visit(self.parse(source))
+        tree.set_environment(self)
+        return self.from_string(tree)
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Whether a template may have `value`, the attribute `attr` of `obj`."""
+        for kind, names in METHODS:
+            if isinstance(obj, kind):
+                return attr in names
+        return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """No method formats, since a format states a width."""
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        """`obj[argument]`, or the attribute of that name."""
+        _budget.get().spend()
+        return super().getitem(obj, argument)
+
+    def call_binop(self, context: runtime.Context, operator: str, left: Any, right: Any) -> Any:
+        """The result of an arithmetic operator."""
+        budget = _budget.get()
+        if operator == "%" and isinstance(left, str):
+            raise LimitError("it formats texts with %, which is not supported; use ~")
+        if operator == "*":
+            for many, times in ((left, right), (right, left)):
+                if isinstance(many, str | list | tuple) and isinstance(times, int):
+                    budget.spend(max(0, times) * max(1, weigh(many, budget.room)))
+        _check_integer(left)
+        _check_integer(right)
+        if operator == "**" and isinstance(left, int) and isinstance(right, int):
+            _check_integer(1 << min(abs(left.bit_length() * right), LARGEST_BITS))
+        return budget.charge(super().call_binop(context, operator, left, right))
+
+    def call(
+        __self,  # noqa: N805
+        __context: runtime.Context,
+        __obj: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """The result of a call in a template."""
+        budget = _budget.get()
+        owner = getattr(__obj, "__self__", None)
+        if isinstance(owner, str):
+            args = tuple(map(_settled, args))
+            budget.multiply(owner, *args)
+        budget.spend()
+        return budget.charge(super().call(__context, __obj, *args, **kwargs))
+
+
+def render(template: jinja2.Template, values: dict[str, Any]) -> str:
+    """What a template of `BoundedEnvironment` writes, given `values`.
+
+    Raises:
+        Exception: The template runs any expression; `LimitError` if it does not come to an end.
+    """
+    token = _budget.set(Budget(weigh(list(values.values()), 2**40)))
+    try:
+        return template.render(values)
+    finally:
+        _budget.reset(token)
+
+
+class _Charging(NodeTransformer):
+    """Puts filters that charge into a template where jinja2 has no hook for it."""
+
+    def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802
+        """Text of the template itself, as an expression, so that it is charged as output."""
+        return nodes.Const(node.data, lineno=node.lineno)
+
+    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
+        """`a ~ b`."""
+        self.generic_visit(node)
+        return _filter(nodes.List(node.nodes, lineno=node.lineno), _CONCAT)
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        """`a[1:2]`."""
+        self.generic_visit(node)
+        if not isinstance(node.arg, nodes.Slice):
+            return node
+        ends = (node.arg.start, node.arg.stop, node.arg.step)
+        return _filter(node.node, _SLICE, [end or nodes.Const(None) for end in ends])
+
+    def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
+        """Values that are made, comparisons, and whatever runs more than once."""
+        super().generic_visit(node, *args, **kwargs)
+        if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block):
+            step = _filter(nodes.Const(None, lineno=node.lineno), _SPEND)
+            node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
+        is_made = isinstance(node, nodes.List | nodes.Dict | nodes.Compare)
+        if is_made or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
+            return _filter(node, _SPEND)  # type: ignore[arg-type]
+        return node
+
+
+def _filter(node: nodes.Expr, name: str, args: list[nodes.Expr] | None = None) -> nodes.Filter:
+    """The expression `node | name(args)`."""
+    return nodes.Filter(node, name, args or [], [], None, None, lineno=node.lineno)
+
+
+def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter or test that charges what it returns."""
+
+    @functools.wraps(function)  # jinja2 marks functions by attributes
+    def bounded(*args: Any, **kwargs: Any) -> Any:
+        budget = _budget.get()
+        budget.spend()
+        return budget.charge(function(*args, **kwargs))
+
+    return bounded
+
+
+def _multiplying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter whose result may be as long as the product of its arguments."""
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        args = tuple(map(_settled, args))
+        _budget.get().multiply(*args, *kwargs.values())
+        return function(*args, **kwargs)
+
+    return checked
+
+
+def _settled(value: Any) -> Any:
+    """`value`, as a list if it is an iterator, whose length nobody knows."""
+    return _budget.get().charge(list(value)) if isinstance(value, Iterator) else value
+
+
+@jinja2.pass_eval_context  # so jinja2 does not call it for constants when it compiles
+def _charge_output(eval_context: nodes.EvalContext, value: T) -> T:
+    """What is written."""
+    return _budget.get().charge(value)
+
+
+def _spend(value: T) -> T:
+    """What an expression or a block costs."""
+    return _budget.get().charge(value)
+
+
+def _concat(values: list[Any]) -> str:
+    """The texts of `values`, joined."""
+    _budget.get().charge(values)
+    return "".join(map(str, values))
+
+
+def _slice(value: Any, start: Any, stop: Any, step: Any) -> Any:
+    """`value[start:stop:step]`, whose elements were paid for already."""
+    part = value[start:stop:step]
+    budget = _budget.get()
+    if isinstance(part, list | tuple):
+        budget.spend(ELEMENT * len(part))
+    else:
+        budget.charge(part)
+    return part
+
+
+def _check_integer(value: Any) -> None:
+    """Refuse an integer that takes long to compute with."""
+    if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
+        raise LimitError(f"it computes with an integer of more than {LARGEST_BITS} bits")
+
+
+def _to_json(value: Any, indent: int | None = None) -> str:
+    """JSON as transformers writes it, characters beyond ASCII as they are."""
+    _check_indent(indent)
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+    """jinja2's filter of this name."""
+    _check_indent(width)
+    return jinja2.filters.do_indent(text, width, first, blank)
+
+
+def _check_indent(width: int | str | None) -> None:
+    """Refuse to indent by more than any text needs."""
+    size = len(width) if isinstance(width, str) else width or 0
+    if size > LARGEST_INDENT:
+        raise LimitError(f"it indents by {size}, of {LARGEST_INDENT} allowed")
+
+
+def _raise_exception(message: str) -> NoReturn:
+    """What a template says of messages that it does not take."""
+    raise jinja2.TemplateError(message)
