@@ -270,6 +270,8 @@ def test_the_model_may_end_where_the_expression_may(tiny: SmolVLM) -> None:
 def test_stop_texts_and_interruptions(vlm: SmolVLM) -> None:
     reply = vlm.ask("Hi", sampling=Sampling(schema=COLOUR, stop=('":',)))
     assert (reply.text, reply.finish_reason, reply.parsed) == ('{"colour', "stop", None)
+    reply = vlm.ask("Hi", sampling=Sampling(schema={"enum": [12]}, stop=("2",)))
+    assert (reply.text, reply.finish_reason, reply.parsed) == ("1", "stop", None)
     stream = vlm.stream("Hi", sampling=Sampling(schema=COLOUR))
     next(stream)
     stream.close()

@@ -47,8 +47,10 @@ def test_cache_grows_past_its_first_buffer(tiny: SmolVLM) -> None:
     long = list(tokens(tiny.model, embeds, tiny.model.make_cache(), greedy, 20))
     cache = tiny.model.make_cache()
     prefill(tiny.model, embeds, cache)
+    assert cache.arrays[0].shape[2] == 256
     cache.trim(0)
     assert list(tokens(tiny.model, embeds, cache, greedy, 20)) == long
+    assert cache.arrays[0].shape[2] == 512
 
 
 def test_trim_refuses_what_it_does_not_hold(tiny: SmolVLM) -> None:
@@ -86,6 +88,10 @@ def test_stop_text_shows_what_cannot_be_a_stop() -> None:
     assert stop_text.feed("b> <") == "<b> "
     assert stop_text.feed("/doc> rest") == ""
     assert stop_text.stopped
+    stop_text = StopText(["aab"])
+    assert stop_text.feed("xaa") == "x"  # not "xa": both may begin it
+    assert stop_text.feed("b") == ""
+    assert stop_text.stopped
 
 
 @pytest.mark.parametrize(
@@ -121,6 +127,17 @@ def test_samplers_keep_to_their_options() -> None:
     assert drawn(Sampling(temperature=1.0, min_p=0.2, seed=0)) == {1, 2}
 
 
+def test_a_temperature_sharpens_and_flattens() -> None:
+    shares = np.array([0.6, 0.3, 0.1])
+    for temperature in (0.5, 2.0):
+        sampler = make_sampler(Sampling(temperature=temperature, seed=0))
+        logits = mx.array(np.log(shares))
+        drawn = np.array([sampler(logits).item() for _ in range(1500)])
+        expected = shares ** (1 / temperature)
+        counts = np.bincount(drawn, minlength=3) / drawn.size
+        np.testing.assert_allclose(counts, expected / expected.sum(), atol=0.04)  # 3 deviations
+
+
 def test_seed_repeats_a_draw() -> None:
     logits = mx.zeros((1000,))
 
@@ -130,3 +147,4 @@ def test_seed_repeats_a_draw() -> None:
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+    assert draw(0) == draw(0)

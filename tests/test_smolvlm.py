@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
 
 import mlx_smolvlm
 from mlx_smolvlm import MediaError, PromptError, Sampling, SmolVLM
+from mlx_smolvlm.answer import Answer, Prompt
 from mlx_smolvlm.smolvlm import _usual_dtype
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -91,6 +93,27 @@ def test_context_guard_comes_before_any_work(
         tiny.stream("wool " * 600)
 
 
+@pytest.mark.parametrize("tiles", [0, 1, 3])
+def test_embeddings_must_be_as_many_as_placeholders(tiny: SmolVLM, tiles: int) -> None:
+    ids = np.array([1, *[tiny.config.image_token_id] * 8, 2])  # two tiles of four
+    embeds = mx.zeros((tiles, 4, 64)) if tiles else None
+    with pytest.raises(PromptError, match=f"8 image placeholders.*{4 * tiles} embeddings"):
+        tiny.model.embed(ids, embeds)
+
+
+def test_every_end_token_ends_an_answer(tiny: SmolVLM) -> None:
+    whole = tiny.ask("Tell me", sampling=Sampling(max_tokens=8)).token_ids
+    end = whole[-1]
+    expected = whole[: whole.index(end) + 1]
+    for ends in ((end, 639), (639, end)):
+        config = dataclasses.replace(tiny.config, eos_token_ids=ends)
+        vlm = SmolVLM(tiny.path, config, tiny.model, tiny.prompt_builder)
+        alone = vlm.ask("Tell me", sampling=Sampling(max_tokens=20))
+        several = vlm.ask_many(None, ["Tell me", "What?"], sampling=Sampling(max_tokens=20))
+        for reply in (alone, several[0]):
+            assert (reply.token_ids, reply.finish_reason) == (expected, "stop")
+
+
 def test_answer_ends_with_the_context(tiny: SmolVLM) -> None:
     prompt = "wool " * 20
     length = tiny.ask(prompt, sampling=Sampling(max_tokens=1)).prompt_tokens
@@ -109,6 +132,24 @@ def test_stop_text_is_left_out(tiny: SmolVLM) -> None:
     assert cut.text == whole.text[: whole.text.index(middle)]
     assert cut.finish_reason == "stop"
     assert cut.generation_tokens < whole.generation_tokens
+
+
+def test_what_only_begins_a_stop_text_is_shown(tiny: SmolVLM) -> None:
+    whole = tiny.ask("Tell me", sampling=SHORT)
+    begun = Sampling(max_tokens=6, stop=(whole.text[-1] + "never",))
+    stream = tiny.stream("Tell me", sampling=begun)
+    assert "".join(chunk.text for chunk in stream) == stream.reply.text == whole.text
+    assert stream.reply.finish_reason == "length"
+
+
+def test_tokens_that_frame_pictures_are_no_text(tiny: SmolVLM) -> None:
+    answer = Answer(tiny, Prompt(np.array([1]), ()), ())
+    letter = tiny.prompt_builder.tokenizer.token_to_id("a")
+    framing = tiny.prompt_builder.tokenizer.token_to_id("<fake_token_around_image>")
+    shown = [answer.add(one) for one in (letter, tiny.config.image_token_id, framing, letter)]
+    assert shown == ["a", "", "", "a"]
+    assert answer.reply.text == "aa"
+    assert answer.reply.generation_tokens == 4
 
 
 def test_an_early_end_keeps_what_was_said(tiny: SmolVLM) -> None:

@@ -1,0 +1,135 @@
+"""What is typed arrives: each option's value in the function that does the work."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_smolvlm import CacheOptions, Sampling
+from mlx_smolvlm.cli.app import main
+from mlx_smolvlm.cli.choose import ChooseOptions
+from mlx_smolvlm.cli.options import ChatOptions, VideoOptions
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The exit status of the command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["mlx-smolvlm", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert isinstance(end.value.code, int | None)
+    return end.value.code or 0
+
+
+def chat_options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ChatOptions:
+    """What `chat` is asked for; its status is that of the command."""
+    seen: list[ChatOptions] = []
+
+    def chat(options: ChatOptions) -> int:
+        seen.append(options)
+        return 7
+
+    monkeypatch.setattr("mlx_smolvlm.cli.chat.chat", chat)
+    assert run(monkeypatch, "chat", *arguments) == 7
+    return seen[0]
+
+
+def test_every_option_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = chat_options(
+        monkeypatch,
+        *("What?", "-i", "a.png", "-i", "b.png", "-v", "c.mp4", "-m", "model", "--system", "Be."),
+        *("--max-tokens", "9", "--temperature", "0.5", "--top-p", "0.25", "--seed", "3"),
+        *("--stop", "x", "--stop", "y", "--regex", "a+", "--detail", "low", "--bits", "8"),
+        *("--fps", "2", "--max-frames", "5", "--start", "1:02", "--end", "1:10"),
+        *("--sample", "scene", "--frames", "seen", "--adapter", "lora", "--kv-bits", "4"),
+        *("--max-kv-tokens", "300", "--on-full", "drop-oldest", "--offline", "--json"),
+        *("--stats", "--plain", "--no-images"),
+    )
+    assert options == ChatOptions(
+        prompt="What?",
+        images=("a.png", "b.png"),
+        videos=("c.mp4",),
+        frames=VideoOptions(2.0, 5, 62.0, 70.0, "scene", None, Path("seen")),
+        model="model",
+        system="Be.",
+        sampling=Sampling(
+            temperature=0.5, top_p=0.25, max_tokens=9, seed=3, stop=("x", "y"), regex="a+"
+        ),
+        detail="low",
+        bits=8,
+        adapter=Path("lora"),
+        cache=CacheOptions(kv_bits=4, max_kv_tokens=300),
+        on_full="drop-oldest",
+        offline=True,
+        json=True,
+        stats=True,
+        plain=True,
+        pictures=False,
+    )
+
+
+def test_options_that_do_not_go_with_others_are_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = chat_options(monkeypatch, "Hi", "--schema", '{"type": "null"}', "--cache-dir", "kept")
+    assert options.sampling == Sampling(schema='{"type": "null"}')
+    assert options.cache == CacheOptions(folder=Path("kept"))
+    assert chat_options(monkeypatch, "Hi", "-v", "a.mp4", "--chunk", "6.5").frames.chunk_s == 6.5
+
+
+def test_every_option_of_choose_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[ChooseOptions] = []
+    monkeypatch.setattr("mlx_smolvlm.cli.choose.choose", seen.append)
+    arguments = (
+        *("What?", "-c", "A.", "-c", "B.", "-i", "a.png", "-v", "b.mp4", "-m", "model"),
+        *("--system", "Be.", "--normalize", "tokens", "--detail", "2", "--bits", "4"),
+        *("--adapter", "lora", "--cache-dir", "kept", "--offline", "--json"),
+    )
+    assert run(monkeypatch, "choose", *arguments) == 0
+    assert seen == [
+        ChooseOptions(
+            question="What?",
+            choices=("A.", "B."),
+            images=("a.png",),
+            videos=("b.mp4",),
+            model="model",
+            system="Be.",
+            detail=2,
+            normalize="tokens",
+            bits=4,
+            adapter=Path("lora"),
+            cache=CacheOptions(folder=Path("kept")),
+            offline=True,
+            json=True,
+        )
+    ]
+
+
+def test_the_model_is_loaded_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, dict[str, Any]]] = []
+
+    class LoadedError(Exception):
+        pass
+
+    def load(model: str, **options: Any) -> None:
+        seen.append((model, options))
+        raise LoadedError
+
+    monkeypatch.setattr("mlx_smolvlm.load", load)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            *("mlx-smolvlm", "chat", "Hi", "-m", "model", "--bits", "8", "--adapter", "lora"),
+            *("--max-kv-tokens", "300", "--offline"),
+        ],
+    )
+    with pytest.raises(LoadedError):
+        main()
+    ((model, options),) = seen
+    del options["progress"]
+    assert model == "model"
+    assert options == {
+        "bits": 8,
+        "offline": True,
+        "cache": CacheOptions(max_kv_tokens=300),
+        "adapter": Path("lora"),
+    }
