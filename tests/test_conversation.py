@@ -25,7 +25,9 @@ from mlx_smolvlm import (
     Video,
     load,
 )
-from mlx_smolvlm.image import grid_of, open_image
+from mlx_smolvlm.image import Grid, grid_of, open_image
+from mlx_smolvlm.media import Picture
+from mlx_smolvlm.reuse import Content, Memory, Span
 from mlx_smolvlm.sampling import make_sampler
 
 SHORT = Sampling(max_tokens=5)
@@ -297,6 +299,14 @@ def test_detail_is_part_of_the_content(warm: SmolVLM) -> None:
     low = warm.ask("What?", images=[PICTURES[0]], sampling=SHORT, detail="low")
     high = warm.ask("What?", images=[PICTURES[0]], sampling=SHORT)
     assert (low.encoded_tiles, high.encoded_tiles) == (1, 5)
+    one = warm.ask("What?", images=[PICTURES[0]], sampling=SHORT, detail=1)
+    assert one.encoded_tiles == 1  # one tile as well, and resized in one step instead of two
+
+
+def test_a_part_of_a_picture_is_never_common() -> None:
+    content = Content(np.arange(12), (Span(2, 5, "a"), Span(6, 10, "b")))
+    lengths = {most: content.common(content, most) for most in (1, 2, 3, 5, 6, 7, 9, 10, 12)}
+    assert lengths == {1: 1, 2: 2, 3: 2, 5: 5, 6: 6, 7: 6, 9: 6, 10: 10, 12: 12}
 
 
 def test_a_shared_beginning_is_run_once(warm: SmolVLM) -> None:
@@ -352,6 +362,9 @@ def test_fork_goes_on_by_itself(warm: SmolVLM, cold: SmolVLM, logits: list[np.nd
     check_turn(twin, cold, logits, "Why?")
     assert len(chat.messages) == 4
     assert len(twin.messages) == 6
+    last = chat.fork()
+    assert last.undo() == "Is it blue, and is it large?"
+    assert (len(last.messages), len(chat.messages)) == (2, 4)
 
 
 def test_save_and_load(
@@ -407,6 +420,7 @@ def test_files_that_cannot_be_loaded(warm: SmolVLM, tmp_path: Path) -> None:
             data.replace(warm.checkpoint_digest.encode(), b"0" * 64),
             "another checkpoint",
         ),
+        "grid": (data.replace(b'\\"grid\\": [2, 2]', b'\\"grid\\": [3, 2]'), "is damaged"),
     }
     for name, (contents, message) in cases.items():
         bad = tmp_path / name
@@ -477,6 +491,20 @@ def test_memory_is_bounded(tiny_folder: Path) -> None:
     none = load(tiny_folder, cache=CacheOptions(memory_bytes=0))
     none.ask("What?", sampling=SHORT)
     assert none.ask("What?", sampling=SHORT).cached_tokens == 0
+
+
+def test_encoded_pictures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = [Picture(None, Grid(0, 0), "high", name) for name in "abc"]
+    for picture in pictures:
+        picture.image_embeds = mx.zeros((1, 4, 64))
+    monkeypatch.setattr("mlx_smolvlm.reuse.FEATURE_BYTES", int(2.5 * 4 * 4 * 64))
+    memory = Memory(CacheOptions())
+    memory.keep_features(pictures[:2])
+    memory.lend_features([Picture(None, pictures[0].grid, "high", "a")])  # so it goes later
+    memory.keep_features(pictures[2:])
+    again = [Picture(None, one.grid, "high", one.digest) for one in pictures]
+    memory.lend_features(again)
+    assert [one.image_embeds is not None for one in again] == [True, False, True]
 
 
 def test_longer_states_replace_what_they_hold(tiny_folder: Path) -> None:

@@ -40,6 +40,18 @@ def test_the_name_of_the_temporary_file_cannot_be_guessed(tmp_path: Path) -> Non
     assert not any(str(os.getpid()) in name for name in names)
 
 
+def test_a_link_at_the_temporary_name_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("secrets.token_hex", lambda count: "0" * 2 * count)  # guessed after all
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / f".{'0' * 16}.part").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileExistsError):
+        files.write_file(tmp_path / "a", "text")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert not (tmp_path / "a").exists()
+
+
 def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for target in (tmp_path / "pipe", Path("/dev/null"), tmp_path):

@@ -108,6 +108,10 @@ def test_a_damaged_conversion_is_made_again(tmp_path):
     (folder / "config.json").write_text("{}")
     assert resolve(source) == folder
     load_model(folder)
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        (folder / name).unlink()
+        assert resolve(source) == folder
+        assert (folder / name).is_file()
 
 
 def test_an_alias_is_fetched_once_and_then_found_without_the_network(cache, downloads):

@@ -137,6 +137,15 @@ def damages(path: Path) -> Iterator[tuple[str, bytes]]:
     yield "huge header", (2**62).to_bytes(8, "little") + data[8:]
 
 
+def test_an_adapter_is_part_of_the_digest(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapters.safetensors").write_bytes(b"one")
+    without = checkpoint_digest(tiny_folder)
+    first = checkpoint_digest(tiny_folder, adapter=tmp_path)
+    (tmp_path / "adapters.safetensors").write_bytes(b"two")
+    second = checkpoint_digest(tiny_folder, adapter=tmp_path)
+    assert len({without, first, second}) == 3
+
+
 def test_spoilt_files_are_passed_over_with_one_warning(tiny_folder: Path, folder: Path) -> None:
     first = run(tiny_folder, folder)
     [path] = files(folder)

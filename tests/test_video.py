@@ -28,6 +28,7 @@ from mlx_smolvlm import MediaError, PromptError, Sampling, SmolVLMWarning, fetch
 from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.image import frame_tile
 from mlx_smolvlm.media import TILE_BATCH
+from mlx_smolvlm.messages import read_request
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.scenes import scene_scores
 from mlx_smolvlm.video import Clip, Video, open_parts, open_video, sample_indices
@@ -524,9 +525,24 @@ def test_what_the_video_shows_changes_the_answer(tiny_video, path):
     assert (first.video_frames, first.image_tiles) == (3, 0)
 
 
+def test_other_frames_of_a_file_are_another_content(tiny_video, path):
+    parts = [Video(path, start_s=start, end_s=start + 1) for start in (0, 1)]
+    first, second = (open_video(part, tiny_video.config) for part in parts)
+    assert len(first.indices) == len(second.indices)
+    assert first.digest() != second.digest()
+    assert first.digest() == open_video(parts[0], tiny_video.config).digest()
+
+
 def test_a_single_video_need_not_be_a_list(tiny_video, path):
     listed = tiny_video.ask("What?", videos=[path], sampling=SHORT)
     assert tiny_video.ask("What?", videos=path, sampling=SHORT).token_ids == listed.token_ids
+
+
+def test_media_beside_a_question_come_before_it_pictures_first():
+    request = read_request("What?", ["a.png", "b.png"], ["c.mp4"], None)
+    (message,) = request.messages
+    assert [item["type"] for item in message["content"]] == ["image", "image", "video", "text"]
+    assert (request.images, request.videos) == (["a.png", "b.png"], ["c.mp4"])
 
 
 def test_videos_inside_of_messages(tiny_video, path):
