@@ -401,6 +401,8 @@ def main() -> None:
     )
     parser.add_argument("--list", action="store_true", help="print the mutations, run nothing")
     arguments = parser.parse_args()
+    # A shell starts background jobs with Ctrl-C ignored, which the tests would inherit.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     mutations = choose(read_mutations(), arguments.names)
     if arguments.list:
         for one in mutations:

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 
 from mlx_smolvlm import CacheOptions, Sampling
+from mlx_smolvlm.checkpoint import read_config
 from mlx_smolvlm.cli.app import main
 from mlx_smolvlm.cli.choose import ChooseOptions
+from mlx_smolvlm.cli.evaluate import EvaluateRequest
 from mlx_smolvlm.cli.options import ChatOptions, VideoOptions
+from mlx_smolvlm.train.cases import EvaluationOptions
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -101,6 +104,61 @@ def test_every_option_of_choose_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
             json=True,
         )
     ]
+
+
+def test_every_option_of_eval_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[EvaluateRequest] = []
+
+    def evaluate(request: EvaluateRequest) -> int:
+        seen.append(request)
+        return 0
+
+    monkeypatch.setattr("mlx_smolvlm.cli.evaluate.evaluate", evaluate)
+    arguments = (
+        *("model", "a.jsonl", "b.jsonl", "--metric", "anls", "--tasks", "x,y", "--limit", "5"),
+        *("--max-tokens", "9", "--detail", "low", "--results", "r.jsonl", "--restart"),
+        *("--skip-bad", "--show-errors", "2", "--adapter", "lora", "--bits", "4"),
+        *("--offline", "--markdown"),
+    )
+    assert run(monkeypatch, "eval", *arguments) == 0
+    assert seen == [
+        EvaluateRequest(
+            model="model",
+            data=("a.jsonl", "b.jsonl"),
+            options=EvaluationOptions(
+                metric="anls",
+                tasks=("x", "y"),
+                limit=5,
+                max_tokens=9,
+                detail="low",
+                skip_bad=True,
+            ),
+            adapter=Path("lora"),
+            bits=4,
+            cache=CacheOptions(),
+            offline=True,
+            results=Path("r.jsonl"),
+            restart=True,
+            show_errors=2,
+            json=False,
+            markdown=True,
+        )
+    ]
+
+
+def test_convert_replaces_a_checkpoint_by_force_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tiny_folder: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    dest = tmp_path / "out"
+    convert = ("convert", str(tiny_folder), str(dest))
+    assert run(monkeypatch, *convert) == 0
+    before = (dest / "model.safetensors").stat().st_ino
+    assert run(monkeypatch, *convert) == 1
+    assert "use force to replace it" in capsys.readouterr().err
+    assert (dest / "model.safetensors").stat().st_ino == before
+    assert run(monkeypatch, *convert, "--force", "--dtype", "float16") == 0
+    assert read_config(dest).dtype == "float16"
 
 
 def test_the_model_is_loaded_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
