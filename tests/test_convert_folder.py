@@ -36,6 +36,27 @@ def finished(process: subprocess.Popen) -> str:
     return out
 
 
+def test_all_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+    synced, before, real_sync, real_rename = set(), [], os.fsync, Path.rename
+
+    def fsync(descriptor):
+        synced.add(os.fstat(descriptor).st_ino)
+        real_sync(descriptor)
+
+    def rename(self, target):
+        before.append(set(synced))
+        return real_rename(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    with folder.staged(tmp_path / "out", force=False) as partial:
+        (partial / "a").write_text("a")
+        (partial / "b").write_text("b")
+    out = tmp_path / "out"
+    assert before == [{path.stat().st_ino for path in (out, out / "a", out / "b")}]
+    assert tmp_path.stat().st_ino in synced
+
+
 # Kills itself at the n-th call of a function that touches the destination, for every n.
 KILLED = """
     import os, shutil, signal, sys
