@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import compileall
 import contextlib
 import os
 import queue
@@ -212,8 +213,8 @@ class Copy:
     """A copy of the files that git knows of, in which tests can be run."""
 
     def __init__(self, root: Path, folder: Path) -> None:
-        self._root, self._folder = root, folder
-        self._process: subprocess.Popen[str] | None = None
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
         command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
         listed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
         for name in filter(None, listed.stdout.split("\0")):
@@ -221,44 +222,51 @@ class Copy:
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(root / name, target, follow_symlinks=False)
+        for name in SOURCES:
+            compileall.compile_dir(str(folder / name), quiet=2)
 
     @contextlib.contextmanager
     def changed(self, path: Path, text: str) -> Iterator[None]:
         """Within the block, the file at `path` holds `text`."""
+        file = self._folder / path
+        original, time_ns = file.read_bytes(), file.stat().st_mtime_ns
         try:
-            (self._folder / path).write_text(text, encoding="utf-8")
+            file.write_text(text, encoding="utf-8")
+            os.utime(file, ns=(time_ns, time_ns + 10**10))  # the compiled file is of another time
             yield
-        finally:  # with the original time, by which Python finds the compiled file again
-            shutil.copy2(self._root / path, self._folder / path)
+        finally:
+            file.write_bytes(original)
+            os.utime(file, ns=(time_ns, time_ns))
 
     def test(self, node_ids: Sequence[str], options: Sequence[str], timeout_s: float) -> Run:
-        """Run the tests at `node_ids`, writing no compiled files."""
+        """Run the tests at `node_ids`, which write no compiled files."""
         report = self._folder / ".mutation-report.xml"
         report.unlink(missing_ok=True)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
         command += ["-o", "junit_family=xunit1", f"--junitxml={report}", *options]
         environment = {"PYTHONPATH": str(self._folder), "PYTHONDONTWRITEBYTECODE": "1"}
         started = time.monotonic()
-        self._process = subprocess.Popen(
-            [*command, *dict.fromkeys(node_ids)],
-            cwd=self._folder,
-            env=os.environ | environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,
-        )
-        seconds: float | None = None
-        try:
-            output, _ = self._process.communicate(timeout=timeout_s)
-            seconds = time.monotonic() - started
-        except subprocess.TimeoutExpired:
-            self.kill()
-            output, _ = self._process.communicate()
+        with tempfile.TemporaryFile() as output:  # a pipe would wait for every process that has it
+            self._process = subprocess.Popen(
+                [*command, *dict.fromkeys(node_ids)],
+                cwd=self._folder,
+                env=os.environ | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            seconds: float | None = None
+            try:
+                self._process.wait(timeout_s)
+                seconds = time.monotonic() - started
+            except subprocess.TimeoutExpired:
+                self.kill()
+                self._process.wait()
+            output.seek(0)
+            text = output.read().decode(errors="replace")
         passed, failed = _read_report(report) if report.exists() else ((), ())
-        return Run(self._process.returncode, passed, failed, seconds, output)
+        return Run(self._process.returncode, passed, failed, seconds, text)
 
     def kill(self) -> None:
         """End the tests that run, with the processes that they have started."""
