@@ -6,7 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from PIL import Image
@@ -91,27 +90,6 @@ def test_context_guard_comes_before_any_work(
         tiny.stream("What?", images=[PICTURE] * 20)
     with pytest.raises(PromptError, match="shorten the text"):
         tiny.stream("wool " * 600)
-
-
-@pytest.mark.parametrize("tiles", [0, 1, 3])
-def test_embeddings_must_be_as_many_as_placeholders(tiny: SmolVLM, tiles: int) -> None:
-    ids = np.array([1, *[tiny.config.image_token_id] * 8, 2])  # two tiles of four
-    embeds = mx.zeros((tiles, 4, 64)) if tiles else None
-    with pytest.raises(PromptError, match=f"8 image placeholders.*{4 * tiles} embeddings"):
-        tiny.model.embed(ids, embeds)
-
-
-def test_every_end_token_ends_an_answer(tiny: SmolVLM) -> None:
-    whole = tiny.ask("Tell me", sampling=Sampling(max_tokens=8)).token_ids
-    end = whole[-1]
-    expected = whole[: whole.index(end) + 1]
-    for ends in ((end, 639), (639, end)):
-        config = dataclasses.replace(tiny.config, eos_token_ids=ends)
-        vlm = SmolVLM(tiny.path, config, tiny.model, tiny.prompt_builder)
-        alone = vlm.ask("Tell me", sampling=Sampling(max_tokens=20))
-        several = vlm.ask_many(None, ["Tell me", "What?"], sampling=Sampling(max_tokens=20))
-        for reply in (alone, several[0]):
-            assert (reply.token_ids, reply.finish_reason) == (expected, "stop")
 
 
 def test_answer_ends_with_the_context(tiny: SmolVLM) -> None:
