@@ -5,7 +5,7 @@ Imported when a video file is opened, since PyAV is.
 
 from __future__ import annotations
 
-import bisect
+import array
 import collections
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -13,14 +13,20 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.packet import Packet
 from av.video.frame import PictureType, VideoFrame
 from av.video.stream import VideoStream
 
+from mlx_smolvlm.budget import check_frames
+
 _REFERRING = (PictureType.P, PictureType.B)
 
 SEEK_PACKETS = 256  # a gap from which on seeking beats reading over it
+
+
+_UNKNOWN = -(2**63)  # FFmpeg's time of a packet that has none
 
 
 class Key(NamedTuple):
@@ -33,58 +39,99 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Index:
-    """Where the frames of a stream are.
+    """Where the frames of a stream are. All times are in the stream's unit.
 
     Attributes:
-        times: Of the frames, ascending, in the stream's unit of time; their numbers if
-            the packets have no usable times.
-        fps: From the times; for files that state none.
+        times: int64 (frames,), ascending: the times that decoded frames bear; their numbers
+            if these do not tell frames apart.
+        clock: int64 (frames,), ascending: when frames are shown; None if it is not known.
+        last: How long the last frame is shown; 0 if it is not known.
         packets: How many there are.
-        positions: Place of each time's packet in the file's order; empty without times.
-        keys: The keyframes.
+        has_places: Whether the packet of a frame can be found by its time.
     """
 
-    times: list[int]
-    fps: float
+    times: np.ndarray
+    clock: np.ndarray | None
+    last: int
     packets: int
-    positions: dict[int, int]
-    keys: list[Key]
+    has_places: bool
+    _sorted: np.ndarray  # all packets' times, ascending
+    _places: np.ndarray  # of each of these in the file's order
+    _keys: np.ndarray  # (keyframes, 3), the fields of `Key`
+
+    def place_of(self, time: int | None) -> int | None:
+        """Place of the packet with this time in the file's order."""
+        if time is None:
+            return None
+        at = int(self._sorted.searchsorted(time))
+        found = at < len(self._sorted) and self._sorted[at] == time
+        return int(self._places[at]) if found else None
 
     def key_before(self, time: int) -> Key:
         """The keyframe from which the frame at `time` can be decoded.
 
         One that is shown later does not do: frames between the two refer to what was before.
         """
-        place = self.positions[time]
-        at = bisect.bisect_right(self.keys, (place + 1,))
-        while at and self.keys[at - 1].time > time:
+        place = self.place_of(time)
+        at = int(self._keys[:, 0].searchsorted(place, "right")) if place is not None else 0
+        while at and self._keys[at - 1, 1] > time:
             at -= 1
-        return self.keys[at - 1] if at else Key(0, 0, 0)
+        return Key(*self._keys[at - 1].tolist()) if at else Key(0, 0, 0)
 
 
-def read_index(container: InputContainer, stream: VideoStream) -> Index:
-    """The index of `stream`, from its packets; what comes after damage is not in it."""
-    shown: list[int | None] = []
-    every: list[int | None] = []
-    keys: list[Key] = []
+def read_index(container: InputContainer, stream: VideoStream, name: str) -> Index:
+    """The index of `stream`, from its packets; what comes after damage is not in it.
+
+    Raises:
+        MediaError: There are more packets than a video may have frames.
+    """
+    shown_at, decoded_at, keys, hidden = (array.array("q") for _ in range(4))
+    latest: Packet[VideoStream] | None = None
+    latest_time = _UNKNOWN
     with contextlib.suppress(av.FFmpegError):
         for packet in container.demux(stream):
             if not packet.size:
                 continue
-            if packet.is_keyframe and packet.pts is not None:
-                dts = packet.pts if packet.dts is None else packet.dts
-                keys.append(Key(len(every), packet.pts, dts))
-            every.append(packet.pts)
-            if not packet.is_discard:
-                shown.append(packet.pts)
-    times = sorted(time for time in every if time is not None)
-    if len(set(times)) < len(every):  # some are missing, or given twice
-        return Index(list(range(len(shown))), 25.0, len(every), {}, [])
-    times = sorted(time for time in shown if time is not None)
-    span = (times[-1] - times[0]) * (stream.time_base or 1) if times else 0
-    fps = float((len(times) - 1) / span) if span else 25.0
-    positions = {time: place for place, time in enumerate(every) if time is not None}
-    return Index(times, fps, len(every), positions, keys)
+            pts, dts = packet.pts, packet.dts
+            if packet.is_keyframe and pts is not None:
+                keys.append(len(shown_at))
+            if packet.is_discard:
+                hidden.append(len(shown_at))
+            shown_at.append(_UNKNOWN if pts is None else pts)
+            decoded_at.append(_UNKNOWN if dts is None else dts)
+            if shown_at[-1] >= latest_time:
+                latest, latest_time = packet, shown_at[-1]
+            if not len(shown_at) & 0xFFFF:
+                check_frames(len(shown_at), name)
+    last = latest.duration if latest is not None else None
+    return _index(*map(_numbers, (shown_at, decoded_at, keys, hidden)), last or 0)
+
+
+def _numbers(values: array.array[int]) -> np.ndarray:
+    return np.frombuffer(values, np.int64) if values else np.empty(0, np.int64)
+
+
+def _index(
+    shown_at: np.ndarray, decoded_at: np.ndarray, keys: np.ndarray, hidden: np.ndarray, last: int
+) -> Index:
+    """The index of packets with these times, places of keyframes and of hidden frames."""
+    packets, is_shown = len(shown_at), np.ones(len(shown_at), bool)
+    is_shown[hidden] = False
+    places = np.argsort(shown_at, kind="stable")
+    ordered = shown_at[places]
+    is_known = not packets or ordered[0] != _UNKNOWN
+    has_places = is_known and bool((np.diff(ordered) > 0).all())
+    clock: np.ndarray | None = ordered[is_shown[places]]
+    if not is_known:  # times of decoding have the same rate
+        clock = np.sort(decoded_at[is_shown])
+        clock = clock if len(clock) and clock[0] != _UNKNOWN else None
+    if not has_places:
+        times = np.arange(int(is_shown.sum()))
+        return Index(times, clock, last, packets, False, *3 * (np.empty((0, 3), np.int64),))
+    assert clock is not None
+    seek_times = np.where(decoded_at == _UNKNOWN, shown_at, decoded_at)
+    all_keys = np.stack([keys, shown_at[keys], seek_times[keys]], axis=1)
+    return Index(clock, clock, last, packets, True, ordered, places, all_keys)
 
 
 class Decoder:
@@ -99,9 +146,9 @@ class Decoder:
         jump: bool,
     ) -> None:
         self._container, self._stream, self._index = container, stream, index
-        self._wanted = collections.deque(index.times[i] for i in indices)
-        self._all_wanted = frozenset(self._wanted)
-        self._jump = jump and bool(index.positions)
+        wanted: list[int] = index.times[list(indices)].tolist()
+        self._wanted, self._all_wanted = collections.deque(wanted), frozenset(wanted)
+        self._jump = jump and index.has_places
         self._key_due: int | None = None  # time of the keyframe jumped to, until it is decoded
         self._count = 0
         stream.thread_type = "AUTO"
@@ -136,7 +183,7 @@ class Decoder:
     def _time(self, frame: VideoFrame) -> int | None:
         """The time of a frame in the units of the index."""
         self._count += 1
-        return frame.pts if self._index.positions else self._count - 1
+        return frame.pts if self._index.has_places else self._count - 1
 
     def _decoded(self) -> Iterator[VideoFrame]:
         """Frames as they leave the decoder, which is fed what the next wanted one needs."""
@@ -164,9 +211,15 @@ class Decoder:
     def _packets(self) -> Iterator[Packet[VideoStream] | None]:
         """Packets for the decoder, with None where some are left out."""
         packets, sought = self._demuxed(), None
+        key: Key | None = None
+        key_for: int | None = None  # the time of the frame that `key` is for
         while (packet := next(packets, None)) is not None:
-            key = self._index.key_before(self._wanted[0]) if self._jump and self._wanted else None
-            place = self._index.positions.get(packet.pts) if key else None  # type: ignore[arg-type]
+            if not self._jump or not self._wanted:
+                key = None
+            elif self._wanted[0] != key_for:
+                key_for = self._wanted[0]
+                key = self._index.key_before(key_for)
+            place = self._index.place_of(packet.pts) if key else None
             if key is None or place is None or place >= key.place:
                 if key is not None and key == sought and place != key.place:
                     return  # past the keyframe: the file cannot be relied on

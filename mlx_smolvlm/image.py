@@ -14,9 +14,10 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from mlx_smolvlm.budget import MAX_PIXELS
 from mlx_smolvlm.config import Config, ImageConfig
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.picture import MAX_PIXELS, open_image
+from mlx_smolvlm.picture import open_image
 
 __all__ = [
     "MAX_PIXELS",

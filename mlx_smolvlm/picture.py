@@ -5,20 +5,32 @@ What differs from transformers on purpose is in docs/decisions/images.md.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import io
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from mlx_smolvlm.budget import MAX_EXIF_BYTES, PictureStream, check_size
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.fetch import is_remote, one_line, open_bytes, short_name
 
 Size = tuple[int, int]  # width, height
 
-MAX_PIXELS = 100_000_000  # read from the header, before the picture is decoded
+# What Pillow may take a file for. Others start programs (EPS), name further files, or are
+# old formats that nobody sends and few people test. TGA has no signature, so it comes last.
+FORMATS = (
+    *("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"),
+    *(("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()),  # from 11.3 on
+    "TGA",
+)
+
+_BAND_PIXELS = 1 << 20  # that are brought to 8 bits, or laid on white, at a time
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -41,7 +53,7 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
             uint8 or float in 0..1. Transparency is laid on white; 16 bits become 8.
 
     Raises:
-        MediaError: It cannot be read or decoded, or has more than `MAX_PIXELS`.
+        MediaError: It cannot be read or decoded, or exceeds a limit of `budget`.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -65,10 +77,9 @@ def upright_size(source: str | Path) -> Size:
     """Size of the picture in the file `source` as `open_image` gives it, from its header alone.
 
     Raises:
-        MediaError: It is no picture, or has more than `MAX_PIXELS`.
+        MediaError: It is no picture, or exceeds a limit of `budget`.
     """
-    with open_bytes(source) as stream, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with open_bytes(source) as stream, without_warnings():
         image = _header(stream, short_name(source))
         width, height = image.size
         is_turned = _orientation(image) in (5, 6, 7, 8)
@@ -77,10 +88,7 @@ def upright_size(source: str | Path) -> Size:
 
 def _decode(stream: BinaryIO, name: str) -> Image.Image:
     """The picture in an open file."""
-    # Pillow warns of large pictures and damaged metadata; the limit here is our own, and
-    # a warning would reach the terminal.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_warnings():
         return _guarded(_header(stream, name), name)
 
 
@@ -88,46 +96,57 @@ def _header(stream: BinaryIO, name: str) -> Image.Image:
     """The picture in an open file, not decoded yet."""
     if not stream.read(1):
         raise MediaError(f"{name} is empty")
-    stream.seek(0)
+    limited: Any = PictureStream(stream, name)
+    with damage_named(name):
+        image = open_format(limited, name)
+    limited.end_header()
+    check_size(image.size, name)
+    return image
+
+
+def open_format(stream: BinaryIO, name: str) -> Image.Image:
+    """The picture in an open file, if it is in one of `FORMATS`; not decoded yet.
+
+    Raises:
+        MediaError: It is in none of them, or is larger than Pillow takes.
+    """
     try:
-        image = Image.open(stream)
+        return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
         raise MediaError(
             f"{name} is not a picture in a format that can be read; convert it to PNG or JPEG"
         ) from None
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name} is too large: {error}") from None
-    except Exception as error:  # a format plugin raises anything on damaged data
-        raise MediaError(_damaged(name, error)) from None
-    check_size(image.size, name)
-    return image
 
 
 def _guarded(image: Image.Image, name: str) -> Image.Image:
     """`_upright_rgb` with any failure of the decoder as a MediaError."""
-    try:
+    with damage_named(name):
         image.load()
+        check_size(image.size, name)  # of the icon that was chosen, whatever the header said
         return _upright_rgb(image, name)
+
+
+@contextlib.contextmanager
+def damage_named(name: str) -> Iterator[None]:
+    """Any failure of a decoder as a MediaError that names the file."""
+    try:
+        yield
     except MediaError:
         raise
     except Exception as error:  # a format plugin raises anything on damaged data
-        raise MediaError(_damaged(name, error)) from None
-
-
-def _damaged(name: str, error: Exception) -> str:
-    return f"{name} cannot be decoded; it may be truncated or damaged ({one_line(error)})"
-
-
-def check_size(size: Size, name: str) -> None:
-    """Refuse an empty picture and one with more than `MAX_PIXELS`."""
-    width, height = size
-    if width < 1 or height < 1:
-        raise MediaError(f"{name} is {width} x {height} pixels; it has nothing to look at")
-    if width * height > MAX_PIXELS:
         raise MediaError(
-            f"{name} is {width} x {height} pixels, above the limit of "
-            f"{MAX_PIXELS // 1_000_000} megapixels; make it smaller first"
-        )
+            f"{name} cannot be decoded; it may be truncated or damaged ({one_line(error)})"
+        ) from None
+
+
+@contextlib.contextmanager
+def without_warnings() -> Iterator[None]:
+    """Pillow warns of large pictures and damaged metadata; that would reach the terminal."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -143,6 +162,8 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 where it is absent or the metadata is damaged."""
+    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+        return 1
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except Exception:  # damaged metadata does not make a picture unreadable
@@ -155,12 +176,31 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return _from_deep(image, name)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        if image.mode == "La":  # Pillow has no direct way from here to RGBA
-            image = image.convert("LA")
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
+        return _by_bands(image, _on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """RGB of `image`, converted some rows at a time: only two pictures are in memory."""
+    rgb = Image.new("RGB", image.size)
+    for top, band in _bands(image):
+        rgb.paste(convert(band), (0, top))
+    return rgb
+
+
+def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+    """The number of the first row, and the rows, of pieces of about `_BAND_PIXELS`."""
+    rows = max(1, _BAND_PIXELS // image.width)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """RGB of a picture with transparency."""
+    if image.mode == "La":  # Pillow has no direct way from here to RGBA
+        image = image.convert("LA")
+    white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _from_deep(image: Image.Image, name: str) -> Image.Image:
@@ -169,8 +209,8 @@ def _from_deep(image: Image.Image, name: str) -> Image.Image:
     Integers are 16 bits; floats are 0..1, 0..255 or 0..65535, whichever is the
     first that holds them all. Pillow and transformers clip at 255 instead.
     """
-    values = np.asarray(image).astype(np.float64)
-    low, high = float(values.min()), float(values.max())
+    extremes = [f(np.asarray(band)) for _, band in _bands(image) for f in (np.min, np.max)]
+    low, high = float(np.min(extremes)), float(np.max(extremes))
     peaks = (1, 255, 65535) if image.mode == "F" else (65535,)
     peak = next((peak for peak in peaks if low >= 0 and high <= peak), None)
     if peak is None:  # also if a value is not a number
@@ -178,11 +218,16 @@ def _from_deep(image: Image.Image, name: str) -> Image.Image:
             f"{name} holds gray values from {low:g} to {high:g}; "
             "bring them to 0..1 (float), 0..255 or 0..65535 first"
         )
-    gray = np.rint(values * (255 / peak)).astype(np.uint8)
     transparent: Any = image.info.get("transparency")
-    if isinstance(transparent, int):
-        gray[values == transparent] = 255
-    return Image.fromarray(gray).convert("RGB")
+
+    def eight_bits(band: Image.Image) -> Image.Image:
+        values = np.asarray(band).astype(np.float64)
+        gray = np.rint(values * (255 / peak)).astype(np.uint8)
+        if isinstance(transparent, int):
+            gray[values == transparent] = 255
+        return Image.fromarray(gray).convert("RGB")
+
+    return _by_bands(image, eight_bits)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -202,9 +247,19 @@ def _from_array(array: np.ndarray) -> Image.Image:
                 f"a float array must hold finite values in 0..1, not {low:g}..{high:g}; "
                 "divide by the largest possible value, or give uint8"
             )
-        array = np.rint(array.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
+        array = _bytes_of(array)
     elif array.dtype != np.uint8:
         raise MediaError(
             f"an array of dtype {array.dtype} is not a picture; give uint8, or float in 0..1"
         )
     return _rgb(Image.fromarray(np.ascontiguousarray(array)), "the array")
+
+
+def _bytes_of(array: np.ndarray) -> np.ndarray:
+    """uint8 of floats in 0..1, some rows at a time."""
+    result = np.empty(array.shape, np.uint8)
+    rows = max(1, _BAND_PIXELS // array.shape[1])
+    for top in range(0, len(array), rows):
+        values = array[top : top + rows].astype(np.float32).clip(0, 1)
+        result[top : top + rows] = np.rint(values * 255)
+    return result

@@ -1,6 +1,6 @@
 """Frames of a video by their numbers: a file through PyAV, an animated picture, a list.
 
-A reader states `num_frames`, `fps` and `duration_s`, and `read` yields the frames that are
+A reader states the `timeline` of its frames, and `read` yields the frames that are
 asked for, upright and in RGB. None holds more than a few at once.
 """
 
@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 import re
-import warnings
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
@@ -19,9 +16,13 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 import numpy as np
 from PIL import Image
 
+from mlx_smolvlm.animation import AnimationReader
+from mlx_smolvlm.budget import check_size
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.fetch import one_line
-from mlx_smolvlm.picture import check_size, open_image
+from mlx_smolvlm.files import digest_stream
+from mlx_smolvlm.picture import open_image
+from mlx_smolvlm.timeline import Timed, Timeline, even_timeline, measured_timeline
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -48,17 +49,14 @@ _FORMATS = (
     "dv,vc1,mjpeg,yuv4mpegpipe,mp3,wav,aac,flac"
 )
 _BUFFER = 1 << 18  # bytes that PyAV reads at a time
-_BLOCK = 1 << 18  # bytes that are digested at a time
 _LEAST_LOSS_S = 0.5  # between the last frame and the end that a file claims
-_LEAST_DELAY_MS, _USUAL_DELAY_MS = 20, 100  # of an animated picture, as browsers have it
+_USUAL_FPS = Fraction(25)  # of a stream that says nothing of times, as FFmpeg takes it
 
 
 class Reader(Protocol):
     """What every kind of video can do; `notes` tell what was wrong with it."""
 
-    num_frames: int
-    fps: float
-    duration_s: float
+    timeline: Timeline
     notes: list[str]
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
@@ -70,7 +68,7 @@ class Reader(Protocol):
         ...
 
 
-class FramesReader:
+class FramesReader(Timed):
     """Frames that are at hand: pictures of any source, or an array (T, H, W, 3)."""
 
     def __init__(self, frames: Sequence[Any] | np.ndarray, fps: float) -> None:
@@ -81,8 +79,7 @@ class FramesReader:
             )
         if not len(frames):
             raise MediaError("the video has no frames; give at least one")
-        self._frames, self.num_frames, self.fps = frames, len(frames), fps
-        self.duration_s = self.num_frames / fps
+        self._frames, self.timeline = frames, even_timeline(len(frames), fps)
         open_image(frames[0])  # so that what is no picture is refused now
         self.notes: list[str] = []
 
@@ -98,68 +95,41 @@ class FramesReader:
         return total.digest()
 
 
-class AnimationReader:
-    """A GIF, WebP or PNG that moves, through Pillow, which composes it as browsers do.
+class _QuietFile:
+    """An open file for PyAV, whose methods raise nothing.
 
-    `fps` is the mean. A delay below 20 ms is one of 100 ms.
+    PyAV keeps an exception that a method raises, prints it if another one follows, and raises
+    it from some later call. A demuxer that follows a damaged offset to before the beginning
+    is told that this failed, and goes on; an error of the disk is kept until it is asked for.
     """
 
-    def __init__(self, open_stream: Callable[[], BinaryIO], name: str) -> None:
-        self._open, self._name, self.notes = open_stream, name, list[str]()
-        delays: list[float] = []
-        with self._image() as image, _without_warnings():
-            check_size(image.size, name)
-            if getattr(image, "n_frames", 1) == 1:
-                raise MediaError(f"{name} is a single picture; give it as an image")
-            for number in range(image.n_frames):  # type: ignore[attr-defined]
-                image.seek(number)
-                if image.format == "WEBP":
-                    image.load()  # only then is the delay known
-                delay = float(image.info.get("duration") or 0)
-                delays.append(delay if delay >= _LEAST_DELAY_MS else _USUAL_DELAY_MS)
-        self.num_frames, self.duration_s = len(delays), math.fsum(delays) / 1000
-        self.fps = self.num_frames / self.duration_s
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.tell = stream, stream.tell
+        self._error: OSError | None = None
 
-    @contextlib.contextmanager
-    def _image(self) -> Iterator[Image.Image]:
-        """The opened file, with any failure as a MediaError."""
+    def read(self, size: int) -> bytes:
+        """The next bytes; none at the end, or if the disk fails."""
         try:
-            with self._open() as stream:
-                with _without_warnings():
-                    image = Image.open(stream)
-                with image:
-                    yield image
-        except MediaError:
-            raise
-        except Exception as error:  # a format plugin raises anything on damaged data
-            raise MediaError(
-                f"{self._name} cannot be decoded; it may be truncated or damaged "
-                f"({one_line(error)})"
-            ) from None
+            return self._stream.read(size)
+        except OSError as error:
+            self._error = self._error or error
+            return b""
 
-    def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """The frames at `indices`."""
-        with self._image() as image:
-            for index in indices:
-                with _without_warnings():
-                    image.seek(index)
-                    picture = open_image(image.copy())
-                yield picture
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """The new place; -1 if there is no such place."""
+        try:
+            return self._stream.seek(offset, whence)
+        except (OSError, ValueError):
+            return -1
 
-    def digest(self, indices: Sequence[int]) -> bytes:
-        """Digest of the file."""
-        return _file_digest(self._open)
+    def raise_error(self, name: str) -> None:
+        """Raise what went wrong in `read`."""
+        if self._error is not None:
+            reason = self._error.strerror or one_line(self._error)
+            raise MediaError(f"{name} cannot be read: {reason}") from None
 
 
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Pillow warns of large pictures and damaged metadata; that would reach the terminal."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
-class FileReader:
+class FileReader(Timed):
     """A video file through PyAV.
 
     Its packets are gone through once, without decoding, so that number and times of the
@@ -172,15 +142,15 @@ class FileReader:
 
         self._open, self._name, self.notes = open_stream, name, list[str]()
         with self.opened() as (container, stream):
-            self._index = read_index(container, stream)
+            self._index = read_index(container, stream, name)
             rate, claimed = stream.average_rate or stream.guessed_rate, stream.frames
+            unit = stream.time_base or Fraction(1)
             end_s, claimed_s = _ends(stream, self._index)
-        self.num_frames = len(self._index.times)
-        if not self.num_frames:
+        if not len(self._index.times):
             raise MediaError(f"{name} has no frames; it may be truncated or damaged")
-        rate = rate or Fraction(self._index.fps)
-        self.fps, self.duration_s = float(rate), float(self.num_frames / rate)
-        if claimed > self._index.packets:
+        self.timeline = _timeline(self._index, unit, rate)
+        # Of an AVI, frames that repeat the one before are claimed too, but take no packet.
+        if claimed > max(self._index.packets, self.duration_s * (rate or 0)):
             self.notes.append(
                 f"{name} is cut off: {self._index.packets} of {claimed} frames are there"
             )
@@ -192,11 +162,12 @@ class FileReader:
         """The file and its video stream, with PyAV's errors as MediaErrors."""
         import av
 
-        with self._open() as file:
-            if not file.read(1):
-                raise MediaError(f"{self._name} is empty")
-            file.seek(0)
+        with self._open() as stream:
+            file: Any = _QuietFile(stream)
             try:
+                if not file.read(1):
+                    raise MediaError(f"{self._name} is empty")
+                file.seek(0)
                 with av.open(
                     file,
                     "r",
@@ -205,11 +176,14 @@ class FileReader:
                     buffer_size=_BUFFER,
                 ) as container:
                     yield container, _video_stream(container, self._name)
-            except av.FFmpegError as error:
+            except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
+                reason = getattr(error, "strerror", None) or one_line(error)
                 raise MediaError(
                     f"{self._name} is not a video that can be read; it may be truncated, "
-                    f"damaged or of another kind ({error.strerror or one_line(error)})"
+                    f"damaged or of another kind ({reason})"
                 ) from None
+            finally:
+                file.raise_error(self._name)
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """The frames at `indices`; for one that is damaged, the nearest that can be decoded.
@@ -240,20 +214,8 @@ class FileReader:
 
     def digest(self, indices: Sequence[int]) -> bytes:
         """Digest of the file."""
-        return _file_digest(self._open)
-
-
-def _file_digest(open_stream: Callable[[], BinaryIO]) -> bytes:
-    """Digest of all that `open_stream` gives.
-
-    It is one of the blocks' checksums, which costs half of one of the bytes: a video has
-    gigabytes, and the digest has to tell files apart that nobody made to look alike.
-    """
-    total = hashlib.blake2b(digest_size=16)
-    with open_stream() as stream:
-        while block := stream.read(_BLOCK):
-            total.update(b"%d %d;" % (len(block), zlib.crc32(block)))
-    return total.digest()
+        with self._open() as stream:
+            return digest_stream(stream)
 
 
 def open_reader(open_stream: Callable[[], BinaryIO], name: str) -> Reader:
@@ -287,16 +249,27 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
     raise MediaError(f"{name} has no picture track")
 
 
+def _timeline(index: Index, unit: Fraction, rate: Fraction | None) -> Timeline:
+    """The timeline of a file that states `rate`, with times in `unit`s of a second."""
+    if index.clock is None:
+        return even_timeline(len(index.times), rate or _USUAL_FPS)
+    first, last = int(index.clock[0]), int(index.clock[-1])
+    if not rate:
+        rate = (len(index.clock) - 1) / ((last - first) * unit) if last > first else _USUAL_FPS
+    times_s = (index.clock - first) * float(unit)
+    return measured_timeline(times_s, index.last * float(unit), rate)
+
+
 def _ends(stream: VideoStream, index: Index) -> tuple[float, float]:
     """When the last frame begins, and when the stream ends as Matroska and WebM have it.
 
     Both in seconds; 0 where it is not known.
     """
     claim = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
-    if claim is None or not index.positions or stream.time_base is None:
+    if claim is None or index.clock is None or stream.time_base is None or not len(index.clock):
         return 0.0, 0.0
     hours, minutes, seconds = map(float, claim.groups())
-    return float(index.times[-1] * stream.time_base), 3600 * hours + 60 * minutes + seconds
+    return float(int(index.clock[-1]) * stream.time_base), 3600 * hours + 60 * minutes + seconds
 
 
 def _upright(frame: VideoFrame, name: str) -> Image.Image:

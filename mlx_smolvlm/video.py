@@ -1,7 +1,6 @@
 """Video to frames: which ones, and when they are shown.
 
-The choice is that of transformers' SmolVLMVideoProcessor, number for number; the few
-deliberate differences are in docs/decisions/video.md.
+`timeline` chooses the frames, and docs/decisions/video.md says how.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 from PIL import Image
 
+from mlx_smolvlm.budget import check_parts
 from mlx_smolvlm.config import Config, VideoConfig
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.fetch import Rereading, open_bytes, short_name
@@ -107,7 +107,7 @@ class Clip:
 
     Attributes:
         name: What to call it.
-        fps: Frames a second of the file.
+        fps: Frames a second of the file, or their mean.
         num_frames: All of the file's.
         indices: Numbers of the frames to look at, ascending.
         rate: Of these a second, if there were no limit to their number.
@@ -123,12 +123,12 @@ class Clip:
     @property
     def duration_s(self) -> float:
         """Length of the whole file."""
-        return self._reader.duration_s
+        return self._reader.timeline.duration_s
 
     @property
     def timestamps_s(self) -> tuple[float, ...]:
         """When each of the chosen frames is shown."""
-        return tuple(index / self.fps for index in self.indices)
+        return tuple(map(self._reader.timeline.time_of, self.indices))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -173,22 +173,25 @@ def open_parts(video: Any, config: Config, seconds: float) -> Iterator[ClipPart]
 
     Raises:
         ValueError: `seconds` is not above 0.
-        MediaError: As `open_video`.
+        MediaError: As `open_video`, or there would be too many parts.
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r}; it must be above 0")
     if not isinstance(video, Video):
         video = Video(video)
-    return _parts(replace(video, source=_opened(video)), settings(video, config), seconds)
+    opened = _opened(video)
+    start, end = _span(video, opened)
+    check_parts((end - start) / seconds, seconds, opened.name)
+    return _parts(replace(video, source=opened), settings(video, config), seconds)
 
 
 def _parts(video: Video, chosen: VideoConfig, seconds: float) -> Iterator[ClipPart]:
     """The parts of an opened `video`."""
     opened: _Opened = video.source
-    first, last = _range(video, opened)
-    start, end = first / opened.reader.fps, (last + 1) / opened.reader.fps
-    for number in range(max(1, math.ceil((end - start) / seconds - 1e-6))):
-        low, high = start + number * seconds, min(start + (number + 1) * seconds, end)
+    start, end = _span(video, opened)
+    number = max(1, math.ceil((end - start) / seconds - 1e-6))
+    for part in range(number):
+        low, high = start + part * seconds, min(start + (part + 1) * seconds, end)
         yield low, high, _sampled(replace(video, start_s=low, end_s=high), opened, chosen)
 
 
@@ -258,49 +261,29 @@ def _opener(source: str | Path) -> Callable[[], BinaryIO]:
 
 def _sampled(video: Video, opened: _Opened, chosen: VideoConfig) -> Clip:
     """The clip of an opened `video`."""
-    reader = opened.reader
-    first, last = _range(video, opened)
-    numbers = range(first, last + 1)
+    reader, timeline = opened.reader, opened.reader.timeline
+    start, end = _span(video, opened)
     if video.sample == "scene":
         from mlx_smolvlm.scenes import scene_starts
 
+        first, last = timeline.between(start, end)
+        numbers = range(first, last + 1)
         indices = scene_starts(numbers, reader.read(numbers), chosen.max_frames)
-        rate = len(indices) * reader.fps / len(numbers)
+        rate = len(indices) * timeline.fps / len(numbers)
     else:
-        duration = reader.duration_s
         if video.is_part:
-            chosen, duration = replace(chosen, skip_secs=0.0), len(numbers) / reader.fps
-        indices = sample_indices(len(numbers), reader.fps, duration, chosen)
-        indices = tuple(index + first for index in indices)
-        rate = min(chosen.fps, reader.fps)
-    return Clip(opened.name, reader.fps, reader.num_frames, indices, rate, reader)
+            chosen = replace(chosen, skip_secs=0.0)
+        indices = timeline.sample(start, end, chosen)
+        rate = min(chosen.fps, timeline.fps)
+    return Clip(opened.name, timeline.fps, timeline.num_frames, indices, rate, reader)
 
 
-def _range(video: Video, opened: _Opened) -> tuple[int, int]:
-    """Numbers of the first and the last frame between start and end."""
-    reader, start = opened.reader, video.start_s or 0.0
-    if start >= reader.duration_s:
+def _span(video: Video, opened: _Opened) -> tuple[float, float]:
+    """Start and end of the part of a video that is asked for, in seconds."""
+    start, duration_s = video.start_s or 0.0, opened.reader.timeline.duration_s
+    if start >= duration_s:
         raise MediaError(
-            f"{opened.name} lasts {reader.duration_s:.2f} s, and start is {start:g} s; "
+            f"{opened.name} lasts {duration_s:.2f} s, and start is {start:g} s; "
             "start before its end"
         )
-    end = reader.duration_s if video.end_s is None else min(video.end_s, reader.duration_s)
-    first = min(math.ceil(start * reader.fps - 1e-6), reader.num_frames - 1)
-    return first, max(first, math.ceil(end * reader.fps - 1e-6) - 1)
-
-
-def sample_indices(
-    total: int, fps: float, duration_s: float, chosen: VideoConfig
-) -> tuple[int, ...]:
-    """Numbers of the frames to take of `total` at `fps`, ascending.
-
-    Source: transformers 5.23, SmolVLMVideoProcessor.sample_frames.
-    """
-    wanted = max(1, round(min(chosen.fps * duration_s, chosen.max_frames)))
-    start, end, skip = 0, total - 1, chosen.skip_secs
-    if skip > 0 and duration_s - 2 * skip > chosen.max_frames * chosen.fps:
-        start, end = int(skip * fps), min(int(total - skip * fps), total - 1)
-        if start >= end:
-            start, end = 0, total - 1
-    indices: list[int] = np.unique(np.linspace(start, end, wanted, dtype=int)).tolist()
-    return tuple(indices)
+    return start, duration_s if video.end_s is None else min(video.end_s, duration_s)

@@ -12,7 +12,7 @@ LEAVES = {
     "vision", "connector", "text", "cache", "storage", "bounded", "offline",
     "cache_options", "sampling", "picture", "fetch", "image", "decode",
     "readers", "scenes", "frames", "video", "schema", "files", "blas", "logprobs",
-    "values",
+    "values", "budget", "animation", "timeline",
 }  # fmt: skip
 
 
@@ -75,3 +75,15 @@ def test_every_public_name_has_a_docstring() -> None:
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
                     undocumented = (path.name, node.name) == ("app.py", "top")
                     assert ast.get_docstring(node) or undocumented, f"{path.name}: {node.name}"
+
+
+def test_pictures_are_opened_in_listed_formats_alone() -> None:
+    """Pillow would start Ghostscript for an EPS, whatever the file is called."""
+    found = 0
+    for folder in ("mlx_smolvlm", "convert", "cli", "train", "train/recipe"):
+        for path in (ROOT / folder).glob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
+                    assert "formats" in {word.arg for word in node.keywords}, path
+                    found += 1
+    assert found >= 3

@@ -5,6 +5,7 @@ import io
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -19,7 +20,8 @@ from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.convert.preprocessing import processors, video_config
 from mlx_smolvlm.image import Grid, frame_tile
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.video import Video, open_video, sample_indices
+from mlx_smolvlm.timeline import sample_indices
+from mlx_smolvlm.video import Video, open_video
 
 
 def load(path):
@@ -121,7 +123,7 @@ ASKED = [cases.user(VIDEO, "What happens?")]
 # Files that transformers reads with PyAV as they are
 READABLE = [
     "h264 mp4", "0.3 s", "one frame", "b frames", "ntsc", "60 fps portrait", "odd size", "3 min",
-    "vfr", "hevc mp4", "vp9 mp4", "av1 mp4", "mpeg-4 avi", "mjpeg mov", "open gop", "gif",
+    "hevc mp4", "vp9 mp4", "av1 mp4", "mpeg-4 avi", "mjpeg mov", "open gop", "gif",
 ]  # fmt: skip
 
 
@@ -140,7 +142,6 @@ def test_files(tile_pair, name, tmp_path):
         ("3 min", 1, 8),
         ("3 min", 0.1, 9),
         ("60 fps portrait", 100, 9),
-        ("vfr", 3, 5),
         ("h264 mp4", 1, 1),
     ],
 )
@@ -149,6 +150,26 @@ def test_other_sampling(tile_pair, name, fps, max_frames, tmp_path):
     clip = open_video(Video(path, fps=fps, max_frames=max_frames), tile_pair.config)
     theirs = tile_pair.theirs(ASKED, [str(path)], fps=fps, num_frames=max_frames)
     compare(tile_pair, clip, theirs)
+
+
+@pytest.mark.parametrize(("fps", "max_frames"), [(1, 64), (3, 5)])
+def test_uneven_frames_have_the_times_that_are_stored(tile_pair, fps, max_frames, tmp_path):
+    """transformers spreads them by the mean rate; everything else is as there."""
+    path = file_of("vfr", tmp_path)
+    clip = open_video(Video(path, fps=fps, max_frames=max_frames), tile_pair.config)
+    theirs = tile_pair.theirs(ASKED, [str(path)], fps=fps, num_frames=max_frames)
+    (metadata,) = theirs["video_metadata"]
+    with av.open(path) as container:
+        frames = [(frame.time, frame.to_image()) for frame in container.decode(video=0)]
+    times = [time - frames[0][0] for time, _ in frames]
+    assert list(clip.timestamps_s) == pytest.approx([times[i] for i in clip.indices], abs=1e-6)
+    assert clip.num_frames == metadata.total_num_frames == len(times)
+    assert len(clip.indices) == len(metadata.frames_indices)
+    assert list(clip.indices) != list(metadata.frames_indices)
+    strayed = [abs(times[i] - i / metadata.fps) for i in metadata.frames_indices]
+    assert max(strayed) > 0.5
+    shown = [frame.picture for frame in clip.frames()]
+    assert clips.same(shown, [frames[i][1] for i in clip.indices])
 
 
 # transformers takes the header's count of frames, which these files do not have

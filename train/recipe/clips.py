@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from mlx_smolvlm.config import VideoConfig
+from mlx_smolvlm.timeline import sample_indices
 from mlx_smolvlm.train.recipe.draw import RGB, Scene, Shape, render
-from mlx_smolvlm.video import sample_indices
 
 # SmolVLM2's, but for half as many frames at most and the demo's tile.
 VIDEO = VideoConfig(fps=1.0, max_frames=32, longest_edge=96, skip_secs=1.0)
@@ -112,4 +112,4 @@ def _worn(frame: Image.Image, quality: int) -> Image.Image:
     """`frame` through JPEG, which halves the resolution of colors as H.264 does."""
     buffer = io.BytesIO()
     frame.save(buffer, "JPEG", quality=quality)
-    return Image.open(buffer).convert("RGB")
+    return Image.open(buffer, formats=["JPEG"]).convert("RGB")

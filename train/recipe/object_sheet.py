@@ -29,7 +29,7 @@ _SHEET = Path(__file__).parent / "objects.png"
 @lru_cache(maxsize=1)
 def sprites() -> dict[str, Image.Image]:
     """The objects by name, RGBA, without the empty space around them."""
-    with Image.open(_SHEET) as sheet:
+    with Image.open(_SHEET, formats=["PNG"]) as sheet:
         picture = sheet.convert("RGBA")
     cut = {}
     for i, kind in enumerate(KINDS):
