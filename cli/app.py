@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,12 +19,16 @@ from mlx_smolvlm.cli.render import (
     os_fault,
     out_of_memory,
     prepare_streams,
+    say,
     write,
 )
 from mlx_smolvlm.cli.train_commands import EVAL_EPILOG, TRAIN_EPILOG, evaluate, train
 from mlx_smolvlm.errors import SmolVLMError
+from mlx_smolvlm.quoting import message_line
 
 OUTPUT_CLOSED = 141
+# Of Click or of the part of it in Typer, by version; Typer exports neither.
+_ClickError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help="Run the SmolVLM family of vision-language models with MLX, on this machine.",
@@ -40,7 +44,14 @@ def main() -> None:
     """Run the command in `sys.argv`; leaves by SystemExit."""
     prepare_streams()
     try:
-        app(prog_name="mlx-smolvlm")
+        sys.exit(app(prog_name="mlx-smolvlm", standalone_mode=False))
+    except _ClickError as error:
+        if len(sys.argv) > 1:  # without arguments, the message is the help
+            error.message = message_line(error.message)
+        error.show()
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        say("Aborted!")
     except OutputClosedError:
         sys.exit(OUTPUT_CLOSED)
     except SmolVLMError as error:

@@ -16,6 +16,7 @@ from mlx_smolvlm.cli.commands import COMMANDS
 from mlx_smolvlm.cli.history import open_history
 from mlx_smolvlm.cli.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, completions
 from mlx_smolvlm.cli.terminal import columns_and_rows
+from mlx_smolvlm.quoting import escape_controls
 
 _PATHS = {"/image": IMAGE_SUFFIXES, "/video": VIDEO_SUFFIXES, "/save": (), "/load": ()}
 
@@ -59,7 +60,8 @@ class Completions(Completer):
                     yield Completion(text, -len(word), head, one.help)
         elif word in _PATHS and event.completion_requested:
             for path in completions(argument, _PATHS[word]):
-                yield Completion(path.text, path.start - len(argument), path.name)
+                shown = escape_controls(path.name)
+                yield Completion(path.text, path.start - len(argument), shown)
 
 
 def _bindings() -> KeyBindings:

@@ -13,8 +13,9 @@ import typer
 
 from mlx_smolvlm.cli.chat import INTERRUPTED, load_model
 from mlx_smolvlm.cli.options import Detail, as_text, check_bits
-from mlx_smolvlm.cli.render import Bar, neutral, say, table, warn, write, write_json
+from mlx_smolvlm.cli.render import Bar, say, table, warn, write, write_json
 from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.quoting import escape_controls
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions
@@ -186,7 +187,7 @@ def _cells(task: TaskScore) -> tuple[str, ...]:
 
 def _escaped(text: str) -> str:
     """`text` as it shows in a cell of a Markdown table."""
-    return re.sub(r"([\\|`*_<\[])", r"\\\1", _flat(neutral(text)))
+    return re.sub(r"([\\|`*_<\[])", r"\\\1", _flat(escape_controls(text)))
 
 
 def _flat(text: str) -> str:

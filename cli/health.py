@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from mlx_smolvlm.cli.render import size
+from mlx_smolvlm.quoting import one_line, redact
 
 Status = Literal["ok", "note", "broken"]
 
@@ -82,7 +83,7 @@ def device() -> Iterator[Finding]:
         x = mx.arange(64.0).reshape(8, 8)
         right = (x @ mx.eye(8) == x).all().item()
     except Exception as error:  # a broken driver can raise anything
-        yield Finding("device", "broken", f"{named}: {error}", "reinstall mlx")
+        yield Finding("device", "broken", f"{named}: {one_line(error)}", "reinstall mlx")
     else:
         if right:
             yield Finding("device", "ok", named)
@@ -169,7 +170,7 @@ def surroundings() -> Iterator[Finding]:
         text = f"{sys.stdout.encoding}, so some characters show as ?"
         yield Finding("encoding", "note", text, "set LANG or PYTHONUTF8=1")
     yield Finding("network", "ok", "never used" if is_offline() else "used when a model is fetched")
-    names = [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
+    names = [f"{name}={redact(os.environ[name])}" for name in VARIABLES if name in os.environ]
     for name in SECRETS:
         if os.environ.get(name) or os.environ.get(name.lower()):
             names.append(f"{name} is set")

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from mlx_smolvlm.cli.chat import Printer
 from mlx_smolvlm.cli.markdown import Block, Renderer, blocks
-from mlx_smolvlm.cli.render import neutral, write_raw
+from mlx_smolvlm.cli.render import write_raw
 from mlx_smolvlm.cli.screen import Screen
 from mlx_smolvlm.cli.terminal import columns_and_rows, unechoed
+from mlx_smolvlm.quoting import escape_controls
 
 if TYPE_CHECKING:
     from mlx_smolvlm import Reply, SmolVLM
@@ -65,7 +66,7 @@ class LiveScreen:
             self._region.turn_page()
         self._drawn_at = now
         reply = self._reply
-        text = neutral(reply.text)
+        text = escape_controls(reply.text)
         complete = blocks(text[self._final : text.rfind("\n") + 1])
         final = self._final_lines(complete[:-1])
         if final:
@@ -79,7 +80,7 @@ class LiveScreen:
         if self._region.is_narrowed():
             self._restart()
             self._region.turn_page()
-        final = self._final_lines(blocks(neutral(self._reply.text)[self._final :]))
+        final = self._final_lines(blocks(escape_controls(self._reply.text)[self._final :]))
         self._region.draw(final, [])
 
     def close(self) -> None:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_smolvlm.cli.options import VideoOptions, is_url, make_video
+from mlx_smolvlm.cli.options import VideoOptions, make_video
 from mlx_smolvlm.cli.render import say
 from mlx_smolvlm.files import append_file, expand_path, replace_file, write_file
+from mlx_smolvlm.quoting import redact_url
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -68,8 +69,7 @@ def _name(source: str) -> str:
         return "stdin"
     if source[:5].lower() == "data:":
         return "data URI"
-    path = source.partition("?")[0] if is_url(source) else source
-    return path.rstrip("/").rpartition("/")[2]
+    return redact_url(source).rstrip("/").rpartition("/")[2]
 
 
 def describe_image(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_smolvlm.cli.render import neutral, say, size, table, write, write_json
+from mlx_smolvlm.cli.render import say, size, table, write, write_json
 
 if TYPE_CHECKING:
     from mlx_smolvlm.cached import CachedModel
@@ -129,7 +129,7 @@ def remove_named(names: Sequence[str], yes: bool) -> None:
         is_link = os.path.islink(model.path)
         remove(model)
         what = "a link" if is_link else size(model.nbytes)
-        say(f"removed {neutral(model.name)}: {what}")
+        say(f"removed {model.name}: {what}")
 
 
 def _count(number: int) -> str:

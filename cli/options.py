@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import typer
 
 from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.quoting import redact_url
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions, Sampling, Video
@@ -115,7 +116,7 @@ def check_sources(sources: Sequence[str], offline: bool) -> None:
             "stdin holds one picture or video; '-' came twice", param_hint="-i, -v"
         )
     if offline and (url := next(filter(is_url, sources), None)):
-        raise typer.BadParameter(f"{url} needs the network", param_hint="--offline")
+        raise typer.BadParameter(f"{redact_url(url)} needs the network", param_hint="--offline")
 
 
 def as_text(name: str, value: str) -> str:

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlx_smolvlm.errors import SmolVLMWarning
+from mlx_smolvlm.quoting import escape_controls, message_line
 
 if TYPE_CHECKING:
     from mlx_smolvlm import Reply
-
-# Terminals act on these; what a model says may come from a picture's author. \n and \t stay.
-_CONTROLS = {n: f"\\x{n:02x}" for n in (*range(0x20), *range(0x7F, 0xA0)) if chr(n) not in "\n\t"}
 
 
 class OutputClosedError(Exception):
@@ -51,18 +49,15 @@ def _show_warning(
         warn(message)
 
 
-def neutral(text: str) -> str:
-    r"""`text` with control characters spelled out, such as \x1b, except \n and \t."""
-    return text.translate(_CONTROLS)
-
-
 def write(text: str) -> None:
-    """Put `text` on stdout now; a terminal gets it without control characters.
+    """Put `text` on stdout now; a terminal gets control characters as escapes.
+
+    What a model says may come from a picture's author.
 
     Raises:
         OutputClosedError: The reader of the pipe is gone.
     """
-    write_raw(neutral(text) if sys.stdout.isatty() else text)
+    write_raw(escape_controls(text) if sys.stdout.isatty() else text)
 
 
 def write_raw(text: str) -> None:
@@ -79,18 +74,21 @@ def write_raw(text: str) -> None:
 
 
 def write_json(values: Any) -> None:
-    """Put `values` on stdout as one line of JSON."""
+    """Put `values` on stdout as one line of JSON, on a terminal too."""
     import json
 
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    write(json.dumps(values, ensure_ascii=not utf8) + "\n")
+    text = json.dumps(values, ensure_ascii=not utf8)
+    if sys.stdout.isatty():
+        text = escape_controls(text, "\\u{:04x}")  # JSON has no \x9b
+    write_raw(text + "\n")
 
 
 def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
-    """Put `text` on stderr now; `dim` takes effect on a terminal."""
-    if sys.stderr.isatty():
-        text = neutral(text)
-        text = f"\x1b[2m{text}\x1b[0m" if dim else text
+    """Put `text` on stderr now, control characters as escapes; a terminal shows it dim if asked."""
+    text = escape_controls(text)
+    if dim and sys.stderr.isatty():
+        text = f"\x1b[2m{text}\x1b[0m"
     try:
         sys.stderr.write(text + end)
         sys.stderr.flush()
@@ -99,13 +97,13 @@ def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
 
 
 def warn(message: object) -> None:
-    """Put "warning: ..." on stderr, in one line."""
-    say("warning: " + " ".join(str(message).splitlines()))
+    """Put "warning: ..." on stderr, in one line without secrets."""
+    say(f"warning: {message_line(str(message))}")
 
 
 def fail(message: object) -> None:
-    """Put "error: ..." on stderr, in one line."""
-    say("error: " + " ".join(str(message).splitlines()))
+    """Put "error: ..." on stderr, in one line without secrets."""
+    say(f"error: {message_line(str(message))}")
 
 
 def os_fault(error: OSError) -> str:
@@ -156,8 +154,8 @@ def stats_line(reply: Reply) -> str:
 
 
 def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """`rows` with their columns aligned, each cell free of control characters."""
-    cells = [[neutral(cell).replace("\n", " ") for cell in row] for row in rows]
+    """`rows` with their columns aligned, control characters in them as escapes."""
+    cells = [[escape_controls(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
     return "\n".join(lines) + "\n"
@@ -191,7 +189,7 @@ class Bar:
         self._drawn_at, self._drawn = now, True
         filled = int(self.WIDTH * done / max(total, 1))
         bar = "#" * filled + "." * (self.WIDTH - filled)
-        sys.stderr.write(f"\r\x1b[K[{bar}] {text}")
+        sys.stderr.write(f"\r\x1b[K[{bar}] {escape_controls(text)}")
         sys.stderr.flush()
 
     def close(self) -> None:

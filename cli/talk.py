@@ -19,6 +19,7 @@ from mlx_smolvlm.cli.paths import is_video, split_sources
 from mlx_smolvlm.cli.pictures import Thumbnails
 from mlx_smolvlm.cli.render import say, stats_line
 from mlx_smolvlm.errors import PromptError
+from mlx_smolvlm.quoting import escape_controls
 
 if TYPE_CHECKING:
     from mlx_smolvlm import AnswerStream, Conversation, Reply, SmolVLM
@@ -59,7 +60,7 @@ class Talk:
             parts.append(f"{waiting} for the next message")
         if reply is not None and reply.generation_tps:
             parts.append(f"{reply.generation_tps:.1f} tokens/s")
-        return " | ".join(parts)
+        return escape_controls(" | ".join(parts))
 
     def _waiting(self) -> str:
         counts = ((len(self._images), "picture"), (len(self._clips), "video"))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from mlx_smolvlm.cli.health import Finding
 from mlx_smolvlm.errors import SmolVLMError
+from mlx_smolvlm.quoting import one_line
 
 if TYPE_CHECKING:
     from mlx_smolvlm.config import Config
@@ -33,7 +34,7 @@ def pictures() -> Iterator[Finding]:
             Image.new("RGB", (SIDE, SIDE), (200, 30, 30)).save(stream, kind)
             red, green, _ = open_image(stream.getvalue()).getpixel((8, 8))  # type: ignore[misc]
         except Exception as error:  # of a broken library
-            fails.append(f"{kind} ({error})")
+            fails.append(f"{kind} ({one_line(error)})")
         else:
             (works if red > 150 > green else fails).append(kind)
     if works:
@@ -51,10 +52,10 @@ def videos() -> Iterator[Finding]:
 
         data = _clip()
         reader = open_reader(lambda: io.BytesIO(data), "the trial clip")
-        count = len(list(reader.read(range(reader.num_frames))))
+        count = len(list(reader.read(range(reader.timeline.num_frames))))
         found = [name for name in DECODERS if name in av.codecs_available]
     except Exception as error:  # of a broken library
-        yield Finding("videos", "broken", f"{error}", f"{REINSTALL} av")
+        yield Finding("videos", "broken", one_line(error), f"{REINSTALL} av")
         return
     if count != FRAMES:
         text = f"{count} of {FRAMES} frames are read"
@@ -92,7 +93,7 @@ def demo() -> Iterator[Finding]:
     try:
         reply = load("demo").ask("What is this?", sampling=Sampling(max_tokens=4))
     except Exception as error:  # whatever it is, it is what the user has to know
-        yield Finding("demo", "broken", f"{error}", f"{REINSTALL} mlx-smolvlm")
+        yield Finding("demo", "broken", one_line(error), f"{REINSTALL} mlx-smolvlm")
         return
     text = f"answers, {reply.generation_tokens} tokens"
     yield Finding("demo", "ok" if reply.token_ids else "broken", text)

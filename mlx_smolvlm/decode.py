@@ -104,7 +104,9 @@ def read_index(container: InputContainer, stream: VideoStream, name: str) -> Ind
             if not len(shown_at) & 0xFFFF:
                 check_frames(len(shown_at), name)
     last = latest.duration if latest is not None else None
-    return _index(*map(_numbers, (shown_at, decoded_at, keys, hidden)), last or 0)
+    return _index(
+        _numbers(shown_at), _numbers(decoded_at), _numbers(keys), _numbers(hidden), last or 0
+    )
 
 
 def _numbers(values: array.array[int]) -> np.ndarray:

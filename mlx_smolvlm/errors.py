@@ -1,12 +1,15 @@
 """Errors that a caller can act on.
 
 Every message says what went wrong, with which value, and what to do next. The
-command line prints the message alone, without a traceback.
+command line prints the message alone, without a traceback. A message is one line of
+bounded length without control characters, passwords or tokens, whatever it quotes.
 """
 
 from __future__ import annotations
 
 import reprlib
+
+from mlx_smolvlm.quoting import message_line
 
 _reprs = reprlib.Repr()
 _reprs.maxstring = _reprs.maxother = _reprs.maxlong = 100
@@ -21,14 +24,11 @@ def shorten(value: object) -> str:
     return _reprs.repr(value)
 
 
-def explain(error: BaseException) -> str:
-    """What `error` says, on one line of at most 300 characters; its type if it says nothing."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:299]}\N{HORIZONTAL ELLIPSIS}"
-
-
 class SmolVLMError(Exception):
     """Base of every error that this package raises on purpose."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(message_line(str(message)))
 
 
 class CheckpointError(SmolVLMError):
@@ -61,3 +61,6 @@ class TrainingError(SmolVLMError):
 
 class SmolVLMWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(message_line(str(message)))

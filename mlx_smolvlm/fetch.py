@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.offline import is_offline
+from mlx_smolvlm.quoting import one_line, redact_url
 
 if TYPE_CHECKING:
-    from urllib.request import OpenerDirector
+    from http.client import HTTPResponse
 
 MAX_BYTES = 256 * 1024**2  # of a picture that is downloaded or piped
 MAX_VIDEO_BYTES = 4 * 1024**3  # of such a video, which is kept in a temporary file
 TIMEOUT_S = 20.0  # without an answer
-DEADLINE_S = 120.0  # for the whole download
+DEADLINE_S = 120.0  # from the connection to the last byte, redirects included
 VIDEO_DEADLINE_S = 3600.0
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", re.IGNORECASE)
@@ -35,15 +36,8 @@ def short_name(source: str | Path) -> str:
         return "standard input"
     if text[:5].lower() == "data:":
         return "the data URI"
-    if is_remote(source):
-        text = re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", text)[0])
-    text = text.encode("utf-8", "backslashreplace").decode()
+    text = redact_url(text).encode("utf-8", "backslashreplace").decode()
     return repr(text if len(text) <= 200 else text[:197] + "...")
-
-
-def one_line(error: object) -> str:
-    """What `error` says, on one line; its type if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_remote(source: str | Path) -> bool:
@@ -68,7 +62,7 @@ def open_bytes(source: str | Path, *, video: bool = False) -> BinaryIO:
     if not isinstance(source, str) or match is None:
         return _open_file(source, video)
     if match[2]:
-        return io.BytesIO(_data_uri(source))
+        return io.BytesIO(_data_uri(source, _limit(video)))
     if match[1].lower() in ("http", "https"):
         return _download(source, video)
     raise MediaError(
@@ -98,17 +92,25 @@ def _open_file(source: str | Path, video: bool) -> BinaryIO:
         raise MediaError(f"{name} cannot be opened: {reason}") from None
 
 
-def _data_uri(source: str) -> bytes:
-    """The bytes that a data URI carries."""
+def _data_uri(source: str, limit: int) -> bytes:
+    """The bytes that a data URI carries, at most `limit`."""
     import base64
     import binascii
     from urllib.parse import unquote_to_bytes
 
-    head, comma, body = source.partition(",")
-    if not comma:
+    comma = source.find(",")
+    if comma < 0:
         raise MediaError("the data URI has no comma; it must be data:image/png;base64,...")
-    data = unquote_to_bytes(body)
-    if not head.lower().rstrip().endswith(";base64"):
+    is_base64 = source[:comma].lower().rstrip().endswith(";base64")
+    # Counted before anything is copied: three characters such as %2B are one, and blanks none.
+    nbytes = len(source) - comma - 1 - 2 * source.count("%", comma)
+    if is_base64:
+        blanks = sum(source.count(blank, comma) for blank in " \t\r\n")
+        nbytes = (nbytes - blanks) * 3 // 4 - 2  # where it is padded
+    if nbytes > limit:
+        raise _too_large("the data URI", limit)
+    data = unquote_to_bytes(source[comma + 1 :])
+    if not is_base64:
         return data
     data = b"".join(data.split())
     try:
@@ -120,56 +122,40 @@ def _data_uri(source: str) -> bytes:
 def _download(url: str, video: bool) -> BinaryIO:
     """The body at `url`, within the limits of size and time."""
     import http.client
-    from urllib.error import HTTPError, URLError
-    from urllib.parse import quote
-    from urllib.request import Request
 
-    name = short_name(url)
+    from mlx_smolvlm.download import open_url
+
+    name, limit = short_name(url), _limit(video)
     if is_offline():
         raise MediaError(f"{name} needs the network, and HF_HUB_OFFLINE is set; give a file")
+    deadline_s, started = VIDEO_DEADLINE_S if video else DEADLINE_S, time.monotonic()
     try:
-        # Spaces and letters outside ASCII are common in links that are copied by hand.
-        request = Request(
-            quote(url, safe="%/:=&?~#+!$,;'@()*[]"), headers={"User-Agent": "mlx-smolvlm"}
-        )
-        with _opener().open(request, timeout=TIMEOUT_S) as response:
-            length = response.headers.get("Content-Length") or ""
-            copy = _copied(response, name, video, VIDEO_DEADLINE_S if video else DEADLINE_S)
-    except HTTPError as error:
-        error.close()
-        reason = one_line(error.reason)
-        raise MediaError(f"{name} cannot be fetched: HTTP {error.code}, {reason}") from None
-    except URLError as error:
-        reason = getattr(error.reason, "strerror", None) or one_line(error.reason)
-        raise MediaError(f"{name} cannot be fetched: {reason}") from None
+        with open_url(url, TIMEOUT_S, deadline_s) as (response, length):
+            if length is not None and length > limit:
+                raise _too_large(name, limit)
+            copy = _copied(response, name, video)
     except TimeoutError:
-        raise MediaError(f"{name} sent nothing for {TIMEOUT_S:g} s; try again") from None
+        if time.monotonic() - started < deadline_s:
+            raise MediaError(f"{name} sent nothing for {TIMEOUT_S:g} s; try again") from None
+        raise MediaError(f"{name} took longer than {deadline_s:g} s to arrive; try again") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise MediaError(f"{name} cannot be fetched: {one_line(error)}") from None
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise MediaError(f"{name} cannot be fetched: {reason}") from None
     size = copy.seek(0, io.SEEK_END)
     copy.seek(0)
-    if length.isdigit() and size < int(length):
+    if length is not None and size < length:
         copy.close()
         raise MediaError(f"{name} sent {size} of {length} bytes; try again")
     return copy
 
 
-def _opener() -> OpenerDirector:
-    """An opener that speaks HTTP and HTTPS only, after a redirect too."""
-    from urllib import request
+def _limit(video: bool) -> int:
+    """How many bytes may be copied."""
+    return MAX_VIDEO_BYTES if video else MAX_BYTES
 
-    opener = request.OpenerDirector()
-    for handler in (
-        request.ProxyHandler(),
-        request.UnknownHandler(),
-        request.HTTPHandler(),
-        request.HTTPSHandler(),
-        request.HTTPDefaultErrorHandler(),
-        request.HTTPRedirectHandler(),
-        request.HTTPErrorProcessor(),
-    ):
-        opener.add_handler(handler)
-    return opener
+
+def _too_large(name: str, limit: int) -> MediaError:
+    return MediaError(f"{name} is larger than {limit // 1024**2} MiB; make it smaller")
 
 
 class Rereading(io.RawIOBase):
@@ -201,17 +187,15 @@ class Rereading(io.RawIOBase):
         return len(data)
 
 
-def _copied(stream: BinaryIO, name: str, video: bool, deadline_s: float | None = None) -> BinaryIO:
-    """A copy of all of `stream`, if it fits and comes within `deadline_s` seconds."""
-    most, started = MAX_VIDEO_BYTES if video else MAX_BYTES, time.monotonic()
+def _copied(stream: BinaryIO | HTTPResponse, name: str, video: bool) -> BinaryIO:
+    """A copy of all of `stream`, if it fits."""
+    limit = _limit(video)
     copy = tempfile.TemporaryFile() if video else io.BytesIO()  # noqa: SIM115 (the caller's)
     try:
         while chunk := stream.read(_CHUNK):
             copy.write(chunk)
-            if copy.tell() > most:
-                raise MediaError(f"{name} is larger than {most // 1024**2} MiB; make it smaller")
-            if deadline_s is not None and time.monotonic() - started > deadline_s:
-                raise MediaError(f"{name} took longer than {deadline_s:g} s to arrive; try again")
+            if copy.tell() > limit:
+                raise _too_large(name, limit)
     except BaseException:
         copy.close()
         raise

@@ -18,7 +18,8 @@ from PIL import Image, UnidentifiedImageError
 
 from mlx_smolvlm.budget import MAX_EXIF_BYTES, PictureStream, check_size
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.fetch import is_remote, one_line, open_bytes, short_name
+from mlx_smolvlm.fetch import is_remote, open_bytes, short_name
+from mlx_smolvlm.quoting import one_line
 
 Size = tuple[int, int]  # width, height
 

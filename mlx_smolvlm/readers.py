@@ -19,9 +19,9 @@ from PIL import Image
 from mlx_smolvlm.animation import AnimationReader
 from mlx_smolvlm.budget import check_size
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.fetch import one_line
 from mlx_smolvlm.files import digest_stream
 from mlx_smolvlm.picture import open_image
+from mlx_smolvlm.quoting import one_line
 from mlx_smolvlm.timeline import Timed, Timeline, even_timeline, measured_timeline
 
 if TYPE_CHECKING:

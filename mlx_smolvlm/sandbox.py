@@ -162,7 +162,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         }
         for name in ("indent", "join", "replace", "trim"):
             self.filters[name] = _multiplying(self.filters[name])
-        self.tests = {name: _bounded(function) for name, function in self.tests.items()}
+        tests: dict[str, Any] = dict(self.tests)
+        self.tests = {name: _bounded(function) for name, function in tests.items()}
         self.globals = {
             "range": self.globals["range"],
             "namespace": _Namespace,

@@ -17,6 +17,7 @@ from urllib.parse import quote
 import numpy as np
 
 from mlx_smolvlm.errors import ConstraintError, SmolVLMWarning
+from mlx_smolvlm.quoting import one_line
 
 if TYPE_CHECKING:
     import llguidance
@@ -95,7 +96,7 @@ def error_of(matcher: llguidance.LLMatcher) -> str:
         return "no answer can fit it"
     found = re.search(r"^error: (.*)", message, re.MULTILINE)  # of a regular expression
     line = found[1] if found else message.splitlines()[0]
-    return re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", line)
+    return one_line(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", line))
 
 
 def schema_object(schema: Schema) -> dict[str, Any]:
@@ -131,9 +132,10 @@ def value_of(text: str, schema: Schema | None) -> Any:
             return schema.model_validate_json(text)
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
         warnings.warn(
-            f"the answer fits the schema and is not parsed: {reason}", SmolVLMWarning, stacklevel=2
+            f"the answer fits the schema and is not parsed: {one_line(error)}",
+            SmolVLMWarning,
+            stacklevel=2,
         )
         return None
 

@@ -10,7 +10,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_smolvlm.errors import CheckpointError, PromptError, explain
+from mlx_smolvlm.errors import CheckpointError, PromptError
+from mlx_smolvlm.quoting import one_line
 
 Message = Mapping[str, Any]
 
@@ -32,7 +33,7 @@ class ChatTemplate:
         try:
             self._template = BoundedEnvironment().read(source)
         except Exception as error:
-            raise CheckpointError(f"the chat template cannot be read: {explain(error)}") from None
+            raise CheckpointError(f"the chat template cannot be read: {one_line(error)}") from None
         self.takes_images = self._probed()
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
@@ -46,7 +47,9 @@ class ChatTemplate:
         try:
             return self._run(messages, add_generation_prompt)
         except Exception as error:  # a template runs any expression
-            raise PromptError(f"the chat template refuses the messages: {explain(error)}") from None
+            raise PromptError(
+                f"the chat template refuses the messages: {one_line(error)}"
+            ) from None
 
     def answer_lead(self) -> str:
         """White space between the heading of an answer and the answer: that after "Assistant:"."""
@@ -85,7 +88,7 @@ class ChatTemplate:
                 continue
             if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text:
                 return takes_images
-        reason = f": {explain(failure)}" if failure else ", it leaves the text out"
+        reason = f": {one_line(failure)}" if failure else ", it leaves the text out"
         raise CheckpointError(f"the chat template cannot render a plain question{reason}")
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.config import LARGEST
-from mlx_smolvlm.errors import CheckpointError, SmolVLMError, explain
+from mlx_smolvlm.errors import CheckpointError, SmolVLMError
+from mlx_smolvlm.quoting import one_line
 from mlx_smolvlm.safetensors import read_text
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
         values = json.loads(text, object_pairs_hook=_object)
         _check(values, vocab_size)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer: {explain(error)}") from None
+        raise CheckpointError(f"{path} is not a tokenizer: {one_line(error)}") from None
     framing = [token for token in values["added_tokens"] if FRAMING.fullmatch(token["content"])]
     if not all(token.get("special") is True for token in framing):
         for token in framing:
@@ -81,7 +82,7 @@ def native_errors(kind: type[SmolVLMError], message: str) -> Iterator[None]:
     except BaseException as error:
         # A panic is no Exception, and its class stands in no module.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise kind(f"{message}: {explain(error)}") from None
+            raise kind(f"{message}: {one_line(error)}") from None
         raise
 
 

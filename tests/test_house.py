@@ -12,7 +12,7 @@ LEAVES = {
     "vision", "connector", "text", "cache", "storage", "bounded", "offline",
     "cache_options", "sampling", "picture", "fetch", "image", "decode",
     "readers", "scenes", "frames", "video", "schema", "files", "blas", "logprobs",
-    "values", "budget", "animation", "timeline",
+    "values", "budget", "animation", "timeline", "download", "quoting",
 }  # fmt: skip
 
 

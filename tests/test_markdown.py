@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mlx_smolvlm.cli import live, markdown
 from mlx_smolvlm.cli.markdown import Renderer, blocks
-from mlx_smolvlm.cli.render import neutral
+from mlx_smolvlm.quoting import escape_controls
 
 
 def renderer() -> Renderer:
@@ -104,7 +104,7 @@ PIECES = st.sampled_from(
 @given(pieces=st.lists(PIECES, max_size=40), columns=st.integers(2, 90))
 @settings(max_examples=400, deadline=None)
 def test_every_word_is_shown(pieces: list[str], columns: int) -> None:
-    text = neutral("".join(pieces))
+    text = escape_controls("".join(pieces))
     parts = blocks(text)
     assert "".join(block.text for block in parts) == text
     place, seen = 0, "".join("".join(shown(text, columns)).split())
@@ -142,7 +142,7 @@ def test_what_is_final_does_not_depend_on_when_it_was_drawn(
     rows = ["".join(row[x].data for x in range(60)) for row in terminal.history.top]
     seen = re.sub("[▌•─]", "", "".join("".join([*rows, *terminal.display]).split()))
     place = 0
-    for word in re.findall(r"\w+", neutral(text)):
+    for word in re.findall(r"\w+", escape_controls(text)):
         place = seen.find(word, place) + len(word)
         assert place >= len(word), (word, text, seen)
     assert "tokens/s" not in seen
