@@ -322,7 +322,7 @@ def test_ctrl_c_keeps_what_was_said(tiny_folder: Path, as_json: bool) -> None:
     first = b""
     if as_json:
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(timeout=2)
+            process.wait(timeout=4)
     else:
         first = process.stdout.read(3)  # it streams
     os.killpg(process.pid, signal.SIGINT)

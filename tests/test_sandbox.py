@@ -130,7 +130,7 @@ def test_half_a_character_is_refused(template):
 def test_a_long_message_of_a_template_is_cut():
     with pytest.raises(CheckpointError) as error:
         ChatTemplate("{{ raise_exception('no ' * 1000) }}")
-    assert len(str(error.value)) < 400
+    assert len(str(error.value)) < 600
 
 
 # What real templates are made of; the values are those of plain jinja2.
