@@ -11,6 +11,7 @@ Source: llama.cpp, gguf-py/gguf/constants.py (names and metadata) and conversion
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,13 +19,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_smolvlm.checkpoint import TEMPLATE_FILE, TOKENIZER_FILE
-from mlx_smolvlm.convert.gguf_tokenizer import placeholder_id, tokenizer_json
+from mlx_smolvlm.checkpoint import TEMPLATE_FILE, TOKENIZER_FILE, chat_template
+from mlx_smolvlm.config import LARGEST
+from mlx_smolvlm.convert.gguf_blocks import GROUP, PACKED_BITS, arrays_of
+from mlx_smolvlm.convert.gguf_file import GgufFile, open_gguf, shown
+from mlx_smolvlm.convert.gguf_tokenizer import added_tokens, placeholder_id, tokenizer_json
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import WEIGHTS_FILE, read_json
 
-SUFFIX = ".gguf"
-GROUP = 32
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -51,6 +53,7 @@ SIZES = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
+FLOATS = ("rms_norm_eps", "rope_theta")
 # Zeros in the place of the encoder: wide enough for groups of 128, and never run.
 VISION = {
     "hidden_size": 128,
@@ -71,35 +74,31 @@ def unpack_gguf(path: Path, folder: Path) -> None:
 
     Raises:
         CheckpointError: The file is damaged, of another architecture, packed in a way that
-            MLX cannot read, or the language part of a model that sees.
+            is not read, or the language part of a model that sees.
     """
-    try:
-        arrays, metadata = mx.load(str(path), format="gguf", return_metadata=True)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read as GGUF ({str(error).splitlines()[0]}); F32, F16, Q8_0, Q4_1 "
-            "and Q4_0 can be, or convert the safetensors that it was made from"
-        ) from None
-    assert isinstance(arrays, dict)
-    assert isinstance(metadata, dict)
-    text = _text_config(path, metadata)
-    tensors, packing = _tensors(path, arrays, text)
-    text["vocab_size"] = tensors["model.text_model.embed_tokens.weight"].shape[0]
-    text["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    tokenizer, template = _tokenizer(path, metadata), _template(path, metadata)
-    added = tokenizer["added_tokens"]
+    with open_gguf(path) as file:
+        text = _text_config(path, file)
+        tensors, packing = _tensors(path, file, text)
+        metadata = file.metadata
+    tokenizer, template = _tokenizer(path, metadata, text["vocab_size"]), _template(path, metadata)
+    added = added_tokens(path, tokenizer)
     if any(token["content"] == "<image>" for token in added):
         raise CheckpointError(
             f"{path} is the language part of a model that sees, and has no vision encoder; "
             "convert the safetensors that it was made from"
         )
     eos = metadata.get("tokenizer.ggml.eos_token_id")
+    if type(eos) is not int or not 0 <= eos < text["vocab_size"]:
+        raise CheckpointError(
+            f"{path}: the end token is {shown(eos)}, which is none of the "
+            f"{text['vocab_size']:,} tokens; fetch it again"
+        )
     config = {
         "model_type": "idefics3",
         "image_token_id": placeholder_id(added, template, text["vocab_size"]),
         "scale_factor": SCALE_FACTOR,
         "tie_word_embeddings": text["tie_word_embeddings"],
-        "eos_token_id": None if eos is None else eos.item(),
+        "eos_token_id": eos,
         "text_config": text,
         "vision_config": VISION,
     } | ({"quantization": packing} if packing else {})
@@ -119,80 +118,92 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
-def _text_config(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    """The decoder's part of a config.json, from the file's metadata.
+def _text_config(path: Path, file: GgufFile) -> dict[str, Any]:
+    """The decoder's part of a config.json, from the file's metadata and the embedding's shape.
 
     Raises:
         CheckpointError: A value is missing, or the model is none that the decoder here runs.
     """
-    kind = metadata.get("general.architecture")
-    if kind != "llama":
+    metadata = file.metadata
+    architecture = metadata.get("general.architecture")
+    if architecture != "llama":
         raise CheckpointError(
-            f"{path} is a {kind!r} model; of GGUF files those of 'llama' can be converted, "
-            "such as SmolLM2's"
+            f"{path} is a {shown(architecture)} model; of GGUF files those of 'llama' can be "
+            "converted, such as SmolLM2's"
         )
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none":
-        raise CheckpointError(f"{path}: rope scaling {scaling!r} is not supported")
+        raise CheckpointError(f"{path}: rope scaling {shown(scaling)} is not supported")
     text: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
     for name, key in SIZES.items():
-        value = metadata.get(f"llama.{key}")
-        if not isinstance(value, mx.array) or value.size != 1:
-            raise CheckpointError(
-                f"{path}: the metadata have no single llama.{key}; fetch it again"
-            )
-        text[name] = value.item()
-    text["rms_norm_eps"] = round(text["rms_norm_eps"], 12)  # float32 says 9.99999974e-06
-    heads = max(text["num_attention_heads"], 1)
-    width = metadata.get("llama.attention.key_length")
-    text["head_dim"] = text["hidden_size"] // heads if width is None else width.item()
-    turned = metadata.get("llama.rope.dimension_count")
-    if turned is not None and turned.item() != text["head_dim"]:
+        kind = float if name in FLOATS else int
+        text[name] = _number(path, metadata, f"llama.{key}", kind)
+    embedding = file.tensors.get("token_embd.weight")
+    shape = () if embedding is None else embedding.shape
+    if len(shape) != 2 or shape[1] != text["hidden_size"]:
         raise CheckpointError(
-            f"{path}: rope turns {turned.item()} of {text['head_dim']} numbers of a head, "
+            f"{path}: 'token_embd.weight' has the shape {shape}, and the metadata state a width "
+            f"of {text['hidden_size']}; fetch it again"
+        )
+    text["rms_norm_eps"] = round(text["rms_norm_eps"], 12)  # float32 says 9.99999974e-06
+    text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
+    if "llama.attention.key_length" in metadata:
+        text["head_dim"] = _number(path, metadata, "llama.attention.key_length", int)
+    turned = metadata.get("llama.rope.dimension_count", text["head_dim"])
+    if turned != text["head_dim"]:
+        raise CheckpointError(
+            f"{path}: rope turns {shown(turned)} of {text['head_dim']} numbers of a head, "
             "which is not supported"
         )
+    if text["num_hidden_layers"] > len(file.tensors):
+        raise CheckpointError(f"{path}: the metadata state more layers than there are tensors")
+    text["vocab_size"] = shape[0]
+    text["tie_word_embeddings"] = "output.weight" not in file.tensors
     return text
 
 
-def _tensors(
-    path: Path, arrays: dict[str, mx.array], text: Mapping[str, Any]
-) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """`arrays` by Hugging Face's names, and the entry "quantization" of config.json.
+def _number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) -> Any:
+    """The number above 0 of type `kind` under `key`."""
+    value = metadata.get(key)
+    if type(value) is not kind or not 0 < value < (LARGEST if kind is int else math.inf):
+        raise CheckpointError(
+            f"{path}: the metadata have no usable {key} ({shown(value)}); fetch it again"
+        )
+    return value
 
-    `arrays` is emptied meanwhile.
-    """
+
+def _tensors(
+    path: Path, file: GgufFile, text: Mapping[str, Any]
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The tensors by Hugging Face's names, and the entry "quantization" of config.json."""
     heads = {"attn_q": text["num_attention_heads"], "attn_k": text["num_key_value_heads"]}
-    tensors: dict[str, mx.array] = {}
-    kinds: dict[str, dict[str, int]] = {}
-    for name in sorted(arrays):
-        stem, _, suffix = name.rpartition(".")
-        array = arrays.pop(name)
-        target = _name(path, name, stem, suffix)
-        count = heads.get(stem.rpartition(".")[2])
-        if count is not None:
-            array = _in_halves(path, name, array, count)
-        if suffix == "scales":
-            kinds[target] = {"group_size": GROUP, "bits": 0}
-        tensors[f"{target}.{suffix}"] = array
-    for target, kind in kinds.items():
-        columns = tensors[f"{target}.weight"].shape[-1]
-        kind["bits"] = columns * 32 // (tensors[f"{target}.scales"].shape[-1] * GROUP)
-    missing = [name for name in TOP_NAMES.values() if f"{name}.weight" not in tensors]
+    modules = {name: _module(path, name) for name in sorted(file.tensors)}
+    missing = [name for name in TOP_NAMES.values() if name not in modules.values()]
     if missing not in ([], ["lm_head"]):
         raise CheckpointError(f"{path}: '{missing[0]}.weight' is missing; fetch it again")
+    tensors: dict[str, mx.array] = {}
+    kinds: dict[str, dict[str, int]] = {}
+    for name, module in modules.items():
+        info = file.tensors[name]
+        arrays = arrays_of(info.type, info.shape, file.read(info))
+        count = heads.get(name.split(".")[-2])
+        if count is not None:
+            arrays = {k: _in_halves(path, name, array, count) for k, array in arrays.items()}
+        if info.type in PACKED_BITS:
+            kinds[module] = {"group_size": GROUP, "bits": PACKED_BITS[info.type]}
+        tensors |= {f"{module}.{suffix}": array for suffix, array in arrays.items()}
     if not kinds:
         return tensors, {}
     usual = next(iter(kinds.values()))
     return tensors, dict(usual) | {name: kind for name, kind in kinds.items() if kind != usual}
 
 
-def _name(path: Path, name: str, stem: str, suffix: str) -> str:
-    """Hugging Face's name of the module that the tensor `name` belongs to."""
-    match = re.fullmatch(r"blk\.(\d+)\.(\w+)", stem)
-    module = LAYER_NAMES.get(match[2]) if match else TOP_NAMES.get(stem)
-    if module is None or suffix not in ("weight", "scales", "biases"):
-        raise CheckpointError(f"{path}: tensor '{name}' is not part of a SmolLM2 decoder")
+def _module(path: Path, name: str) -> str:
+    """Hugging Face's name of the module whose weight is the tensor `name`."""
+    match = re.fullmatch(r"blk\.([0-9]{1,5})\.(\w+)\.weight", name)
+    module = LAYER_NAMES.get(match[2]) if match else TOP_NAMES.get(name.removesuffix(".weight"))
+    if module is None or not name.endswith(".weight"):
+        raise CheckpointError(f"{path}: tensor {shown(name)} is not part of a SmolLM2 decoder")
     return f"model.text_model.layers.{match[1]}.{module}" if match else module
 
 
@@ -201,8 +212,8 @@ def _in_halves(path: Path, name: str, array: mx.array, heads: int) -> mx.array:
 
     llama.cpp pairs neighbors. Packed rows move as floats do, since groups lie along a row.
     """
-    rows, width = array.shape
-    if not heads or rows % (2 * heads):
+    rows, width = array.shape[0], array.size // array.shape[0]
+    if array.ndim != 2 or rows % (2 * heads):
         raise CheckpointError(
             f"{path}: tensor '{name}' has {rows} rows, which {heads} heads do not share"
         )
@@ -231,17 +242,16 @@ def _no_vision(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
     return {name: mx.zeros(shape, dtype) for name, shape in shapes.items()}
 
 
-def _tokenizer(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The tokenizer.json beside `path`, else the one that `metadata` describe."""
     beside = path.with_name(TOKENIZER_FILE)
-    return read_json(beside) if beside.is_file() else tokenizer_json(path, metadata)
+    return read_json(beside) if beside.is_file() else tokenizer_json(path, metadata, vocab_size)
 
 
 def _template(path: Path, metadata: Mapping[str, Any]) -> str:
     """The chat template beside `path`, else the one in `metadata`."""
-    beside = path.with_name(TEMPLATE_FILE)
-    if beside.is_file():
-        return beside.read_text(encoding="utf-8")
+    if path.with_name(TEMPLATE_FILE).is_file():
+        return chat_template(path.parent)
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str):
         raise CheckpointError(f"{path} has no chat template; put a {TEMPLATE_FILE} beside it")
