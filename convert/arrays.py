@@ -15,7 +15,7 @@ from mlx_smolvlm.convert.plan import Member, Step
 from mlx_smolvlm.convert.quantize import pack, unpack
 from mlx_smolvlm.convert.written import Outbox
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.safetensors import INDEX_FILE, WEIGHTS_FILE, TensorInfo
+from mlx_smolvlm.safetensors import INDEX_FILE, WEIGHTS_FILE, TensorInfo, load_tensors
 
 SHARD_BYTES = 512 * 10**6
 
@@ -34,11 +34,9 @@ class Reader:
         """
         if info.file not in self._files:
             try:
-                loaded = mx.load(str(info.file))
-            except (RuntimeError, ValueError) as error:
-                raise CheckpointError(f"{info.file} cannot be read: {error}") from None
-            assert isinstance(loaded, dict)
-            self._files[info.file] = loaded
+                self._files[info.file] = load_tensors(info.file)
+            except CheckpointError as error:  # its header was whole when the plan was made
+                raise CheckpointError(f"{info.file} changed while it was read: {error}") from None
         array = self._files[info.file].pop(name, None)
         if array is None or array.shape != info.shape:
             raise CheckpointError(f"{info.file} changed while it was read; convert it again")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import open_regular
+from mlx_smolvlm.files import open_file
 
 VERSIONS = (2, 3)
 LARGEST_HEADER = 64 * 2**20  # bytes; a vocabulary of 256,000 with its merges takes 12 MiB
@@ -114,7 +114,7 @@ def open_gguf(path: Path) -> Iterator[GgufFile]:
             are not supported.
     """
     try:
-        file = open_regular(path)
+        file = open_file(path)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{path} cannot be read: {reason}") from None

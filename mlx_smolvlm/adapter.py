@@ -25,7 +25,7 @@ from mlx_smolvlm.config import LARGEST, LONGEST_SOURCE, part_of
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning, shorten
 from mlx_smolvlm.files import write_file
 from mlx_smolvlm.model import Model
-from mlx_smolvlm.safetensors import read_header, read_json, save_synced
+from mlx_smolvlm.safetensors import load_tensors, read_header, read_json, save_synced
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
@@ -177,7 +177,7 @@ def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
                 f"{path}: '{name}' has the shape {found.get(name)}, and this checkpoint wants "
                 f"{wanted.get(name)}; the adapter was trained on {config.base}"
             )
-    arrays: Any = mx.load(str(path))
+    arrays = load_tensors(path)
     weights = [(name, array.astype(model.dtype)) for name, array in arrays.items()]
     model.load_weights(weights, strict=False)
     model.eval()

@@ -17,7 +17,14 @@ from mlx.utils import tree_flatten
 from mlx_smolvlm.config import DTYPES, Config
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.model import Model
-from mlx_smolvlm.safetensors import FLOATS, TensorInfo, read_headers, read_json, read_text
+from mlx_smolvlm.safetensors import (
+    FLOATS,
+    TensorInfo,
+    load_tensors,
+    read_headers,
+    read_json,
+    read_text,
+)
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"
@@ -84,7 +91,7 @@ def load_model(folder: Path, dtype: str | None = None) -> Model:
     weights: list[tuple[str, mx.array]] = []
     try:
         for file in sorted({info.file for info in tensors.values()}):
-            weights += mx.load(str(file)).items()  # type: ignore[union-attr]
+            weights += load_tensors(file).items()
         if dtype is not None:
             weights = [(name, _cast(array, getattr(mx, dtype))) for name, array in weights]
         model.load_weights(weights, strict=True)

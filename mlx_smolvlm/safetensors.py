@@ -11,8 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+<<<<<<< HEAD
 from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.files import open_file, read_file, replace_file
+=======
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import open_regular
+>>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -24,11 +29,16 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
 ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+<<<<<<< HEAD
 LARGEST_HEADER = 2**24  # bytes; the format allows 10**8, and a thousand tensors take 10**5
 LARGEST_JSON = 2**24  # bytes
 _MAX_AXES, _MAX_SIDE = 8, 2**31 - 1  # MLX counts in 32 bits, and NumPy aborts beyond 64 axes
 
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+=======
+LARGEST_HEADER = 25 * 10**6  # bytes; 100,000 tensors take half of it
+MOST_DIMENSIONS = 8  # of a tensor; MLX counts each in an int32
+>>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
 
 
 @dataclass(frozen=True)
@@ -118,7 +128,11 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+<<<<<<< HEAD
 def read_metadata(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:
+=======
+def read_metadata(path: Path) -> dict[str, str]:
+>>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
     """The texts that the safetensors file at `path` carries besides its tensors.
 
     Args:
@@ -128,14 +142,40 @@ def read_metadata(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:
     Raises:
         CheckpointError: As `read_header`.
     """
+<<<<<<< HEAD
     metadata = _raw_header(path, largest)[0].get("__metadata__")
     return metadata if isinstance(metadata, dict) else {}
+=======
+    metadata: dict[str, str] = _raw_header(path)[0]["__metadata__"]
+    return metadata
+
+
+def load_tensors(path: Path) -> dict[str, mx.array]:
+    """The arrays of the safetensors file at `path`; MLX sees none whose header was not checked.
+
+    Raises:
+        CheckpointError: As `read_header`, or a tensor is of a type that MLX does not have.
+    """
+    import mlx.core as mx
+
+    read_header(path)
+    try:
+        arrays = mx.load(str(path), format="safetensors")
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    assert isinstance(arrays, dict)
+    return arrays
+>>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
 
 
 def _raw_header(path: Path, largest: int = LARGEST_HEADER) -> tuple[dict[str, Any], int]:
     """The header's JSON object, and how many bytes of data follow it."""
     try:
+<<<<<<< HEAD
         with open_file(path) as file:
+=======
+        with open_regular(path) as file:
+>>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
             total = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
@@ -145,36 +185,61 @@ def _raw_header(path: Path, largest: int = LARGEST_HEADER) -> tuple[dict[str, An
                 )
             if length > largest:
                 raise CheckpointError(f"{path} has a header of {length} bytes; fetch it again")
-            header = json.loads(file.read(length))
+            text = file.read(length).decode("utf-8")
+        header = json.loads(text, object_pairs_hook=_without_twins)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
         raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again")
+    if header.get("__metadata__") is None:  # MLX writes null where there are no texts
+        header["__metadata__"] = {}
+    metadata = header["__metadata__"]
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again")
     return header, total - 8 - length
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; two readers could take one of two equal keys each.
+
+    Raises:
+        ValueError: A key comes twice.
+    """
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError
+    return values
 
 
 def _tensor_info(path: Path, name: str, entry: Any, room: int) -> TensorInfo:
     """The header's `entry` for tensor `name`, whose data must lie within `room` bytes."""
-    try:
-        dtype, shape = entry["dtype"], tuple(entry["shape"])
-        start, end = entry["data_offsets"]
-        numbers = (*shape, start, end)
-        known = dtype in ITEM_BYTES
-    except (TypeError, KeyError, ValueError):
-        raise CheckpointError(f"{path}: the header's entry for '{name}' is damaged") from None
-    if not known:
+    damaged = CheckpointError(f"{path}: the header's entry for {name!r:.100} is damaged")
+    fields = ("dtype", "shape", "data_offsets")
+    kind, shape, offsets = (entry.get(f) if isinstance(entry, dict) else None for f in fields)
+    if not (isinstance(kind, str) and isinstance(shape, list) and isinstance(offsets, list)):
+        raise damaged
+    if kind not in ITEM_BYTES:
         raise CheckpointError(
+<<<<<<< HEAD
             f"{path}: tensor '{name}' has type {shorten(dtype)}; "
+=======
+            f"{path}: tensor {name!r:.100} has type {kind!r:.20}; "
+>>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
             f"{', '.join(FLOATS)} (and U32, U8 when quantized) can be read"
         )
-    info = TensorInfo(path, dtype, shape)
-    if not all(type(n) is int and n >= 0 for n in numbers) or end - start != info.nbytes:
-        raise CheckpointError(f"{path}: the header's entry for '{name}' is damaged")
+    if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):
+        raise damaged
+    if len(offsets) != 2 or len(shape) > MOST_DIMENSIONS or max(shape, default=0) >= 2**31:
+        raise damaged
+    info = TensorInfo(path, kind, tuple(shape))
+    start, end = offsets
+    if end - start != info.nbytes:
+        raise damaged
     if end > room:
         raise CheckpointError(
-            f"{path} is cut off: tensor '{name}' ends at byte {end} of {room}; fetch it again"
+            f"{path} is cut off: tensor {name!r:.100} ends at byte {end} of {room}; fetch it again"
         )
     return info
 

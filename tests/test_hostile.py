@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from mlx_smolvlm.checkpoint import load_model
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.safetensors import read_header, read_headers
+from mlx_smolvlm.safetensors import load_tensors, read_header, read_headers
 
 spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
 hf = importlib.util.module_from_spec(spec)
@@ -119,7 +120,14 @@ def entry(start: int, end: int) -> dict[str, Any]:
         ({"a": entry(0, 8)}, 9, "1 bytes follow the last tensor"),
         ({"a": entry(0, 8)}, 7, "is cut off"),
         ({"a": {"dtype": "U8", "shape": [2**62, 8], "data_offsets": [0, 8]}}, 8, "is damaged"),
-        ({"a": {"dtype": "U8", "shape": [0, 2**70], "data_offsets": [0, 0]}}, 8, "follow the last"),
+        ({"a": {"dtype": "U8", "shape": [0, 2**70], "data_offsets": [0, 0]}}, 8, "is damaged"),
+        ({"a": {"dtype": "U8", "shape": [0, 2**31], "data_offsets": [0, 0]}}, 0, "is damaged"),
+        ({"a": {"dtype": "U8", "shape": [1] * 9, "data_offsets": [0, 1]}}, 1, "is damaged"),
+        ({"a": {"dtype": "U8", "shape": {}, "data_offsets": [0, 1]}}, 1, "is damaged"),
+        ({"a": {"dtype": ["U8"], "shape": [1], "data_offsets": [0, 1]}}, 1, "is damaged"),
+        ({"a": entry(0, 1), "__metadata__": {"a": 5}}, 1, "damaged safetensors header"),
+        ({"a": entry(0, 1), "__metadata__": [5]}, 1, "damaged safetensors header"),
+        ({"a" * 10**5: 5}, 0, "^.{,400}$"),
         ({"a": {"dtype": "U8", "shape": [8.0], "data_offsets": [0, 8]}}, 8, "is damaged"),
         ({"a": {"dtype": "U8", "shape": [True], "data_offsets": [0, 1]}}, 1, "is damaged"),
         ({"a": {"dtype": "U8", "shape": [8], "data_offsets": [8, 0]}}, 8, "is damaged"),
@@ -130,6 +138,38 @@ def test_headers_that_lie_are_refused(tmp_path, header, nbytes, match):
     safetensors(tmp_path / "x.safetensors", header, nbytes)
     with pytest.raises(CheckpointError, match=match):
         read_header(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": %s, "a": %s}',
+        '{"a": {"shape": [9], "shape": [1], "dtype": "U8", "data_offsets": [0, 1]}}',
+        '{"a": %s, "__metadata__": {"a": "1", "a": "2"}}',
+        "{" * 10**5,
+        b"\xff\xfe{\0}\0",
+        b'{"\xed\xa0\x80": 5}',
+    ],
+    ids=["tensors", "shapes", "texts", "nested", "UTF-16", "surrogate"],
+)
+def test_headers_that_two_readers_could_take_in_two_ways_are_refused(tmp_path, text):
+    data = text if isinstance(text, bytes) else text.replace("%s", json.dumps(entry(0, 1))).encode()
+    (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + b"\0")
+    with pytest.raises(CheckpointError, match="damaged safetensors header"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_a_pipe_is_no_safetensors_file(tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="Not a regular file"):
+        read_header(tmp_path / "x.safetensors")
+
+
+def test_a_type_that_mlx_does_not_have_is_named(tmp_path):
+    header = {"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]}}
+    safetensors(tmp_path / "x.safetensors", header, 8)
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*F64"):
+        load_tensors(tmp_path / "x.safetensors")
 
 
 def test_headers_that_do_not_lie_are_read(tmp_path):

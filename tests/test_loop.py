@@ -12,6 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_smolvlm.errors import TrainingError
+from mlx_smolvlm.safetensors import load_tensors
 from mlx_smolvlm.train.loop import Kind, Loop, LoopOptions, Schedule, read_notes
 
 Rows = tuple[mx.array, mx.array]
@@ -109,6 +110,32 @@ def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"none")
     with pytest.raises(TrainingError, match="cannot be read"):
         make().restore(path)
+
+
+@pytest.mark.parametrize("step", ["", "-1", "x", "1.5", "13", "9" * 5000, None])
+def test_a_state_whose_step_was_edited_is_refused(tmp_path: Path, step: str | None) -> None:
+    path = tmp_path / "state.safetensors"
+    loop = make()
+    loop.save(path, {})
+    arrays = load_tensors(path)
+    mx.eval(arrays)
+    mx.save_safetensors(str(path), arrays, {} if step is None else {"step": step})
+    with pytest.raises(TrainingError, match=r"states the step '.{,45}; remove|is of step 13"):
+        loop.restore(path)
+    assert loop.step == 0
+
+
+def test_a_state_of_another_type_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    loop = make()
+    loop.save(path, {})
+    arrays = load_tensors(path)
+    mx.eval(arrays)
+    name = next(name for name in arrays if name.startswith("trainee"))
+    arrays[name] = arrays[name].astype(mx.int32)
+    mx.save_safetensors(str(path), arrays, {"step": "0"})
+    with pytest.raises(TrainingError, match=f"no '{name}' of this training"):
+        loop.restore(path)
 
 
 def test_a_loss_that_is_no_number_ends_the_run() -> None:

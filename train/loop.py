@@ -20,8 +20,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from mlx_smolvlm.errors import TrainingError
-from mlx_smolvlm.safetensors import read_metadata, save_synced
+from mlx_smolvlm.errors import CheckpointError, TrainingError
+from mlx_smolvlm.safetensors import load_tensors, read_metadata, save_synced
 
 Kind = Literal["cosine", "linear", "constant"]
 # From the trainee and a batch to a sum of losses and what they count together: the loss of a
@@ -181,14 +181,22 @@ class Loop:
             TrainingError: It is no state of this training.
         """
         try:
-            loaded: Any = mx.load(str(path), return_metadata=True)
-        except RuntimeError as error:
-            raise TrainingError(f"{path} cannot be read: {error}") from None
-        arrays, notes = loaded
+            arrays, step = load_tensors(path), read_notes(path).get("step", "")
+        except CheckpointError as error:
+            raise TrainingError(
+                f"the state of the training cannot be read: {error}; remove it to begin anew"
+            ) from None
+        if not (step.isascii() and step.isdigit()) or len(step) > 9:
+            raise TrainingError(f"{path} states the step {step!r:.40}; remove it to begin anew")
+        if int(step) > self.options.schedule.steps:
+            raise TrainingError(
+                f"{path} is of step {step}, and there are {self.options.schedule.steps}; remove it "
+                "to begin anew"
+            )
 
         def stored(name: str, old: mx.array) -> mx.array:
-            array: mx.array | None = arrays.get(name)
-            if array is None or array.shape != old.shape:
+            array = arrays.get(name)
+            if array is None or (array.shape, array.dtype) != (old.shape, old.dtype):
                 raise TrainingError(f"{path} has no '{name}' of this training; remove it")
             return array
 
@@ -196,7 +204,7 @@ class Loop:
         state: Any = tree_map_with_path(stored, own)
         self.trainee.update(state["trainee"])
         self.optimizer.state = state["optimizer"]
-        self.step = int(notes["step"])
+        self.step = int(step)
         mx.eval(self.trainee.parameters(), self.optimizer.state)
 
 
@@ -206,4 +214,4 @@ def read_notes(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: The file is damaged.
     """
-    return {name: str(text) for name, text in read_metadata(path).items()}
+    return read_metadata(path)

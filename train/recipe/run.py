@@ -33,6 +33,7 @@ from tokenizers import Tokenizer
 
 from mlx_smolvlm.hub import DEMO, resolve
 from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.safetensors import load_tensors, read_metadata
 from mlx_smolvlm.train.recipe.ahead import Ahead
 from mlx_smolvlm.train.recipe.batches import (
     MIXES,
@@ -318,8 +319,7 @@ class Run:
 
     def restore(self, path: Path) -> None:
         """Go on from what `save` wrote to `path`."""
-        loaded: Any = mx.load(str(path), return_metadata=True)
-        arrays, place = loaded
+        arrays, place = load_tensors(path), read_metadata(path)
         self.stage, self.step = int(place["stage"]), int(place["step"])
         if not self.done:
             self._enter_stage()
