@@ -11,13 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-<<<<<<< HEAD
-from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.files import open_file, read_file, replace_file
-=======
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import open_regular
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
+from mlx_smolvlm.files import open_file, read_file, replace_file
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -29,16 +24,11 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
 ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
-<<<<<<< HEAD
-LARGEST_HEADER = 2**24  # bytes; the format allows 10**8, and a thousand tensors take 10**5
-LARGEST_JSON = 2**24  # bytes
-_MAX_AXES, _MAX_SIDE = 8, 2**31 - 1  # MLX counts in 32 bits, and NumPy aborts beyond 64 axes
-
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
-=======
 LARGEST_HEADER = 25 * 10**6  # bytes; 100,000 tensors take half of it
 MOST_DIMENSIONS = 8  # of a tensor; MLX counts each in an int32
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
+LARGEST_JSON = 2**24  # bytes
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 @dataclass(frozen=True)
@@ -122,17 +112,10 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         place = end
     if place != room:
         raise CheckpointError(f"{path}: {room - place} bytes follow the last tensor")
-    for name, info in tensors.items():
-        if len(info.shape) > _MAX_AXES or max(info.shape, default=0) > _MAX_SIDE:
-            raise CheckpointError(f"{path}: tensor '{name}' has a shape that no model has")
     return tensors
 
 
-<<<<<<< HEAD
-def read_metadata(path: Path, largest: int = LARGEST_HEADER) -> dict[str, Any]:
-=======
-def read_metadata(path: Path) -> dict[str, str]:
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
+def read_metadata(path: Path, largest: int = LARGEST_HEADER) -> dict[str, str]:
     """The texts that the safetensors file at `path` carries besides its tensors.
 
     Args:
@@ -142,11 +125,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: As `read_header`.
     """
-<<<<<<< HEAD
-    metadata = _raw_header(path, largest)[0].get("__metadata__")
-    return metadata if isinstance(metadata, dict) else {}
-=======
-    metadata: dict[str, str] = _raw_header(path)[0]["__metadata__"]
+    metadata: dict[str, str] = _raw_header(path, largest)[0]["__metadata__"]
     return metadata
 
 
@@ -161,21 +140,16 @@ def load_tensors(path: Path) -> dict[str, mx.array]:
     read_header(path)
     try:
         arrays = mx.load(str(path), format="safetensors")
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     assert isinstance(arrays, dict)
     return arrays
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
 
 
 def _raw_header(path: Path, largest: int = LARGEST_HEADER) -> tuple[dict[str, Any], int]:
     """The header's JSON object, and how many bytes of data follow it."""
     try:
-<<<<<<< HEAD
         with open_file(path) as file:
-=======
-        with open_regular(path) as file:
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
             total = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
@@ -222,11 +196,7 @@ def _tensor_info(path: Path, name: str, entry: Any, room: int) -> TensorInfo:
         raise damaged
     if kind not in ITEM_BYTES:
         raise CheckpointError(
-<<<<<<< HEAD
-            f"{path}: tensor '{name}' has type {shorten(dtype)}; "
-=======
             f"{path}: tensor {name!r:.100} has type {kind!r:.20}; "
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
             f"{', '.join(FLOATS)} (and U32, U8 when quantized) can be read"
         )
     if not all(type(number) is int and number >= 0 for number in (*shape, *offsets)):

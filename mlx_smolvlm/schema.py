@@ -27,6 +27,8 @@ Schema = Mapping[str, Any] | type[Any] | str
 
 # No white space, so none can go on forever; nothing of a schema is skipped or approximated.
 _OPTIONS = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
+DEEPEST = 127  # levels of a schema; llguidance reads no more
+MOST_VALUES = 10**6  # in a schema; one that is shared counts wherever it stands
 _UNSATISFIED = "NoExtensionBias"  # llguidance's word for a state that nothing leads out of
 
 
@@ -74,8 +76,11 @@ def check(schema: Schema | None, regex: str | None) -> None:
         ValueError: The message begins with "schema" or "regex", and says why.
     """
     name = "regex" if schema is None else "schema"
-    if regex is not None and not isinstance(regex, str):
-        raise ValueError(f"regex is {regex!r}; it must be a text")
+    if regex is not None:
+        if not isinstance(regex, str):
+            raise ValueError(f"regex is {regex!r:.100}; it must be a text")
+        if not _is_unicode(regex):
+            raise ValueError("regex has a character that is not valid Unicode; give UTF-8 text")
     module, text = llguidance_module(), grammar(schema, regex)
     tokenizer = _byte_tokenizer()
     matcher = module.LLMatcher(tokenizer, text, log_level=0)
@@ -116,7 +121,39 @@ def schema_object(schema: Schema) -> dict[str, Any]:
         raise ValueError(
             f"schema is {schema!r:.100}; it must be a JSON object, its text, or a pydantic model"
         )
+    _check_size(schema)
     return dict(schema)
+
+
+def _check_size(value: Any, level: int = 1, count: int = 0) -> int:
+    """How many values there are with those of `value`; too deep or too many are refused.
+
+    The depth is checked first, since a schema in Python may hold itself.
+
+    Raises:
+        ValueError: It says which.
+    """
+    if level > DEEPEST:
+        raise ValueError(f"schema is nested more than {DEEPEST} levels deep; simplify it")
+    if count >= MOST_VALUES:
+        raise ValueError(f"schema has more than {MOST_VALUES:,} values; simplify it")
+    count += 1
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return count
+    for one in value:
+        count = _check_size(one, level + 1, count)
+    return count
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether `text` has no lone surrogate."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def value_of(text: str, schema: Schema | None) -> Any:
@@ -194,7 +231,9 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
 
 def _joins(node: dict[str, Any]) -> bool:
     """Whether `node` joins several schemas that may each list properties."""
-    joined = sum(len(node[name]) if name == "allOf" else 1 for name in _JOINS if name in node)
+    whole = node.get("allOf")
+    joined = sum(name in node for name in _JOINS if name != "allOf")
+    joined += len(whole) if isinstance(whole, list | tuple) else 0
     return joined > 1 or (joined == 1 and "properties" in node)
 
 
@@ -210,7 +249,7 @@ def _copied(schema: Any, nodes: list[dict[str, Any]]) -> Any:
             node[name] = {key: _copied(one, nodes) for key, one in value.items()}
         elif name in _ONE:
             node[name] = _copied(value, nodes)
-        elif name == "$ref" and isinstance(value, str):
+        elif name == "$ref" and isinstance(value, str) and _is_unicode(value):
             node[name] = quote(value, safe="#/:?&=%~!$'()*+,;@[]")
     nodes.append(node)
     return node

@@ -25,11 +25,7 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path, open_file, read_file, remove_leftovers, write_file
 from mlx_smolvlm.reuse import Content, Span, State
-<<<<<<< HEAD
-from mlx_smolvlm.safetensors import read_header, read_metadata, save_synced
-=======
-from mlx_smolvlm.safetensors import load_tensors, read_metadata
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
+from mlx_smolvlm.safetensors import load_tensors, read_metadata, save_synced
 from mlx_smolvlm.storage import FLOAT
 
 VERSION = 1
@@ -254,20 +250,12 @@ def read(path: Path, kind: str, checkpoint: str) -> tuple[dict[str, mx.array], d
         CheckpointError: It is none, or of another version or checkpoint, or damaged.
     """
     header = _header(path, kind, checkpoint)
-<<<<<<< HEAD
-    read_header(path)
+    tensors = load_tensors(path)
     try:
-        tensors = mx.load(str(path), format="safetensors")
-        assert isinstance(tensors, dict)
         is_whole = _digest(tensors) == header.get("digest")
     except (RuntimeError, TypeError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split())
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not is_whole:
-=======
-    tensors = load_tensors(path)
-    if _digest(tensors) != header.get("digest"):
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
         raise CheckpointError(f"{path} is damaged")
     return tensors, header["values"]
 

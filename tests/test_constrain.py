@@ -1,7 +1,10 @@
 """Answers that fit a schema or a regular expression."""
 
+import copy
 import importlib.util
 import json
+import math
+import random
 import re
 import sys
 import warnings
@@ -26,7 +29,7 @@ from mlx_smolvlm.generate import constrained_tokens
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.sampling import make_sampler
-from mlx_smolvlm.schema import closed
+from mlx_smolvlm.schema import check, closed
 from mlx_smolvlm.template import ChatTemplate
 from mlx_smolvlm.train.recipe.examples import example
 
@@ -433,7 +436,19 @@ def test_a_number_longer_than_python_reads(tiny: SmolVLM) -> None:
             {"schema": {"properties": {"a": {"$ref": "#"}}, "required": ["a"], "type": "object"}},
             "^schema cannot be used: .*Too many items",
         ),
+        ({"schema": {"allOf": 5}}, "^schema cannot be used: allOf must be an array"),
+        ({"schema": {"$ref": "#/\ud800"}}, r"^schema cannot be used: failed to parse"),
+        (
+            {"schema": '{"items":' * 900 + "{}" + "}" * 900},
+            "^schema is nested more than 127 levels",
+        ),
+        ({"schema": '{"items":' * 10**5}, "^schema is not JSON: maximum recursion depth"),
+        ({"schema": '{"const":' + "9" * 5000 + "}"}, "^schema is not JSON: Exceeds the limit"),
+        ({"schema": {"minimum": 10**400}}, "^schema cannot be used: .*number out of range"),
         ({"regex": "(a"}, r"^regex '\(a' cannot be used: unclosed group"),
+        ({"regex": "\ud800"}, "^regex has a character that is not valid Unicode"),
+        ({"regex": "(" * 10**5 + "a" + ")" * 10**5}, "^regex .{,210} cannot be used: exceed"),
+        ({"regex": "(a?){500}a{500}"}, r"^regex .* cannot be used: .*too many expressions"),
         ({"regex": "a(?=b)"}, r"^regex .* cannot be used: look-around"),
         ({"regex": "[a&&b]"}, r"^regex .* cannot be used: no answer can fit it"),
         ({"regex": 5}, r"^regex is 5; it must be a text"),
@@ -444,6 +459,62 @@ def test_what_cannot_be_followed_is_refused(wrong: dict[str, Any], message: str)
     with pytest.raises(ValueError, match=message) as caught:
         Sampling(**wrong)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_schema_is_walked_within_bounds() -> None:
+    nested: dict[str, Any] = {"type": "string"}
+    for _ in range(900):
+        nested = {"items": nested}
+    with pytest.raises(ValueError, match=r"^schema is nested more than 127 levels"):
+        Sampling(schema=nested)
+    own: dict[str, Any] = {"properties": {}}
+    own["properties"]["a"] = own
+    with pytest.raises(ValueError, match=r"^schema is nested more than 127 levels"):
+        Sampling(schema=own)
+    shared: dict[str, Any] = {"type": "string"}
+    for _ in range(60):  # 2**60 strings, were each walked
+        shared = {"properties": {"a": shared, "b": shared}}
+    with pytest.raises(ValueError, match=r"^schema has more than 1,000,000 values"):
+        Sampling(schema=shared)
+    as_deep_as_can_be: dict[str, Any] = {"type": "string"}
+    for _ in range(120):
+        as_deep_as_can_be = {"type": "array", "items": as_deep_as_can_be}
+    Sampling(schema=as_deep_as_can_be)
+
+
+def mutated(schema: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """`schema` with other values at some places, of any kind."""
+    values = [0, -1, 2**63, 10**400, 0.5, math.inf, "", "#", "\ud800", "(a{1000}){1000}", True]
+    values += [None, [], [64], {}, {"a": 1}, {"allOf": 5}, {1: 2}, (1,), b"x", {None: 1}]
+    keys = ["allOf", "anyOf", "oneOf", "$ref", "if", "items", "prefixItems", "properties", "const"]
+    keys += ["required", "minProperties", "pattern", "enum", "type", "maxItems", "$defs", "not"]
+    places: list[Any] = [schema]
+    for place in places:
+        children = place.values() if isinstance(place, dict) else place
+        places += [one for one in children if isinstance(one, dict | list)]
+    for _ in range(rng.randint(1, 3)):
+        place = rng.choice(places)
+        if isinstance(place, dict):
+            place[rng.choice([*keys, *place])] = copy.deepcopy(rng.choice(values))
+        elif place:
+            place[rng.randrange(len(place))] = copy.deepcopy(rng.choice(values))
+    return schema
+
+
+def test_mutated_schemas_are_read_or_refused() -> None:
+    schemas, read = sibling("random_schemas").Schemas(7), 0
+    for seed in range(200):
+        schema = mutated(copy.deepcopy(schemas.draw()), random.Random(seed))
+        try:
+            check(schema, None)
+            read += 1
+        except ValueError as error:
+            if not re.fullmatch(r"schema [^\n]{,500}", str(error)):
+                pytest.fail(f"{seed}: {error!r}")
+        except Exception as error:
+            pytest.fail(f"{seed}: {type(error).__name__}: {error}")
+    assert 20 < read < 150
 
 
 def test_a_token_that_is_not_allowed_is_an_error(tiny: SmolVLM) -> None:

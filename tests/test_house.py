@@ -77,7 +77,6 @@ def test_every_public_name_has_a_docstring() -> None:
                     assert ast.get_docstring(node) or undocumented, f"{path.name}: {node.name}"
 
 
-<<<<<<< HEAD
 def test_pictures_are_opened_in_listed_formats_alone() -> None:
     """Pillow would start Ghostscript for an EPS, whatever the file is called."""
     found = 0
@@ -88,7 +87,8 @@ def test_pictures_are_opened_in_listed_formats_alone() -> None:
                     assert "formats" in {word.arg for word in node.keywords}, path
                     found += 1
     assert found >= 3
-=======
+
+
 def test_native_readers_see_no_file_that_was_not_checked() -> None:
     """`load_tensors` checks a header before `mx.load` reads the file; nothing else may call it."""
     readers = {("mx", "load"), ("np", "load"), ("numpy", "load"), ("torch", "load")}
@@ -103,4 +103,3 @@ def test_native_readers_see_no_file_that_was_not_checked() -> None:
                     name = node.id if isinstance(node, ast.Name) else node.name
                     assert name not in ("safe_open", "load_file", "memmap"), path
     assert calls == {"mlx_smolvlm/safetensors.py"}
->>>>>>> b3e7d7a (Check safetensors headers in one place before MLX reads them, and what two readers could take in two ways)
