@@ -10,7 +10,7 @@ from typing import Any
 from mlx_smolvlm.checkpoint import TOKENIZER_FILE
 from mlx_smolvlm.convert.gguf_file import shown
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.fetch import one_line
+from mlx_smolvlm.quoting import one_line
 
 SPLITTERS = ("smollm",)  # llama.cpp's names of how text is split; others differ
 CONTROL = 3  # llama.cpp's type of a token that stands for no text
