@@ -208,6 +208,25 @@ def test_a_later_token_changes_nothing_before_it(tiny_folder: Path, loss: Any) -
     assert told == changed
 
 
+def test_each_target_is_predicted_from_the_token_before_it(tiny: SmolVLM, work: Path) -> None:
+    """The loss of a batch is that of each row alone, with the logits of every place."""
+    examples = read_dataset(work / "data")[:4]
+    expected, count = 0.0, 0
+    for example in examples:
+        media = opened(tiny, example, Sight())
+        row = row_of(tiny.prompt_builder, example, media)
+        logits = np.array(tiny.model(tiny.model.embed(row.ids, tiny.encode(media)))[0], np.float64)
+        for place in np.flatnonzero(row.is_target):
+            before = logits[place - 1]
+            expected += np.log(np.exp(before).sum()) - before[row.ids[place]]
+            count += 1
+    loader = Loader(tiny, lambda number: examples, 1, Sight(), Features(tiny))
+    total, targets = answer_loss(tiny.model, loader.batch(0))
+    loader.close()
+    assert targets.item() == count
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_padding_changes_nothing(tiny: SmolVLM) -> None:
     batch = batch_of(tiny)
     wide = np.zeros((2, 96), np.int32)
