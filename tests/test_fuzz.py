@@ -32,7 +32,7 @@ ACTIONS = {
     "printed": lambda: os.write(2, b"panicked"),
     "long message": lambda: refuse("x" * 5000),
 }
-KINDS = {name: (lambda folder, a=a: lambda random: a, 2) for name, a in ACTIONS.items()}
+KINDS = {name: (lambda folder, a=a: lambda random: a, 1) for name, a in ACTIONS.items()}
 """
 
 
@@ -40,11 +40,10 @@ def test_every_kind_of_failure_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "broken_kinds.py").write_text(KINDS)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "FUZZ_KINDS": "broken_kinds"}
-    command = [sys.executable, str(TESTS / "fuzz.py"), "--seconds", "2", "--megabytes", "300"]
+    command = [sys.executable, str(TESTS / "fuzz.py"), "--seconds", "1", "--megabytes", "300"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     failures = ["traceback", "crash", "hang", "memory", "printed", "long message"]
     for name in failures:
-        assert run.stdout.count(f": {name}: ") == 2, run.stdout + run.stderr
-        assert f"{name} 0: {name}: " in run.stdout
-    assert "16 files, 12 failed" in run.stdout
+        assert f"{name} 0: {name}: " in run.stdout, run.stdout + run.stderr
+    assert "8 files, 6 failed" in run.stdout
     assert run.returncode == 1
