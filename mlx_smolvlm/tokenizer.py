@@ -146,6 +146,10 @@ def _check_part(part: Any, kinds: frozenset[str], key: str) -> None:
         raise ValueError(
             f"its {key} is of type {kind!r:.40}; this package reads {', '.join(sorted(kinds))}"
         )
+    if not isinstance(part, dict):
+        if kind in ("Sequence", "Split"):
+            raise ValueError(f"its {key} of type {kind} states nothing else")
+        return
     if kind == "Sequence":
         members = part.get("normalizers", part.get("pretokenizers", part.get("decoders")))
         for member in members if isinstance(members, list) else [members]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import conftest
 import fuzz_damage
+import gguf_cases
 import hf_folder
 import mlx.core as mx
 import numpy as np
@@ -177,6 +178,21 @@ def sources(folder: Path) -> Case:
     return case
 
 
+def gguf_files(folder: Path) -> Case:
+    """GGUF files of a language model, converted."""
+    kinds = (("Q4_0", "Q8_0"), ("Q4_1", "F16"), ("F32", "F32"))
+    seeds = [gguf_cases.write_model(folder / "model.gguf", *one).read_bytes() for one in kinds]
+    convert_checkpoint(folder / "model.gguf", folder / "made")
+
+    def case(random: Random) -> Action:
+        shutil.rmtree(folder / "made", ignore_errors=True)
+        path = folder / "model.gguf"
+        path.write_bytes(fuzz_damage.damage_bytes(seeds[random.integers(0, len(seeds))], random))
+        return lambda: convert_checkpoint(path, folder / "made")
+
+    return case
+
+
 def tokenizers(folder: Path) -> Case:
     """tokenizer.json of our own folders."""
     whole = write_tiny(folder / "whole")
@@ -266,6 +282,7 @@ KINDS: dict[str, tuple[Callable[[Path], Case], int]] = {
     "sources": (sources, 500),
     "tokenizers": (tokenizers, 500),
     "templates": (templates, 500),
+    "GGUF files": (gguf_files, 500),
     "cache files": (cache_files, 250),
     "conversations": (conversations, 250),
 }

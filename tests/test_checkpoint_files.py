@@ -273,6 +273,7 @@ BAD = {
     "another model": (lambda v: v.update(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "BPE"),
     "a list": (lambda v: v["model"].update(vocab=[["a", 0]]), "must be BPE"),
     "chance": (lambda v: v["model"].update(dropout=0.5), "dropout is 0.5"),
+    "a sequence of nothing": (lambda v: v.update(decoder="Sequence"), "states nothing else"),
     "a prefix": (lambda v: v["model"].update(continuing_subword_prefix="##"), "must be null"),
     "a map": (lambda v: v.update(normalizer={"type": "Precompiled", "precompiled_charsmap": ""}),
               "normalizer is of type 'Precompiled'"),
