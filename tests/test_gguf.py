@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from mlx_smolvlm.convert import gguf_file
-from mlx_smolvlm.convert.gguf import unpack_gguf
+from mlx_smolvlm.convert.gguf import _in_halves, unpack_gguf
 from mlx_smolvlm.convert.gguf_blocks import arrays_of
 from mlx_smolvlm.convert.gguf_file import open_gguf
 from mlx_smolvlm.convert.run import convert_checkpoint
@@ -96,6 +96,13 @@ def test_q4_k_and_bf16(tmp_path: Path) -> None:
     floats = mx.array(rng.normal(size=(4, 8)).astype(np.float32)).astype(mx.bfloat16)
     stored = np.array(floats.view(mx.uint16)).tobytes()
     assert mx.array_equal(arrays_of("BF16", (4, 8), stored)["weight"], floats).item()
+
+
+def test_rows_that_llama_cpp_pairs_are_half_a_head_apart(tmp_path: Path) -> None:
+    rows = mx.arange(16).reshape(8, 2)  # two heads of four rows, two numbers each
+    turned = _in_halves(tmp_path, "q", rows, 2)
+    assert turned[:, 0].tolist() == [0, 4, 2, 6, 8, 12, 10, 14]
+    assert turned[:, 1].tolist() == [1, 5, 3, 7, 9, 13, 11, 15]
 
 
 def test_metadata_of_every_type(tmp_path: Path) -> None:
