@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,26 +37,27 @@ def read_request(
     """The request that a user's arguments make; with a question as text, media come before it.
 
     Raises:
-        PromptError: The messages have more or fewer media items than there are media.
+        PromptError: The prompt or a message is malformed, or the messages have more or fewer
+            media items than there are media.
     """
     pictures, clips = _as_list(images), _as_list(videos)
     if isinstance(prompt, str):
         items = [{"type": "image"} for _ in pictures] + [{"type": "video"} for _ in clips]
         user = {"role": "user", "content": [*items, {"type": "text", "text": prompt}]}
         return Request([*system_message(system), user], pictures, clips)
+    if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
+        raise PromptError(f"the prompt is {prompt!r:.100}; give a question or a list of messages")
     request = Request(system_message(system))
-    for message in prompt:
-        content = message.get("content", "")
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            for kind, rest, sources in (
-                ("image", pictures, request.images),
-                ("video", clips, request.videos),
-            ):
-                if part.get("type") == kind:
-                    sources.append(_source(part, kind, rest))
-        plain = [{k: v for k, v in part.items() if k not in ("image", "video")} for part in parts]
-        request.messages.append({"role": message.get("role"), "content": plain})
+    for number, message in enumerate(prompt, 1):
+        plain: list[Message] = []
+        for item, source in _read_items(message, f"message {number}"):
+            plain.append(item)
+            kind = item["type"]
+            if kind == "image":
+                request.images.append(_next_source(kind, pictures) if source is None else source)
+            elif kind == "video":
+                request.videos.append(_next_source(kind, clips) if source is None else source)
+        request.messages.append({"role": message["role"], "content": plain})
     for kind, rest in (("image", pictures), ("video", clips)):
         if rest:
             raise PromptError(f"{len(rest)} {NOUNS[kind]} have no {kind} item in the messages")
@@ -65,11 +66,61 @@ def read_request(
 
 NOUNS = {"image": "pictures", "video": "videos"}
 
+# How OpenAI's APIs name items, and what the chat templates call them.
+_KINDS = {
+    **{"text": "text", "input_text": "text", "output_text": "text"},
+    **{"image": "image", "image_url": "image", "input_image": "image"},
+    **{"video": "video", "video_url": "video", "input_video": "video"},
+}
 
-def _source(part: Message, kind: str, rest: list[Any]) -> Any:
-    """The source of an item: its own, or the next that was given beside the messages."""
-    if kind in part:
-        return part[kind]
+
+def _read_items(message: Any, where: str) -> Iterator[tuple[Message, Any]]:
+    """Yields each content item of `message` without its source, and the source or None.
+
+    Raises:
+        PromptError: The message or an item of it is malformed.
+    """
+    if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+        raise PromptError(
+            f"{where} must be an object with 'role' and 'content', not {message!r:.100}"
+        )
+    content = message["content"]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not isinstance(content, list | tuple) or not content:
+        raise PromptError(
+            f"{where} has the content {content!r:.100}; give a text or a list of items"
+        )
+    for item in content:
+        if not isinstance(item, Mapping) or "type" not in item:
+            raise PromptError(f"{where} has the item {item!r:.100}; give an object with a 'type'")
+        given = item["type"]
+        kind = _KINDS.get(given) if isinstance(given, str) else None
+        if kind is None:
+            raise PromptError(
+                f"{where} has content of type {given!r:.100}; it must be 'text', 'image' or 'video'"
+            )
+        if kind == "text":
+            yield {"type": "text", "text": item.get("text")}, None
+        else:
+            yield {"type": kind}, _read_source(item, kind, where)
+
+
+def _read_source(item: Mapping[str, Any], kind: str, where: str) -> Any:
+    """The source that an image or video item carries; None if it takes the next one given."""
+    names = [name for name in (kind, f"{kind}_url", "url") if item.get(name) is not None]
+    if not names:
+        return None
+    source = item[names[0]]
+    if isinstance(source, Mapping):
+        source = source.get("url")
+        if not isinstance(source, str):
+            raise PromptError(f"{where} has a {names[0]} without a 'url'; give a path or a URL")
+    return source
+
+
+def _next_source(kind: str, rest: list[Any]) -> Any:
+    """The next source that was given beside the messages."""
     if not rest:
         raise PromptError(f"the messages have more {kind} items than there are {NOUNS[kind]}")
     return rest.pop(0)
