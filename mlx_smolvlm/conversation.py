@@ -146,17 +146,7 @@ class Conversation:
         if len(request.messages) != 1 or request.messages[0]["role"] != "user":
             raise PromptError("a turn is one message of the user")
         turn = Turn(request.messages[0], self._vlm.opened(request, self._options.detail))
-        turns, stream = self._fitting([*self._turns, turn])
-        dropped = len(self._turns) + 1 - len(turns)
-        if dropped:
-            warnings.warn(
-                f"the context is full: the oldest {dropped} of {len(self._turns)} questions are "
-                "forgotten with their answers, and the rest is run again",
-                SmolVLMWarning,
-                stacklevel=2,
-            )
-        self._turns, self._open = turns, stream
-        return stream
+        return self._begin([*self._turns, turn])
 
     def retry(self, sampling: Sampling | None = None) -> AnswerStream:
         """Another answer to the last question, in place of the one that was given.
@@ -170,9 +160,7 @@ class Conversation:
         self._settle()
         if not self._turns:
             raise PromptError("there is no question to ask again")
-        turns = [*self._turns[:-1], replace(self._turns[-1], answer=None)]
-        self._turns, self._open = self._fitting(turns, sampling)
-        return self._open
+        return self._begin([*self._turns[:-1], replace(self._turns[-1], answer=None)], sampling)
 
     def undo(self) -> str | None:
         """Take the last question and its answer back; its text, or None if there is none."""
@@ -229,6 +217,23 @@ class Conversation:
         self._system, self._turns = saved.system, saved.turns
         if vlm.cache_options.is_plain:  # as files are; other caches begin anew
             self._state = saved.state
+
+    def _begin(self, wanted: list[Turn], sampling: Sampling | None = None) -> AnswerStream:
+        """The stream of the last answer to `wanted`, which replaces the turns so far.
+
+        Warns of the oldest turns that the context does not hold.
+        """
+        turns, stream = self._fitting(wanted, sampling)
+        dropped = len(wanted) - len(turns)
+        if dropped:
+            warnings.warn(
+                f"the context is full: the oldest {dropped} of {len(self._turns)} questions are "
+                "forgotten with their answers, and the rest is run again",
+                SmolVLMWarning,
+                stacklevel=3,
+            )
+        self._turns, self._open = turns, stream
+        return stream
 
     def _fitting(
         self, turns: list[Turn], sampling: Sampling | None = None

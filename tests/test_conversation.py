@@ -1,5 +1,6 @@
 """Conversations do new work only, and answer as a cold run of their transcript does."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -455,6 +456,20 @@ def test_drop_oldest_forgets_openly(warm: SmolVLM, cold: SmolVLM, logits: list[n
     with pytest.raises(ContextError):
         chat.ask("wool " * 600)
     assert len(chat.messages) == 7
+
+
+def test_a_retry_that_forgets_says_so(warm: SmolVLM) -> None:
+    chat = warm.chat(sampling=SHORT, on_full="drop-oldest")
+    while chat.context_used < 512 - 50:  # so that there is room for 5 tokens, and none for 64
+        chat.ask("wool " * 5)
+    longer = Sampling(max_tokens=64)
+    with pytest.warns(SmolVLMWarning, match=r"oldest \d+ of \d+ questions are forgotten"):
+        chat.retry(longer)
+    before = warm.chat(sampling=SHORT, on_full="drop-oldest")
+    before.ask("What?")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before.retry(longer).finished()
 
 
 def test_wrong_arguments(warm: SmolVLM) -> None:
