@@ -46,7 +46,9 @@ class BoundedKVCache(KVCache):
         super().__init__(num_layers, storage)
         self.max_tokens = max_tokens
         self.pins, self.positions = np.arange(SINKS), np.arange(0)
-        self._chunk: _Chunk | None = None  # of the forward pass that is under way
+        # What is the same in every layer of the forward pass that is under way.
+        self._chunk: _Chunk | None = None
+        self._slot: int | None = None
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
         """As `KVCache.attend`, without what is no longer seen.
@@ -85,7 +87,7 @@ class BoundedKVCache(KVCache):
             self.positions[self._oldest()] = self.offset
         else:
             self.positions = (self._chunk or self._plan(length)).positions
-        self._chunk = None
+        self._chunk = self._slot = None
         super().advance(length)
 
     def fork(self) -> Self:
@@ -115,6 +117,7 @@ class BoundedKVCache(KVCache):
                 f"dropped {self.dropped}; ask can_resume first, and begin a new cache"
             )
         super().trim(offset)
+        self._chunk = self._slot = None  # of a forward pass that was interrupted
         self.positions = self.positions[:offset]
 
     def pin(self, pins: np.ndarray) -> None:
@@ -135,6 +138,7 @@ class BoundedKVCache(KVCache):
                 f"{pins.size} tokens to pin and {RECENT} recent ones exceed {self.max_tokens}"
             )
         self.pins = pins
+        self._chunk = self._slot = None
 
     @property
     def dropped(self) -> int:
@@ -150,9 +154,11 @@ class BoundedKVCache(KVCache):
         return np.array_equal(old[old < self.offset], new[new < self.offset])
 
     def _oldest(self) -> int:
-        """The slot of the oldest token that is not pinned."""
-        free = np.where(np.isin(self.positions, self.pins), self.offset, self.positions)
-        return int(np.argmin(free))
+        """The slot of the oldest token that is not pinned, computed once a forward pass."""
+        if self._slot is None:
+            free = np.where(np.isin(self.positions, self.pins), self.offset, self.positions)
+            self._slot = int(np.argmin(free))
+        return self._slot
 
     def _plan(self, length: int) -> _Chunk:
         """What `length` new tokens see and leave.

@@ -331,6 +331,16 @@ def test_the_pinned_and_the_latest_stay(wide: Model, cuts: Sequence[int]) -> Non
     assert cache.dropped == 251 - LIMIT
 
 
+def test_what_to_drop_is_computed_once_a_forward_pass(
+    wide: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    argmin = np.argmin
+    monkeypatch.setattr(np, "argmin", lambda values: (calls.append(1), argmin(values))[1])
+    logits(wide, normal(1, LIMIT + 4, 64), BoundedKVCache(3, LIMIT), range(LIMIT, LIMIT + 4))
+    assert len(calls) == 4
+
+
 def test_pins_may_come_later(wide: Model) -> None:
     # As when a conversation goes on to another picture.
     embeds, pins = normal(1, 250, 64), np.array([*range(10), *range(160, 180)])

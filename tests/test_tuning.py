@@ -5,7 +5,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -472,3 +472,19 @@ def test_other_settings_data_or_weights_are_refused(tiny_folder: Path, work: Pat
     cases.make_dataset(work / "data", 7)
     with pytest.raises(TrainingError, match="the data changed"):
         tune(work, tiny_folder)
+
+
+def test_sizes_of_media_are_told_apart(tiny_folder: Path, work: Path) -> None:
+    """Two files of 1 and 23 bytes are other media than two of 12 and 3."""
+    tuning = Tuning(read_settings(cases.write_config(work, tiny_folder)), work / "run")
+    paths = [work / "a", work / "b"]
+    file = work / "rows.jsonl"
+    file.write_text("{}")
+    example = SimpleNamespace(file=file, images=paths, videos=())
+    digests = []
+    for sizes in ((1, 23), (12, 3)):
+        for path, size in zip(paths, sizes, strict=True):
+            path.write_bytes(bytes(size))
+        digests.append(tuning._identity([[example]])["data"])  # type: ignore[list-item]
+    tuning.close()
+    assert digests[0] != digests[1]

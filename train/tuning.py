@@ -225,9 +225,10 @@ class Tuning:
         """What has to be the same for a training to go on."""
         total = hashlib.blake2b(digest_size=16)
         for examples in datasets:
-            total.update(examples[0].file.read_bytes())
+            data = examples[0].file.read_bytes()
+            total.update(b"%d\n" % len(data) + data)
             for path in [path for one in examples for path in (*one.images, *one.videos)]:
-                total.update(str(path.stat().st_size).encode())
+                total.update(b"%d\n" % path.stat().st_size)
         base = json.dumps([self.vlm.config.to_dict(), signature(self.vlm.model)])
         return {
             "settings": json.dumps(self.settings.decisive()),
