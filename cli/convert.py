@@ -39,6 +39,15 @@ class ConvertRequest:
     upload: str | None = None
     private: bool = False
 
+    @property
+    def changes(self) -> bool:
+        """Whether an option asks for a conversion, or for a comparison of its result."""
+        from mlx_smolvlm.cli.precision import Better
+        from mlx_smolvlm.convert.quantize import ConvertOptions
+
+        is_better = self.better is not None and self.better != Better()
+        return is_better or self.verify is not None or self.options != ConvertOptions()
+
     def __post_init__(self) -> None:
         if self.upload is not None and self.offline:
             raise typer.BadParameter("it needs the network", param_hint="--upload")
@@ -69,6 +78,12 @@ def convert(request: ConvertRequest) -> None:
         check_upload(request.upload)  # or the work would be done before it is known
     source = find_source(request.source)
     if request.upload is not None and request.dest is None and is_own(Path(source)):
+        if request.changes:
+            raise typer.BadParameter(
+                f"{source} is a checkpoint of mlx-smolvlm, which --upload publishes as it is; to "
+                "convert it again with these options, give a new folder",
+                param_hint="DEST",
+            )
         publish(Path(source), request)
         return
     suffix = None if request.better is None else request.better.suffix

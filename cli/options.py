@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -76,6 +77,11 @@ class ChatOptions:
                 if getattr(self.frames, name.name) != name.default:
                     option = _OPTION_NAMES.get(name.name, name.name.replace("_", "-"))
                     raise typer.BadParameter("it needs a video (-v)", param_hint=f"--{option}")
+        if self.frames.chunk_s is not None and self.prompt is None and sys.stdin.isatty():
+            raise typer.BadParameter(
+                "it needs a question: a conversation is not held part by part",
+                param_hint="--chunk",
+            )
         if self.frames.chunk_s is not None and (len(self.videos) != 1 or self.images):
             raise typer.BadParameter("it needs one video (-v), alone", param_hint="--chunk")
 

@@ -191,3 +191,39 @@ def test_the_model_is_loaded_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         "cache": CacheOptions(max_kv_tokens=300),
         "adapter": Path("lora"),
     }
+
+
+def test_a_conversation_refuses_parts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mlx_smolvlm.cli.chat.chat", lambda options: 0)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    assert run(monkeypatch, "chat", "-v", "a.mp4", "--chunk", "60") == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "--chunk" in said
+    assert "it needs a question" in said
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False)
+    assert run(monkeypatch, "chat", "-v", "a.mp4", "--chunk", "60") == 0  # the question is piped
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--bits", "4"), ("--recipe", "tiny"), ("--verify",), ("--gptq",), ("--dtype", "bfloat16")],
+    ids=str,
+)
+def test_an_upload_as_it_is_refuses_options_that_change_it(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+) -> None:
+    published: list[Path] = []
+    monkeypatch.setattr("mlx_smolvlm.convert.upload.check_upload", lambda repo: "me")
+    monkeypatch.setattr(
+        "mlx_smolvlm.cli.convert.publish", lambda folder, request: published.append(folder)
+    )
+    assert run(monkeypatch, "convert", "demo", *options, "--upload", "me/x") == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert "DEST" in said
+    assert published == []
+    assert run(monkeypatch, "convert", "demo", "--upload", "me/x") == 0
+    assert len(published) == 1
