@@ -164,8 +164,9 @@ def _text_config(path: Path, file: GgufFile) -> dict[str, Any]:
 
 def _number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) -> Any:
     """The number above 0 of type `kind` under `key`."""
-    value = metadata.get(key)
-    if type(value) is not kind or not 0 < value < (LARGEST if kind is int else math.inf):
+    value: Any = metadata.get(key)
+    is_kind = type(value) is kind
+    if not is_kind or not 0 < value < (LARGEST if kind is int else math.inf):
         raise CheckpointError(
             f"{path}: the metadata have no usable {key} ({shown(value)}); fetch it again"
         )

@@ -46,7 +46,7 @@ def _packed(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.arra
     head = 4 if kind == "Q4_1" else 2
     blocks = np.frombuffer(data, np.uint8).reshape(math.prod(shape) // GROUP, -1)
     scales = _halves(blocks, 0)
-    body = blocks[:, head:]
+    body: np.ndarray = blocks[:, head:]
     with np.errstate(all="ignore"):
         if kind == "Q8_0":  # signed bytes; MLX's are unsigned
             biases, body = np.float16(-128) * scales, body ^ 0x80
@@ -78,7 +78,10 @@ def _q2_k(blocks: np.ndarray) -> np.ndarray:
     d, least = _halves(blocks, 80).astype(np.float32), _halves(blocks, 82).astype(np.float32)
     scales, numbers = blocks[:, :16], blocks[:, 16:80].reshape(-1, 2, 32)
     numbers = _bits(numbers, (0, 2, 4, 6), 3).reshape(-1, 16, 16)
-    return (d * (scales & 15))[..., None] * numbers - (least * (scales >> 4))[..., None]
+    values: np.ndarray = (d * (scales & 15))[..., None] * numbers - (least * (scales >> 4))[
+        ..., None
+    ]
+    return values
 
 
 def _q4_k(blocks: np.ndarray) -> np.ndarray:
@@ -88,7 +91,8 @@ def _q4_k(blocks: np.ndarray) -> np.ndarray:
     scales = np.concatenate([low & 63, high & 15 | low >> 6 << 4], axis=1)
     mins = np.concatenate([middle & 63, high >> 4 | middle >> 6 << 4], axis=1)
     numbers = _bits(blocks[:, 16:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
-    return (d * scales)[..., None] * numbers - (least * mins)[..., None]
+    values: np.ndarray = (d * scales)[..., None] * numbers - (least * mins)[..., None]
+    return values
 
 
 def _q6_k(blocks: np.ndarray) -> np.ndarray:
@@ -97,7 +101,8 @@ def _q6_k(blocks: np.ndarray) -> np.ndarray:
     low = _bits(blocks[:, :128].reshape(-1, 2, 64), (0, 4), 15).reshape(-1, 8, 32)
     high = _bits(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 8, 32)
     numbers = (low | high << 4).astype(np.int8) - np.int8(32)
-    return (d * scales)[..., None] * numbers.reshape(-1, 16, 16)
+    values: np.ndarray = (d * scales)[..., None] * numbers.reshape(-1, 16, 16)
+    return values
 
 
 _K_TYPES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {

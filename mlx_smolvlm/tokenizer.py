@@ -157,7 +157,7 @@ def _check_part(part: Any, kinds: frozenset[str], key: str) -> None:
     elif kind == "Split":
         pattern = part.get("pattern")
         text = next(iter(pattern.values()), None) if isinstance(pattern, dict) else None
-        if not isinstance(text, str) or not text or len(text) > LONGEST_PATTERN:
+        if pattern is None or not isinstance(text, str) or not 0 < len(text) <= LONGEST_PATTERN:
             raise ValueError(f"its {key} splits at no pattern, or too long a one")
         if "Regex" in pattern and _SLOW.search(text):
             raise ValueError(f"its {key} has a pattern that can take forever: {text!r:.80}")
