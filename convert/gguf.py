@@ -22,9 +22,9 @@ import mlx.core as mx
 from mlx_smolvlm.checkpoint import TEMPLATE_FILE, TOKENIZER_FILE, chat_template
 from mlx_smolvlm.config import LARGEST
 from mlx_smolvlm.convert.gguf_blocks import GROUP, PACKED_BITS, arrays_of
-from mlx_smolvlm.convert.gguf_file import GgufFile, open_gguf, shown
+from mlx_smolvlm.convert.gguf_file import GgufFile, open_gguf
 from mlx_smolvlm.convert.gguf_tokenizer import added_tokens, placeholder_id, tokenizer_json
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.safetensors import WEIGHTS_FILE, read_json
 
 LAYER_NAMES = {
@@ -90,7 +90,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     if type(eos) is not int or not 0 <= eos < text["vocab_size"]:
         raise CheckpointError(
-            f"{path}: the end token is {shown(eos)}, which is none of the "
+            f"{path}: the end token is {shorten(eos)}, which is none of the "
             f"{text['vocab_size']:,} tokens; fetch it again"
         )
     config = {
@@ -128,12 +128,12 @@ def _text_config(path: Path, file: GgufFile) -> dict[str, Any]:
     architecture = metadata.get("general.architecture")
     if architecture != "llama":
         raise CheckpointError(
-            f"{path} is a {shown(architecture)} model; of GGUF files those of 'llama' can be "
+            f"{path} is a {shorten(architecture)} model; of GGUF files those of 'llama' can be "
             "converted, such as SmolLM2's"
         )
     scaling = metadata.get("llama.rope.scaling.type", "none")
     if scaling != "none":
-        raise CheckpointError(f"{path}: rope scaling {shown(scaling)} is not supported")
+        raise CheckpointError(f"{path}: rope scaling {shorten(scaling)} is not supported")
     text: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
     for name, key in SIZES.items():
         kind = float if name in FLOATS else int
@@ -152,7 +152,7 @@ def _text_config(path: Path, file: GgufFile) -> dict[str, Any]:
     turned = metadata.get("llama.rope.dimension_count", text["head_dim"])
     if turned != text["head_dim"]:
         raise CheckpointError(
-            f"{path}: rope turns {shown(turned)} of {text['head_dim']} numbers of a head, "
+            f"{path}: rope turns {shorten(turned)} of {text['head_dim']} numbers of a head, "
             "which is not supported"
         )
     if text["num_hidden_layers"] > len(file.tensors):
@@ -168,7 +168,7 @@ def _number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) -> An
     is_kind = type(value) is kind
     if not is_kind or not 0 < value < (LARGEST if kind is int else math.inf):
         raise CheckpointError(
-            f"{path}: the metadata have no usable {key} ({shown(value)}); fetch it again"
+            f"{path}: the metadata have no usable {key} ({shorten(value)}); fetch it again"
         )
     return value
 
@@ -204,7 +204,7 @@ def _module(path: Path, name: str) -> str:
     match = re.fullmatch(r"blk\.([0-9]{1,5})\.(\w+)\.weight", name)
     module = LAYER_NAMES.get(match[2]) if match else TOP_NAMES.get(name.removesuffix(".weight"))
     if module is None or not name.endswith(".weight"):
-        raise CheckpointError(f"{path}: tensor {shown(name)} is not part of a SmolLM2 decoder")
+        raise CheckpointError(f"{path}: tensor {shorten(name)} is not part of a SmolLM2 decoder")
     return f"model.text_model.layers.{match[1]}.{module}" if match else module
 
 

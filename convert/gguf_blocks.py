@@ -52,7 +52,7 @@ def _packed(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.arra
             biases, body = np.float16(-128) * scales, body ^ 0x80
         else:  # the first 16 numbers in the low halves of the bytes, MLX has neighbors in a byte
             biases = _halves(blocks, 2) if kind == "Q4_1" else np.float16(-8) * scales
-            numbers = np.concatenate([body & 0x0F, body >> 4], axis=1)
+            numbers: np.ndarray = np.concatenate([body & 0x0F, body >> 4], axis=1)
             body = numbers[:, 0::2] | numbers[:, 1::2] << 4
     weight = np.ascontiguousarray(body).view("<u4")
     rows, groups = shape[:-1], shape[-1] // GROUP

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import reprlib
 import struct
 import sys
 from array import array
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.files import open_file
 
 VERSIONS = (2, 3)
@@ -122,11 +121,6 @@ def open_gguf(path: Path) -> Iterator[GgufFile]:
         yield GgufFile(path, file)
 
 
-def shown(value: Any) -> str:
-    """A value of the metadata or a name, as a message shows it: some 40 characters at most."""
-    return reprlib.repr(value)
-
-
 class _HeaderError(Exception):
     """What is wrong with a header."""
 
@@ -153,11 +147,11 @@ class _Header:
         for _ in range(entry_count):
             key = self._string(LONGEST_NAME)
             if key in metadata:
-                raise _HeaderError(f"the metadata have {shown(key)} twice")
+                raise _HeaderError(f"the metadata have {shorten(key)} twice")
             metadata[key] = self._value(self._number("I"))
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & alignment - 1:
-            raise _HeaderError(f"its alignment is {shown(alignment)}, which is no power of two")
+            raise _HeaderError(f"its alignment is {shorten(alignment)}, which is no power of two")
         described = [self._tensor() for _ in range(tensor_count)]
         return metadata, self._placed(described, alignment)
 
@@ -168,12 +162,12 @@ class _Header:
         for one in sorted(tensors, key=lambda one: one.offset):
             offset = start + one.offset
             if one.name in result:
-                raise _HeaderError(f"it has the tensor {shown(one.name)} twice")
+                raise _HeaderError(f"it has the tensor {shorten(one.name)} twice")
             if offset != place:
-                raise _HeaderError(f"the tensors overlap or leave gaps at {shown(one.name)}")
+                raise _HeaderError(f"the tensors overlap or leave gaps at {shorten(one.name)}")
             if offset + one.nbytes > self._size:
                 raise _HeaderError(
-                    f"tensor {shown(one.name)} ends at byte {offset + one.nbytes:,} of "
+                    f"tensor {shorten(one.name)} ends at byte {offset + one.nbytes:,} of "
                     f"{self._size:,}; fetch it again"
                 )
             place = -(-(offset + one.nbytes) // alignment) * alignment
@@ -185,19 +179,19 @@ class _Header:
         name = self._string(LONGEST_NAME)
         count = self._number("I")
         if not 1 <= count <= MOST_DIMENSIONS:
-            raise _HeaderError(f"tensor {shown(name)} has {count} dimensions")
+            raise _HeaderError(f"tensor {shorten(name)} has {count} dimensions")
         sides = [self._number("Q") for _ in range(count)]
         number, offset = self._number("I"), self._number("Q")
         if number not in TYPES:
             kind = _OTHER_TYPES.get(number, f"number {number}")
             usable = ", ".join(name for name, _, _ in TYPES.values())
             raise _HeaderError(
-                f"tensor {shown(name)} is of type {kind}; {usable} can be read, or convert the "
+                f"tensor {shorten(name)} is of type {kind}; {usable} can be read, or convert the "
                 "safetensors that it was made from"
             )
         kind, block, block_bytes = TYPES[number]
         if not all(1 <= side < 2**31 for side in sides) or sides[0] % block:
-            raise _HeaderError(f"tensor {shown(name)} has the dimensions {sides}, type {kind}")
+            raise _HeaderError(f"tensor {shorten(name)} has the dimensions {sides}, type {kind}")
         nbytes = math.prod(sides) // block * block_bytes
         return GgufTensor(name, kind, tuple(reversed(sides)), offset, nbytes)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_smolvlm.checkpoint import TOKENIZER_FILE
-from mlx_smolvlm.convert.gguf_file import shown
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.quoting import one_line
 
 SPLITTERS = ("smollm",)  # llama.cpp's names of how text is split; others differ
@@ -26,7 +25,7 @@ def tokenizer_json(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> 
     kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
     if kind[0] != "gpt2" or kind[1] not in SPLITTERS:
         raise CheckpointError(
-            f"{path} has a tokenizer of kind {shown(kind[0])}, {shown(kind[1])}, which cannot "
+            f"{path} has a tokenizer of kind {shorten(kind[0])}, {shorten(kind[1])}, which cannot "
             f"be made from the metadata; put the model's {TOKENIZER_FILE} beside it"
         )
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import mlx.core as mx
 
 from mlx_smolvlm.config import DTYPES, PARTS, Quantization, QuantizationConfig, part_of
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, shorten
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -55,9 +55,11 @@ def requested(options: ConvertOptions) -> dict[str, Quantization | None]:
         CheckpointError: Bits, group size, mode or dtype that do not exist.
     """
     if options.dtype is not None and options.dtype not in DTYPES:
-        raise CheckpointError(f"dtype {options.dtype!r} is none of {', '.join(DTYPES)}")
+        raise CheckpointError(f"dtype {shorten(options.dtype)} is none of {', '.join(DTYPES)}")
     if options.mode != "affine" and options.mode not in FLOAT_MODES:
-        raise CheckpointError(f"mode {options.mode!r} is none of affine, {', '.join(FLOAT_MODES)}")
+        raise CheckpointError(
+            f"mode {shorten(options.mode)} is none of affine, {', '.join(FLOAT_MODES)}"
+        )
     if options.group_size not in AFFINE_GROUPS:
         raise CheckpointError(f"group size {options.group_size} is none of 32, 64, 128")
     bits = options.bits
@@ -102,7 +104,7 @@ def exceptions(
         matched = [path for path in paths if fnmatchcase(path, pattern)]
         if not matched:
             raise CheckpointError(
-                f"the pattern {pattern!r} matches no matrix of this model; its matrices have "
+                f"the pattern {pattern!r:.200} matches no matrix of this model; its matrices have "
                 f"paths such as {paths[0]} and {paths[-1]}"
             )
         result |= dict.fromkeys(matched, quantization)

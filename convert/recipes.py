@@ -12,7 +12,6 @@ group_size = 64
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Any
 
 from mlx_smolvlm.config import Quantization
@@ -24,8 +23,9 @@ from mlx_smolvlm.convert.quantize import (
     ConvertOptions,
     requested,
 )
-from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.errors import CheckpointError, shorten
+from mlx_smolvlm.files import expand_path, read_toml
+from mlx_smolvlm.records import read_value
 
 # What each costs was measured: docs/decisions/precision.md.
 RECIPES = {
@@ -45,24 +45,18 @@ def read_recipe(name: str) -> ConvertOptions:
         return RECIPES[name]
     try:
         path = expand_path(name)
-        text = path.read_text(encoding="utf-8-sig")
+        values = read_toml(path)
     except OSError as error:
         raise CheckpointError(
-            f"the recipe {name} is none of {', '.join(RECIPES)}, and no file that can be read: "
-            f"{error.strerror}"
+            f"the recipe {name} is none of {', '.join(RECIPES)}, and no file that can be "
+            f"read: {error.strerror}"
         ) from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 text (byte {error.start})") from None
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    except ValueError as error:
+        raise CheckpointError(f"{path} is {error}") from None
     try:
-        options = _options(tomllib.loads(text))
+        options = _options(values)
         requested(options)
-    except tomllib.TOMLDecodeError as error:
-        raise CheckpointError(f"{path} is not valid TOML: {error}") from None
-    except CheckpointError as error:
+    except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
     return options
 
@@ -72,14 +66,11 @@ def _options(values: dict[str, Any]) -> ConvertOptions:
     known = [field.name for field in dataclasses.fields(ConvertOptions)]
     overrides = values.pop("overrides", {})
     if not isinstance(overrides, dict):
-        raise CheckpointError(f"overrides must be a table, not {overrides!r:.60}")
+        raise CheckpointError(f"overrides must be a table, not {shorten(overrides)}")
     for key, value in values.items():
         if key not in known:
-            raise CheckpointError(f"the key '{key}' is not known; known: {', '.join(known)}")
-        kind = str if key in ("mode", "dtype") else int
-        if type(value) is not kind:
-            expected = "a text" if kind is str else "a whole number"
-            raise CheckpointError(f"{key} must be {expected}, not {value!r:.60}")
+            raise CheckpointError(f"the key {shorten(key)} is not known; known: {', '.join(known)}")
+        read_value(str if key in ("mode", "dtype") else int, value, key)
     group_size = values.get("group_size", ConvertOptions.group_size)
     pairs = (
         (pattern, _quantization(pattern, one, group_size)) for pattern, one in overrides.items()
@@ -89,33 +80,36 @@ def _options(values: dict[str, Any]) -> ConvertOptions:
 
 def _quantization(pattern: str, value: Any, group_size: int) -> Quantization | None:
     """What the override at `pattern` asks for; None is float."""
-    where = f"overrides, '{pattern}'"
+    where = f"overrides, {shorten(pattern)}"
     if not isinstance(value, dict):
         raise CheckpointError(
-            f"{where} must be a table such as {{ bits = 6, group_size = 32 }}, not {value!r:.60}"
+            f"{where} must be a table such as {{ bits = 6, group_size = 32 }}, not {shorten(value)}"
         )
     unknown = set(value) - {"bits", "group_size", "mode"}
     if unknown:
         raise CheckpointError(
-            f"{where}: the key '{min(unknown)}' is not known; known: bits, group_size, mode"
+            f"{where}: the key {shorten(min(unknown))} is not known; known: bits, group_size, mode"
         )
     mode = value.get("mode", "affine")
-    if mode in FLOAT_MODES:
+    if isinstance(mode, str) and mode in FLOAT_MODES:
         fixed = Quantization(*FLOAT_MODES[mode], mode)
         for key in ("bits", "group_size"):
             if value.get(key, getattr(fixed, key)) != getattr(fixed, key):
-                raise CheckpointError(
-                    f"{where}: mode {mode} has {key} {getattr(fixed, key)}, not {value[key]!r}"
-                )
+                own, found = getattr(fixed, key), shorten(value[key])
+                raise CheckpointError(f"{where}: mode {mode} has {key} {own}, not {found}")
         return fixed
     bits, group_size = value.get("bits"), value.get("group_size", group_size)
     if mode != "affine":
-        raise CheckpointError(f"{where}: mode {mode!r} is none of affine, {', '.join(FLOAT_MODES)}")
+        raise CheckpointError(
+            f"{where}: mode {shorten(mode)} is none of affine, {', '.join(FLOAT_MODES)}"
+        )
     if bits == FLOAT_BITS and type(bits) is int:
         return None
     if bits not in AFFINE_BITS or type(bits) is not int:
         choices = ", ".join(str(n) for n in AFFINE_BITS)
-        raise CheckpointError(f"{where}: bits is {bits!r}; choose {choices}, or 16 for float")
+        raise CheckpointError(
+            f"{where}: bits is {shorten(bits)}; choose {choices}, or 16 for float"
+        )
     if group_size not in AFFINE_GROUPS:
-        raise CheckpointError(f"{where}: group_size is {group_size!r}; choose 32, 64 or 128")
+        raise CheckpointError(f"{where}: group_size is {shorten(group_size)}; choose 32, 64 or 128")
     return Quantization(bits, group_size, "affine")

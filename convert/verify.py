@@ -4,20 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, TypeVar
 
 from mlx_smolvlm.convert.compare_options import CompareOptions
-from mlx_smolvlm.convert.comparison import (
-    AnswerPair,
-    Comparison,
-    FeatureLoss,
-    LayerLoss,
-    MatrixLoss,
-    Side,
-    Surprise,
-    TaskScore,
-    TokenLoss,
-)
+from mlx_smolvlm.convert.comparison import Comparison
 from mlx_smolvlm.convert.measure import compare_opened
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
 from mlx_smolvlm.convert.plot import plot_png
@@ -26,6 +15,7 @@ from mlx_smolvlm.convert.run import Progress
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import remove_leftovers, write_file
+from mlx_smolvlm.records import read_record
 from mlx_smolvlm.safetensors import read_json
 
 VERIFY_FILE = "verify.json"
@@ -76,38 +66,11 @@ def read_verification(folder: Path) -> Comparison | None:
     if not path.is_file():
         return None
     values = read_json(path)
-    single = {
-        "reference": Side,
-        "other": Side,
-        "texts": TokenLoss,
-        "answers_forced": TokenLoss,
-    }
-    several = {
-        "features": FeatureLoss,
-        "layers": LayerLoss,
-        "matrices": MatrixLoss,
-        "answers": AnswerPair,
-        "surprises": Surprise,
-        "tasks": TaskScore,
-    }
+    values.pop("kl_edges_nats", None)  # `Comparison.to_dict` adds them for people who plot
     try:
-        found: dict[str, Any] = {"peak_memory_gb": float(values["peak_memory_gb"])}
-        for name, kind in single.items():
-            absent = values[name] is None and kind is TokenLoss
-            found[name] = None if absent else _made(kind, values[name])
-        for name, kind in several.items():
-            found[name] = tuple(_made(kind, value) for value in values[name])
-        return Comparison(**found)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise CheckpointError(f"{path} is damaged; verify the checkpoint again") from None
-
-
-T = TypeVar("T")
-
-
-def _made(kind: type[T], values: dict[str, Any]) -> T:
-    """A dataclass of `kind` from its fields; lists become tuples."""
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        return read_record(Comparison, values)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; verify the checkpoint again") from None
 
 
 def verification_section(folder: Path) -> str | None:
@@ -119,4 +82,9 @@ def verification_section(folder: Path) -> str | None:
     found = read_verification(folder)
     if found is None:
         return None
-    return card_section(found, VERIFY_PLOT if (folder / VERIFY_PLOT).is_file() else None)
+    plot = VERIFY_PLOT if (folder / VERIFY_PLOT).is_file() else None
+    try:
+        return card_section(found, plot)
+    except (ArithmeticError, ValueError):  # such as a perplexity of 0, or a matrix of no model
+        path = folder / VERIFY_FILE
+        raise CheckpointError(f"{path} is damaged; verify the checkpoint again") from None

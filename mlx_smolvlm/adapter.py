@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,16 +20,18 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_smolvlm.checkpoint import NEVER_QUANTIZED
-from mlx_smolvlm.config import LARGEST, LONGEST_SOURCE, part_of
-from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning, shorten
+from mlx_smolvlm.config import LONGEST_SOURCE, part_of
+from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import write_file
 from mlx_smolvlm.model import Model
+from mlx_smolvlm.records import read_record
 from mlx_smolvlm.safetensors import load_tensors, read_header, read_json, save_synced
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
 FORMAT = "mlx-smolvlm-adapter"
 FORMAT_VERSION = 1
+LARGEST_RANK, LARGEST_SCALE = 4096, 1e6
 
 _SIGNATURE = 64  # numbers of the base's last norm that tell one checkpoint from another
 _TOLERANCE = 0.01  # of the largest; a type of 8 bits of precision is off by half of it
@@ -56,6 +57,23 @@ class AdapterConfig:
     dropout: float
     modules: tuple[str, ...]
 
+    def check(self) -> None:
+        """Refuse what no training writes.
+
+        Raises:
+            ValueError: It names the key and the range.
+        """
+        if not 1 <= self.rank <= LARGEST_RANK:
+            raise ValueError(f"rank is {self.rank}; it must be from 1 to {LARGEST_RANK}")
+        if not 0 < self.scale <= LARGEST_SCALE:
+            raise ValueError(f"scale is {self.scale}; it must be from 0 to {LARGEST_SCALE:g}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if len(self.base) > LONGEST_SOURCE:
+            raise ValueError(f"base has more than {LONGEST_SOURCE:,} characters")
+        if len(set(self.modules)) < len(self.modules):
+            raise ValueError("modules names one twice")
+
     def to_dict(self) -> dict[str, Any]:
         """The contents of `adapter_config.json`; `read_adapter_config` reads them back."""
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
@@ -74,30 +92,12 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             f"{path} is no adapter of {FORMAT} version {FORMAT_VERSION}; train one with "
             "mlx-smolvlm train"
         )
-    kinds = {"base": str, "base_signature": list, "rank": int, "scale": float, "dropout": float}
-    kinds |= {"modules": list}
-    for name, kind in kinds.items():
-        value = values.get(name)
-        if kind is float and type(value) is int:
-            value = values[name] = float(value)
-        if type(value) is not kind:
-            raise CheckpointError(
-                f"{path}: {name} must be of type {kind.__name__}, not {shorten(value)}"
-            )
-    if unknown := sorted(values.keys() - kinds.keys()):
-        raise CheckpointError(f"{path}: the key {shorten(unknown[0])} is not known")
-    items = [(values["base_signature"], float), (values["modules"], str)]
-    usable = (
-        1 <= values["rank"] <= LARGEST
-        and 0 <= values["dropout"] < 1
-        and math.isfinite(values["scale"])
-        and len(values["base"]) <= LONGEST_SOURCE
-        and all(type(one) is kind for many, kind in items for one in many)
-    )
-    if not usable:
-        raise CheckpointError(f"{path} is damaged; train the adapter again")
-    values |= {name: tuple(values[name]) for name in ("base_signature", "modules")}
-    return AdapterConfig(**values)
+    try:
+        config = read_record(AdapterConfig, values)
+        config.check()
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; train the adapter again") from None
+    return config
 
 
 def signature(model: Model) -> tuple[float, ...]:
@@ -132,8 +132,8 @@ def attach(model: Model, config: AdapterConfig) -> None:
     for path in config.modules:
         if path not in usable:
             raise CheckpointError(
-                f"the adapter changes '{path}', which this checkpoint does not have; "
-                f"it was trained on {config.base}"
+                f"the adapter changes {path!r:.100}, which this checkpoint does not have; "
+                f"it was trained on {config.base:.100}"
             )
         base = modules[path]
         is_table = isinstance(base, nn.Embedding | nn.QuantizedEmbedding)
@@ -158,12 +158,12 @@ def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
     near = _TOLERANCE * float(np.abs(own).max())
     if own.shape != theirs.shape or not np.allclose(own, theirs, 0, near):
         raise CheckpointError(
-            f"{folder} was trained on {config.base}, and this checkpoint, {source}, has other "
+            f"{folder} was trained on {config.base:.100}, and this checkpoint, {source}, has other "
             "weights; load the checkpoint that the adapter belongs to"
         )
     if source != config.base:
         warnings.warn(
-            f"{folder} was trained on {config.base}, and the checkpoint is of {source}",
+            f"{folder} was trained on {config.base:.100}, and the checkpoint is of {source}",
             SmolVLMWarning,
             stacklevel=3,
         )
@@ -174,8 +174,8 @@ def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise CheckpointError(
-                f"{path}: '{name}' has the shape {found.get(name)}, and this checkpoint wants "
-                f"{wanted.get(name)}; the adapter was trained on {config.base}"
+                f"{path}: {name!r:.100} has the shape {found.get(name)}, and this checkpoint "
+                f"wants {wanted.get(name)}; the adapter was trained on {config.base:.100}"
             )
     arrays = load_tensors(path)
     weights = [(name, array.astype(model.dtype)) for name, array in arrays.items()]

@@ -11,17 +11,33 @@ import reprlib
 
 from mlx_smolvlm.quoting import message_line
 
-_reprs = reprlib.Repr()
-_reprs.maxstring = _reprs.maxother = _reprs.maxlong = 100
+_WRITTEN_BITS = 4096
+
+
+class _ShortRepr(reprlib.Repr):
+    """Python refuses to write whole numbers of more than 4,300 digits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 40
+        self.maxlevel, self.maxdict, self.maxlist, self.maxarray = 2, 2, 3, 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        if x.bit_length() > _WRITTEN_BITS:
+            return f"a number of {x.bit_length():,} bits"
+        return super().repr_int(x, level)
+
+
+_SHORT = _ShortRepr()
 
 
 def shorten(value: object) -> str:
-    """`value` as Python writes it, cut to what a message can hold: a few elements and levels.
+    """`value` as Python writes it, cut to some 40 characters, three elements and two levels.
 
     A list of a million numbers would fill the screen, and one nested a thousand deep cannot
     be written at all.
     """
-    return _reprs.repr(value)
+    return _SHORT.repr(value)
 
 
 class SmolVLMError(Exception):

@@ -1,4 +1,4 @@
-"""Paths and files: expand, read within limits, replace atomically."""
+"""Paths and files: expand, read within limits, replace atomically; TOML."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import os
 import re
 import secrets
 import stat
+import sys
 import time
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from mlx_smolvlm.errors import SmolVLMError
 
+LARGEST_TOML = 2**18  # bytes
+LONGEST_LINE = 2000  # characters of a line of TOML
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part(\.\w+)?")  # how `replace_file` names its files
 _STALE_S = 3600.0  # a temporary file not written to for so long has no living writer
 _BLOCK = 1 << 18  # bytes that are digested at a time
@@ -59,7 +62,10 @@ def open_regular(path: str | Path, flags: int) -> int:
     Raises:
         OSError: It cannot be opened, or is not a regular file (EISDIR, EINVAL).
     """
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except ValueError:  # a null character, or one that the system's encoding lacks
+        raise OSError(errno.EINVAL, "No file can have this name", ascii(str(path))) from None
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
         return descriptor
@@ -90,6 +96,35 @@ def read_file(path: str | Path, max_bytes: int) -> bytes:
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"Larger than {max_bytes:,} bytes", str(path))
     return data
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The table in the TOML file at `path`.
+
+    The parser's time grows with the square of a key's parts, so lines are bounded too.
+
+    Raises:
+        OSError: As `read_file`, of more than `LARGEST_TOML` bytes.
+        ValueError: It is not UTF-8, not TOML, or has a line of more than `LONGEST_LINE`
+            characters; the message says what it is not.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    data = read_file(path, LARGEST_TOML)
+    try:
+        text = data.decode("utf-8-sig")
+        for number, line in enumerate(text.split("\n"), 1):
+            if len(line) > LONGEST_LINE:
+                raise ValueError(f"line {number} has more than {LONGEST_LINE:,} characters")
+        return tomllib.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8 text (byte {error.start})") from None
+    except RecursionError:
+        raise ValueError("not valid TOML: it is nested too deeply") from None
+    except ValueError as error:  # the parser's own, and Python's of numbers with many digits
+        raise ValueError(f"not valid TOML: {error!s:.200}") from None
 
 
 @contextlib.contextmanager

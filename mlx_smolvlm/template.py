@@ -101,7 +101,9 @@ def checked(message: Message, number: int) -> dict[str, Any]:
         )
     role, content = message["role"], message["content"]
     if role not in ROLES:
-        raise PromptError(f"{where} has the role {role!r}; it must be one of {', '.join(ROLES)}")
+        raise PromptError(
+            f"{where} has the role {role!r:.60}; it must be one of {', '.join(ROLES)}"
+        )
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or not content:
@@ -116,7 +118,7 @@ def _checked_item(item: Any, where: str) -> dict[str, str]:
         return {"type": str(kind)}
     if kind != "text":
         raise PromptError(
-            f"{where} has content of type {kind!r}; it must be 'text', 'image' or 'video'"
+            f"{where} has content of type {kind!r:.60}; it must be 'text', 'image' or 'video'"
         )
     text = item.get("text")
     if not isinstance(text, str):

@@ -146,7 +146,8 @@ def test_the_doctor_waits_for_no_file(folder):
     (found,) = diagnose("x", folder)
     assert found.status == "broken"
     assert (
-        "pipe cannot be read: Not a regular file; a\0b cannot be read: embedded null" in found.text
+        "pipe cannot be read: Not a regular file; a\0b cannot be read: No file can have this name"
+        in found.text
     )
 
 
@@ -246,13 +247,16 @@ def test_an_adapter_with_impossible_settings(tmp_path, key, value):
     path.write_text(json.dumps(config.to_dict()))
     assert read_adapter_config(tmp_path) == config
     change(path, key, value=value)
-    with pytest.raises(CheckpointError, match=r"is damaged|must be of type"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"(scale|dropout|rank|base|base_signature|modules) .*train the adapter again",
+    ):
         read_adapter_config(tmp_path)
 
 
 def test_an_origin_that_is_nested_is_quoted_in_short(tmp_path):
     (tmp_path / "origin.json").write_text('{"source": ' + "[" * 900 + "]" * 900 + "}")
-    with pytest.raises(CheckpointError, match=r"source is \[\[\[\[\[\[\[\.\.\.\]"):
+    with pytest.raises(CheckpointError, match=r"source is \[\[\[\.\.\.\]\]\]"):
         read_origin(tmp_path)
 
 

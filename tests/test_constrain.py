@@ -442,7 +442,7 @@ def test_a_number_longer_than_python_reads(tiny: SmolVLM) -> None:
             {"schema": '{"items":' * 900 + "{}" + "}" * 900},
             "^schema is nested more than 127 levels",
         ),
-        ({"schema": '{"items":' * 10**5}, "^schema is not JSON: maximum recursion depth"),
+        ({"schema": '{"items":' * 10**5}, "^schema is not JSON: "),
         ({"schema": '{"const":' + "9" * 5000 + "}"}, "^schema is not JSON: Exceeds the limit"),
         ({"schema": {"minimum": 10**400}}, "^schema cannot be used: .*number out of range"),
         ({"regex": "(a"}, r"^regex '\(a' cannot be used: unclosed group"),

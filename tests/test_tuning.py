@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -399,15 +400,31 @@ def test_an_adapter_that_does_not_fit_is_refused(
     values = json.loads(path.read_text())
     for change, reason in (
         ({"rank": 3}, "has the shape .* wants"),
-        ({"rank": "3"}, "rank must be of type int"),
+        ({"rank": "3"}, "rank must be a whole number, not '3'"),
+        ({"rank": 0}, "rank is 0; it must be from 1 to 4096"),
+        ({"rank": 10**400}, "rank must be a whole number, not 1000"),
+        ({"rank": 10**9}, "rank is 1000000000; it must be"),
+        ({"scale": 10**400}, "scale must be a number, not 1000"),
+        ({"scale": math.inf}, "scale is inf; it must be"),
+        ({"dropout": 1.0}, "dropout is 1.0; it must be"),
+        ({"dropout": math.nan}, "dropout is nan; it must be"),
+        ({"base": ["x"]}, "base must be a text"),
+        ({"base_signature": 5}, "base_signature must be a list of numbers, not 5"),
+        ({"base_signature": ["x"]}, "base_signature must be a number, not 'x'"),
+        ({"base_signature": []}, "other weights; load the checkpoint"),
+        ({"base_signature": [math.nan] * 64}, "other weights; load the checkpoint"),
+        ({"modules": [["x"]]}, "modules must be a text"),
+        ({"modules": values["modules"][:1] * 2}, "modules names one twice"),
+        ({"modules": ["x" * 10**5]}, "changes 'x{,100}, which this checkpoint does not have"),
         ({"modules": ["text_model.layers.9.mlp.down_proj"]}, "changes 'text_model.layers.9"),
         ({"modules": values["modules"][1:]}, "has the shape .* wants None"),
         ({"format_version": 9}, "is no adapter"),
         ({"alpha": 9}, "'alpha' is not known"),
     ):
         path.write_text(json.dumps({**values, **change}))
-        with pytest.raises(CheckpointError, match=reason):
+        with pytest.raises(CheckpointError, match=reason) as caught:
             load(tiny_folder, adapter=adapter)
+        assert len(str(caught.value)) < 1000
 
 
 # Going on

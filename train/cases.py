@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_smolvlm.errors import DatasetError
+from mlx_smolvlm.errors import DatasetError, shorten
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.train.dataset import Example, read_dataset
 from mlx_smolvlm.train.metrics import METRICS, Metric, checked_metric, option_letter
@@ -93,11 +93,11 @@ def read_cases(paths: Sequence[str | Path], options: EvaluationOptions) -> Datas
         DatasetError: A file or a line cannot be used, or no line is chosen.
     """
     files = [_file(expand_path(path, DatasetError)) for path in paths]
+    read = [read_dataset(file) for file in files]
     twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
     if twice:
         raise DatasetError(f"{twice[0]} is given twice; give each file once")
     names = _names(files)
-    read = [read_dataset(file) for file in files]
     cases = [
         _case(example, name, options.metric)
         for name, examples in zip(names, read, strict=True)
@@ -109,7 +109,7 @@ def read_cases(paths: Sequence[str | Path], options: EvaluationOptions) -> Datas
 
 def _file(path: Path) -> Path:
     """The file at `path`, or the one in the folder there that is not for training."""
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises where a name is too long
         return path
     for split in SPLITS:
         if (path / f"{split}.jsonl").is_file():
@@ -135,16 +135,16 @@ def _case(example: Example, file: str, default: Metric | None) -> Case:
         metric = usual if example.metric is None else checked_metric(example.metric)
     except ValueError:
         raise DatasetError(
-            f"{example.where}: the metric {example.metric!r} is not known; "
+            f"{example.where}: the metric {shorten(example.metric)} is not known; "
             f"known are {', '.join(METRICS)}"
         ) from None
     reason = None
     if metric == "choices" and not example.choices:
         reason = "it has no choices to be judged by"
     elif metric == "choices" and not set(example.answers) & set(example.choices):
-        reason = f"the answer {example.answers[0]!r:.60} is none of its choices"
+        reason = f"the answer {shorten(example.answers[0])} is none of its choices"
     elif metric == "letter" and not all(map(option_letter, example.answers)):
-        reason = f"the answer {example.answers[0]!r:.60} begins with no letter of an option"
+        reason = f"the answer {shorten(example.answers[0])} begins with no letter of an option"
     if reason:
         raise DatasetError(f"{example.where}: {reason}; change the line or its metric ({metric})")
     return Case(example, file, example.task or example.file.stem, metric)

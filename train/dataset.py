@@ -7,17 +7,19 @@ format. What is wrong with a line is said here, before any work is done.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.errors import DatasetError, PromptError
-from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.errors import DatasetError, PromptError, shorten
+from mlx_smolvlm.files import expand_path, read_file
 from mlx_smolvlm.template import checked
 
 Message = dict[str, Any]
 
+LARGEST_FILE = 2**30  # bytes of lines; media are files of their own
 MEDIA = {"image": "images", "video": "videos"}
 SHORT = ("image", "video", "question", "answer")
 KEYS = ("messages", *SHORT, *MEDIA.values(), "system", "task", "answers", "metric", "choices")
@@ -73,7 +75,7 @@ def read_dataset(path: str | Path, split: str = "train") -> list[Example]:
             docs/training.md says; it names file, line and reason.
     """
     file = expand_path(path, DatasetError)
-    if file.is_dir():
+    if os.path.isdir(file):  # Path.is_dir raises where a name is too long
         file = file / f"{split}.jsonl"
     examples = list(_examples(file))
     if not examples:
@@ -84,7 +86,7 @@ def read_dataset(path: str | Path, split: str = "train") -> list[Example]:
 def _examples(file: Path) -> Iterator[Example]:
     """The examples of the lines of `file`; empty lines are passed over."""
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        text = read_file(file, LARGEST_FILE).decode("utf-8-sig")
     except OSError as error:
         raise DatasetError(f"{file} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -96,19 +98,21 @@ def _examples(file: Path) -> Iterator[Example]:
             yield _example(line, number, file)
         except (DatasetError, PromptError) as error:
             raise DatasetError(f"{file}:{number}: {error}") from None
+        except RecursionError:
+            raise DatasetError(f"{file}:{number}: it is nested too deeply") from None
 
 
 def _example(line: str, number: int, file: Path) -> Example:
     """The example that `line` states."""
     try:
         values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DatasetError(f"it is not valid JSON: {error}") from None
     if not isinstance(values, dict):
         raise DatasetError(f"it must be a JSON object, not a {type(values).__name__}")
     for key in values:
         if key not in KEYS:
-            raise DatasetError(f"the key {key!r} is not known; known are {', '.join(KEYS)}")
+            raise DatasetError(f"the key {shorten(key)} is not known; known are {', '.join(KEYS)}")
     answers, choices = _texts(values, "answers"), _texts(values, "choices")
     media = {kind: _media(values, kind, file.parent) for kind in MEDIA}
     counts = {kind: len(paths) for kind, paths in media.items()}
@@ -208,19 +212,26 @@ def _media(values: dict[str, Any], kind: str, folder: Path) -> tuple[Path, ...]:
     names = _texts(values, many)
     if kind in values:
         names = (_text(values, kind) or "",)
-    paths = tuple(folder / expand_path(name, DatasetError) for name in names)
-    for name, path in zip(names, paths, strict=True):
-        if not path.is_file():
-            raise DatasetError(f"there is no file {name!r} in {folder}")
-    return paths
+    return tuple(_medium(name, folder) for name in names)
+
+
+def _medium(name: str, folder: Path) -> Path:
+    """The file `name` of a line, looked for in `folder` if it is no whole path."""
+    try:
+        path = folder / expand_path(name)
+    except OSError as error:
+        raise DatasetError(f"{name!r:.200}: {error.strerror}") from None
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
+        raise DatasetError(f"there is no file {name!r:.200} in {folder}")
+    return path
 
 
 def _text(values: dict[str, Any], key: str) -> str | None:
     """The text under `key`; None if there is none."""
     value = values.get(key)
     if key in values and (not isinstance(value, str) or not value.strip()):
-        raise DatasetError(f"{key} must be a text that is not empty, not {value!r:.60}")
-    return value
+        raise DatasetError(f"{key} must be a text that is not empty, not {shorten(value)}")
+    return None if value is None else _checked_text(value, key)
 
 
 def _texts(values: dict[str, Any], key: str) -> tuple[str, ...]:
@@ -229,7 +240,18 @@ def _texts(values: dict[str, Any], key: str) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-        raise DatasetError(f"{key} must be a list of texts, not {value!r:.60}")
+        raise DatasetError(f"{key} must be a list of texts, not {shorten(value)}")
     if key == "answers" and key in values and not value:
         raise DatasetError("answers has no text")
-    return tuple(value)
+    return tuple(_checked_text(one, key) for one in value)
+
+
+def _checked_text(text: str, key: str) -> str:
+    """`text`, which stands under `key`, if every character of it can be written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DatasetError(
+            f"{key} has a character that is not valid Unicode at position {error.start}"
+        ) from None
+    return text

@@ -13,24 +13,30 @@ from contextlib import suppress
 from pathlib import Path
 
 from mlx_smolvlm.errors import TrainingError
-from mlx_smolvlm.files import remove_leftovers, write_file
+from mlx_smolvlm.files import read_file, remove_leftovers, write_file
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 ADAPTER, MODEL, FUSED = "adapter", "model", "fused"
 OWN = (STATE_FILE, LOG_FILE, ADAPTER, MODEL, FUSED)
 
+LARGEST_LOG = 2**30  # bytes
+
 
 def check_folder(out: Path) -> None:
     """Refuse a folder that holds something else than a training."""
-    if out.exists() and not out.is_dir():
-        raise TrainingError(f"{out} is no folder; choose another with --out")
-    others = [one.name for one in out.iterdir() if one.name not in OWN] if out.exists() else []
-    others = [name for name in others if not name.startswith(".")]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        names = sorted(one.name for one in out.iterdir())
+    except FileExistsError:
+        raise TrainingError(f"{out} is no folder; choose another with --out") from None
+    except (OSError, ValueError) as error:  # a name with a NUL character is a ValueError
+        reason = getattr(error, "strerror", None) or error
+        raise TrainingError(f"{out} cannot be used: {reason}; choose another with --out") from None
+    others = [name for name in names if name not in OWN and not name.startswith(".")]
     if others:
         raise TrainingError(
             f"{out} holds {others[0]!r}, which is of no training; choose another folder with --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
 
 
 def lock(out: Path) -> int:
@@ -49,12 +55,18 @@ def lock(out: Path) -> int:
 def check_same(path: Path, stored: dict[str, str], own: dict[str, str]) -> None:
     """Refuse to go on from a state that other settings, data or weights led to."""
     advice = "choose another folder with --out, or remove this one"
-    old, new = json.loads(stored.get("settings", "{}")), json.loads(own["settings"])
+    try:
+        old = json.loads(stored.get("settings", "{}"))
+    except (ValueError, RecursionError):
+        old = None
+    if not isinstance(old, dict):
+        raise TrainingError(f"{path} is damaged; {advice}")
+    new = json.loads(own["settings"])
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             raise TrainingError(
-                f"{path} is of a training whose {name} was {json.dumps(old.get(name))}, and now "
-                f"it is {json.dumps(new.get(name))}; {advice}"
+                f"{path} is of a training whose {name:.40} was {json.dumps(old.get(name)):.200}, "
+                f"and now it is {json.dumps(new.get(name)):.200}; {advice}"
             )
     for name, what in (("data", "the data"), ("base", "the checkpoint")):
         if stored.get(name) != own[name]:
@@ -64,9 +76,13 @@ def check_same(path: Path, stored: dict[str, str], own: dict[str, str]) -> None:
 def rewind(log: Path, step: int) -> None:
     """Take from `log` what came after `step`, or was not written to its end."""
     lines = []
-    if log.exists():
-        for line in log.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError, KeyError):
+    if os.path.lexists(log):
+        try:
+            data = read_file(log, LARGEST_LOG)
+        except OSError as error:
+            raise TrainingError(f"{log} cannot be read: {error.strerror}; remove it") from None
+        for line in data.decode(errors="replace").splitlines():
+            with suppress(ValueError, KeyError, TypeError, RecursionError):
                 if json.loads(line)["step"] <= step and step > 0:
                     lines.append(line + "\n")
     write_file(log, "".join(lines), follow_links=False)

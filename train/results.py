@@ -9,13 +9,16 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.errors import DatasetError
+from mlx_smolvlm.errors import DatasetError, shorten
 from mlx_smolvlm.files import open_regular
+from mlx_smolvlm.records import read_record
+from mlx_smolvlm.train.dataset import LARGEST_FILE
 
 KIND = "mlx-smolvlm evaluation"
 VERSION = 1
@@ -99,6 +102,12 @@ class ResultsFile:
 
     def _read(self, header: Mapping[str, Any], restart: bool) -> dict[tuple[str, int], Result]:
         """What is in the file, once it begins with `header` and ends with a whole line."""
+        status = os.fstat(self._fd)
+        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+            raise DatasetError(
+                f"{self._path} is no regular file of at most {LARGEST_FILE:,} bytes; choose "
+                "another (--results)"
+            )
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -137,15 +146,13 @@ class ResultsFile:
 
     def _result(self, line: bytes, number: int) -> Result:
         """The result that `line` states."""
-        values = self._values(line, number)
-        if values.keys() != {field.name for field in fields(Result)}:
-            raise self._damaged(number)
         try:
-            lists = {name: tuple(values[name]) for name in ("media", "expected")}
-            numbers = {"line": int(values["line"]), "score": float(values["score"])}
-        except (TypeError, ValueError):
+            result = read_record(Result, self._values(line, number))
+        except ValueError:
             raise self._damaged(number) from None
-        return Result(**{**values, **lists, **numbers})
+        if result.line < 1 or not 0 <= result.score <= 1:
+            raise self._damaged(number)
+        return result
 
     def _values(self, line: bytes, number: int) -> dict[str, Any]:
         """The JSON object in `line`."""
@@ -164,7 +171,9 @@ class ResultsFile:
 
     def _write(self, values: Mapping[str, Any]) -> None:
         """Append a line of JSON, and see it to the disk."""
-        left = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+        # Names of files may have bytes that are no text, which Python holds as lone surrogates.
+        text = json.dumps(values, ensure_ascii=False)
+        left = text.encode(errors="backslashreplace") + b"\n"
         while left:
             left = left[os.write(self._fd, left) :]
         os.fsync(self._fd)
@@ -174,5 +183,13 @@ def _changes(there: Any, wanted: Mapping[str, Any]) -> str:
     """Which settings differ, in words."""
     if not isinstance(there, dict):
         return "unknown settings"
-    names = [name for name in {**there, **wanted} if there.get(name) != wanted.get(name)]
-    return ", ".join(f"{name} {there.get(name)}, not {wanted.get(name)}" for name in names)
+    names = [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
+    return ", ".join(
+        f"{name:.40} {_short(there.get(name))}, not {_short(wanted.get(name))}"
+        for name in names[:5]
+    )
+
+
+def _short(value: Any) -> str:
+    """A setting as a message shows it."""
+    return value[:40] if isinstance(value, str) else shorten(value)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from mlx_smolvlm.adapter import LARGEST_RANK, LARGEST_SCALE
 from mlx_smolvlm.config import DTYPES, PARTS
-from mlx_smolvlm.errors import TrainingError
-from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.errors import TrainingError, shorten
+from mlx_smolvlm.files import expand_path, read_toml
+from mlx_smolvlm.records import read_record
 
 METHODS = ("lora", "full")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -34,8 +35,8 @@ class LoraSettings:
 
     def check(self) -> None:
         """Refuse values out of range."""
-        _within("lora.rank", self.rank, 1, 4096)
-        _within("lora.scale", self.scale, 1e-6, 1e6)
+        _within("lora.rank", self.rank, 1, LARGEST_RANK)
+        _within("lora.scale", self.scale, 1e-6, LARGEST_SCALE)
         _within("lora.dropout", self.dropout, 0, 0.99)
 
 
@@ -168,86 +169,30 @@ def read_settings(path: str | Path) -> Settings:
     """
     file = expand_path(path, TrainingError)
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        values = read_toml(file)
     except OSError as error:
         raise TrainingError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise TrainingError(f"{file} is not UTF-8 text (byte {error.start})") from None
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    except ValueError as error:
+        raise TrainingError(f"{file} is {error}") from None
     try:
-        settings = dataclasses.replace(_read(Settings, tomllib.loads(text), ""), folder=file.parent)
+        if isinstance(values.get("data"), dict):
+            raise TrainingError("data must be written as [[data]], not [data]")
+        settings = read_record(Settings, values, skip=("folder",))
+        settings = dataclasses.replace(settings, folder=file.parent)
         settings.check()
-    except tomllib.TOMLDecodeError as error:
-        raise TrainingError(f"{file} is not valid TOML: {error}") from None
-    except TrainingError as error:
+    except (TrainingError, ValueError) as error:
         raise TrainingError(f"{file}: {error}") from None
     return settings
-
-
-T = TypeVar("T")
-
-_NESTED: dict[str, type] = {
-    "LoraSettings": LoraSettings,
-    "OptimizerSettings": OptimizerSettings,
-    "tuple[DataSettings, ...]": DataSettings,
-}
-_KINDS: dict[str, str] = {
-    "str": "a text",
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "tuple[str, ...]": "a list of texts",
-}
-
-
-def _read(cls: type[T], values: Any, where: str) -> T:
-    """An instance of `cls` from the TOML table `values`; `where` stands before its keys."""
-    if not isinstance(values, dict):
-        raise TrainingError(f"{where.rstrip('.')} must be a table, not {values!r:.60}")
-    fields: dict[str, Any] = {one.name: one for one in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    fields.pop("folder", None)
-    for name in values:
-        if name not in fields:
-            raise TrainingError(f"the key '{where}{name}' is not known; known: {', '.join(fields)}")
-    for name, one in fields.items():
-        has_none = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
-        if has_none and name not in values:
-            raise TrainingError(f"the key '{where}{name}' is missing")
-    read = {name: _value(str(fields[name].type), values[name], where + name) for name in values}
-    return cls(**read)
-
-
-def _value(kind: str, value: Any, where: str) -> Any:
-    """`value` as the annotation `kind` says."""
-    if kind in _NESTED:
-        if not kind.startswith("tuple"):
-            return _read(_NESTED[kind], value, f"{where}.")
-        if not isinstance(value, list):
-            raise TrainingError(f"{where} must be written as [[{where}]], not {value!r:.60}")
-        return tuple(_read(_NESTED[kind], one, f"{where}.") for one in value)
-    kinds = kind.removesuffix(" | None").split(" | ")
-    if kinds == ["tuple[str, ...]"]:
-        if isinstance(value, list) and all(isinstance(one, str) for one in value):
-            return tuple(value)
-    elif type(value).__name__ in kinds:
-        return value
-    elif kinds == ["float"] and type(value) is int:
-        return float(value)
-    expected = " or ".join(_KINDS[one] for one in kinds)
-    raise TrainingError(f"{where} must be {expected}, not {value!r:.60}")
 
 
 def _within(name: str, value: float, low: float, high: float) -> None:
     """Refuse a `value` outside of low..high."""
     if not low <= value <= high:
         bound = f"from {low:g} on" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise TrainingError(f"{name} is {value}; it must be {bound}")
+        raise TrainingError(f"{name} is {shorten(value)}; it must be {bound}")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a `value` that is none of `choices`."""
     if value not in choices:
-        raise TrainingError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+        raise TrainingError(f"{name} is {shorten(value)}; it must be one of {', '.join(choices)}")

@@ -1,0 +1,94 @@
+"""Frozen dataclasses from the plain values of JSON and TOML files, read strictly."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Collection
+from typing import Any, Literal, TypeVar, Union
+
+from mlx_smolvlm.errors import shorten
+
+T = TypeVar("T")
+
+_NAMES: dict[Any, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    type(None): "null",
+}
+
+
+def read_record(cls: type[T], values: Any, where: str = "", skip: Collection[str] = ()) -> T:
+    """An instance of the dataclass `cls` whose fields are those of `values`.
+
+    Types are those of the annotations: str, int, float, bool, None, Literal, unions of them,
+    tuples of any length, and dataclasses. Lists become tuples, and whole numbers floats where
+    those are wanted.
+
+    Args:
+        where: What stands before the names of keys in messages, such as "lora.".
+        skip: Fields that the file may not state.
+
+    Raises:
+        ValueError: A key is missing or not known, or a value is of another type; it names the key.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where.rstrip('.') or 'it'} must be a table, not {shorten(values)}")
+    fields = {one.name: one for one in dataclasses.fields(cls) if one.name not in skip}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise ValueError(
+                f"the key {shorten(where + key)} is not known; known: {', '.join(fields)}"
+            )
+    for name, one in fields.items():
+        has_none = one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING
+        if has_none and name not in values:
+            raise ValueError(f"the key '{where}{name}' is missing")
+    kinds = typing.get_type_hints(cls)
+    return cls(**{name: read_value(kinds[name], values[name], where + name) for name in values})
+
+
+def read_value(kind: Any, value: Any, where: str) -> Any:
+    """`value` as the type `kind`, see `read_record`; `where` names it in messages."""
+    for one in _choices(kind):
+        if isinstance(one, type) and dataclasses.is_dataclass(one) and isinstance(value, dict):
+            return read_record(one, value, f"{where}.")
+        if typing.get_origin(one) is tuple and isinstance(value, list):
+            inner = typing.get_args(one)[0]
+            return tuple(read_value(inner, item, where) for item in value)
+        if typing.get_origin(one) is Literal and value in typing.get_args(one):
+            return value
+        if type(value) is one and (one is not int or abs(value) < 2**63):
+            return value
+        if one is float and type(value) is int and abs(value) < 2**63:
+            return float(value)
+    raise ValueError(f"{where} must be {_described(kind)}, not {shorten(value)}")
+
+
+def _choices(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, and any other type alone."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
+
+
+def _described(kind: Any) -> str:
+    """What a value of type `kind` is called; that it may be absent goes without saying."""
+    names = []
+    for one in _choices(kind):
+        if typing.get_origin(one) is tuple:
+            inner = _described(typing.get_args(one)[0])
+            names.append(
+                f"a list, each item {inner}" if " or " in inner else f"a list of {_many(inner)}"
+            )
+        elif typing.get_origin(one) is Literal:
+            names.append(f"one of {', '.join(typing.get_args(one))}")
+        elif one is not type(None):
+            names.append(_NAMES.get(one, "a table"))
+    return " or ".join(names) or "null"
+
+
+def _many(name: str) -> str:
+    """The plural of one of `_NAMES`: of "a text" "texts"."""
+    return f"{name.removeprefix('a ')}s"
