@@ -125,7 +125,6 @@ def _guarded(image: Image.Image, name: str) -> Image.Image:
     """`_upright_rgb` with any failure of the decoder as a MediaError."""
     with damage_named(name):
         image.load()
-        check_size(image.size, name)  # of the icon that was chosen, whatever the header said
         return _upright_rgb(image, name)
 
 

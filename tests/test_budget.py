@@ -198,8 +198,10 @@ def test_a_header_that_is_read_over_and_over(monkeypatch):
     assert len(stream.read()) == 1000
 
 
-def test_a_picture_in_thousands_of_strips():
-    """Pillow reads 64 KiB for each of them."""
+def test_a_picture_in_thousands_of_strips(monkeypatch):
+    """Only what is read before the pixels is limited: Pillow may read 64 KiB for each strip."""
+    monkeypatch.setattr(budget, "_READ_SLACK", 0)
+    monkeypatch.setattr(budget, "MAX_HEADER_RATIO", 1)
     image = cases.picture((40, 3000), "L")
     data = saved(image, "TIFF", tiffinfo={278: 1})
     with Image.open(io.BytesIO(data)) as opened:
@@ -304,6 +306,16 @@ def test_frames_and_delays_are_those_that_pillow_finds(form, seed):
     assert reader.duration_s == pytest.approx(sum(found))
     times = [reader.timeline.time_of(number) for number in range(len(found))]
     assert times == pytest.approx([sum(found[:number]) for number in range(len(found))])
+
+
+def test_a_delay_is_of_one_frame_alone():
+    """A frame of a GIF that states none has none, whatever the one before stated."""
+    data = gif((30, 20), 3)
+    control = b"!\xf9\x04\x04\x32\0\0\0"
+    first, second = data.index(b"!\xf9"), data.rindex(b"!\xf9", 0, data.rindex(b"!\xf9"))
+    data = data[:first] + control + data[first + 8 : second] + data[second + 8 :]
+    reader = reader_of(data)
+    assert [reader.timeline.time_of(i) for i in range(3)] == pytest.approx([0, 0.5, 0.6])
 
 
 def test_an_animation_that_is_cut_off():

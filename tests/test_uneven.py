@@ -244,7 +244,7 @@ def test_animations_have_a_time_for_each_frame(form):
 
 
 class Disk(io.BytesIO):
-    """A file whose disk fails behind a place, and that refuses to seek before its beginning."""
+    """A file whose disk fails behind a place, and that refuses offsets as Linux does."""
 
     def __init__(self, data, good=10**9):
         super().__init__(data)
@@ -256,15 +256,16 @@ class Disk(io.BytesIO):
         return super().read(size)
 
     def seek(self, offset, whence=0):
-        if whence == 0 and offset < 0:
+        if whence == 0 and not 0 <= offset < 2**60:
             raise OSError(22, "Invalid argument")
         return super().seek(offset, whence)
 
 
-def test_an_offset_before_the_file_is_passed_over():
-    """As the operating system has it: the index at the end of this file says where it begins."""
+@pytest.mark.parametrize("byte", [b"\x7f", b"\x8f"])
+def test_an_offset_outside_of_any_file_is_passed_over(byte):
+    """The last bytes of this file say where its index begins: much too early, or too late."""
     data = made("nut")
-    data = data[:-12] + b"\x7f" * 8 + data[-4:]
+    data = data[:-12] + byte * 8 + data[-4:]
     reader = open_reader(lambda: Disk(data), "the file")
     assert reader.num_frames == len(BURSTS)
     assert len(list(reader.read([0, 100]))) == 2
