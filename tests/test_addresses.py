@@ -126,6 +126,15 @@ def test_a_first_address_that_is_private_may_lead_to_another(monkeypatch, names)
         assert body_of(f"http://127.0.0.1:{server.port}/start") == b"body"
 
 
+def test_a_private_network_may_lead_out_and_back(server, names, monkeypatch):
+    """As from a private page to a public login and back: what counts is where it began."""
+    monkeypatch.setattr(download, "is_public", lambda address: next(public))
+    public = iter([False, True, False])
+    server.answers["/start"] = web.redirect("/login")
+    server.answers["/login"] = web.redirect("/ok")
+    assert body_of(f"http://127.0.0.1:{server.port}/start") == b"body"
+
+
 def test_a_name_is_looked_up_once_and_what_was_checked_is_connected_to(server, names):
     """A name server that names a private address from the second look-up on (DNS rebinding)."""
     known, asked = names
