@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from mlx_smolvlm.checkpoint import (
 from mlx_smolvlm.checksums import SUMS_FILE, file_sum, read_sums, sums_text
 from mlx_smolvlm.convert.card import model_card
 from mlx_smolvlm.convert.source import is_hub_id
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.origin import ORIGIN_FILE
 from mlx_smolvlm.safetensors import INDEX_FILE, read_headers
@@ -63,15 +64,13 @@ def upload(
         section: Of the model card, see `model_card`.
 
     Raises:
-        CheckpointError: The folder is no whole checkpoint, the repository holds
-            something else, or the hub refuses.
+        CheckpointError: The folder is no whole checkpoint, its weights are not those that
+            its sums state, the repository holds something else, or the hub refuses.
     """
     read_config(folder)
     files = _files(folder)
     card = model_card(folder, repo, section)
-    sums = read_sums(folder)
-    if sums is None:
-        sums = {path.name: file_sum(path) for path in files}
+    sums = _current_sums(folder, files)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -108,6 +107,36 @@ def _files(folder: Path) -> list[Path]:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder / name} is missing; convert the checkpoint again")
     return sorted(weights | {folder / name for name in names if (folder / name).is_file()})
+
+
+def _current_sums(folder: Path, files: list[Path]) -> dict[str, str]:
+    """The sums of `files` as they are now, by name.
+
+    A text that was edited gets a new sum, with a warning. Weights are never edited: with another
+    sum they are damaged.
+
+    Raises:
+        CheckpointError: A file cannot be read, or weights differ from their stated sum.
+    """
+    stated = read_sums(folder) or {}
+    try:
+        sums = {path.name: file_sum(path) for path in files}
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
+    for name, value in sums.items():
+        if stated.get(name, value) == value:
+            continue
+        if name.endswith(".safetensors"):
+            raise CheckpointError(
+                f"{folder / name} differs from its sum in {SUMS_FILE}, so it may be damaged; convert "
+                "the checkpoint again"
+            )
+        warnings.warn(
+            f"{name} was changed since its sum was taken; it is published with a new one",
+            SmolVLMWarning,
+            stacklevel=3,
+        )
+    return sums
 
 
 def _stale(there: set[str], ours: set[str]) -> set[str]:

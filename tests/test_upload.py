@@ -153,6 +153,31 @@ def test_a_folder_from_before_sums_gets_them(source, hub, tmp_path):
     assert sums["config.json"] == hashlib.sha256(files["config.json"]).hexdigest()
 
 
+def test_an_edited_template_is_published_with_its_own_sum(source, hub, tmp_path):
+    out = convert_checkpoint(source, tmp_path / "out")
+    template = out / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# edited #}")
+    said = run("convert", out, "--upload", "owner/m", cwd=tmp_path, hub=hub)
+    assert said.returncode == 0, said.stderr
+    assert "chat_template.jinja was changed since its sum was taken" in said.stderr
+    got = downloaded(hub.repos["owner/m"], tmp_path / "got")
+    checked = dict(check_sums(got))
+    assert checked["chat_template.jinja"] is None
+    assert set(checked.values()) == {None}
+
+
+def test_weights_that_differ_from_their_sum_are_not_published(source, hub, tmp_path):
+    out = convert_checkpoint(source, tmp_path / "out")
+    weights = out / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    said = run("convert", out, "--upload", "owner/m", cwd=tmp_path, hub=hub)
+    assert (said.returncode, said.stdout) == (1, "")
+    assert "model.safetensors differs from its sum" in said.stderr
+    assert hub.repos == {}
+
+
 @pytest.mark.parametrize(
     ("path", "status", "match"),
     [
