@@ -128,8 +128,8 @@ def _current_sums(folder: Path, files: list[Path]) -> dict[str, str]:
             continue
         if name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{folder / name} differs from its sum in {SUMS_FILE}, so it may be damaged; convert "
-                "the checkpoint again"
+                f"{folder / name} differs from its sum in {SUMS_FILE}, so it may be damaged; "
+                "convert the checkpoint again"
             )
         warnings.warn(
             f"{name} was changed since its sum was taken; it is published with a new one",

@@ -25,7 +25,7 @@ from pathlib import Path
 from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, read_config, tokenizer_path
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.files import expand_path, read_file, write_file
 from mlx_smolvlm.safetensors import read_headers, read_json
 from mlx_smolvlm.values import read_integer
 
@@ -33,6 +33,8 @@ DEMO = "demo"
 BITS = (4, 8, 16)  # that a model can be converted to on first use
 PARTIAL = ".partial"  # how the names of folders end that are not whole yet
 _USED_FILE = ".last-used"  # in a converted folder, of which the time counts
+_REVISIONS_FILE = ".revisions"  # in a converted folder: what was asked for, a line each
+_MAX_REVISIONS_BYTES = 1 << 16
 ALIASES = {
     "smolvlm-256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
     "smolvlm-500m": "HuggingFaceTB/SmolVLM-500M-Instruct",
@@ -139,7 +141,12 @@ def _remote(repo: str, options: ResolveOptions) -> Path:
     name, _, revision = repo.partition("@")
     parent = cache_folder() / name.replace("/", "--")
     with _locked(parent):
-        found = [path for path in parent.glob(_leaf(f"{revision[:12]}*", options)) if _usable(path)]
+        if re.fullmatch("[0-9a-f]{40}", revision):  # a commit, of which folders have the name
+            found = [parent / _leaf(revision[:12], options)]
+        else:
+            paths = parent.glob(_leaf("*", options))
+            found = [path for path in paths if revision in _read_revisions(path)]
+        found = [path for path in found if _usable(path)]
         if found:
             dest = max(found, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
         else:
@@ -149,8 +156,29 @@ def _remote(repo: str, options: ResolveOptions) -> Path:
             dest = parent / _leaf(snapshot.name[:12], options)
             if not _usable(dest):
                 _convert(name, dest, options, snapshot)
+        _note_revision(dest, revision)
         _mark_used(dest)
     return dest
+
+
+def _read_revisions(folder: Path) -> list[str]:
+    """The revisions that led to the converted `folder`, "" for the repository's newest.
+
+    A folder's name tells its commit, but not which branch or tag that commit was.
+    """
+    try:
+        return read_file(folder / _REVISIONS_FILE, _MAX_REVISIONS_BYTES).decode().split("\n")
+    except (OSError, ValueError):
+        return []
+
+
+def _note_revision(folder: Path, revision: str) -> None:
+    """Note that `revision` led to the converted `folder`, if it can be written."""
+    known = _read_revisions(folder)
+    if revision not in known:
+        with contextlib.suppress(OSError):
+            text = "\n".join([*known, revision])
+            write_file(folder / _REVISIONS_FILE, text, follow_links=False)
 
 
 def _fetched(repo: str, revision: str | None, options: ResolveOptions) -> Path:

@@ -78,6 +78,8 @@ def test_each_use_is_noted_and_older_conversions_know_none(cache):
 
 def test_the_newest_conversion_wins_however_late_another_was_used(cache):
     old, new = resolve(f"owner/name@{'b' * 40}"), resolve(f"owner/name@{'c' * 40}")
+    for path in (old, new):
+        (path / ".revisions").write_text("")  # each was the newest commit once
     os.utime(old / "config.json", (1000, 1000))
     (old / ".last-used").unlink()  # or the folder's own time would not change
     resolve(f"owner/name@{'b' * 40}")

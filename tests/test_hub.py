@@ -132,6 +132,29 @@ def test_a_revision_is_its_own_conversion(downloads):
     assert read_config(other).source == "owner/name"
 
 
+def test_a_plain_name_is_not_a_revision_that_was_used_before(downloads):
+    old = resolve("owner/name@old")
+    plain = resolve("owner/name")
+    assert (old.name[:3], plain.name[:12]) == ("old", "a" * 12)
+    assert resolve("owner/name") == plain
+    assert resolve("owner/name@old") == old
+    assert downloads == [("owner/name", False, "old"), ("owner/name", False, None)]
+
+
+def test_a_tag_like_the_beginning_of_a_commit_is_another_revision(downloads):
+    commit = resolve(f"owner/name@{'cafe' * 10}")
+    assert resolve("owner/name@cafe") != commit
+    assert resolve(f"owner/name@{'cafe' * 10}") == commit
+    assert len(downloads) == 2
+
+
+def test_two_names_of_one_commit_are_one_conversion(downloads):
+    plain = resolve("owner/name")
+    assert resolve(f"owner/name@{'a' * 40}") == plain
+    assert resolve("owner/name", ResolveOptions(offline=True)) == plain
+    assert len(downloads) == 1
+
+
 def test_our_format_on_the_hub_is_used_where_it_lies_and_asked_for_once(tmp_path, cache, downloads):
     snapshot = tmp_path / "snapshots" / ("a" * 40)
     made = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "made")
