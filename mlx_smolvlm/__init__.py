@@ -2,7 +2,7 @@
 
     import mlx_smolvlm as smolvlm
     vlm = smolvlm.load("demo")
-    print(vlm.ask("What is in this picture?", images=["photo.png"]))
+    print(vlm.ask("What is in this picture?", "photo.png"))
 
 Package.md describes the rest.
 """
@@ -30,7 +30,7 @@ from mlx_smolvlm.errors import (
 )
 from mlx_smolvlm.media import Progress
 from mlx_smolvlm.parts import Part
-from mlx_smolvlm.sampling import Sampling
+from mlx_smolvlm.sampling import Sampling, SamplingOptions
 from mlx_smolvlm.smolvlm import SmolVLM, load
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ __all__ = [
     "PromptError",
     "Reply",
     "Sampling",
+    "SamplingOptions",
     "SmolVLM",
     "SmolVLMError",
     "SmolVLMWarning",
@@ -73,4 +74,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted([*__all__, "__version__"])

@@ -14,9 +14,11 @@ from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.messages import ImageSource, Message, VideoSource, read_request, system_message
 from mlx_smolvlm.reuse import State
-from mlx_smolvlm.sampling import Sampling
+from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
     from mlx_smolvlm.image import Detail
     from mlx_smolvlm.smolvlm import SmolVLM
 
@@ -110,19 +112,24 @@ class Conversation:
     def ask(
         self,
         prompt: str,
+        images: ImageSource | Iterable[ImageSource] = (),
         *,
-        images: Iterable[ImageSource] = (),
         videos: Iterable[VideoSource] = (),
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> Reply:
         """The whole answer to the next `prompt`; errors as in `SmolVLM.ask`."""
-        return self.stream(prompt, images=images, videos=videos).finished()
+        sampling = choose_sampling(sampling, options, self._options.sampling)
+        return self.stream(prompt, images, videos=videos, sampling=sampling).finished()
 
     def stream(
         self,
         prompt: str | Sequence[Message],
+        images: ImageSource | Iterable[ImageSource] = (),
         *,
-        images: Iterable[ImageSource] = (),
         videos: Iterable[VideoSource] = (),
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
     ) -> AnswerStream:
         """The answer to the next `prompt` as it is generated.
 
@@ -134,6 +141,8 @@ class Conversation:
                 between its texts the media go.
             images: As in `SmolVLM.ask`.
             videos: Likewise.
+            sampling: How this answer is generated; by default as every turn.
+            options: The attributes of `Sampling` that are to differ for this answer.
 
         Raises:
             MediaError: A picture or video cannot be read.
@@ -141,12 +150,13 @@ class Conversation:
                 `on_full="drop-oldest"`: this question alone is).
             PromptError: The message is malformed.
         """
+        sampling = choose_sampling(sampling, options, self._options.sampling)
         self._settle()
         request = read_request(prompt, images, videos, None)
         if len(request.messages) != 1 or request.messages[0]["role"] != "user":
             raise PromptError("a turn is one message of the user")
         turn = Turn(request.messages[0], self._vlm.opened(request, self._options.detail))
-        return self._begin([*self._turns, turn])
+        return self._begin([*self._turns, turn], sampling)
 
     def retry(self, sampling: Sampling | None = None) -> AnswerStream:
         """Another answer to the last question, in place of the one that was given.

@@ -9,7 +9,7 @@ from typing import Any
 from mlx_smolvlm.errors import PromptError
 
 Message = dict[str, Any]
-ImageSource = Any  # path, URL, data URI, bytes, PIL image or numpy array: see image.open_image
+ImageSource = Any  # path, URL, data URI, bytes, PIL image, array or figure: see image.open_image
 VideoSource = Any  # a Video, or what one can be made of: see video.Video
 
 
@@ -30,8 +30,8 @@ class Request:
 
 def read_request(
     prompt: str | Sequence[Message],
-    images: Iterable[ImageSource],
-    videos: Iterable[VideoSource],
+    images: ImageSource | Iterable[ImageSource],
+    videos: VideoSource | Iterable[VideoSource],
     system: str | None,
 ) -> Request:
     """The request that a user's arguments make; with a question as text, media come before it.
@@ -132,8 +132,15 @@ def system_message(system: str | None) -> list[Message]:
     return [] if system is None else [{"role": "system", "content": content}]
 
 
-def _as_list(sources: Iterable[Any]) -> list[Any]:
-    """`sources` as a list; a single one is met with a list of one."""
-    if isinstance(sources, (list, tuple)):
-        return list(sources)
-    return list(sources) if isinstance(sources, Iterator) else [sources]
+def _as_list(sources: Any) -> list[Any]:
+    """Several sources as a list, and a single one as a list of one; None is none.
+
+    Texts, bytes, paths and arrays (whatever has a shape) are one source, although Python can
+    iterate over most of them.
+    """
+    if sources is None:
+        return []
+    is_single = isinstance(sources, str | bytes | bytearray | memoryview | Mapping)
+    if is_single or hasattr(sources, "shape") or not isinstance(sources, Iterable):
+        return [sources]
+    return list(sources)

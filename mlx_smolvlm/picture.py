@@ -50,8 +50,9 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
 
     Args:
         source: A path, an http(s) URL, a data URI, "-" for standard input, the bytes of
-            a file, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4),
-            uint8 or float in 0..1. Transparency is laid on white; 16 bits become 8.
+            a file, a PIL image, a matplotlib figure, or an array (H, W), (H, W, 1),
+            (H, W, 3) or (H, W, 4), uint8 or float in 0..1. Transparency is laid on white;
+            16 bits become 8.
 
     Raises:
         MediaError: It cannot be read or decoded, or exceeds a limit of `budget`.
@@ -63,15 +64,26 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
         return _guarded(source, "the image")
     if isinstance(source, bytes | bytearray | memoryview):
         return _decode(io.BytesIO(source), "the data")
+    if hasattr(source, "savefig"):
+        return _decode(_draw_figure(source), "the figure")
     if not isinstance(source, str | Path):
         raise MediaError(
             f"a picture cannot be of type {type(source).__name__}; "
-            "give a path, URL, data URI, bytes, PIL image or numpy array"
+            "give a path, URL, data URI, bytes, PIL image, numpy array or matplotlib figure"
         )
     if is_remote(source):
         return _decode(open_bytes(source), short_name(source))
     with open_bytes(source) as stream:
         return _decode(stream, short_name(source))
+
+
+def _draw_figure(figure: Any) -> io.BytesIO:
+    """The PNG file that a matplotlib figure, or what saves itself like one, writes."""
+    buffer = io.BytesIO()
+    with damage_named("the figure"):
+        figure.savefig(buffer, format="png")
+    buffer.seek(0)
+    return buffer
 
 
 def upright_size(source: str | Path) -> Size:

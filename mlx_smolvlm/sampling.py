@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, TypedDict
 
 import mlx.core as mx
 import numpy as np
@@ -89,6 +89,43 @@ class Sampling:
     def is_constrained(self) -> bool:
         """Whether the answer is held to a schema or a regular expression."""
         return self.schema is not None or self.regex is not None
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The attributes of `Sampling` as keyword arguments, for type checkers and editors."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_tokens: int
+    seed: int | None
+    stop: Iterable[str]
+    schema: dict[str, Any] | type[Any] | str | None
+    regex: str | None
+
+
+def choose_sampling(
+    sampling: Sampling | None, options: SamplingOptions, default: Sampling
+) -> Sampling:
+    """`sampling` if it is given, else `default` with `options` in place of its attributes.
+
+    Raises:
+        ValueError: There are both, or an option is outside its range.
+        TypeError: There is no option of that name.
+    """
+    unknown = [name for name in options if name not in SamplingOptions.__annotations__]
+    if unknown:
+        names = ", ".join(SamplingOptions.__annotations__)
+        raise TypeError(f"there is no argument {unknown[0]!r}; sampling options are {names}")
+    if sampling is None:
+        return replace(default, **options)  # type: ignore[arg-type]
+    if options:
+        raise ValueError(
+            f"sampling and {', '.join(options)} are both given; set them in sampling, or leave "
+            "sampling out"
+        )
+    return sampling
 
 
 def _read_stop(stop: object) -> tuple[str, ...]:

@@ -30,13 +30,20 @@ from mlx_smolvlm.messages import ImageSource, Message, Request, VideoSource, rea
 from mlx_smolvlm.model import Model, compile_encoder
 from mlx_smolvlm.parts import Part, answers_by_part
 from mlx_smolvlm.reuse import Content, State, content_of, make_memory
-from mlx_smolvlm.sampling import Sampling
+from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
 
 if TYPE_CHECKING:
     import PIL.Image
+    from typing_extensions import Unpack
 
     from mlx_smolvlm.image import Detail
     from mlx_smolvlm.prompt import PromptBuilder
+
+
+_PUBLIC = (
+    *("adapter", "ask", "ask_many", "cache_options", "chat", "choose", "config"),
+    *("encode_images", "model", "path", "stream", "stream_parts"),
+)
 
 
 class SmolVLM:
@@ -67,18 +74,23 @@ class SmolVLM:
         """
         return Constrainer(self.prompt_builder)
 
+    def __dir__(self) -> list[str]:
+        """What users need; the rest is what answers are made with."""
+        return [*_PUBLIC]
+
     def __repr__(self) -> str:
         return f"SmolVLM({self.config.source!r}, path={str(self.path)!r})"
 
     def ask(
         self,
         prompt: str | Sequence[Message],
+        images: ImageSource | Iterable[ImageSource] = (),
         *,
-        images: Iterable[ImageSource] = (),
         videos: Iterable[VideoSource] = (),
         system: str | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling | None = None,
         detail: Detail = "high",
+        **options: Unpack[SamplingOptions],
     ) -> Reply:
         """The whole answer to `prompt`.
 
@@ -87,40 +99,47 @@ class SmolVLM:
                 Face's chat templates. An image item may carry its picture under
                 "image", a video item its video under "video"; those that do not take
                 the next one of `images` or `videos`.
-            images: Paths, http(s) URLs, data URIs, bytes, PIL images or numpy
-                arrays (H, W, 3). With a question as text they come before it.
+            images: A picture or several: paths, http(s) URLs, data URIs, bytes, PIL
+                images, numpy arrays (H, W, 3) or matplotlib figures. With a question as
+                text they come before it.
             videos: Paths, URLs, data URIs or bytes, `Video` objects, which say which frames
                 to take, or opened clips. With a question as text they come after the images.
             system: A system message.
             sampling: How the answer is generated; greedy by default.
+            options: The attributes of `Sampling`, such as `max_tokens=64`, in place of it.
             detail: "high" cuts pictures into tiles as in training, "auto" does so
                 without enlarging them, "low" takes one tile, a number caps the
                 tiles along the longer side. A video's frame is always one tile.
 
         Raises:
+            ValueError: `sampling` and options are both given, or an option is out of range.
             MediaError: A picture or video cannot be read.
             PromptError: The messages are malformed, or longer than the context.
         """
+        sampling = choose_sampling(sampling, options, Sampling())
         return self.stream(
-            prompt, images=images, videos=videos, system=system, sampling=sampling, detail=detail
+            prompt, images, videos=videos, system=system, sampling=sampling, detail=detail
         ).finished()
 
     def stream(
         self,
         prompt: str | Sequence[Message],
+        images: ImageSource | Iterable[ImageSource] = (),
         *,
-        images: Iterable[ImageSource] = (),
         videos: Iterable[VideoSource] = (),
         system: str | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling | None = None,
         detail: Detail = "high",
+        **options: Unpack[SamplingOptions],
     ) -> AnswerStream:
         """The answer to `prompt` as it is generated; arguments and errors as in `ask`.
 
         Errors in the arguments are raised here; the work begins with the first chunk.
         """
+        sampling = choose_sampling(sampling, options, Sampling())
         request = read_request(prompt, images, videos, system)
-        return self.answer(request.messages, self.opened(request, detail), sampling)
+        media = self.opened(request, detail)
+        return self.answer(request.messages, media, sampling)
 
     def ask_many(
         self,
@@ -129,8 +148,9 @@ class SmolVLM:
         *,
         videos: Iterable[VideoSource] = (),
         system: str | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling | None = None,
         detail: Detail = "high",
+        **options: Unpack[SamplingOptions],
     ) -> list[Reply]:
         """The answers to `prompts`, questions about the same pictures and videos.
 
@@ -144,12 +164,14 @@ class SmolVLM:
             videos: As in `ask`.
             system: A system message.
             sampling: How each answer is generated; with a seed, as by `ask` with that seed.
+            options: As in `ask`.
             detail: As in `ask`.
 
         Raises:
             MediaError: A picture or video cannot be read.
             PromptError: A prompt is no text, or longer than the context.
         """
+        sampling = choose_sampling(sampling, options, Sampling())
         texts = checked_prompts(prompts)
         request = read_request("", () if images is None else images, videos, system)
         media = self.opened(request, detail)
@@ -231,20 +253,23 @@ class SmolVLM:
         self,
         *,
         system: str | None = None,
-        sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
+        sampling: Sampling | None = None,
         detail: Detail = "high",
         on_full: Literal["error", "drop-oldest"] = "error",
+        **options: Unpack[SamplingOptions],
     ) -> Conversation:
         """An empty conversation.
 
         Args:
             system: A system message.
             sampling: How each answer is generated.
+            options: As in `ask`.
             detail: As in `ask`, for every picture.
             on_full: What to do when the context is full: "error" raises a ContextError,
                 "drop-oldest" forgets the oldest questions and answers, warns of it, and
                 runs what is left again.
         """
+        sampling = choose_sampling(sampling, options, Sampling())
         return Conversation(self, system, ConversationOptions(sampling, detail, on_full))
 
     def encode_images(
