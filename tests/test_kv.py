@@ -150,10 +150,12 @@ def test_chunks_equal_token_by_token(wide: Model, kind: str) -> None:
     single = logits(wide, embeds, caches[0], range(1, 250))
     chunks = logits(wide, embeds, caches[1], [3, 90, 91, 200, 215])
     whole = logits(wide, embeds, caches[2])
-    # A number at the border of two steps may fall to either side: one step in one number.
-    bound = 1e-4 if kind == "bounded" else 0.02
-    assert far(single, chunks) < bound
-    assert far(single, whole) < bound
+    # A number at the border of two steps may fall to either side: one step in one number. At 4
+    # bits that is up to 0.05 in a logit, since OpenBLAS rounds one row and many differently.
+    bound = {"bounded": 1e-4, "4 bits": 0.06}.get(kind, 0.02)
+    for other in (chunks, whole):
+        assert far(single, other) < bound
+        assert (mx.abs(single - other) > 0.02).mean().item() < 1e-3
     assert [cache.offset for cache in caches] == [250] * 3
 
 
