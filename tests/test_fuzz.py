@@ -39,7 +39,7 @@ def test_every_kind_of_failure_is_noticed(tmp_path: Path) -> None:
     (tmp_path / "broken_kinds.py").write_text(KINDS)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "FUZZ_KINDS": "broken_kinds"}
-    command = [sys.executable, str(TESTS / "fuzz.py"), "--seconds", "1", "--megabytes", "300"]
+    command = [sys.executable, str(TESTS / "fuzz.py"), "--seconds", "4", "--megabytes", "300"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     failures = ["traceback", "crash", "hang", "memory", "printed"]
     for name in failures:
