@@ -263,7 +263,8 @@ def test_only_files_of_the_cache_are_removed(tiny_folder: Path, tmp_path: Path) 
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"of the user" * 100_000)
     foreign[-1].write_bytes(first.read_bytes())
-    (own / f"{name[:-44]}{'1' * 32}.safetensors").symlink_to(foreign[0])
+    whole = Path(shutil.copy(first, tmp_path / "whole"))
+    (own / f"{name[:-44]}{'1' * 32}.safetensors").symlink_to(whole)
     (own / f".{'cd' * 8}.part").symlink_to(foreign[0])
     (own / f"{name[:-44]}{'2' * 32}.safetensors").mkdir()
     for path in sorted(folder.rglob("*")):
@@ -304,7 +305,7 @@ def test_the_folder_is_marked_for_backup_programs(tiny_folder: Path, folder: Pat
     assert path.stat().st_mode & 0o077 == 0  # what was asked is its owner's
 
 
-@pytest.mark.parametrize("kind", ["folder", "link", "file", "dangling"])
+@pytest.mark.parametrize("kind", ["folder", "link", "link to a cache", "file", "dangling"])
 def test_what_has_the_name_of_the_cache_is_refused(
     tiny_folder: Path, folder: Path, kind: str
 ) -> None:
@@ -315,6 +316,9 @@ def test_what_has_the_name_of_the_cache_is_refused(
         mine.rename(own)
     elif kind == "file":
         own.write_text("mine")
+    elif kind == "link to a cache":
+        run(tiny_folder, folder / "other")
+        own.symlink_to(folder / "other" / OWN_FOLDER)
     else:
         own.symlink_to(mine if kind == "link" else folder / "none")
     with pytest.raises(CheckpointError, match=r"choose another( folder)?$"):
