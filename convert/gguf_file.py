@@ -114,9 +114,8 @@ def open_gguf(path: Path) -> Iterator[GgufFile]:
     """
     try:
         file = open_file(path)
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     with file:
         yield GgufFile(path, file)
 
@@ -151,7 +150,9 @@ class _Header:
             metadata[key] = self._value(self._number("I"))
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & alignment - 1:
-            raise _HeaderError(f"its alignment is {shorten(alignment)}, which is no power of two")
+            raise _HeaderError(
+                f"its alignment is {shorten(alignment)}, which is not a power of two from 8 on"
+            )
         described = [self._tensor() for _ in range(tensor_count)]
         return metadata, self._placed(described, alignment)
 

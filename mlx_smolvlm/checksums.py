@@ -69,8 +69,8 @@ def check_sums(folder: Path) -> Iterator[tuple[str, str | None]]:
             found = file_sum(folder / name)
         except FileNotFoundError:
             yield name, "is missing"
-        except (OSError, ValueError) as error:  # ValueError: a name with a null character
-            yield name, f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        except OSError as error:
+            yield name, f"cannot be read: {error.strerror}"
         else:
             yield name, None if found == wanted else f"differs from its sum in {SUMS_FILE}"
     for path in sorted(folder.glob("*.safetensors")):

@@ -60,9 +60,8 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise CheckpointError(f"{path} is missing; convert or fetch the checkpoint again") from None
     except UnicodeDecodeError:
         raise CheckpointError(f"{path} is not UTF-8 text") from None
-    except (OSError, ValueError) as error:  # ValueError: a name with a null character
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"{path} cannot be read: {reason}") from None
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def read_json(path: Path, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
@@ -160,7 +159,7 @@ def _raw_header(path: Path, largest: int = LARGEST_HEADER) -> tuple[dict[str, An
             if length > largest:
                 raise CheckpointError(f"{path} has a header of {length} bytes; fetch it again")
             text = file.read(length).decode("utf-8")
-        header = json.loads(text, object_pairs_hook=_without_twins)
+        header = json.loads(text, object_pairs_hook=read_unique_keys)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError):
@@ -175,15 +174,18 @@ def _raw_header(path: Path, largest: int = LARGEST_HEADER) -> tuple[dict[str, An
     return header, total - 8 - length
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; two readers could take one of two equal keys each.
+def read_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object whose keys are all different, for `json.loads(object_pairs_hook=...)`.
+
+    Readers differ in which of two equal keys they take, so a file could mean one thing to the
+    check and another to the native reader.
 
     Raises:
-        ValueError: A key comes twice.
+        ValueError: A key stands twice.
     """
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError
+        raise ValueError("a key stands twice in one object")
     return values
 
 

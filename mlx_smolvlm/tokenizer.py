@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_smolvlm.config import LARGEST
 from mlx_smolvlm.errors import CheckpointError, SmolVLMError
 from mlx_smolvlm.quoting import one_line
-from mlx_smolvlm.safetensors import read_text
+from mlx_smolvlm.safetensors import read_text, read_unique_keys
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -55,7 +55,7 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """
     text = read_text(path, LARGEST_FILE)
     try:
-        values = json.loads(text, object_pairs_hook=_object)
+        values = json.loads(text, object_pairs_hook=read_unique_keys)
         _check(values, vocab_size)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a tokenizer: {one_line(error)}") from None
@@ -84,14 +84,6 @@ def native_errors(kind: type[SmolVLMError], message: str) -> Iterator[None]:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise kind(f"{message}: {one_line(error)}") from None
         raise
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, whose keys must be unique: readers differ in which of two they take."""
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return values
 
 
 def _check(values: Any, vocab_size: int) -> None:

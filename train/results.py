@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,8 +101,7 @@ class ResultsFile:
 
     def _read(self, header: Mapping[str, Any], restart: bool) -> dict[tuple[str, int], Result]:
         """What is in the file, once it begins with `header` and ends with a whole line."""
-        status = os.fstat(self._fd)
-        if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_FILE:
+        if os.fstat(self._fd).st_size > LARGEST_FILE:
             raise DatasetError(
                 f"{self._path} is no regular file of at most {LARGEST_FILE:,} bytes; choose "
                 "another (--results)"
