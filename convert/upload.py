@@ -64,8 +64,8 @@ def upload(
         section: Of the model card, see `model_card`.
 
     Raises:
-        CheckpointError: The folder is no whole checkpoint, its weights are not those that
-            its sums state, the repository holds something else, or the hub refuses.
+        CheckpointError: The folder is not a complete checkpoint, a weight file does not match
+            its stated sum, the repository holds something else, or the hub refuses.
     """
     read_config(folder)
     files = _files(folder)

@@ -209,8 +209,8 @@ class Conversation:
         """Go on from what `save` wrote to `path`; what was said here is forgotten.
 
         Raises:
-            CheckpointError: It is no such file, damaged, or of another checkpoint or version;
-                the conversation stays as it was.
+            CheckpointError: It was not written by `save`, is damaged, or belongs to another
+                checkpoint or version; the conversation stays as it was.
         """
         from mlx_smolvlm.saved import load
 

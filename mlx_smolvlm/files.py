@@ -33,7 +33,7 @@ def expand_path(path: str | Path, error: type[SmolVLMError] | None = None) -> Pa
         error: What to raise instead of an OSError.
 
     Raises:
-        FileNotFoundError: There is no such user, or no home directory is known.
+        FileNotFoundError: The user does not exist, or has no known home directory.
         OSError: No file can have this name: it has a null character, or one that the
             system's encoding lacks.
     """
@@ -246,7 +246,7 @@ def digest_stream(stream: BinaryIO) -> bytes:
 
 
 def _refusal(path: str | Path, mode: int) -> OSError:
-    """Why what has the mode `mode` is no file to read or to replace."""
+    """The error for a path whose mode is not that of a regular file."""
     if stat.S_ISDIR(mode):
         return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return OSError(errno.EINVAL, "Not a regular file", str(path))

@@ -67,7 +67,7 @@ def _redact_match(found: re.Match[str]) -> str:
     return redact_url(url) + bare[len(url) :]
 
 
-def shorten(text: str, limit: int) -> str:
+def cut_middle(text: str, limit: int) -> str:
     """`text` with its middle left out if it is longer than `limit` characters."""
     if len(text) <= limit:
         return text
@@ -79,10 +79,10 @@ def message_line(text: str) -> str:
     """`text` as a message: one line, at most `MAX_MESSAGE` characters, all of it fit to print."""
     escaped = redact(escape_controls(redact(text)))  # again: an escape may look like a URL's part
     line = " ".join(part.strip() for part in escaped.split("\n"))
-    return shorten(line.strip(), MAX_MESSAGE)
+    return cut_middle(line.strip(), MAX_MESSAGE)
 
 
 def one_line(error: object) -> str:
     """What `error` says, on one line of at most `MAX_QUOTE` characters; its type if nothing."""
     text = " ".join(redact(str(error)).split())
-    return shorten(escape_controls(text), MAX_QUOTE) or type(error).__name__
+    return cut_middle(escape_controls(text), MAX_QUOTE) or type(error).__name__

@@ -116,7 +116,7 @@ class _QuietFile:
             return b""
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """The new place; -1 if there is no such place."""
+        """The new position; -1 if it lies before the beginning."""
         try:
             return self._stream.seek(offset, whence)
         except (OSError, ValueError):

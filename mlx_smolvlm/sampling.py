@@ -111,8 +111,8 @@ def choose_sampling(
     """`sampling` if it is given, else `default` with `options` in place of its attributes.
 
     Raises:
-        ValueError: There are both, or an option is outside its range.
-        TypeError: There is no option of that name.
+        ValueError: Both are given, or an option is outside its range.
+        TypeError: `Sampling` has no attribute of an option's name.
     """
     unknown = [name for name in options if name not in SamplingOptions.__annotations__]
     if unknown:
