@@ -1,7 +1,7 @@
 """What packed and bounded caches of keys and values cost in answers, and save in bytes.
 
     make oracles
-    python benchmarks/kv.py [text] [demo] [bytes] [--tokens N] [--only NAME] [--items N] [--json]
+    python -m benchmarks.kv [text] [demo] [bytes] [--tokens N] [--only NAME] [--items N] [--json]
 
 text   the real SmolLM2-135M-Instruct over LICENSE, against a cache of everything in float32
 demo   the demo's answers to held-out questions, N of each family, likewise
@@ -162,7 +162,7 @@ def compared(
 
 def on_demo(items: int) -> dict[str, dict[str, float]]:
     """For each cache the shares of answers that are right, and as they are with a full one."""
-    from mlx_smolvlm.train.recipe.evaluate import ask, cases
+    from demo_recipe.evaluate import ask, cases
 
     asked = [case for topic in TOPICS for case in cases(topic, items)]
     results: dict[str, dict[str, float]] = {}

@@ -1,6 +1,6 @@
 """Right answers of the demo with and without the space that it learned to begin with.
 
-    python benchmarks/schema_space.py [--items N]
+    python -m benchmarks.schema_space [--items N]
 
 Held-out questions about colors, numbers and places, answered freely, and then held to the
 answers that occur in each family, after what each row says.
@@ -13,10 +13,10 @@ import re
 from typing import Any
 
 import mlx_smolvlm
+from demo_recipe.evaluate import cases
 from mlx_smolvlm import Sampling
 from mlx_smolvlm.constrain import Constraint
 from mlx_smolvlm.schema import grammar
-from mlx_smolvlm.train.recipe.evaluate import cases
 
 FAMILIES = ("color", "count", "where")
 LEADS = {"free": None, "space demanded": " ", "space left to the model": " ?", "no space": ""}

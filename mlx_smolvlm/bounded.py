@@ -9,16 +9,13 @@ written (docs/decisions/kv.md).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.cache import NONE, KVCache
 from mlx_smolvlm.storage import FLOAT, Mask, Storage
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 SINKS = 4  # first tokens that attention leans on whatever they say (arXiv 2309.17453)
 RECENT = 32  # latest tokens that must fit beside the pinned ones

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from copy import copy
-from typing import TYPE_CHECKING
+from typing import Self
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.storage import FLOAT, Held, Mask, Storage
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 STEP = 256  # tokens by which a full buffer grows
 NONE = np.arange(0)

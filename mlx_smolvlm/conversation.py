@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from mlx_smolvlm.answer import AnswerStream, Reply
 from mlx_smolvlm.errors import CheckpointError, ContextError, PromptError, SmolVLMWarning
@@ -17,8 +17,6 @@ from mlx_smolvlm.reuse import State
 from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
     from mlx_smolvlm.image import Detail
     from mlx_smolvlm.smolvlm import SmolVLM
 

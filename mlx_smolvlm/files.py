@@ -9,7 +9,6 @@ import os
 import re
 import secrets
 import stat
-import sys
 import time
 import zlib
 from collections.abc import Iterator
@@ -108,10 +107,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         ValueError: It is not UTF-8, not TOML, or has a line of more than `LONGEST_LINE`
             characters; the message says what it is not.
     """
-    if sys.version_info >= (3, 11):
-        import tomllib
-    else:
-        import tomli as tomllib
+    import tomllib
+
     data = read_file(path, LARGEST_TOML)
     try:
         text = data.decode("utf-8-sig")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import mlx.core as mx
 
@@ -34,7 +34,6 @@ from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
 
 if TYPE_CHECKING:
     import PIL.Image
-    from typing_extensions import Unpack
 
     from mlx_smolvlm.image import Detail
     from mlx_smolvlm.prompt import PromptBuilder

@@ -118,6 +118,6 @@ def tiny_video(tiny_video_folder: Path) -> SmolVLM:
 @pytest.fixture(scope="session")
 def demo_builder() -> PromptBuilder:
     """Prompts of the recipe."""
-    from mlx_smolvlm.train.recipe.run import builder_of
+    from demo_recipe.run import builder_of
 
     return builder_of(resolve(DEMO))

@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,14 +31,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).parents[1]
 LISTS = Path(__file__).with_name("mutation_lists")
-SOURCES = ("mlx_smolvlm", "convert", "cli", "train")
+SOURCES = ("mlx_smolvlm", "convert", "cli", "train", "demo_recipe")
 TIMEOUT_S = 300.0  # of the tests of one mutation
 BASELINE_TIMEOUT_S = 3600.0
 

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mlx_smolvlm
+from demo_recipe.examples import example
 from mlx_smolvlm import Choice, MediaError, PromptError, Sampling, SmolVLM
 from mlx_smolvlm.checkpoint import tokenizer_path
 from mlx_smolvlm.choose import rated
 from mlx_smolvlm.messages import read_request
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.text import TextModel
-from mlx_smolvlm.train.recipe.examples import example
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
 EXAMPLE = Path(__file__).parents[1] / "examples" / "three.png"

@@ -23,6 +23,7 @@ import pytest
 
 import mlx_smolvlm
 import mlx_smolvlm.generate
+from demo_recipe.examples import example
 from mlx_smolvlm import ConstraintError, Sampling, SmolVLM, SmolVLMWarning
 from mlx_smolvlm.constrain import Constrainer, Constraint
 from mlx_smolvlm.generate import constrained_tokens
@@ -31,7 +32,6 @@ from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.sampling import make_sampler
 from mlx_smolvlm.schema import check, closed
 from mlx_smolvlm.template import ChatTemplate
-from mlx_smolvlm.train.recipe.examples import example
 
 FORMATS = jsonschema.FormatChecker(["ipv4", "uuid"])
 STRING = re.compile(r'"(\\.|[^"\\])*"')

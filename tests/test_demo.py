@@ -8,14 +8,14 @@ import pytest
 from PIL import Image
 
 import mlx_smolvlm
+from demo_recipe.clips import Clip
+from demo_recipe.evaluate import cases, shares
+from demo_recipe.examples import CLIPS, PICTURES, example, told
+from demo_recipe.items import text_of
+from demo_recipe.run import CHAT_TEMPLATE
+from demo_recipe.shapes import demo_config
+from demo_recipe.transcripts import retell
 from mlx_smolvlm.image import Detail
-from mlx_smolvlm.train.recipe.clips import Clip
-from mlx_smolvlm.train.recipe.evaluate import cases, shares
-from mlx_smolvlm.train.recipe.examples import CLIPS, PICTURES, example, told
-from mlx_smolvlm.train.recipe.items import text_of
-from mlx_smolvlm.train.recipe.run import CHAT_TEMPLATE
-from mlx_smolvlm.train.recipe.shapes import demo_config
-from mlx_smolvlm.train.recipe.transcripts import retell
 from mlx_smolvlm.video import open_video
 
 FOLDER = Path(mlx_smolvlm.__file__).parent / "demo"

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_smolvlm.train.recipe import charts
-from mlx_smolvlm.train.recipe.draw import COLOR_NAMES, sample_size
-from mlx_smolvlm.train.recipe.items import Drawn, Glyph, Turn, parts_of, text_of
+from demo_recipe import charts
+from demo_recipe.draw import COLOR_NAMES, sample_size
+from demo_recipe.items import Drawn, Glyph, Turn, parts_of, text_of
 
 SIZES = ((192, 192), (96, 96), (640, 247), (247, 640), (96, 51), (51, 96), (333, 500), (250, 96))
 FAMILIES = {

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import mlx_smolvlm.train
-from mlx_smolvlm.train.recipe import objects
-from mlx_smolvlm.train.recipe.draw import COLORS, PLACES, sample_size
-from mlx_smolvlm.train.recipe.items import Drawn, Glyph, Part, Turn, parts_of, text_of
-from mlx_smolvlm.train.recipe.object_questions import plural
+import demo_recipe
+from demo_recipe import objects
+from demo_recipe.draw import COLORS, PLACES, sample_size
+from demo_recipe.items import Drawn, Glyph, Part, Turn, parts_of, text_of
+from demo_recipe.object_questions import plural
 
 SIZES = ((192, 192), (96, 96), (640, 247), (247, 640), (96, 51), (51, 96), (333, 500), (250, 96))
 FAMILIES = {
     "object", "objects", "object where", "object at", "object exists", "object count",
     "object describe", "background", "absent",
 }  # fmt: skip
-FOLDER = Path(mlx_smolvlm.train.recipe.__file__).parent
+FOLDER = Path(demo_recipe.__file__).parent
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 

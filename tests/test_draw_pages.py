@@ -14,9 +14,9 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from mlx_smolvlm.train.recipe import pages
-from mlx_smolvlm.train.recipe.items import Drawn, Glyph, Turn, parts_of, text_of
-from mlx_smolvlm.train.recipe.lexicon import HELD_OUT
+from demo_recipe import pages
+from demo_recipe.items import Drawn, Glyph, Turn, parts_of, text_of
+from demo_recipe.lexicon import HELD_OUT
 
 SIZES = ((144, 192), (192, 192), (96, 96), (640, 247), (247, 640), (192, 101), (96, 250), (250, 96))
 FAMILIES = {

@@ -12,10 +12,10 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from mlx_smolvlm.train.recipe import words
-from mlx_smolvlm.train.recipe.draw import COLOR_NAMES, COLORS, sample_size
-from mlx_smolvlm.train.recipe.items import Drawn, Turn, parts_of, text_of
-from mlx_smolvlm.train.recipe.lexicon import HELD_OUT, TRAINED, WORDS
+from demo_recipe import words
+from demo_recipe.draw import COLOR_NAMES, COLORS, sample_size
+from demo_recipe.items import Drawn, Turn, parts_of, text_of
+from demo_recipe.lexicon import HELD_OUT, TRAINED, WORDS
 
 SIZES = ((192, 192), (96, 96), (640, 247), (247, 640), (96, 51), (51, 96), (333, 500), (250, 96))
 FAMILIES = {

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_smolvlm.train.recipe.evaluate import Case, cases, shares
-from mlx_smolvlm.train.recipe.heldout import _REALM, ALL_TOPICS, collect, items, write
-from mlx_smolvlm.train.recipe.items import Drawn, text_of
-from mlx_smolvlm.train.recipe.lexicon import HELD_OUT, TRAINED, WORDS
-from mlx_smolvlm.train.recipe.run import STAGES
-from mlx_smolvlm.train.recipe.words import sample
+from demo_recipe.evaluate import Case, cases, shares
+from demo_recipe.heldout import _REALM, ALL_TOPICS, collect, items, write
+from demo_recipe.items import Drawn, text_of
+from demo_recipe.lexicon import HELD_OUT, TRAINED, WORDS
+from demo_recipe.run import STAGES
+from demo_recipe.words import sample
 
 FAMILIES = {
     "what",

@@ -80,7 +80,7 @@ def test_every_public_name_has_a_docstring() -> None:
 def test_pictures_are_opened_in_listed_formats_alone() -> None:
     """Pillow would start Ghostscript for an EPS, whatever the file is called."""
     found = 0
-    for folder in ("mlx_smolvlm", "convert", "cli", "train", "train/recipe"):
+    for folder in ("mlx_smolvlm", "convert", "cli", "train", "demo_recipe"):
         for path in (ROOT / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
@@ -93,7 +93,7 @@ def test_native_readers_see_no_file_that_was_not_checked() -> None:
     """`load_tensors` checks a header before `mx.load` reads the file; nothing else may call it."""
     readers = {("mx", "load"), ("np", "load"), ("numpy", "load"), ("torch", "load")}
     calls = set()
-    for folder in ("mlx_smolvlm", "convert", "cli", "train", "train/recipe"):
+    for folder in ("mlx_smolvlm", "convert", "cli", "train", "demo_recipe"):
         for path in (ROOT / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

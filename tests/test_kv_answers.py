@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from demo_recipe.examples import example
 from mlx_smolvlm import (
     CacheOptions,
     Conversation,
@@ -20,7 +21,6 @@ from mlx_smolvlm.bounded import RECENT, SINKS, BoundedKVCache
 from mlx_smolvlm.context import pinned_tokens
 from mlx_smolvlm.reuse import Content, Span
 from mlx_smolvlm.storage import PackedStorage
-from mlx_smolvlm.train.recipe.examples import example
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUESTION = "What is in this picture?"

@@ -18,15 +18,10 @@ from mlx.utils import tree_flatten, tree_map
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
-from mlx_smolvlm import text, vision
-from mlx_smolvlm.config import Config
-from mlx_smolvlm.hub import DEMO, resolve
-from mlx_smolvlm.image import Grid, tiles
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.train.recipe import batches, pages, questions
-from mlx_smolvlm.train.recipe import run as run_module
-from mlx_smolvlm.train.recipe.batches import Mix, encoder_batch
-from mlx_smolvlm.train.recipe.draw import (
+from demo_recipe import batches, pages, questions
+from demo_recipe import run as run_module
+from demo_recipe.batches import Mix, encoder_batch
+from demo_recipe.draw import (
     COLOR_NAMES,
     COLORS,
     SHAPES,
@@ -38,17 +33,22 @@ from mlx_smolvlm.train.recipe.draw import (
     render,
     sample_scene,
 )
-from mlx_smolvlm.train.recipe.fast import fast_gelu, fast_swiglu
-from mlx_smolvlm.train.recipe.items import Glyph, Turn, text_of
-from mlx_smolvlm.train.recipe.kinds import GLYPHS
-from mlx_smolvlm.train.recipe.labels import patch_labels, token_mask
-from mlx_smolvlm.train.recipe.losses import Paired, encoder_loss, normalized, step_loss
-from mlx_smolvlm.train.recipe.optimizer import FlatAdamW, StackedMuon
-from mlx_smolvlm.train.recipe.run import STAGES as ALL_STAGES
-from mlx_smolvlm.train.recipe.run import Run, Stage, make_batch, save_checkpoint, start
-from mlx_smolvlm.train.recipe.shapes import demo_config
-from mlx_smolvlm.train.recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokenizer
-from mlx_smolvlm.train.recipe.topics import ORDINALS, ask_several, shape_glyphs, shapes
+from demo_recipe.fast import fast_gelu, fast_swiglu
+from demo_recipe.items import Glyph, Turn, text_of
+from demo_recipe.kinds import GLYPHS
+from demo_recipe.labels import patch_labels, token_mask
+from demo_recipe.losses import Paired, encoder_loss, normalized, step_loss
+from demo_recipe.optimizer import FlatAdamW, StackedMuon
+from demo_recipe.run import STAGES as ALL_STAGES
+from demo_recipe.run import Run, Stage, make_batch, save_checkpoint, start
+from demo_recipe.shapes import demo_config
+from demo_recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokenizer
+from demo_recipe.topics import ORDINALS, ask_several, shape_glyphs, shapes
+from mlx_smolvlm import text, vision
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.hub import DEMO, resolve
+from mlx_smolvlm.image import Grid, tiles
+from mlx_smolvlm.prompt import PromptBuilder
 
 STAGES = (
     Stage("encoder", steps=3, size=4, rate=0.01),
@@ -588,9 +588,9 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from test_recipe import small_config
-from mlx_smolvlm.train.recipe import batches, run
-from mlx_smolvlm.train.recipe.batches import Mix
-from mlx_smolvlm.train.recipe.run import Stage, start
+from demo_recipe import batches, run
+from demo_recipe.batches import Mix
+from demo_recipe.run import Stage, start
 batches.MIXES = ((Mix(("shapes",), 1, 2), 1.0),)
 run.demo_config = small_config
 one = start(Path(sys.argv[1]), 0, (Stage("answers", 2, 0.01, parts=2),))
@@ -619,7 +619,8 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
             str(tmp_path / name),
             str(tmp_path / f"{name}.safetensors"),
         ]
-        own = {"PYTHONPATH": str(Path(__file__).parent)}  # where `small_config` is
+        tests = Path(__file__).parent  # where `small_config` is; demo_recipe is beside it
+        own = {"PYTHONPATH": os.pathsep.join([str(tests), str(tests.parent)])}
         if rank is not None:
             own |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         return subprocess.Popen(

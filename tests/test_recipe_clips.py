@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.train.recipe import clip_questions as questions
-from mlx_smolvlm.train.recipe.clip_batches import clip_batch, clip_prefix
-from mlx_smolvlm.train.recipe.clips import (
+from demo_recipe import clip_questions as questions
+from demo_recipe.clip_batches import clip_batch, clip_prefix
+from demo_recipe.clips import (
     MOTIONS,
     Clip,
     Event,
@@ -19,14 +18,15 @@ from mlx_smolvlm.train.recipe.clips import (
     sampled_indices,
     shown_frames,
 )
-from mlx_smolvlm.train.recipe.draw import COLOR_NAMES, SHAPES, Shape, render
-from mlx_smolvlm.train.recipe.film import write_mp4
-from mlx_smolvlm.train.recipe.grounding import word_table
-from mlx_smolvlm.train.recipe.items import Said, Turn, parts_of, text_of
-from mlx_smolvlm.train.recipe.motion import frame_labels, token_labels, word_labels
-from mlx_smolvlm.train.recipe.prefix import ANSWERED_LAYER, ASKED_LAYER
-from mlx_smolvlm.train.recipe.rows import make_row
-from mlx_smolvlm.train.recipe.sample_clips import SAMPLED, sample_clip
+from demo_recipe.draw import COLOR_NAMES, SHAPES, Shape, render
+from demo_recipe.film import write_mp4
+from demo_recipe.grounding import word_table
+from demo_recipe.items import Said, Turn, parts_of, text_of
+from demo_recipe.motion import frame_labels, token_labels, word_labels
+from demo_recipe.prefix import ANSWERED_LAYER, ASKED_LAYER
+from demo_recipe.rows import make_row
+from demo_recipe.sample_clips import SAMPLED, sample_clip
+from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.video import open_video
 
 

@@ -7,11 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_smolvlm.image import Detail, Grid, tiles
-from mlx_smolvlm.model import Model
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.storage import Mask
-from mlx_smolvlm.train.recipe.batches import (
+from demo_recipe.batches import (
     MIXES,
     Asked,
     Mix,
@@ -20,9 +16,9 @@ from mlx_smolvlm.train.recipe.batches import (
     named_places,
     picture_prefix,
 )
-from mlx_smolvlm.train.recipe.clip_questions import ask_clip, makers_of
-from mlx_smolvlm.train.recipe.items import Box, Part, Turn, parts_of, text_of
-from mlx_smolvlm.train.recipe.prefix import (
+from demo_recipe.clip_questions import ask_clip, makers_of
+from demo_recipe.items import Box, Part, Turn, parts_of, text_of
+from demo_recipe.prefix import (
     ANSWERED_LAYER,
     ASKED_LAYER,
     Pointers,
@@ -30,9 +26,13 @@ from mlx_smolvlm.train.recipe.prefix import (
     layer_states,
     pointer_loss,
 )
-from mlx_smolvlm.train.recipe.rows import make_row
-from mlx_smolvlm.train.recipe.sample_clips import sample_clip
-from mlx_smolvlm.train.recipe.topics import TOPICS, Focus, ask, ask_several, draw, shapes, talk
+from demo_recipe.rows import make_row
+from demo_recipe.sample_clips import sample_clip
+from demo_recipe.topics import TOPICS, Focus, ask, ask_several, draw, shapes, talk
+from mlx_smolvlm.image import Detail, Grid, tiles
+from mlx_smolvlm.model import Model
+from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.storage import Mask
 
 
 def messages_of(turns: list[Turn], pictures: int, system: str | None) -> list[dict[str, Any]]:

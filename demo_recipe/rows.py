@@ -1,0 +1,104 @@
+"""Turns as token ids, with what each is worth as a target and where it is to be seen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from demo_recipe.items import Box, Turn, parts_of, text_of
+from mlx_smolvlm.prompt import PromptBuilder
+
+Pointed = tuple[int, tuple[Box, ...]]  # a place in a row, and what it should look at
+
+
+@dataclass(frozen=True)
+class Row:
+    """What follows a beginning.
+
+    Attributes:
+        ids: Token ids (M,).
+        weights: What each counts as a target, (M,); 0 is none.
+        asked: Places of the words that name something.
+        answered: Places whose next token is to be read off a picture.
+        missing: Places of the words that name what no picture shows.
+    """
+
+    ids: list[int]
+    weights: list[float]
+    asked: list[Pointed]
+    answered: list[Pointed]
+    missing: list[int]
+
+
+def make_row(builder: PromptBuilder, turns: list[Turn], before: str) -> Row:
+    """`turns`, the first after the text `before`.
+
+    With its beginning it is what `PromptBuilder.build` makes of the same messages, which a
+    test holds.
+    """
+    row = Row([], [], [], [], [])
+    end = builder.config.eos_token_ids[0]
+    for turn in turns:
+        ids, ends = _encode(builder, f"{before}{text_of(turn.question)}")
+        for start, stop, boxes in _spans(turn, len(before)):
+            if boxes:
+                places = _last(ends, start, stop)
+                row.asked.extend((len(row.ids) + place, boxes) for place in places)
+        places = _last(ends, *_missing(turn, len(before)))
+        row.missing.extend(len(row.ids) + place for place in places)
+        asked = [*ids, end, *_encode(builder, "\nAssistant:")[0]]
+        _answer(builder, row, turn, asked)
+        before = "\nUser: "
+    return row
+
+
+def _answer(builder: PromptBuilder, row: Row, turn: Turn, asked: list[int]) -> None:
+    """Add the question `asked` and the answer of `turn` to `row`."""
+    ids, ends = _encode(builder, f" {text_of(turn.answer)}")
+    first, start = len(row.ids) + len(asked), 1
+    for part in parts_of(turn.answer):
+        stop = start + len(part.text)
+        if part.boxes:
+            places = [i for i, at in enumerate(ends) if start < at <= stop]
+            row.answered.extend((first + place - 1, part.boxes) for place in places)
+        start = stop
+    row.ids.extend([*asked, *ids, builder.config.eos_token_ids[0]])
+    share = (len(ids) + 1) ** -0.75
+    row.weights.extend([0.0] * len(asked) + [share] * (len(ids) + 1))
+
+
+def _last(ends: list[int], start: int, stop: int) -> list[int]:
+    """The last of the tokens that end between two characters, if there is one."""
+    return [place for place, at in enumerate(ends) if start < at <= stop][-1:]
+
+
+def _missing(turn: Turn, start: int) -> tuple[int, int]:
+    """First character, and the one after the last, of what `turn` says is missing."""
+    found = text_of(turn.question).lower().rfind(turn.missing.lower())
+    return (start + found, start + found + len(turn.missing)) if found >= 0 else (0, 0)
+
+
+def _spans(turn: Turn, start: int) -> list[tuple[int, int, tuple[Box, ...]]]:
+    """First character, the one after the last, and boxes of each part of the question."""
+    spans = []
+    for part in parts_of(turn.question):
+        spans.append((start, start + len(part.text), part.boxes))
+        start += len(part.text)
+    return spans
+
+
+def _encode(builder: PromptBuilder, text: str) -> tuple[list[int], list[int]]:
+    """Ids of `text`, and after which character each ends."""
+    encoding = builder.tokenizer.encode(text, add_special_tokens=False)
+    return encoding.ids, [stop for _, stop in encoding.offsets]
+
+
+def padded(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+    """Ids int32 and weights float32 of `rows` (B, M), padded with 0."""
+    length = max(len(row.ids) for row in rows)
+    ids = np.zeros((len(rows), length), np.int32)
+    weights = np.zeros((len(rows), length), np.float32)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)], weights[i, : len(row.ids)] = row.ids, row.weights
+    return ids, weights

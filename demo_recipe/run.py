@@ -1,0 +1,407 @@
+"""The training run of the demo checkpoint.
+
+    python -m demo_recipe --out FOLDER [--seed S] [--minutes N] [--workers N]
+    mlx.launch -n 2 --backend ring -- python -m demo_recipe --out FOLDER
+
+The encoder alone on dense labels comes first, then conversations about pictures and clips, with
+more tiles beside them, most of which show print, then three stages about relations, and last three
+about all, with more of what was weakest: the model is the mean of the weights at their ends. A
+batch follows from the seed and its number, and the schedule from the number of steps, so that a
+run which was stopped and goes on equals one that was not. A step is the mean over its parts, which
+one process makes one after the other, and several make at once. Workers are processes that only
+draw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from tokenizers import Tokenizer
+
+from demo_recipe.ahead import Ahead
+from demo_recipe.batches import (
+    MIXES,
+    PLAIN,
+    PRINT_SHARES,
+    Asked,
+    Batch,
+    EncoderBatch,
+    Mix,
+    batch,
+    encoder_batch,
+    pick_mix,
+)
+from demo_recipe.clip_batches import ClipBatch, clip_batch
+from demo_recipe.encoder import start_encoder
+from demo_recipe.fast import fast_curves
+from demo_recipe.losses import Paired, Trainee, encoder_loss, normalized, step_loss
+from demo_recipe.optimizer import Optimizer
+from demo_recipe.sample_clips import SAMPLED
+from demo_recipe.shapes import demo_config
+from demo_recipe.topics import Focus
+from mlx_smolvlm.hub import DEMO, resolve
+from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.safetensors import load_tensors, read_metadata
+
+SAVED_EVERY_S = 120
+CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        steps: How many batches.
+        rate: Muon's learning rate at the top.
+        floor: Share of it that the last steps have.
+        encoder_share: The encoder's rate, as a share.
+        size: Tiles in a batch where the encoder is trained alone; 0 is conversations.
+        clips: Share of batches about clips.
+        frames: Sampled frames of the clips in a batch, about.
+        brief: Share of the steps in which clips have three frames at most.
+        parts: Batches whose mean gradient a step follows.
+        mixes: What batches of pictures hold, with shares; none is `batches.MIXES`.
+        asked: What is asked about pictures, and told beside the answers.
+        tiles: Beside the conversations of a batch, most of them with print.
+        scale: How many times the conversations of `batches.MIXES` a batch has.
+        averaged: Whether the weights at its end count into the mean that is the run's result.
+    """
+
+    name: str
+    steps: int
+    rate: float
+    floor: float = 0.05
+    encoder_share: float = 1.0
+    size: int = 0
+    clips: float = 0.0
+    frames: int = 24
+    brief: float = 0.3
+    parts: int = 1
+    mixes: tuple[tuple[Mix, float], ...] = ()
+    asked: Asked = PLAIN
+    tiles: int = 0
+    scale: int = 1
+    averaged: bool = False
+
+
+_SHAPES = (
+    *((mix, 0.25 * share) for mix, share in MIXES),
+    (Mix(("shapes",), 6, 8, detail="high"), 0.45),
+    (Mix(("shapes",), 14, 5), 0.3),
+)
+_WEAKEST = (
+    *((mix, 0.4 * share) for mix, share in MIXES),
+    (Mix(("shapes",), 6, 8, detail="high"), 0.2),
+    (Mix(("shapes",), 14, 5), 0.12),
+    (Mix(("words",), 7, 6, detail="high"), 0.28),
+)
+RELATIONS = ("larger", "beside", "chart compare", "number")
+WEAKEST = ("larger", "larger", "count", "word", "number")
+_TOGETHER = Stage(
+    "together", steps=1200, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.16, brief=0.0,
+    parts=2, asked=Asked(True, Focus(WEAKEST, 0.5, 80, True), True), tiles=12, averaged=True,
+)  # fmt: skip
+STAGES = (
+    Stage("encoder", steps=7500, rate=0.014, size=256),
+    Stage(
+        "answers", steps=6000, rate=0.008, floor=0.01, encoder_share=0.5, clips=0.2, frames=96,
+        asked=Asked(missing=True), tiles=64, scale=4,
+    ),
+    Stage(
+        "relations", steps=654, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.15, brief=0.0,
+        parts=2, asked=Asked(True, Focus(RELATIONS), True), tiles=12,
+    ),
+    Stage(
+        "sizes", steps=247, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.12, brief=0.0,
+        parts=2, asked=Asked(True, Focus(RELATIONS, 0.5, 80, True), True), tiles=12,
+    ),
+    Stage(
+        "shapes", steps=740, rate=0.004, floor=0.01, encoder_share=0.2, clips=0.06, brief=0.0,
+        parts=2, mixes=_SHAPES, asked=Asked(True, Focus(RELATIONS[:2], 0.6, 80, True), True),
+    ),
+    _TOGETHER,
+    replace(
+        _TOGETHER, name="weakest", steps=700, clips=0.06, mixes=_WEAKEST,
+        asked=Asked(True, Focus(WEAKEST, 0.7, 80, True), True),
+    ),
+    replace(_TOGETHER, name="again", steps=450),
+)  # fmt: skip
+
+
+Data = EncoderBatch | Batch | ClipBatch | Paired
+
+
+Place = tuple[int, int, int]  # stage, step, part
+
+
+def make_batch(builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, place: Place) -> Data:
+    """The batch of a part of a step of a run with `seed`; all parts of a step are of one kind."""
+    number, step, part = place
+    stage = stages[number]
+    own = 10**9 * seed + 10**6 * (number + 1) + step
+    if stage.size:
+        return encoder_batch(own + 500_000 * part, builder.config, stage.size)
+    kind = np.random.default_rng([own, 1])
+    is_clip, mix = kind.random() < stage.clips, pick_mix(kind, stage.mixes)
+    own += 500_000 * part
+    if is_clip:
+        longest = 3 if step < stage.brief * stage.steps else SAMPLED[-1]
+        talk: Batch | ClipBatch = clip_batch(
+            own, builder, stage.frames, longest, stage.asked.missing
+        )
+    else:
+        talk = batch(own, builder, mix, stage.asked, stage.scale)
+    if not stage.tiles:
+        return talk
+    return Paired(talk, encoder_batch(own + 250_000, builder.config, stage.tiles, PRINT_SHARES))
+
+
+def draw_step(
+    folder: Path,
+    stages: tuple[Stage, ...],
+    seed: int,
+    share: tuple[int, int],
+    place: tuple[int, int],
+) -> list[Data]:
+    """One process's batches of a step; of a step of one part, every process has that one.
+
+    Args:
+        share: The process's number, and how many there are.
+        place: Stage and step.
+    """
+    (rank, size), parts = share, stages[place[0]].parts
+    if parts > 1 and parts % size:
+        raise ValueError(f"{size} processes cannot share the {parts} parts of a step")
+    own = range(rank, parts, size) if parts > 1 else range(1)
+    return [make_batch(builder_of(folder), stages, seed, (*place, part)) for part in own]
+
+
+class Run:
+    """A training run: what is trained, by which optimizer, and how far it has come.
+
+    Args:
+        folder: Where the tokenizer lies.
+        workers: Processes that draw.
+    """
+
+    def __init__(
+        self, folder: Path, stages: tuple[Stage, ...], seed: int, workers: int = 0
+    ) -> None:
+        mx.random.seed(seed)
+        builder = builder_of(folder)
+        self.builder, self.stages, self.seed = builder, stages, seed
+        self.trainee = Trainee(builder.config)
+        self.group = mx.distributed.init()  # of this process alone, unless several were launched
+        sample = encoder_batch(seed + 999, builder.config, size=400)
+        start_encoder(
+            self.trainee.model.vision_model,
+            np.array(normalized(sample.pixels, builder.config.image)),
+        )
+        share = self.group.rank(), self.group.size()
+        self._ahead = Ahead(partial(draw_step, folder, stages, seed, share), self._after, workers)
+        self.stage, self.step = 0, 0
+        self.ends = 0
+        self._average: dict[str, Any] = self.trainee.model.parameters()
+        self._enter_stage()
+
+    @property
+    def done(self) -> bool:
+        """Whether all stages are through."""
+        return self.stage == len(self.stages)
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The model's weights by now; at the end, the mean over the ends of averaged stages."""
+        mean = self.done and self.ends
+        weights: dict[str, Any] = self._average if mean else self.trainee.model.parameters()
+        return weights
+
+    def _count_in(self) -> None:
+        """Let the model's weights count into the average."""
+        self.ends += 1
+        self._average = tree_map(
+            lambda mean, here: mean + (here - mean) / self.ends,
+            self._average,
+            self.trainee.model.parameters(),
+        )
+        mx.eval(self._average)
+
+    def _enter_stage(self) -> None:
+        stage = self.stages[self.stage]
+        self.trainee.unfreeze()
+        if stage.size:
+            self.trainee.freeze()
+            self.trainee.model.vision_model.unfreeze()
+            self.trainee.dense_head.unfreeze()
+        loss = encoder_loss if stage.size else step_loss
+        self._gradient = nn.value_and_grad(self.trainee, loss)
+        self.optimizer = Optimizer()
+        self.optimizer.init(self.trainee.trainable_parameters())
+
+    def advance(self) -> float:
+        """One step; the loss before it."""
+        value: float = self.begin().item()  # type: ignore[assignment]
+        return value
+
+    def begin(self) -> mx.array:
+        """One step that may still be computed when this returns; the loss before it."""
+        data = self._ahead.at((self.stage, self.step))
+        stage = self.stages[self.stage]
+        share = 0.5 + 0.5 * math.cos(math.pi * self.step / stage.steps)
+        rate = stage.rate * (stage.floor + (1 - stage.floor) * share)
+        self.optimizer.set_rates(rate * min(1, (self.step + 1) / 20), stage.encoder_share)
+        with fast_curves() if mx.default_device() == mx.Device(mx.cpu) else nullcontext():
+            loss, gradient = self._mean(data, stage.parts)
+            self.optimizer.update(self.trainee, gradient)
+            mx.async_eval(self.trainee.parameters(), self.optimizer.state, loss)
+        self.step += 1
+        if self.step == stage.steps:
+            if stage.averaged:
+                self._count_in()
+            self.stage, self.step = self.stage + 1, 0
+            if not self.done:
+                self._enter_stage()
+        return loss
+
+    def any_of(self, wish: bool) -> bool:
+        """Whether any of the processes wishes so; all of them are told the same."""
+        wishes: Any = mx.distributed.all_sum(mx.array(float(wish)))
+        return bool(wishes.item())
+
+    def _mean(self, data: list[Data], parts: int) -> tuple[mx.array, Any]:
+        """Mean loss and gradient over the parts of a step, of which `data` are this process's."""
+        loss, gradient = self._gradient(self.trainee, data[0])
+        for one in data[1:]:
+            mx.eval(loss, gradient)
+            more = self._gradient(self.trainee, one)
+            loss, gradient = loss + more[0], tree_map(mx.add, gradient, more[1])
+        if self.group.size() > 1 and parts > 1:
+            loss = mx.distributed.all_sum(loss)
+            gradient = tree_map(mx.distributed.all_sum, gradient)
+        return loss / parts, tree_map(lambda g: g / parts, gradient)
+
+    def _after(self, place: tuple[int, int]) -> tuple[int, int] | None:
+        """The stage and step after those of `place`; None after the last."""
+        number, step = place
+        if step + 1 < self.stages[number].steps:
+            return number, step + 1
+        return (number + 1, 0) if number + 1 < len(self.stages) else None
+
+    def save(self, path: Path) -> None:
+        """Write weights, their average, the optimizer's state and the step to `path`, at once."""
+        state = {"trainee": self.trainee.parameters(), "optimizer": self.optimizer.state}
+        if self.ends:
+            state["average"] = self._average
+        place = {"stage": str(self.stage), "step": str(self.step), "ends": str(self.ends)}
+        part = path.with_suffix(".part.safetensors")
+        mx.save_safetensors(str(part), dict(tree_flatten(state)), place)
+        part.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Go on from what `save` wrote to `path`."""
+        arrays, place = load_tensors(path), read_metadata(path)
+        self.stage, self.step = int(place["stage"]), int(place["step"])
+        if not self.done:
+            self._enter_stage()
+        state: Any = tree_unflatten(list(arrays.items()))
+        self.trainee.update(state["trainee"])
+        if self.step:
+            self.optimizer.state = state["optimizer"]
+        self.ends = int(place["ends"])
+        if self.ends:
+            self._average = state["average"]
+
+
+def save_checkpoint(run: Run, folder: Path) -> None:
+    """Write the model as a checkpoint in float16; the tokenizer and template lie there already."""
+    config = replace(run.builder.config, dtype="float16")
+    parameters: Any = tree_flatten(run.result)
+    weights = {name: value.astype(mx.float16) for name, value in parameters}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+
+
+def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES, workers: int = 0) -> Run:
+    """A run that writes to `folder`, with its tokenizer and template written there.
+
+    The tokenizer is the shipped one: weights hold for its ids alone, and those that would be
+    learned anew change with every word that is asked.
+    """
+    group = mx.distributed.init()
+    if group.rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(resolve(DEMO) / "tokenizer.json", folder)
+        (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    mx.eval(mx.distributed.all_sum(mx.array(1.0)))  # the others wait until it is there
+    return Run(folder, stages, seed, workers)
+
+
+@lru_cache(maxsize=4)
+def builder_of(folder: Path) -> PromptBuilder:
+    """Prompts with the tokenizer in `folder`."""
+    path = folder / "tokenizer.json"
+    return PromptBuilder(path, CHAT_TEMPLATE, demo_config(Tokenizer.from_file(str(path))))
+
+
+def main() -> None:
+    """Train, log, save; go on where an earlier run into the same folder stopped."""
+    parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw")
+    parser.add_argument("--until", choices=[s.name for s in STAGES], help="stop after this stage")
+    options = parser.parse_args()
+    run = start(options.out, options.seed, workers=options.workers)
+    state, log = options.out / "state.safetensors", options.out / "log.csv"
+    if state.exists():
+        run.restore(state)
+    else:
+        log.write_text("stage,step,loss,seconds\n")
+    losses: list[mx.array] = []
+    saved = begun = time.monotonic()
+    while not run.done and not run.any_of(time.monotonic() - begun > options.minutes * 60):
+        name, step = run.stages[run.stage].name, run.step + 1
+        losses.append(run.begin())
+        mx.eval(losses[-2:-1])  # so that one step is computed while the next is prepared
+        if run.step == 0 and name == options.until:
+            break
+        if run.group.rank():
+            del losses[:-1]
+            continue  # the first process writes for all
+        if step % 50 == 0:
+            mean = float(mx.stack(losses).mean())
+            with log.open("a") as file:
+                file.write(f"{name},{step},{mean:.4f},{time.monotonic() - begun:.0f}\n")
+            losses.clear()
+        if time.monotonic() - saved > SAVED_EVERY_S:
+            run.save(state)
+            save_checkpoint(run, options.out)
+            saved = time.monotonic()
+    if not run.group.rank():
+        run.save(state)
+        save_checkpoint(run, options.out)
+
+
+if __name__ == "__main__":
+    main()

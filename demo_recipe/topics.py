@@ -1,0 +1,195 @@
+"""What the demo's pictures are about, and conversations on one or several of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from demo_recipe import charts, objects, pages, words
+from demo_recipe.draw import Scene, render, sample_scene
+from demo_recipe.items import Box, Drawn, Glyph, Part, Said, Turn, parts_of
+from demo_recipe.questions import (
+    MAKERS,
+    SHAPE_NOUNS,
+    article,
+    capital,
+    casual,
+    follow_up,
+    name,
+    pick,
+    small_talk,
+)
+
+Size = tuple[int, int]
+Sampler = Callable[[np.random.Generator, Size], Drawn]
+
+CANNOT_TELL = "I cannot tell from this picture."
+UNKNOWN = (
+    "How old is it?", "Who made this picture?", "When was this picture made?",
+    "How much does it cost?", "What is the name of the owner?", "What is behind it?",
+    "How heavy is it?", "Who drew this?", "What will happen next?",
+    "Where was this picture taken?", "What time is it?", "What does it smell of?",
+    "What sound does it make?", "How far away is it?", "What is inside it?", "Why was this made?",
+    "Which day is it?", "How was the weather that day?", "What is on the other side?",
+    "Who is the owner of the {}?", "How much does the {} cost?", "How heavy is the {}?",
+    "How old is the {}?", "Who made the {}?", "What is behind the {}?", "Why is the {} there?",
+)  # fmt: skip
+ORDINALS = ("first", "second", "third")
+
+
+def shapes(rng: np.random.Generator, size: Size) -> Drawn:
+    """A picture of colored shapes."""
+    scene = sample_scene(rng, size=size)
+    makers = tuple(((lambda r, m=maker: m(scene, r)), share) for maker, share in MAKERS)
+    follow = partial(follow_up, scene)
+    return Drawn(render(scene), shape_glyphs(scene), makers, scene.background, follow)
+
+
+def shape_glyphs(scene: Scene) -> tuple[Glyph, ...]:
+    """The shapes of `scene` as dense labels tell them."""
+    kinds = [shape.kind for shape in scene.shapes]
+    return tuple(
+        Glyph(s.kind, s.extent(scene.width, scene.height), s.color, rank, kinds.count(s.kind))
+        for rank, s in enumerate(scene.shapes)
+    )
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A kind of picture.
+
+    Attributes:
+        weight: Its share of pictures, beside the others'.
+        tiled: Whether it needs tiles: the global tile does not show it.
+        long: Whether answers are long, so that fewer of them fit a batch.
+    """
+
+    sample: Sampler
+    weight: float
+    tiled: bool = False
+    long: bool = False
+
+
+TOPICS: dict[str, Topic] = {
+    "shapes": Topic(shapes, 0.4),
+    "words": Topic(words.sample, 0.28),
+    "charts": Topic(charts.sample, 0.2),
+    "objects": Topic(objects.sample, 0.2),
+    "pages": Topic(pages.sample, 0.15, tiled=True, long=True),
+}
+
+
+def draw(rng: np.random.Generator, topic: str, size: Size) -> Drawn:
+    """A picture of `topic`, of `size` pixels."""
+    return TOPICS[topic].sample(rng, size)
+
+
+@dataclass(frozen=True)
+class Focus:
+    """Families that are asked about more often.
+
+    Attributes:
+        share: Of the questions that are tried to be of one of them.
+        tries: Questions that are drawn for it.
+        evenly: Whether one family is chosen first, so that rare ones come as often as others.
+    """
+
+    families: tuple[str, ...] = ()
+    share: float = 0.4
+    tries: int = 8
+    evenly: bool = False
+
+
+NO_FOCUS = Focus()
+
+
+def ask(drawn: Drawn, rng: np.random.Generator, count: int, focus: Focus = NO_FOCUS) -> list[Turn]:
+    """`count` turns about one picture, of which a second may go on from the first."""
+    if count == 2 and drawn.talk is not None and rng.random() < 0.7:
+        return drawn.talk(rng)
+    weights = np.array([weight for _, weight in drawn.makers])
+    picks = rng.choice(len(drawn.makers), size=count, p=weights / weights.sum())
+    turns = [drawn.makers[i][0](rng) for i in picks]
+    if focus.families and rng.random() < focus.share:
+        wanted = (pick(rng, focus.families),) if focus.evenly else focus.families
+        tries = rng.choice(len(drawn.makers), size=focus.tries, p=weights / weights.sum())
+        drawn_again = (drawn.makers[i][0](rng) for i in tries)
+        turns[-1] = next((turn for turn in drawn_again if turn.family in wanted), turns[-1])
+    return [casual(unknown(rng) if rng.random() < 0.03 else turn, rng) for turn in turns]
+
+
+def unknown(rng: np.random.Generator) -> Turn:
+    """A question that no picture answers."""
+    question = pick(rng, UNKNOWN).format(pick(rng, SHAPE_NOUNS))
+    return Turn("cannot tell", question, CANNOT_TELL)
+
+
+WHICH = (
+    "Which picture shows {}?", "Which image shows {}?", "In which picture is {}?",
+    "In which image do you see {}?", "Which of the pictures shows {}?",
+)  # fmt: skip
+NTH = (
+    "What is in the {} picture?", "What is in the {} image?", "What does the {} picture show?",
+    "What do you see in the {} image?",
+)  # fmt: skip
+HOW_MANY = ("How many pictures are there?", "How many images do you see?", "How many pictures?")
+ABOUT = ("In the {} picture: ", "About the {} image: ", "Look at the {} picture. ")
+
+
+def ask_several(pictures: list[Drawn], rng: np.random.Generator) -> Turn:
+    """A turn about several pictures, each of one thing at least."""
+    draw = rng.random()
+    number = int(rng.integers(len(pictures)))
+    chosen = pictures[number]
+    if draw < 0.06:
+        count = ("One", "Two", "Three")[len(pictures) - 1]
+        return Turn("several", pick(rng, HOW_MANY), f"{count}.")
+    named = things(chosen, number)
+    others = {p.text for i, d in enumerate(pictures) if i != number for p in things(d, i)}
+    own = [part for part in named if part.text not in others]
+    if draw < 0.45 and own:
+        part = own[int(rng.integers(len(own)))]
+        template = pick(rng, WHICH)
+        before, after = template.split("{}")
+        question: Said = (Part(before), part, Part(after))
+        answer = Part(f"The {ORDINALS[number]} one.", part.boxes)
+        return Turn("several", question, (answer,))
+    turn = ask(chosen, rng, 1)[0]
+    moved = parts_of(turn.question)
+    lead = Part(pick(rng, ABOUT).format(ORDINALS[number]))
+    return Turn(
+        "several",
+        (lead, *_moved(moved, number)),
+        _moved(parts_of(turn.answer), number),
+        turn.missing,
+    )
+
+
+def things(drawn: Drawn, number: int) -> list[Part]:
+    """What a picture shows, each as a question names it; of picture `number`."""
+    parts = []
+    for glyph in drawn.glyphs:
+        if len(glyph.kind) < 2 or glyph.kind in ("bar", "bullet", "rule"):
+            continue
+        for text in (glyph.kind, f"{glyph.color} {glyph.kind}" if glyph.color else glyph.kind):
+            parts.append(Part(article(text), (Box(glyph.extent, number),)))
+    return parts
+
+
+def _moved(parts: tuple[Part, ...], number: int) -> tuple[Part, ...]:
+    """`parts` whose boxes lie in picture `number`."""
+    return tuple(
+        replace(part, boxes=tuple(replace(box, picture=number) for box in part.boxes))
+        for part in parts
+    )
+
+
+def talk(rng: np.random.Generator) -> list[Turn]:
+    """One or two turns without a picture."""
+    return [small_talk(rng) for _ in range(1 + int(rng.random() < 0.3))]
+
+
+__all__ = ["TOPICS", "Focus", "Topic", "ask", "ask_several", "capital", "draw", "name", "talk"]
