@@ -20,7 +20,7 @@ Status = Literal["ok", "note", "broken"]
 # What pip calls what this package needs, then what it can use.
 NEEDED = (
     *("mlx", "mlx-lm", "huggingface-hub", "pillow", "av", "typer", "prompt_toolkit", "rich"),
-    *("tokenizers", "jinja2", "numpy", "num2words"),
+    *("tokenizers", "jinja2", "numpy", "num2words", "markdown-it-py"),
 )
 EXTRAS = {"llguidance": "json"}
 LITTLE_DISK = 2 * 10**9  # bytes, about what the largest 4-bit conversion takes

@@ -1,6 +1,6 @@
 """Frames with which a new scene begins, by the score of FFmpeg's `scdet` filter.
 
-The filter's score reaches Python from PyAV 18 on, which older Pythons do not have; a test
+PyAV gives access to the filter's score from version 18 on; this code works with 14 too. A test
 compares the two.
 """
 

@@ -1,13 +1,25 @@
 """The rules of the house that a machine can check."""
 
 import ast
+import importlib.metadata
 import os
+import re
+import sys
+import tomllib
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mlx_smolvlm.cli.health import EXTRAS, NEEDED
+
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "mlx_smolvlm"
+PACKAGE_FOLDERS = ("mlx_smolvlm", "convert", "cli", "train")
+PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+# Declared, but never imported.
+LOADED_OTHERWISE = {"cmeel-openblas"}  # a shared library that blas.py opens by its path
 LEAVES = {
     "vision", "connector", "text", "cache", "storage", "bounded", "offline",
     "cache_options", "sampling", "picture", "fetch", "image", "decode",
@@ -16,7 +28,8 @@ LEAVES = {
 }  # fmt: skip
 
 
-def imported(path: Path, lazy: bool) -> set[str]:
+@cache
+def imported(path: Path, lazy: bool) -> frozenset[str]:
     """Modules that `path` imports, those inside of functions only if `lazy`."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     nodes = ast.walk(tree) if lazy else iter(tree.body)
@@ -27,7 +40,7 @@ def imported(path: Path, lazy: bool) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             names.add(node.module or "")
-    return names
+    return frozenset(names)
 
 
 @pytest.mark.parametrize("path", sorted(LIBRARY.glob("*.py")), ids=lambda path: path.name)
@@ -60,6 +73,88 @@ def test_nothing_heavy_at_run_time() -> None:
         for path in (ROOT / folder).glob("*.py"):
             for module in imported(path, lazy=True):
                 assert module.split(".")[0] not in {"torch", "transformers"}, path
+
+
+def list_package_files() -> list[Path]:
+    """The Python files that are installed. `rglob` does not follow the links in the package."""
+    return [path for name in PACKAGE_FOLDERS for path in (ROOT / name).rglob("*.py")]
+
+
+def normalize_name(requirement: str) -> str:
+    """The normalized name at the start of `requirement`, such as "mlx" of "mlx[cpu]>=0.32"."""
+    name = re.match(r"[\w.-]+", requirement)
+    assert name is not None, requirement
+    return re.sub(r"[-_.]+", "-", name[0]).lower()
+
+
+def read_declared(*extras: str) -> set[str]:
+    """Normalized names of the libraries that pyproject.toml requires, alone and for `extras`."""
+    project = PYPROJECT["project"]
+    lists = [project["dependencies"], *(project["optional-dependencies"][name] for name in extras)]
+    return {normalize_name(requirement) for names in lists for requirement in names}
+
+
+def find_libraries(paths: list[Path]) -> dict[str, set[str]]:
+    """Libraries that `paths` import, each with the normalized names of what it may come from."""
+    modules = {name.partition(".")[0] for path in paths for name in imported(path, lazy=True)}
+    distributions = importlib.metadata.packages_distributions()
+    return {
+        module: {normalize_name(name) for name in distributions.get(module, [module])}
+        for module in modules - sys.stdlib_module_names - {"mlx_smolvlm"}
+    }
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    libraries = find_libraries(list_package_files())
+    missing = {module for module, names in libraries.items() if not names & read_declared("json")}
+    assert not missing, "imported, but not in pyproject.toml"
+    used = set[str]().union(*libraries.values(), LOADED_OTHERWISE)
+    assert read_declared("json") <= used, "in pyproject.toml, but never imported"
+
+
+def test_what_tests_and_the_recipe_import_is_declared() -> None:
+    folders = [ROOT / "tests", ROOT / "demo_recipe"]
+    paths = [path for folder in folders for path in folder.rglob("*.py")]
+    own = {name for path in paths for name in (path.stem, path.parent.name)}
+    known = read_declared("json", "dev", "oracles")
+    for module, names in find_libraries(paths).items():
+        assert module in own or names & known, f"{module} is not in pyproject.toml"
+
+
+def test_doctor_lists_the_libraries_that_are_declared() -> None:
+    assert {normalize_name(name) for name in NEEDED} == read_declared() - LOADED_OTHERWISE
+    assert {normalize_name(name) for name in EXTRAS} == read_declared("json") - read_declared()
+
+
+def test_the_package_does_not_import_the_demo_recipe() -> None:
+    for path in list_package_files():
+        for name in imported(path, lazy=True):
+            assert name.split(".")[0] != "demo_recipe", path
+
+
+def test_wheels_hold_every_folder_of_the_package_and_no_other() -> None:
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    assert set(setuptools) == {"packages", "package-dir", "package-data"}  # nothing is found
+    folders = {path.parent.relative_to(ROOT) for path in list_package_files()}
+    names = {".".join(folder.parts) for folder in folders}
+    top = {name if name.startswith("mlx_smolvlm") else f"mlx_smolvlm.{name}" for name in names}
+    assert sorted(setuptools["packages"]) == sorted(top)
+    assert all((ROOT / folder / "__init__.py").is_file() for folder in folders)
+    links = {f"mlx_smolvlm.{name}": name for name in PACKAGE_FOLDERS[1:]}
+    assert setuptools["package-dir"] == links
+
+
+def test_wheels_hold_the_demo_and_the_other_data() -> None:
+    data: dict[str, list[str]] = PYPROJECT["tool"]["setuptools"]["package-data"]
+    found = {
+        path.name
+        for package, patterns in data.items()
+        for pattern in patterns
+        for path in LIBRARY.joinpath(*package.split(".")[1:]).glob(pattern)
+    }
+    demo = {path.name for path in (LIBRARY / "demo").iterdir()}
+    assert found == demo | {"py.typed", "calibration.txt"}
+    assert all((ROOT / name).is_file() for name in PYPROJECT["project"]["license-files"])
 
 
 def test_folders_are_linked_into_the_package() -> None:
