@@ -128,7 +128,7 @@ def on_text(path: Path, tokens: int, only: str) -> dict[str, dict[str, float]]:
         weights.write_folder(source, *weights.read_gguf(gguf))
         vlm = load(convert_checkpoint(source, Path(folder) / "float32"))
     text = path.read_text(encoding="utf-8")
-    input_ids = np.array(vlm.prompt_builder.tokenizer.encode(text).ids)[: tokens + 1]
+    input_ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids)[: tokens + 1]
     following, input_ids = mx.array(input_ids[1:]), input_ids[:-1]
     full = list(log_probabilities(vlm, input_ids, vlm.model.make_cache()))
     results = {"everything": compared(full, iter(full), following)}

@@ -23,6 +23,7 @@ from PIL import Image
 
 from mlx_smolvlm import Reply, Sampling, SmolVLM, load
 from mlx_smolvlm.config import ImageConfig, TextConfig, VisionConfig
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.model import Model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "three.png"
@@ -54,17 +55,17 @@ def of_256m(longest_edge: int) -> SmolVLM:
         source="random weights, shaped as SmolVLM-256M",
     )
     mx.random.seed(0)
-    builder = type(demo.prompt_builder)(
+    builder = type(demo.engine.prompt_builder)(
         demo.path / "tokenizer.json", (demo.path / "chat_template.jinja").read_text(), config
     )
     model = Model(config)
     mx.eval(model.parameters())
-    return SmolVLM(demo.path, config, model, builder)
+    return SmolVLM(Engine(demo.path, config, model, builder))
 
 
 def measured(vlm: SmolVLM, ask: Callable[[], list[Reply]]) -> tuple[list[Reply], dict[str, Any]]:
     """Replies, and what they took from nothing."""
-    vlm.memory.clear()
+    vlm.engine.memory.clear()
     began = time.perf_counter()
     replies = ask()
     return replies, {
@@ -81,7 +82,7 @@ def compare(vlm: SmolVLM, picture: Image.Image, sampling: Sampling) -> dict[str,
     def singly() -> list[Reply]:
         replies = []
         for question in QUESTIONS:
-            vlm.memory.clear()
+            vlm.engine.memory.clear()
             replies.append(vlm.ask(question, images=[picture], sampling=sampling))
         return replies
 

@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     demo = mlx_smolvlm.load("demo")
-    report("demo", Runs(demo.model, demo.constrainer, options.tokens), options.rounds)
+    report("demo", Runs(demo.model, demo.engine.constrainer, options.tokens), options.rounds)
     if options.tokenizer is not None:
         model, constrainer = large(options.tokenizer)
         report("256M, random weights", Runs(model, constrainer, options.tokens), options.rounds)

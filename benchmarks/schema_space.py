@@ -25,7 +25,7 @@ LEADS = {"free": None, "space demanded": " ", "space left to the model": " ?", "
 def constraint(vlm: mlx_smolvlm.SmolVLM, answers: list[str], lead: str) -> Constraint:
     """Holds an answer to `answers`, after `lead`, a regular expression."""
     regex = f"{lead}({'|'.join(map(re.escape, answers))})"
-    constrainer: Any = vlm.constrainer
+    constrainer: Any = vlm.engine.constrainer
     return Constraint(constrainer._tokenizer, grammar(None, regex), "")
 
 

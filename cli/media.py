@@ -84,7 +84,7 @@ def cost_of(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> str:
 
     grid = grid_of(image.image.size, vlm.config, detail)
     tiles = "1 tile" if grid.num_tiles == 1 else f"{grid.rows} x {grid.cols} tiles + 1"
-    return f"{image.name}: {tiles}, {vlm.prompt_builder.tokens_of(grid)} tokens"
+    return f"{image.name}: {tiles}, {vlm.engine.prompt_builder.tokens_of(grid)} tokens"
 
 
 def sampled(vlm: SmolVLM, video: OpenedVideo) -> Clip:
@@ -100,7 +100,7 @@ def sampled(vlm: SmolVLM, video: OpenedVideo) -> Clip:
     if sys.stderr.isatty():
         count = len(clip.indices)
         frames = "1 frame" if count == 1 else f"{count} frames"
-        tokens = vlm.prompt_builder.tokens_of_clip(clip)
+        tokens = vlm.engine.prompt_builder.tokens_of_clip(clip)
         say(f"{video.name}: {frames} of {clock(clip.duration_s)}, {tokens} tokens", dim=True)
     return clip
 

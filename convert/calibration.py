@@ -12,6 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
+from mlx_smolvlm.answer import AnswerStream
 from mlx_smolvlm.convert.samples import QUESTIONS, drawn_pictures
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
@@ -91,12 +92,13 @@ def _samples(vlm: SmolVLM, file: Path) -> Iterator[Sample]:
         if example.videos:
             raise CheckpointError(f"{example.where}: calibration takes pictures, no videos")
         request = read_request([*example.prompt], tuple(example.images), (), None)
-        yield from _answered(vlm, request.messages, vlm.opened(request, "low"), example.answers[0])
+        media = vlm.engine.open_media(request, "low")
+        yield from _answered(vlm, request.messages, media, example.answers[0])
 
 
 def _windows(vlm: SmolVLM, text: str) -> Iterator[Sample]:
     """The tokens of `text`, `WINDOW` at once."""
-    ids = np.array(vlm.prompt_builder.tokenizer.encode(text).ids, dtype=np.int64)
+    ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids, dtype=np.int64)
     size = min(WINDOW, vlm.config.text.max_position_embeddings)
     for start in range(0, ids.size - 1, size):
         part = ids[start : start + size]
@@ -109,9 +111,10 @@ def _drawn(vlm: SmolVLM) -> Iterator[Sample]:
     for number, picture in enumerate(drawn_pictures().values()):
         source: ImageSource = picture
         request = read_request(QUESTIONS[number % len(QUESTIONS)], (source,), (), None)
-        media = vlm.opened(request, "low")
+        media = vlm.engine.open_media(request, "low")
         sampling = Sampling(max_tokens=ANSWER_TOKENS)
-        reply = vlm.answer(request.messages, media, sampling).finished()
+        prompt = vlm.engine.make_prompt(request.messages, media)
+        reply = AnswerStream(vlm.engine, prompt, sampling).finished()
         yield from _answered(vlm, request.messages, media, reply.text)
 
 
@@ -119,8 +122,8 @@ def _answered(
     vlm: SmolVLM, messages: list[dict[str, object]], media: Sequence[Medium], answer: str
 ) -> Iterator[Sample]:
     """The sample of predicting `answer` and its end; none if it is longer than the context."""
-    prompt = vlm.make_prompt(messages, media)
-    told = vlm.prompt_builder.tokenizer.encode(answer, add_special_tokens=False).ids
+    prompt = vlm.engine.make_prompt(messages, media)
+    told = vlm.engine.prompt_builder.tokenizer.encode(answer, add_special_tokens=False).ids
     end = vlm.config.eos_token_ids[:1]
     ids = np.concatenate([prompt.input_ids, np.array([*told, *end], dtype=np.int64)])
     if ids.size > vlm.config.text.max_position_embeddings:

@@ -80,7 +80,7 @@ def compare_opened(
     b = observe(vlm, work, tally, a.answers)
     tasks = task_scores(scores, judge(vlm, data, tally))
     found, texts = all_predictions(a, b), a.num_texts
-    strange = surprises(a, found, vlm.prompt_builder.tokenizer.decode)
+    strange = surprises(a, found, vlm.engine.prompt_builder.tokenizer.decode)
     answers = answer_pairs(work.asked, a, b)
     tally("pictures")
     features, layers = picture_losses(a, b, _opened(vlm, options))
@@ -105,7 +105,7 @@ def compare_opened(
 def _opened(vlm: SmolVLM, options: CompareOptions) -> tuple[Medium, ...]:
     """The pictures of `options`, ready to be cut into tiles."""
     pictures = [picture for _, picture in options.named_pictures]
-    return vlm.opened(read_request("", pictures, (), None), options.detail)
+    return vlm.engine.open_media(read_request("", pictures, (), None), options.detail)
 
 
 def check_tokenizers(reference: Opened, other: Opened) -> None:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_smolvlm.answer import AnswerStream
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.convert.losses import Head, head_of
 from mlx_smolvlm.convert.samples import Asked
@@ -104,7 +105,7 @@ def windows(vlm: SmolVLM, texts: Sequence[str], most: int) -> list[Passage]:
     """The tokens of `texts`, at most `WINDOW` at once and `most` in all."""
     passages: list[Passage] = []
     for text in texts:
-        ids = np.array(vlm.prompt_builder.tokenizer.encode(text).ids[:most], dtype=np.int64)
+        ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids[:most], dtype=np.int64)
         most -= ids.size
         parts = [ids[start : start + WINDOW] for start in range(0, ids.size, WINDOW)]
         passages += [Passage(part) for part in parts if part.size > 1]
@@ -157,9 +158,9 @@ def _answer(vlm: SmolVLM, asked: Asked, work: Work) -> tuple[Passage, Answered]:
     """The prompt of a question, and the answer to it."""
     pictures = () if asked.picture is None else (asked.picture,)
     request = read_request(asked.text, pictures, (), None)
-    media = vlm.opened(request, work.detail)
-    reply = vlm.answer(request.messages, media, Sampling(max_tokens=work.max_tokens)).finished()
-    prompt = vlm.make_prompt(request.messages, media)
+    media = vlm.engine.open_media(request, work.detail)
+    prompt = vlm.engine.make_prompt(request.messages, media)
+    reply = AnswerStream(vlm.engine, prompt, Sampling(max_tokens=work.max_tokens)).finished()
     answer = Answered(reply.text, tuple(reply.token_ids))
     return Passage(prompt.input_ids, prompt.input_ids.size, joined(media)), answer
 

@@ -29,6 +29,7 @@ from mlx_smolvlm.convert.arrays import Reader
 from mlx_smolvlm.convert.quantize import ConvertOptions, unpack
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint
 from mlx_smolvlm.convert.source import Source
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
@@ -174,7 +175,7 @@ def _measurable(folder: Path, config: Config, model: Model, builder: PromptBuild
     if mx.default_device().type == mx.DeviceType.cpu:
         modules = tree_map(_unpacking, model.leaf_modules(), is_leaf=nn.Module.is_module)
         model.update_modules(modules)
-    return SmolVLM(folder, config, model, builder, CacheOptions(memory_bytes=0))
+    return SmolVLM(Engine(folder, config, model, builder, CacheOptions(memory_bytes=0)))
 
 
 def _float32(array: mx.array) -> mx.array:

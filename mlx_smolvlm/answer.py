@@ -7,21 +7,18 @@ import warnings
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
-import numpy as np
 
-from mlx_smolvlm.cache import NONE, KVCache
+from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.engine import Engine, Prompt
 from mlx_smolvlm.errors import SmolVLMWarning
 from mlx_smolvlm.generate import StopText, constrained_tokens, tokens
-from mlx_smolvlm.media import Footage, Medium, Picture, Progress, encode, joined
+from mlx_smolvlm.media import Footage, Picture, Progress, encode, joined
 from mlx_smolvlm.reuse import Content, State
 from mlx_smolvlm.sampling import Sampling, make_sampler
 from mlx_smolvlm.schema import jsonable, value_of
-
-if TYPE_CHECKING:
-    from mlx_smolvlm.smolvlm import SmolVLM
 
 
 @dataclass(frozen=True)
@@ -74,29 +71,6 @@ class Reply:
         return {**asdict(self), "parsed": jsonable(self.parsed)}
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """What an answer needs.
-
-    Attributes:
-        input_ids: (L,).
-        media: What its placeholders stand for, in order.
-        state: What a conversation holds already.
-        is_turn: Whether a conversation keeps the state afterwards.
-        pins: Positions of tokens that a bounded cache never drops.
-    """
-
-    input_ids: np.ndarray
-    media: tuple[Medium, ...]
-    state: State | None = None
-    is_turn: bool = False
-    pins: np.ndarray = field(default_factory=lambda: NONE)
-
-    def room(self, context: int, max_tokens: int) -> int:
-        """Tokens that its answer may take: `max_tokens`, or fewer if the context ends before."""
-        return min(max_tokens, context - self.input_ids.size)
-
-
 class Ready(NamedTuple):
     """What the loop starts from: the prompt's content, the embeddings of what is new in it, and
     the cache of what is not."""
@@ -117,7 +91,7 @@ class Answer:
     """
 
     def __init__(
-        self, vlm: SmolVLM, prompt: Prompt, stop: Sequence[str], lead: str | None = None
+        self, engine: Engine, prompt: Prompt, stop: Sequence[str], lead: str | None = None
     ) -> None:
         from tokenizers.decoders import DecodeStream
 
@@ -128,7 +102,7 @@ class Answer:
             video_frames=sum(count for is_picture, count in tiles if not is_picture),
         )
         self.ended = False
-        self._vlm, self._held, self._lead = vlm, StopText(stop), lead
+        self._engine, self._held, self._lead = engine, StopText(stop), lead
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._undecoded: list[int] = []  # the last token ids, whose text is not whole yet
         self._started = self._begun = self._first = time.perf_counter()
@@ -145,17 +119,17 @@ class Answer:
 
     def add(self, token_id: int) -> str:
         """The text that may be shown now that `token_id` has come."""
-        vlm, reply = self._vlm, self.reply
+        engine, reply = self._engine, self.reply
         self._tick()
         reply.token_ids.append(token_id)
         reply.generation_tokens += 1
-        if token_id in vlm.config.eos_token_ids:
+        if token_id in engine.config.eos_token_ids:
             self._end("stop")
             return ""
-        if token_id in vlm.hidden_token_ids:
+        if token_id in engine.prompt_builder.framing_token_ids:
             return ""
         self._undecoded.append(token_id)
-        text = self._decoder.step(vlm.prompt_builder.tokenizer, token_id)
+        text = self._decoder.step(engine.prompt_builder.tokenizer, token_id)
         if text is None:
             return ""
         self._undecoded = []
@@ -172,7 +146,7 @@ class Answer:
         """The text that was held back, once no more tokens come; `reason` says why they do not."""
         if not self.ended:
             self._end(reason)
-        tokenizer = self._vlm.prompt_builder.tokenizer
+        tokenizer = self._engine.prompt_builder.tokenizer
         text = self._feed(tokenizer.decode(self._undecoded, skip_special_tokens=False))
         return text + self._shown(self._held.flush())
 
@@ -200,29 +174,29 @@ class Answer:
         reply.peak_memory_gb = mx.get_peak_memory() / 1e9
 
 
-def preparing(vlm: SmolVLM, prompt: Prompt, reply: Reply) -> Generator[Progress, None, Ready]:
+def preparing(engine: Engine, prompt: Prompt, reply: Reply) -> Generator[Progress, None, Ready]:
     """Finds out what is there already, and encodes the media that are not, step by step.
 
     `reply` is told how much that was.
     """
     mx.reset_peak_memory()
-    content = vlm.content_of(prompt)
-    state, start = vlm.memory.recall(content, prompt.pins, prompt.state)
+    content = engine.content_of(prompt)
+    state, start = engine.memory.recall(content, prompt.pins, prompt.state)
     spans = zip(prompt.media, content.spans, strict=True)
     todo = [medium for medium, span in spans if span.stop > start]
-    vlm.memory.lend_features(todo)
-    with closing(encode(todo, vlm.encoder, vlm.config)) as steps:
+    engine.memory.lend_features(todo)
+    with closing(encode(todo, engine.encoder, engine.config)) as steps:
         for step in steps:
             reply.encoded_tiles = step.encoded
             yield step
-    vlm.memory.keep_features(todo)
+    engine.memory.keep_features(todo)
     for medium in todo:
         if isinstance(medium, Footage) and medium.clip is not None:
             for note in medium.clip.notes:
                 warnings.warn(note, SmolVLMWarning, stacklevel=2)
-    embeds = vlm.model.embed(prompt.input_ids[start:], joined(todo))
+    embeds = engine.model.embed(prompt.input_ids[start:], joined(todo))
     reply.cached_tokens = start
-    cache = vlm.make_cache() if state is None else state.cache
+    cache = engine.make_cache() if state is None else state.cache
     cache.trim(start)
     cache.pin(prompt.pins)
     return Ready(content, embeds, cache)
@@ -236,12 +210,12 @@ class AnswerStream(Iterator[Chunk]):
     `state` is a conversation's own, before the answer and then after it.
     """
 
-    def __init__(self, vlm: SmolVLM, prompt: Prompt, sampling: Sampling) -> None:
-        self._constraint = vlm.constrainer(sampling) if sampling.is_constrained else None
+    def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
+        self._constraint = engine.constrainer(sampling) if sampling.is_constrained else None
         lead = None if self._constraint is None else self._constraint.lead
-        self._answer = Answer(vlm, prompt, sampling.stop, lead)
+        self._answer = Answer(engine, prompt, sampling.stop, lead)
         self.reply, self.state = self._answer.reply, prompt.state
-        self._vlm, self._prompt, self._sampling = vlm, prompt, sampling
+        self._engine, self._prompt, self._sampling = engine, prompt, sampling
         self._preparation = self._prepare()
         self._chunks = self._generate()
 
@@ -270,7 +244,7 @@ class AnswerStream(Iterator[Chunk]):
         return self._preparation
 
     def _prepare(self) -> Generator[Progress, None, None]:
-        self._ready = yield from preparing(self._vlm, self._prompt, self.reply)
+        self._ready = yield from preparing(self._engine, self._prompt, self.reply)
 
     def _generate(self) -> Generator[Chunk, None, None]:
         """The chunks, with `reply` kept up to date before each."""
@@ -291,18 +265,18 @@ class AnswerStream(Iterator[Chunk]):
 
     def _token_ids(self) -> Generator[int, None, None]:
         """Token ids of the answer; what is known afterwards is remembered."""
-        vlm, prompt, sampling = self._vlm, self._prompt, self._sampling
+        engine, prompt, sampling = self._engine, self._prompt, self._sampling
         for _ in self._preparation:
             pass
         content, embeds, cache = self._ready
         self._answer.begin(embeds.shape[1])
-        limit = prompt.room(vlm.config.text.max_position_embeddings, sampling.max_tokens)
+        limit = prompt.room(engine.context_size, sampling.max_tokens)
         sampler, held = make_sampler(sampling), self._constraint
         try:
             if held is None:
-                yield from tokens(vlm.model, embeds, cache, sampler, limit)
+                yield from tokens(engine.model, embeds, cache, sampler, limit)
             else:
-                yield from constrained_tokens(vlm.model, embeds, cache, sampler, held, limit)
+                yield from constrained_tokens(engine.model, embeds, cache, sampler, held, limit)
         finally:
             self.state = State(content.followed_by(self.reply.token_ids), cache)
-            vlm.memory.remember(self.state, content, prompt.is_turn)
+            engine.memory.remember(self.state, content, prompt.is_turn)

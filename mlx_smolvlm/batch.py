@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.answer import Answer, AnswerStream, Prompt, Ready, Reply, preparing
+from mlx_smolvlm.answer import Answer, AnswerStream, Ready, Reply, preparing
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.engine import Engine, Prompt
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.generate import prefill
 from mlx_smolvlm.packing import CONTEXTS, Rows, beginning, groups
 from mlx_smolvlm.reuse import State
 from mlx_smolvlm.sampling import RowSampler, Sampling, make_row_sampler
-
-if TYPE_CHECKING:
-    from mlx_smolvlm.smolvlm import SmolVLM
 
 GROWTH = 256  # tokens that an answer is expected to take; one that takes more may have to move
 
@@ -37,7 +34,7 @@ def checked_prompts(prompts: Sequence[str]) -> Sequence[str]:
     return prompts
 
 
-def answer_all(vlm: SmolVLM, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
+def answer_all(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
     """Replies to `prompts`, which all have the same media.
 
     What they begin with goes through the decoder once, the rest of them together. The
@@ -47,21 +44,21 @@ def answer_all(vlm: SmolVLM, prompts: Sequence[Prompt], sampling: Sampling) -> l
     if not prompts:
         return []
     shared = beginning([prompt.input_ids for prompt in prompts])
-    image_token_id = vlm.config.image_token_id
+    image_token_id = engine.config.image_token_id
     outside = any((prompt.input_ids[shared:] == image_token_id).any() for prompt in prompts)
     if outside or sampling.is_constrained:
-        return [AnswerStream(vlm, prompt, sampling).finished() for prompt in prompts]
-    context = vlm.config.text.max_position_embeddings
+        return [AnswerStream(engine, prompt, sampling).finished() for prompt in prompts]
+    context = engine.context_size
     rows = [
         Row(
-            Answer(vlm, prompt, sampling.stop),
+            Answer(engine, prompt, sampling.stop),
             prompt.input_ids[shared:],
             prompt.room(context, sampling.max_tokens),
         )
         for prompt in prompts
     ]
     first = replace(prompts[0], input_ids=prompts[0].input_ids[:shared])
-    cache = held(vlm, first, rows[0].answer.reply)
+    cache = held(engine, first, rows[0].answer.reply)
     for row in rows[1:]:
         row.answer.reply.cached_tokens = shared
     sampler, waiting = make_row_sampler(sampling), list(rows)
@@ -69,36 +66,36 @@ def answer_all(vlm: SmolVLM, prompts: Sequence[Prompt], sampling: Sampling) -> l
         number = len(next(groups([row.soon for row in waiting], shared, context)))
         group, waiting = waiting[:number], waiting[number:]
         cache.trim(shared)
-        decoding = Decoding(group, Rows(vlm.model, cache, number), sampler)
+        decoding = Decoding(group, Rows(engine.model, cache, number), sampler)
         waiting = decoding.run(CONTEXTS * context) + waiting
     return [row.answer.reply for row in rows]
 
 
-def held(vlm: SmolVLM, beginning: Prompt, reply: Reply) -> KVCache:
+def held(engine: Engine, beginning: Prompt, reply: Reply) -> KVCache:
     """A cache of `beginning`, which is remembered; `reply` is told what was there already.
 
     It holds every token: rows side by side need a mask, which a bounded cache does not take.
     """
-    unbounded = replace(vlm.cache_options, max_kv_tokens=None)
-    cache = vlm.model.make_cache(unbounded)
+    unbounded = replace(engine.cache_options, max_kv_tokens=None)
+    cache = engine.model.make_cache(unbounded)
     if not beginning.input_ids.size:
         return cache
-    if unbounded != vlm.cache_options:
+    if unbounded != engine.cache_options:
         reply.encoded_tiles = sum(m.num_tiles for m in beginning.media if m.image_embeds is None)
-        embeds = vlm.model.embed(beginning.input_ids, vlm.encode(beginning.media))
-        prefill(vlm.model, embeds, cache)
+        embeds = engine.model.embed(beginning.input_ids, engine.encode(beginning.media))
+        prefill(engine.model, embeds, cache)
         mx.eval(cache.arrays)
         return cache
-    steps = preparing(vlm, beginning, reply)
+    steps = preparing(engine, beginning, reply)
     while True:
         try:
             next(steps)
         except StopIteration as end:
             ready: Ready = end.value
             break
-    prefill(vlm.model, ready.inputs_embeds, ready.cache)
+    prefill(engine.model, ready.inputs_embeds, ready.cache)
     mx.eval(ready.cache.arrays)
-    vlm.memory.remember(State(ready.content, ready.cache.fork()), ready.content, False)
+    engine.memory.remember(State(ready.content, ready.cache.fork()), ready.content, False)
     return ready.cache
 
 

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.answer import Prompt, Reply
+from mlx_smolvlm.answer import Reply
 from mlx_smolvlm.batch import held
+from mlx_smolvlm.engine import Engine, Prompt
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.logprobs import log_normalizer
 from mlx_smolvlm.packing import Rows, groups
 from mlx_smolvlm.reuse import common
-
-if TYPE_CHECKING:
-    from mlx_smolvlm.smolvlm import SmolVLM
 
 Normalize = Literal["none", "tokens"]
 SCORED = 128  # positions that go through the output head at once; bounds the logits
@@ -96,7 +94,7 @@ def rated(choices: tuple[str, ...], scores: Sequence[np.ndarray], normalize: Nor
 
 
 def chosen(
-    vlm: SmolVLM,
+    engine: Engine,
     prompt: Prompt,
     told: Sequence[Prompt],
     choices: tuple[str, ...],
@@ -108,28 +106,28 @@ def chosen(
         PromptError: The chat template does not end an answer.
     """
     transcripts = [
-        ended(vlm, one.input_ids, common(prompt.input_ids, one.input_ids)) for one in told
+        ended(engine, one.input_ids, common(prompt.input_ids, one.input_ids)) for one in told
     ]
-    return rated(choices, log_probabilities(vlm, prompt, transcripts), normalize)
+    return rated(choices, log_probabilities(engine, prompt, transcripts), normalize)
 
 
-def ended(vlm: SmolVLM, told: np.ndarray, start: int) -> np.ndarray:
+def ended(engine: Engine, told: np.ndarray, start: int) -> np.ndarray:
     """`told`, a transcript whose answer begins at `start`, up to the token that ends that.
 
     Raises:
         PromptError: Nothing ends it.
     """
-    ends = np.flatnonzero(np.isin(told[start:], vlm.config.eos_token_ids))
+    ends = np.flatnonzero(np.isin(told[start:], engine.config.eos_token_ids))
     if not ends.size:
         raise PromptError(
             "the chat template ends an answer with none of the tokens that end one in the "
-            f"checkpoint's configuration ({', '.join(map(str, vlm.config.eos_token_ids))})"
+            f"checkpoint's configuration ({', '.join(map(str, engine.config.eos_token_ids))})"
         )
     return told[: start + int(ends[-1]) + 1]
 
 
 def log_probabilities(
-    vlm: SmolVLM, prompt: Prompt, transcripts: Sequence[np.ndarray]
+    engine: Engine, prompt: Prompt, transcripts: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     """Log-probabilities (float64) of each transcript's tokens behind `prompt`.
 
@@ -137,34 +135,34 @@ def log_probabilities(
     of them together.
 
     Args:
-        vlm: The model.
+        engine: Generates the answers.
         prompt: The question, up to where the answer begins.
         transcripts: Input ids of the question with each answer, up to the answer's end.
     """
     starts = [common(prompt.input_ids, told) for told in transcripts]
     shared = min(starts) - 1  # the token before an answer is in its row: it foretells the first
-    cache = held(vlm, replace(prompt, input_ids=prompt.input_ids[:shared]), Reply())
-    context = vlm.config.text.max_position_embeddings
+    cache = held(engine, replace(prompt, input_ids=prompt.input_ids[:shared]), Reply())
+    context = engine.context_size
     scores = []
     for group in groups([told.size - shared for told in transcripts], shared, context):
         cache.trim(shared)
         suffixes = [transcripts[number][shared:] for number in group]
-        states = Rows(vlm.model, cache, len(group)).states(suffixes)
+        states = Rows(engine.model, cache, len(group)).states(suffixes)
         before = 0
         for number, suffix in zip(group, suffixes, strict=True):
             first = starts[number] - shared
             own = states[before + first - 1 : before + suffix.size - 1]
-            scores.append(_of_tokens(vlm, own, suffix[first:]))
+            scores.append(_of_tokens(engine, own, suffix[first:]))
             before += suffix.size
     return scores
 
 
-def _of_tokens(vlm: SmolVLM, states: mx.array, token_ids: np.ndarray) -> np.ndarray:
+def _of_tokens(engine: Engine, states: mx.array, token_ids: np.ndarray) -> np.ndarray:
     """Log-probability of each of `token_ids` (L,) after the one of `states` (L, D) before it."""
     parts = []
     for start in range(0, token_ids.size, SCORED):
         part = slice(start, start + SCORED)
-        logits = vlm.model.head(states[part]).astype(mx.float32)
+        logits = engine.model.head(states[part]).astype(mx.float32)
         chosen = mx.take_along_axis(logits, mx.array(token_ids[part])[:, None], axis=1)
         numbers = mx.concatenate([chosen, *log_normalizer(logits)], axis=1)
         own, largest, log_sum = np.array(numbers, np.float64).T  # float32 would round once more

@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from mlx_smolvlm.answer import AnswerStream, Reply
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import CheckpointError, ContextError, PromptError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.media import Footage, Medium, Picture
+from mlx_smolvlm.media import Medium
 from mlx_smolvlm.messages import ImageSource, Message, VideoSource, read_request, system_message
 from mlx_smolvlm.reuse import State
 from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
 
 if TYPE_CHECKING:
     from mlx_smolvlm.image import Detail
-    from mlx_smolvlm.smolvlm import SmolVLM
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ class Conversation:
     transcript would get from `SmolVLM.ask`.
     """
 
-    def __init__(self, vlm: SmolVLM, system: str | None, options: ConversationOptions) -> None:
-        self._vlm, self._system, self._options = vlm, system, options
+    def __init__(self, engine: Engine, system: str | None, options: ConversationOptions) -> None:
+        self._engine, self._system, self._options = engine, system, options
         self._turns: list[Turn] = []
         self._open: AnswerStream | None = None
         self._state: State | None = None
@@ -85,7 +85,7 @@ class Conversation:
     @property
     def context_size(self) -> int:
         """Tokens that the model can look at."""
-        return self._vlm.config.text.max_position_embeddings
+        return self._engine.context_size
 
     @property
     def context_used(self) -> int:
@@ -93,14 +93,9 @@ class Conversation:
         messages = self._transcript(self._turns)
         if not messages:
             return 0
-        media = _media(self._turns)
-        ids = self._vlm.prompt_builder.build(
-            messages,
-            [one.grid for one in media if isinstance(one, Picture)],
-            add_generation_prompt=self._open is not None,
-            clips=[one.times for one in media if isinstance(one, Footage)],
-        )
-        return ids.size + (0 if self._open is None else self._open.reply.generation_tokens)
+        is_answering = self._open is not None
+        size = self._engine.count_tokens(messages, _media(self._turns), is_answering)
+        return size + (0 if self._open is None else self._open.reply.generation_tokens)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
@@ -153,7 +148,7 @@ class Conversation:
         request = read_request(prompt, images, videos, None)
         if len(request.messages) != 1 or request.messages[0]["role"] != "user":
             raise PromptError("a turn is one message of the user")
-        turn = Turn(request.messages[0], self._vlm.opened(request, self._options.detail))
+        turn = Turn(request.messages[0], self._engine.open_media(request, self._options.detail))
         return self._begin([*self._turns, turn], sampling)
 
     def retry(self, sampling: Sampling | None = None) -> AnswerStream:
@@ -181,7 +176,7 @@ class Conversation:
     def fork(self) -> Conversation:
         """A conversation that goes on from here by itself; nothing is encoded or run again."""
         self._settle()
-        twin = Conversation(self._vlm, self._system, self._options)
+        twin = Conversation(self._engine, self._system, self._options)
         twin._turns = list(self._turns)
         twin._state = None if self._state is None else self._state.fork()
         return twin
@@ -199,9 +194,9 @@ class Conversation:
         target = expand_path(os.fspath(path))
         self._settle()
         for medium in _media(self._turns):
-            self._vlm.encode([medium])
+            self._engine.encode([medium])
         saved = Saved(self._system, self._turns, self._state)
-        save(saved, target, self._vlm.checkpoint_digest)
+        save(saved, target, self._engine.checkpoint_digest)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote to `path`; what was said here is forgotten.
@@ -212,10 +207,10 @@ class Conversation:
         """
         from mlx_smolvlm.saved import load
 
-        vlm = self._vlm
+        engine = self._engine
         source = expand_path(os.fspath(path), CheckpointError)
-        saved = load(source, vlm.checkpoint_digest, vlm.config)
-        other = Conversation(vlm, saved.system, self._options)
+        saved = load(source, engine.checkpoint_digest, engine.config)
+        other = Conversation(engine, saved.system, self._options)
         other._turns = saved.turns
         try:
             _ = other.context_used  # the chat template may refuse what is well formed
@@ -223,7 +218,7 @@ class Conversation:
             raise CheckpointError(f"{path} is not a conversation of this model: {error}") from None
         self.reset()
         self._system, self._turns = saved.system, saved.turns
-        if vlm.cache_options.is_plain:  # as files are; other caches begin anew
+        if engine.cache_options.is_plain:  # as files are; other caches begin anew
             self._state = saved.state
 
     def _begin(self, wanted: list[Turn], sampling: Sampling | None = None) -> AnswerStream:
@@ -252,14 +247,15 @@ class Conversation:
         while True:
             messages, media = self._transcript(turns), _media(turns)
             try:
-                stream = self._vlm.answer(messages, media, sampling, self._state, is_turn=True)
+                prompt = self._engine.make_prompt(messages, media)
             except ContextError:
                 if not drops or len(turns) == 1:
                     raise
             else:
-                fits = stream.reply.prompt_tokens <= self.context_size - room
+                fits = prompt.input_ids.size <= self.context_size - room
                 if fits or not drops or len(turns) == 1:
-                    return turns, stream
+                    prompt = replace(prompt, state=self._state, is_turn=True)
+                    return turns, AnswerStream(self._engine, prompt, sampling)
             turns = turns[1:]
 
     def _transcript(self, turns: Sequence[Turn]) -> list[Message]:

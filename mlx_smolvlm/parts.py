@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from mlx_smolvlm.answer import AnswerStream
 from mlx_smolvlm.context import ROOM
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import ContextError
 from mlx_smolvlm.frames import stamp
 from mlx_smolvlm.media import Footage
@@ -15,7 +16,6 @@ from mlx_smolvlm.messages import read_request
 from mlx_smolvlm.sampling import Sampling
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.smolvlm import SmolVLM
     from mlx_smolvlm.video import ClipPart
 
 
@@ -41,7 +41,7 @@ Told = tuple[float, float, str]  # start and end in seconds, and the answer
 
 
 def answers_by_part(
-    vlm: SmolVLM,
+    engine: Engine,
     prompt: str,
     clips: Iterator[ClipPart],
     system: str | None,
@@ -51,15 +51,19 @@ def answers_by_part(
     told: list[Told] = []
     messages = read_request(prompt, (), [None], system).messages
     for start, end, clip in clips:
-        part = Part(start, end, vlm.answer(messages, [Footage(clip, clip)], sampling))
+        part = Part(
+            start,
+            end,
+            AnswerStream(engine, engine.make_prompt(messages, [Footage(clip, clip)]), sampling),
+        )
         yield part
         told.append((start, end, part.stream.finished().text))
     if len(told) > 1:
-        yield Part(told[0][0], told[-1][1], _over(vlm, prompt, told, system, sampling), True)
+        yield Part(told[0][0], told[-1][1], _over(engine, prompt, told, system, sampling), True)
 
 
 def _over(
-    vlm: SmolVLM, prompt: str, told: list[Told], system: str | None, sampling: Sampling
+    engine: Engine, prompt: str, told: list[Told], system: str | None, sampling: Sampling
 ) -> AnswerStream:
     """The answer over the answers in `told`; over those of each half if they do not fit."""
     lines = "\n".join(f"{_label(start, end)}: {text}" for start, end, text in told)
@@ -67,22 +71,22 @@ def _over(
         "The parts of a video, one after the other, were asked about. The answers:\n\n"
         f"{lines}\n\nFrom these, answer for the whole video: {prompt}"
     )
-    context = vlm.config.text.max_position_embeddings
+    context = engine.context_size
     try:
-        stream = vlm.answer(read_request(question, (), (), system).messages, [], sampling)
+        joined = engine.make_prompt(read_request(question, (), (), system).messages, [])
     except ContextError:
         if len(told) < 3:
             raise
     else:
-        left = context - stream.reply.prompt_tokens
+        left = context - joined.input_ids.size
         if len(told) < 3 or left >= min(sampling.max_tokens, context // ROOM):
-            return stream
+            return AnswerStream(engine, joined, sampling)
     middle = len(told) // 2
     halves = [
-        (half[0][0], half[-1][1], _over(vlm, prompt, half, system, sampling).finished().text)
+        (half[0][0], half[-1][1], _over(engine, prompt, half, system, sampling).finished().text)
         for half in (told[:middle], told[middle:])
     ]
-    return _over(vlm, prompt, halves, system, sampling)
+    return _over(engine, prompt, halves, system, sampling)
 
 
 def _label(start_s: float, end_s: float) -> str:

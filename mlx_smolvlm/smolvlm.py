@@ -1,42 +1,30 @@
-"""Load a checkpoint once, then ask.
-
-`SmolVLM.answer` is the only place that orders the steps from messages to text.
-"""
+"""Load a checkpoint once, then ask: the facade of the library."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack
 
 import mlx.core as mx
 
-from mlx_smolvlm.answer import AnswerStream, Prompt, Reply
+from mlx_smolvlm.answer import AnswerStream, Reply
 from mlx_smolvlm.batch import answer_all, checked_prompts
-from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.choose import Choice, Normalize, checked_choices, chosen
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.constrain import Constrainer
-from mlx_smolvlm.context import pinned_tokens, too_long
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
-from mlx_smolvlm.errors import CheckpointError, ContextError, SmolVLMWarning
+from mlx_smolvlm.engine import Engine
+from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.media import Footage, Medium, Picture, encode, in_order, joined
-from mlx_smolvlm.messages import ImageSource, Message, Request, VideoSource, read_request
-from mlx_smolvlm.model import Model, compile_encoder
+from mlx_smolvlm.messages import ImageSource, Message, VideoSource, read_request
 from mlx_smolvlm.parts import Part, answers_by_part
-from mlx_smolvlm.reuse import Content, State, content_of, make_memory
 from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
 
 if TYPE_CHECKING:
     import PIL.Image
 
     from mlx_smolvlm.image import Detail
-    from mlx_smolvlm.prompt import PromptBuilder
 
 
 _PUBLIC = (
@@ -48,30 +36,11 @@ _PUBLIC = (
 class SmolVLM:
     """A loaded checkpoint. `load` makes one."""
 
-    def __init__(
-        self,
-        path: Path,
-        config: Config,
-        model: Model,
-        builder: PromptBuilder,
-        cache: CacheOptions = CacheOptions(),  # noqa: B008 (frozen)
-        adapter: Path | None = None,
-    ) -> None:
-        self.path, self.config, self.model, self.prompt_builder = path, config, model, builder
-        self.adapter = adapter
-        self.cache_options, self.memory = cache, make_memory(cache, path, config, adapter)
-        self.hidden_token_ids = builder.framing_token_ids
-        self.encoder = compile_encoder(model)
-        self._video_warned = False
-
-    @cached_property
-    def constrainer(self) -> Constrainer:
-        """What holds answers to schemas; made once, when it is first needed.
-
-        Raises:
-            ConstraintError: llguidance is not installed.
-        """
-        return Constrainer(self.prompt_builder)
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.path, self.adapter = engine.path, engine.adapter
+        self.config, self.model = engine.config, engine.model
+        self.cache_options = engine.cache_options
 
     def __dir__(self) -> list[str]:
         """What users need; the rest is what answers are made with."""
@@ -137,8 +106,9 @@ class SmolVLM:
         """
         sampling = choose_sampling(sampling, options, Sampling())
         request = read_request(prompt, images, videos, system)
-        media = self.opened(request, detail)
-        return self.answer(request.messages, media, sampling)
+        media = self.engine.open_media(request, detail)
+        made = self.engine.make_prompt(request.messages, media)
+        return AnswerStream(self.engine, made, sampling)
 
     def ask_many(
         self,
@@ -173,9 +143,9 @@ class SmolVLM:
         sampling = choose_sampling(sampling, options, Sampling())
         texts = checked_prompts(prompts)
         request = read_request("", () if images is None else images, videos, system)
-        media = self.opened(request, detail)
-        asked = [self.make_prompt(request.asking(text), media) for text in texts]
-        return answer_all(self, asked, sampling)
+        media = self.engine.open_media(request, detail)
+        asked = [self.engine.make_prompt(request.asking(text), media) for text in texts]
+        return answer_all(self.engine, asked, sampling)
 
     def choose(
         self,
@@ -210,11 +180,12 @@ class SmolVLM:
         """
         texts = checked_choices(choices, normalize)
         request = read_request(question, images, videos, system)
-        media = self.opened(request, detail)
-        prompt = self.make_prompt(request.messages, media)
+        media = self.engine.open_media(request, detail)
+        prompt = self.engine.make_prompt(request.messages, media)
         answers = [{"role": "assistant", "content": [{"type": "text", "text": t}]} for t in texts]
-        told = [self.make_prompt([*request.messages, answer], media, False) for answer in answers]
-        return chosen(self, prompt, told, texts, normalize)
+        whole = [[*request.messages, answer] for answer in answers]
+        told = [self.engine.make_prompt(messages, media, False) for messages in whole]
+        return chosen(self.engine, prompt, told, texts, normalize)
 
     def stream_parts(
         self,
@@ -242,11 +213,8 @@ class SmolVLM:
             MediaError: The video cannot be read.
             PromptError: A part has more frames than the context holds.
         """
-        from mlx_smolvlm.video import open_parts
-
-        self._warn_of_videos()
-        clips = open_parts(video, self.config, seconds)
-        return answers_by_part(self, prompt, clips, system, sampling)
+        clips = self.engine.open_parts(video, seconds)
+        return answers_by_part(self.engine, prompt, clips, system, sampling)
 
     def chat(
         self,
@@ -269,108 +237,14 @@ class SmolVLM:
                 runs what is left again.
         """
         sampling = choose_sampling(sampling, options, Sampling())
-        return Conversation(self, system, ConversationOptions(sampling, detail, on_full))
+        return Conversation(self.engine, system, ConversationOptions(sampling, detail, on_full))
 
     def encode_images(
         self, pictures: Sequence[PIL.Image.Image], detail: Detail = "high"
     ) -> mx.array | None:
         """`image_embeds` (N, I, D) of the tiles of `pictures`, in order; None without pictures."""
-        return self.encode(self.opened(read_request("", pictures, (), None), detail))
-
-    def make_cache(self) -> KVCache:
-        """An empty cache, as `load` was asked for."""
-        return self.model.make_cache(self.cache_options)
-
-    def opened(self, request: Request, detail: Detail) -> tuple[Medium, ...]:
-        """The opened media of `request`, in order; videos are sampled, and not decoded yet.
-
-        Raises:
-            MediaError: One cannot be opened.
-        """
-        from mlx_smolvlm.image import grid_of, open_image
-
-        images = [open_image(source) for source in request.images]
-        pictures = [Picture(one, grid_of(one.size, self.config, detail), detail) for one in images]
-        if not request.videos:
-            return tuple(pictures)
-        from mlx_smolvlm.video import open_video
-
-        self._warn_of_videos()
-        clips = [open_video(source, self.config) for source in request.videos]
-        return in_order(request.messages, pictures, [Footage(clip, clip) for clip in clips])
-
-    def _warn_of_videos(self) -> None:
-        """Say once if the checkpoint was not trained on videos."""
-        if self.config.video is None and not self._video_warned:
-            self._video_warned = True
-            warnings.warn(
-                f"{self.config.source} was not trained on videos; its answers about them are "
-                "poor (SmolVLM2 was)",
-                SmolVLMWarning,
-                stacklevel=4,
-            )
-
-    def answer(
-        self,
-        messages: list[Message],
-        media: Sequence[Medium],
-        sampling: Sampling,
-        state: State | None = None,
-        is_turn: bool = False,
-    ) -> AnswerStream:
-        """Prompt ids, the context guard; then the stream that does the work.
-
-        Args:
-            messages: Without sources.
-            media: Pictures and videos in the order of their items; what was encoded before
-                stays as it is.
-            sampling: How the answer is generated.
-            state: What a conversation holds already.
-            is_turn: Whether the stream's caller keeps its state, so that the memory need not.
-
-        Raises:
-            PromptError: The messages are malformed, or longer than the context.
-        """
-        prompt = self.make_prompt(messages, media)
-        return AnswerStream(self, replace(prompt, state=state, is_turn=is_turn), sampling)
-
-    def make_prompt(
-        self,
-        messages: list[Message],
-        media: Sequence[Medium],
-        add_generation_prompt: bool = True,
-    ) -> Prompt:
-        """Prompt ids and media of `messages`; arguments and errors as in `answer`."""
-        grids = [one.grid for one in media if isinstance(one, Picture)]
-        times = [one.times for one in media if isinstance(one, Footage)]
-        input_ids = self.prompt_builder.build(messages, grids, add_generation_prompt, times)
-        if input_ids.size >= self.config.text.max_position_embeddings:
-            raise ContextError(too_long(self.prompt_builder, input_ids.size, media))
-        prompt = Prompt(input_ids, tuple(media))
-        limit = self.cache_options.max_kv_tokens
-        if limit is None:
-            return prompt
-        pins = pinned_tokens(self.content_of(prompt), self.config, limit)
-        return replace(prompt, pins=pins)
-
-    def content_of(self, prompt: Prompt) -> Content:
-        """What `prompt` means, to compare it with what was asked before."""
-        config = self.config
-        ids, media = prompt.input_ids, prompt.media
-        return content_of(ids, media, config.image_token_id, config.image_seq_len)
-
-    def encode(self, media: Sequence[Medium]) -> mx.array | None:
-        """`image_embeds` (N, I, D) of `media`, in order; None without any."""
-        for _ in encode(media, self.encoder, self.config):
-            pass
-        return joined(media)
-
-    @cached_property
-    def checkpoint_digest(self) -> str:
-        """Digest of the files of the checkpoint and of its adapter; it reads them all."""
-        from mlx_smolvlm.store import checkpoint_digest
-
-        return checkpoint_digest(self.path, adapter=self.adapter)
+        request = read_request("", pictures, (), None)
+        return self.engine.encode(self.engine.open_media(request, detail))
 
 
 def load(
@@ -416,12 +290,12 @@ def load(
     builder = PromptBuilder(tokenizer_path(path), chat_template(path), config)
     network = load_model(path, dtype)
     if adapter is None:
-        return SmolVLM(path, config, network, builder, cache)
+        return SmolVLM(Engine(path, config, network, builder, cache))
     from mlx_smolvlm.adapter import load_adapter
 
     folder = expand_path(adapter, CheckpointError)
     load_adapter(network, folder, config.source)
-    return SmolVLM(path, config, network, builder, cache, folder)
+    return SmolVLM(Engine(path, config, network, builder, cache, folder))
 
 
 def _usual_dtype(config: Config, on_cpu: bool) -> str:

@@ -22,26 +22,30 @@ import pyte
 PROGRAM = r"""
 import fcntl, json, os, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C and resizing reach this process
-import mlx_smolvlm.answer as answers, mlx_smolvlm.smolvlm as smolvlm
+import mlx_smolvlm.answer as answers
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.smolvlm import SmolVLM
 ANSWERS, GO = json.loads(os.environ["ANSWERS"]), os.environ["GO"]
-asked, real_tokens, real_answer = [], answers.tokens, SmolVLM.answer
+asked, real_tokens = [], answers.tokens
+real_prompt, real_start = Engine.make_prompt, answers.AnswerStream.__init__
 def hold():
     while not os.path.exists(GO):
         time.sleep(0.005)
     os.unlink(GO)
-def answer(self, messages, media, *rest, **options):
+def make_prompt(self, messages, media, *rest):
+    asked[:] = [messages]
+    return real_prompt(self, messages, media, *rest)
+def start(self, engine, prompt, sampling):
+    messages, = asked
     texts = ["".join(i.get("text", "") for i in m["content"]) for m in messages]
     kinds = [item["type"] for item in messages[-1]["content"]]
     row = {"roles": [m["role"][0] for m in messages], "texts": texts,
            "media": [kind for kind in kinds if kind != "text"],
-           "temperature": (rest[0] if rest else options["sampling"]).temperature}
-    stream = real_answer(self, messages, media, *rest, **options)
+           "temperature": sampling.temperature}
+    real_start(self, engine, prompt, sampling)
     with open(os.environ["LOG"], "a") as log:
         log.write(json.dumps(row) + "\n")
-    asked[:] = [texts[-1], self.prompt_builder.tokenizer]
-    return stream
+    asked[:] = [texts[-1], engine.prompt_builder.tokenizer]
 def tokens(*arguments):
     if asked[0] not in ANSWERS:
         yield from real_tokens(*arguments)
@@ -67,7 +71,7 @@ if "HOLD_ENCODER" in os.environ:
             hold()
         yield from real_encode(media, *rest)
     answers.encode = encode
-SmolVLM.answer, answers.tokens = answer, tokens
+Engine.make_prompt, answers.AnswerStream.__init__, answers.tokens = make_prompt, start, tokens
 from mlx_smolvlm.cli.app import main
 main()
 """

@@ -17,6 +17,7 @@ import mlx_smolvlm.batch
 from mlx_smolvlm import PromptError, Reply, Sampling, SmolVLM, load
 from mlx_smolvlm.answer import Answer, AnswerStream, Chunk
 from mlx_smolvlm.connector import Connector
+from mlx_smolvlm.engine import Engine
 
 LONG = Sampling(max_tokens=12)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -48,9 +49,9 @@ Way = Callable[[SmolVLM, Sampling], Reply]
 def ending_with(vlm: SmolVLM, *token_ids: int) -> SmolVLM:
     """`vlm` with a configuration whose end tokens are `token_ids`, in this order."""
     config = dataclasses.replace(vlm.config, eos_token_ids=token_ids)
-    builder = copy.copy(vlm.prompt_builder)
+    builder = copy.copy(vlm.engine.prompt_builder)
     builder.config = config
-    return SmolVLM(vlm.path, config, vlm.model, builder)
+    return SmolVLM(Engine(vlm.path, config, vlm.model, builder))
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_each_end_token_ends_an_answer(endless: SmolVLM, greedy: list[int], way:
             assert reply.token_ids == greedy[: places[number] + 1]
             assert reply.generation_tokens == places[number] + 1
             assert reply.finish_reason == "stop"
-            shown = endless.prompt_builder.tokenizer.decode(greedy[: places[number]], False)
+            shown = endless.engine.prompt_builder.tokenizer.decode(greedy[: places[number]], False)
             assert reply.text == shown.lstrip()
 
 
@@ -101,12 +102,12 @@ def test_a_turn_goes_on_after_each_end_token(endless: SmolVLM, greedy: list[int]
 @pytest.mark.parametrize("order", [(639, 2), (2, 639)], ids=str)
 def test_constrained_answers_heed_each_end_token(tiny: SmolVLM, order: tuple[int, ...]) -> None:
     vlm = ending_with(tiny, *order)
-    space = vlm.prompt_builder.tokenizer.encode(" ").ids[0]
-    free = vlm.constrainer(Sampling(regex="a*"))
+    space = vlm.engine.prompt_builder.tokenizer.encode(" ").ids[0]
+    free = vlm.engine.constrainer(Sampling(regex="a*"))
     free.take(space)  # every answer begins with it
     allowed = np.flatnonzero(np.array(free.allowed()))
     assert {2, 639} <= set(allowed.tolist())
-    one = vlm.constrainer(Sampling(regex="[ab]a"))
+    one = vlm.engine.constrainer(Sampling(regex="[ab]a"))
     one.take(space)
     assert {2, 639}.isdisjoint(np.flatnonzero(np.array(one.allowed())).tolist())
     ends = set()
@@ -158,7 +159,7 @@ def script(endless: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> Script:
 @pytest.fixture(scope="module")
 def said(endless: SmolVLM) -> list[int]:
     """The token ids of `SAID`."""
-    ids: list[int] = endless.prompt_builder.tokenizer.encode(SAID).ids
+    ids: list[int] = endless.engine.prompt_builder.tokenizer.encode(SAID).ids
     assert len(ids) == len(SAID.encode())
     return ids
 
@@ -281,7 +282,7 @@ def test_an_interrupted_answer_is_closed(
 def test_preparations_are_closed(
     endless: SmolVLM, generators: list[Generator[Any, None, None]]
 ) -> None:
-    endless.memory.clear()
+    endless.engine.memory.clear()
     answer = endless.stream("Hi", images=[PICTURE], sampling=LONG)
     next(iter(answer.prepare()))
     answer.close()
@@ -318,7 +319,7 @@ def test_changed_weights_change_the_encoding(tiny_folder: Path) -> None:
     vlm.model.connector.modality_projection.proj = low_rank
     adapted = np.array(vlm.encode_images([PICTURE]))
     assert abs(adapted - again).max() > 0.01
-    cold = SmolVLM(vlm.path, vlm.config, vlm.model, vlm.prompt_builder)
+    cold = SmolVLM(Engine(vlm.path, vlm.config, vlm.model, vlm.engine.prompt_builder))
     np.testing.assert_allclose(adapted, np.array(cold.encode_images([PICTURE])), atol=1e-5)
 
 

@@ -315,7 +315,7 @@ def test_folders_and_datasets_are_read(plain, tmp_path):
     line = {"question": "What color is the star?", "answer": "red"}
     (tmp_path / "b.jsonl").write_text(json.dumps(line), encoding="utf-8")
     text, asked = read_samples(plain, [tmp_path])
-    decode = plain.prompt_builder.tokenizer.decode
+    decode = plain.engine.prompt_builder.tokenizer.decode
     assert (text.start, decode(text.input_ids.tolist())) == (1, (tmp_path / "a.md").read_text())
     told = asked.input_ids[asked.start :].tolist()
     assert decode(told[:-1]) == "red"

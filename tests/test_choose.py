@@ -17,6 +17,7 @@ from demo_recipe.examples import example
 from mlx_smolvlm import Choice, MediaError, PromptError, Sampling, SmolVLM
 from mlx_smolvlm.checkpoint import tokenizer_path
 from mlx_smolvlm.choose import rated
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.messages import read_request
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.text import TextModel
@@ -32,14 +33,14 @@ def demo() -> SmolVLM:
 
 def cold(vlm: SmolVLM, messages: list[dict[str, object]], choice: str, pictures: int) -> float:
     """Log-probability of `choice` and its end, by one pass over the whole transcript."""
-    media = vlm.opened(read_request("", [PICTURE] * pictures, (), None), "high")
+    media = vlm.engine.open_media(read_request("", [PICTURE] * pictures, (), None), "high")
     grids = [one.grid for one in media]
-    prompt = vlm.prompt_builder.build(messages, grids).tolist()
+    prompt = vlm.engine.prompt_builder.build(messages, grids).tolist()
     told = [*messages, {"role": "assistant", "content": choice}]
-    ids = vlm.prompt_builder.build(told, grids, add_generation_prompt=False)
+    ids = vlm.engine.prompt_builder.build(told, grids, add_generation_prompt=False)
     start = next(n for n, one in enumerate(ids) if n >= len(prompt) or prompt[n] != one)
     end = max(n for n, one in enumerate(ids) if one in vlm.config.eos_token_ids) + 1
-    logits = np.array(vlm.model(vlm.model.embed(ids, vlm.encode(media)))[0], np.float64)
+    logits = np.array(vlm.model(vlm.model.embed(ids, vlm.engine.encode(media)))[0], np.float64)
     logs = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return float(sum(logs[n - 1, ids[n]] for n in range(start, end)))
 
@@ -80,7 +81,7 @@ def test_where_the_work_is_cut_changes_nothing(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch, memory: str
 ) -> None:
     choices = ["a long answer of many words " * 3, "b", "b c", "something else"]
-    tiny.memory.clear()
+    tiny.engine.memory.clear()
     whole = tiny.choose("Which?", choices, images=[PICTURE])
     if memory == "small groups":
         monkeypatch.setattr("mlx_smolvlm.packing.MAX_ROWS", 1)
@@ -103,7 +104,7 @@ def test_one_prefill_and_one_pass_over_the_choices(
         return forward(self, inputs_embeds, *others)  # type: ignore[arg-type]
 
     monkeypatch.setattr(TextModel, "__call__", counting)
-    tiny.memory.clear()
+    tiny.engine.memory.clear()
     choice = tiny.choose("Which?", ["red", "green", "blue sky"], images=[PICTURE])
     assert len(fed) == 2
     assert fed[1] == sum(choice.token_counts) + 3  # and the token before each
@@ -116,7 +117,7 @@ def test_a_choice_that_merges_with_what_is_before_it(tiny: SmolVLM) -> None:
         "{% endfor %}{% if add_generation_prompt %} squa{% endif %}"
     )
     builder = PromptBuilder(tokenizer_path(tiny.path), source, tiny.config)
-    vlm = SmolVLM(tiny.path, tiny.config, tiny.model, builder)
+    vlm = SmolVLM(Engine(tiny.path, tiny.config, tiny.model, builder))
     messages = question("Which?", 0)
     prompt = builder.build(messages, [])
     choices = ["re", "!", "res"]
@@ -199,6 +200,6 @@ def test_wrong_arguments(tiny: SmolVLM) -> None:
     with pytest.raises(PromptError, match="context is 512"):
         tiny.choose("Which?", ["a", "wool " * 600])
     config = dataclasses.replace(tiny.config, eos_token_ids=(5, 600))
-    vlm = SmolVLM(tiny.path, config, tiny.model, tiny.prompt_builder)
+    vlm = SmolVLM(Engine(tiny.path, config, tiny.model, tiny.engine.prompt_builder))
     with pytest.raises(PromptError, match=r"ends an answer with none.*\(5, 600\)"):
         vlm.choose("Which?", ["b", "c"])

@@ -18,21 +18,22 @@ from PIL import Image
 FAKE = r"""
 import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
-import mlx_smolvlm.answer, mlx_smolvlm.smolvlm as smolvlm
+import mlx_smolvlm.answer
+from mlx_smolvlm.engine import Engine
 def tokens(model, inputs_embeds, cache, sampler, limit):
     for i in range(limit):
         if limit > 50:
             time.sleep(0.02)
         yield TOKENS[i % len(TOKENS)]
 mlx_smolvlm.answer.tokens = tokens
-old = smolvlm.SmolVLM.answer
-def answer(self, messages, *rest, **options):
+old = Engine.make_prompt
+def make_prompt(self, messages, *rest):
     users = [m for m in messages if m["role"] == "user"]
     said = [len(m["content"][0]["text"]) > 0 for m in messages if m["role"] == "assistant"]
     items = [item["type"] for item in users[-1]["content"]]
     print(f"<seen {len(users)} users, {len(said)} answers, {items.count('image')} images>")
-    return old(self, messages, *rest, **options)
-smolvlm.SmolVLM.answer = answer
+    return old(self, messages, *rest)
+Engine.make_prompt = make_prompt
 TOKENS = [int(n) for n in sys.argv.pop(1).split(",")]
 from mlx_smolvlm.cli.app import main
 main()

@@ -181,7 +181,7 @@ def test_recording_leaves_the_layers_as_they_were(tiny: SmolVLM) -> None:
 
 
 def test_windows_end_where_they_should(tiny: SmolVLM) -> None:
-    encode = tiny.prompt_builder.tokenizer.encode
+    encode = tiny.engine.prompt_builder.tokenizer.encode
     long = " ".join(TEXTS)
     ids = encode(long).ids
     assert len(ids) > 1200
@@ -215,7 +215,7 @@ def test_equal_checkpoints_differ_in_nothing(tiny_folder: Path) -> None:
 def test_other_weights_show_everywhere(found: Comparison, tiny: SmolVLM) -> None:
     assert found.texts is not None
     assert found.texts.kl_nats > 0.01
-    assert found.texts.tokens == len(tiny.prompt_builder.tokenizer.encode(TEXT).ids) - 1
+    assert found.texts.tokens == len(tiny.engine.prompt_builder.tokenizer.encode(TEXT).ids) - 1
     assert all(one.relative_error > 0.1 for one in (*found.layers, *found.matrices))
     assert found.reference.bits_per_weight == 32
     assert found.equal_answers < len(found.answers)
@@ -230,7 +230,7 @@ def test_surprises_are_the_worst_tokens(
     assert len(worst) == 5
     assert worst == sorted(worst, reverse=True)
     assert worst[0] == pytest.approx(found.texts.kl_nats_max)
-    tokenizer = tiny.prompt_builder.tokenizer
+    tokenizer = tiny.engine.prompt_builder.tokenizer
     ids = np.array(tokenizer.encode(TEXT).ids)
     logits = [np.array(vlm.model(vlm.model.embed(ids))[0]) for vlm in (tiny, load(other_folder))]
     p, q = (softmax(one[:-1].astype(np.float64)) for one in logits)

@@ -26,6 +26,7 @@ import mlx_smolvlm.generate
 from demo_recipe.examples import example
 from mlx_smolvlm import ConstraintError, Sampling, SmolVLM, SmolVLMWarning
 from mlx_smolvlm.constrain import Constrainer, Constraint
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.generate import constrained_tokens
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
@@ -192,7 +193,7 @@ class Run:
             return mx.argmax(logits, keepdims=True)
 
         monkeypatch.setattr(mlx_smolvlm.generate, "prefill", counted)
-        constrainer = vlm.constrainer
+        constrainer = vlm.engine.constrainer
         schema = {
             "type": "object",
             "properties": {"colour": {"enum": ["red", "green"]}, "shape": {"type": "boolean"}},
@@ -225,7 +226,9 @@ def test_forced_tokens_go_together_and_change_nothing(
 
 def test_the_cache_holds_what_was_said(tiny: SmolVLM) -> None:
     # A conversation goes on from the cache: it must be the tokens', in their order.
-    constraint = tiny.constrainer(Sampling(regex="(red|green) and then (yes|no) and [a-z]{3}"))
+    constraint = tiny.engine.constrainer(
+        Sampling(regex="(red|green) and then (yes|no) and [a-z]{3}")
+    )
     embeds, cache = tiny.model.embed(np.arange(40, 60)), tiny.model.make_cache()
     sampler = make_sampler(Sampling())
     said = list(constrained_tokens(tiny.model, embeds, cache, sampler, constraint, 100))
@@ -307,7 +310,7 @@ def test_a_special_token_in_a_schema_is_text(vlm: SmolVLM, text: str) -> None:
     assert shown == stream.reply.text
     assert stream.reply.parsed[text] == text
     assert stream.reply.parsed["any"] in (text, text + "x")
-    assert vlm.hidden_token_ids.isdisjoint(stream.reply.token_ids)
+    assert vlm.engine.prompt_builder.framing_token_ids.isdisjoint(stream.reply.token_ids)
 
 
 def test_a_vocabulary_larger_than_the_tokenizer(tiny: SmolVLM) -> None:
@@ -316,14 +319,14 @@ def test_a_vocabulary_larger_than_the_tokenizer(tiny: SmolVLM) -> None:
     model.update({"lm_head": {"weight": mx.random.normal((701, 64), key=mx.random.key(3))}})
     path = tiny.path / "tokenizer.json"
     template = (tiny.path / "chat_template.jinja").read_text()
-    large = SmolVLM(tiny.path, config, model, PromptBuilder(path, template, config))
+    large = SmolVLM(Engine(tiny.path, config, model, PromptBuilder(path, template, config)))
     for seed in range(20):
         sampling = Sampling(regex=r"[\w ]{9}", temperature=5.0, seed=seed)
         assert len(large.ask("Hi", sampling=sampling).text) == 9
 
 
 def test_every_eos_token_may_end_an_answer(tiny: SmolVLM) -> None:
-    builder = tiny.prompt_builder
+    builder = tiny.engine.prompt_builder
     two = PromptBuilder.__new__(PromptBuilder)
     two.__dict__ = {**vars(builder), "config": replace(builder.config, eos_token_ids=(639, 0))}
     constraint = Constrainer(two)(Sampling(regex="a?"))
@@ -518,7 +521,7 @@ def test_mutated_schemas_are_read_or_refused() -> None:
 
 
 def test_a_token_that_is_not_allowed_is_an_error(tiny: SmolVLM) -> None:
-    constraint = tiny.constrainer(Sampling(regex="a"))
+    constraint = tiny.engine.constrainer(Sampling(regex="a"))
     with pytest.raises(ConstraintError, match="cannot be followed"):
         constraint.take(639)
 
@@ -605,8 +608,8 @@ def test_the_lead_is_what_the_template_writes(heading: str, answer: str, lead: s
 
 def test_answers_begin_as_in_training(vlm: SmolVLM) -> None:
     reply = vlm.ask("Hi", sampling=Sampling(schema=COLOUR))
-    first = vlm.prompt_builder.tokenizer.decode([reply.token_ids[0]])
-    assert vlm.prompt_builder.answer_lead == " "
+    first = vlm.engine.prompt_builder.tokenizer.decode([reply.token_ids[0]])
+    assert vlm.engine.prompt_builder.answer_lead == " "
     assert first.startswith(" ")
     assert reply.text.startswith("{")
 

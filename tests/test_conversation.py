@@ -56,7 +56,7 @@ CLIPS = [clip(4), clip(5), clip(6, 1)]
 def warm(tiny_folder: Path) -> SmolVLM:
     """A model that remembers."""
     vlm = load(tiny_folder)
-    vlm._video_warned = True
+    vlm.engine._has_warned_of_videos = True
     return vlm
 
 
@@ -64,7 +64,7 @@ def warm(tiny_folder: Path) -> SmolVLM:
 def cold(tiny_folder: Path) -> SmolVLM:
     """A model to compare with, which forgets before each prompt."""
     vlm = load(tiny_folder, cache=CacheOptions(memory_bytes=0))
-    vlm._video_warned = True
+    vlm.engine._has_warned_of_videos = True
     return vlm
 
 
@@ -123,7 +123,7 @@ def check_turn(
     reply = chat.ask(question, **media)
     ours = list(logits)
     logits.clear()
-    cold.memory.clear()
+    cold.engine.memory.clear()
     theirs = cold.ask(with_sources(chat), sampling=SHORT)
     assert theirs.cached_tokens == 0
     assert reply.token_ids == theirs.token_ids
@@ -155,7 +155,7 @@ def test_any_script_equals_cold_runs(
     )
     @given(steps=st.lists(STEPS, min_size=2, max_size=8), system=st.sampled_from([None, "Brief."]))
     def run(steps: list[tuple[Any, ...]], system: str | None) -> None:
-        warm.memory.clear()
+        warm.engine.memory.clear()
         path.unlink(missing_ok=True)
         chats = [warm.chat(system=system, sampling=SHORT)]
         for step in steps:
@@ -209,13 +209,13 @@ def test_any_script_equals_cold_runs(
 def encoded(vlm: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Sizes of the batches that go through the encoder from now on."""
     sizes: list[int] = []
-    encoder = vlm.encoder
+    encoder = vlm.engine.encoder
 
     def counting(pixel_values: mx.array) -> mx.array:
         sizes.append(len(pixel_values))
         return encoder(pixel_values)
 
-    monkeypatch.setattr(vlm, "encoder", counting)
+    monkeypatch.setattr(vlm.engine, "encoder", counting)
     return sizes
 
 
@@ -255,7 +255,7 @@ def test_a_turn_does_new_work_only(monkeypatch: pytest.MonkeyPatch, prefilled: l
 
 
 def test_media_are_encoded_once(warm: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    warm.memory.clear()
+    warm.engine.memory.clear()
     sizes = encoded(warm, monkeypatch)
     chat = warm.chat(sampling=SHORT)
     assert chat.ask("What?", images=[PICTURES[0]]).encoded_tiles == 5
@@ -269,7 +269,7 @@ def test_media_are_encoded_once(warm: SmolVLM, monkeypatch: pytest.MonkeyPatch) 
 
 def test_the_answer_follows_the_picture(warm: SmolVLM, logits: list[np.ndarray]) -> None:
     """The ids of two prompts with pictures of one size are equal, and what is reused is not."""
-    warm.memory.clear()
+    warm.engine.memory.clear()
     first = warm.ask("What?", images=[PICTURES[0]], sampling=SHORT)
     before = logits[0]
     logits.clear()
@@ -284,7 +284,7 @@ def test_the_answer_follows_the_picture(warm: SmolVLM, logits: list[np.ndarray])
 
 
 def test_one_picture_of_two_that_changes_is_seen(warm: SmolVLM) -> None:
-    warm.memory.clear()
+    warm.engine.memory.clear()
     ask = {"sampling": SHORT}
     warm.ask("What?", images=[PICTURES[0], PICTURES[1]], **ask)  # type: ignore[arg-type]
     other = warm.ask("What?", images=[PICTURES[0], PICTURES[2]], **ask)  # type: ignore[arg-type]
@@ -296,7 +296,7 @@ def test_one_picture_of_two_that_changes_is_seen(warm: SmolVLM) -> None:
 
 
 def test_detail_is_part_of_the_content(warm: SmolVLM) -> None:
-    warm.memory.clear()
+    warm.engine.memory.clear()
     low = warm.ask("What?", images=[PICTURES[0]], sampling=SHORT, detail="low")
     high = warm.ask("What?", images=[PICTURES[0]], sampling=SHORT)
     assert (low.encoded_tiles, high.encoded_tiles) == (1, 5)
@@ -311,7 +311,7 @@ def test_a_part_of_a_picture_is_never_common() -> None:
 
 
 def test_a_shared_beginning_is_run_once(warm: SmolVLM) -> None:
-    warm.memory.clear()
+    warm.engine.memory.clear()
     one = warm.chat(system="Be brief, and say what you see.", sampling=SHORT)
     one.ask("What?", images=[PICTURES[0]])
     warm.ask(
@@ -373,7 +373,7 @@ def test_save_and_load(
 ) -> None:
     path = tmp_path / "chat.safetensors"
     vlm = load(tiny_folder)
-    vlm._video_warned = True
+    vlm.engine._has_warned_of_videos = True
     chat = vlm.chat(system="Brief.", sampling=SHORT)
     chat.ask("What?", images=[PICTURES[0]], videos=[CLIPS[0]])
     chat.save(path)
@@ -418,7 +418,7 @@ def test_files_that_cannot_be_loaded(warm: SmolVLM, tmp_path: Path) -> None:
         "kind": (data.replace(b'\\"conversation\\"', b'\\"conversatioN\\"'), "no conversation"),
         "version": (data.replace(b'\\"version\\": 1', b'\\"version\\": 9'), "another version"),
         "checkpoint": (
-            data.replace(warm.checkpoint_digest.encode(), b"0" * 64),
+            data.replace(warm.engine.checkpoint_digest.encode(), b"0" * 64),
             "another checkpoint",
         ),
         "grid": (data.replace(b'\\"grid\\": [2, 2]', b'\\"grid\\": [3, 2]'), "is damaged"),
@@ -495,11 +495,11 @@ def test_context_used_counts_the_answer_that_is_given(warm: SmolVLM) -> None:
 def test_memory_is_bounded(tiny_folder: Path) -> None:
     vlm = load(tiny_folder)
     vlm.ask("What?", sampling=SHORT)
-    each = vlm.memory._states[0].cache.nbytes
+    each = vlm.engine.memory._states[0].cache.nbytes
     small = load(tiny_folder, cache=CacheOptions(memory_bytes=int(2.5 * each)))
     for word in ("One", "Two", "Three"):
         small.ask(word, sampling=SHORT)
-    assert len(small.memory._states) == 2
+    assert len(small.engine.memory._states) == 2
     assert small.ask("One", sampling=SHORT).cached_tokens < 7  # the beginning of another
     repeated = small.ask("Three", sampling=SHORT)
     assert repeated.cached_tokens == repeated.prompt_tokens - 1
@@ -531,4 +531,4 @@ def test_longer_states_replace_what_they_hold(tiny_folder: Path) -> None:
         {"role": "user", "content": "And?"},
     ]
     vlm.ask(follow_up, sampling=SHORT)
-    assert len(vlm.memory._states) <= 2
+    assert len(vlm.engine.memory._states) <= 2

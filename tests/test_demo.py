@@ -61,7 +61,7 @@ def test_folder_is_small_and_complete() -> None:
 
 def test_what_is_beside_the_weights_is_the_recipes(demo: mlx_smolvlm.SmolVLM) -> None:
     assert (FOLDER / "chat_template.jinja").read_text() == CHAT_TEMPLATE
-    made = demo_config(demo.prompt_builder.tokenizer).to_dict()
+    made = demo_config(demo.engine.prompt_builder.tokenizer).to_dict()
     assert demo.config.to_dict() == {**made, "dtype": "float16"}
 
 

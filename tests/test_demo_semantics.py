@@ -48,7 +48,7 @@ def known(vlm: SmolVLM, asked: Iterable[Case], wanted: int, detail: Detail = "hi
     """The first `wanted` of the cases `asked` that `vlm` answers right, each from nothing."""
     found: list[Case] = []
     for case in asked:
-        vlm.memory.clear()
+        vlm.engine.memory.clear()
         if ask(vlm, case, detail=detail).text == case.answer:
             found.append(case)
         if len(found) == wanted:
@@ -108,7 +108,7 @@ def grounds(cold: SmolVLM) -> dict[str, Image.Image]:
 def test_a_picture_in_the_place_of_another_is_seen(
     demo: SmolVLM, grounds: dict[str, Image.Image]
 ) -> None:
-    demo.memory.clear()
+    demo.engine.memory.clear()
     for _ in range(2):  # what is known the second time is not mixed up either
         for answer, picture in grounds.items():
             assert demo.ask(WHICH_BACKGROUND, images=[picture]).text == answer
@@ -184,7 +184,7 @@ def test_answers_side_by_side(cold: SmolVLM, demo: SmolVLM) -> None:
     for group in groups.values():
         same = [case for case in group if ask(cold, case, detail="low").text == case.answer]
         assert len(same) >= len(group) - 2
-        demo.memory.clear()
+        demo.engine.memory.clear()
         questions = [case.question for case in same]
         replies = demo.ask_many(same[0].pictures[0], questions, detail="low")
         assert [reply.text for reply in replies] == [case.answer for case in same]

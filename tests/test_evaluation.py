@@ -116,13 +116,13 @@ def test_earlier_turns_and_media_stay_where_they_are(tiny_video: SmolVLM, tmp_pa
 
 def test_a_picture_of_several_lines_is_encoded_once(tiny_folder: Path, data: Path) -> None:
     vlm = load(tiny_folder)
-    encoder, tiles = vlm.encoder, []
+    encoder, tiles = vlm.engine.encoder, []
 
     def counting(pixels: mx.array) -> mx.array:
         tiles.append(len(pixels))
         return encoder(pixels)
 
-    vlm.encoder = counting
+    vlm.engine.encoder = counting
     run(vlm, data, None)
     each = vlm.ask("?", images=[data.parent / "0.png"], sampling=Sampling(max_tokens=1)).image_tiles
     assert sum(tiles) == 2 * each

@@ -217,7 +217,7 @@ def test_tensors_that_no_conversation_has(
 def test_tensors_of_another_type(
     saved: Path, tiny_video: SmolVLM, tmp_path: Path, name: str, to: mx.Dtype
 ) -> None:
-    digest = tiny_video.checkpoint_digest
+    digest = tiny_video.engine.checkpoint_digest
     tensors, values = read(saved, KIND, digest)
     write(tmp_path / "chat", KIND, digest, {**tensors, name: tensors[name].astype(to)}, values)
     with pytest.raises(CheckpointError):

@@ -19,6 +19,7 @@ from mlx_smolvlm import (
 )
 from mlx_smolvlm.bounded import RECENT, SINKS, BoundedKVCache
 from mlx_smolvlm.context import pinned_tokens
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.reuse import Content, Span
 from mlx_smolvlm.storage import PackedStorage
 
@@ -94,7 +95,7 @@ def test_a_bounded_cache_goes_back_only_while_it_holds_all(tiny_folder: Path) ->
         again = vlm.ask("wool " * words, sampling=SHORT)
         assert (again.cached_tokens > 0) is reuses
         assert again.token_ids == first.token_ids
-        vlm.memory.clear()
+        vlm.engine.memory.clear()
 
 
 def test_a_bound_that_is_not_reached_changes_nothing(tiny: SmolVLM, bounded: SmolVLM) -> None:
@@ -122,12 +123,16 @@ def test_pictures_that_do_not_fit_are_refused(bounded: SmolVLM) -> None:
         bounded.ask(QUESTION, images=pictures)
     wanted = int(str(error.value).split("let it be ")[1].split()[0])
     fits = CacheOptions(max_kv_tokens=wanted)
-    wide = SmolVLM(bounded.path, bounded.config, bounded.model, bounded.prompt_builder, fits)
+    wide = SmolVLM(
+        Engine(bounded.path, bounded.config, bounded.model, bounded.engine.prompt_builder, fits)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", SmolVLMWarning)
         assert wide.ask(QUESTION, images=pictures, sampling=SHORT).generation_tokens == 6
     less = CacheOptions(max_kv_tokens=wanted - 1)
-    narrow = SmolVLM(bounded.path, bounded.config, bounded.model, bounded.prompt_builder, less)
+    narrow = SmolVLM(
+        Engine(bounded.path, bounded.config, bounded.model, bounded.engine.prompt_builder, less)
+    )
     with pytest.raises(PromptError, match="max_kv_tokens"):
         narrow.ask(QUESTION, images=pictures)
 
@@ -177,7 +182,7 @@ def test_the_demo_says_the_same_with_eight_bits(packed: SmolVLM) -> None:
 
 
 def test_packed_prompts_are_reused(packed: SmolVLM) -> None:
-    packed.memory.clear()
+    packed.engine.memory.clear()
     picture = EXAMPLES / "three.png"
     first = packed.ask(QUESTION, images=[picture])
     again = packed.ask(QUESTION, images=[picture])
@@ -190,7 +195,7 @@ def test_conversations_are_saved_and_loaded(packed: SmolVLM, tmp_path: Path) -> 
     for number, chat in enumerate(chats):
         chat.ask(QUESTION, images=[EXAMPLES / "three.png"])
         chat.save(tmp_path / f"{number}")
-        packed.memory.clear()
+        packed.engine.memory.clear()
         loaded = packed.chat()
         loaded.load(tmp_path / f"{number}")
         # A file holds keys and values as they are computed, or none: so all is run again.

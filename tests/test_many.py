@@ -24,6 +24,7 @@ from mlx_smolvlm import (
     load,
 )
 from mlx_smolvlm.checkpoint import tokenizer_path
+from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.image import grid_of, open_image
 from mlx_smolvlm.packing import Rows, groups
 from mlx_smolvlm.prompt import PromptBuilder
@@ -48,7 +49,7 @@ SHORT = Sampling(max_tokens=6)
 @pytest.fixture(autouse=True)
 def _forget(tiny: SmolVLM) -> None:
     """Every test begins without what others have asked."""
-    tiny.memory.clear()
+    tiny.engine.memory.clear()
 
 
 @pytest.fixture
@@ -69,13 +70,13 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def seen(tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tiles of each pass through the encoder of `tiny`."""
     counts: list[int] = []
-    encoder = tiny.encoder
+    encoder = tiny.engine.encoder
 
     def counting(pixel_values: mx.array) -> mx.array:
         counts.append(pixel_values.shape[0])
         return encoder(pixel_values)
 
-    monkeypatch.setattr(tiny, "encoder", counting)
+    monkeypatch.setattr(tiny.engine, "encoder", counting)
     return counts
 
 
@@ -102,14 +103,14 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ending(vlm: SmolVLM, *token_ids: int) -> SmolVLM:
     """`vlm` for which answers also end with `token_ids`."""
     config = dataclasses.replace(vlm.config, eos_token_ids=(*vlm.config.eos_token_ids, *token_ids))
-    return SmolVLM(vlm.path, config, vlm.model, vlm.prompt_builder)
+    return SmolVLM(Engine(vlm.path, config, vlm.model, vlm.engine.prompt_builder))
 
 
 def alone(vlm: SmolVLM, questions: list[str], **options: object) -> list[Reply]:
     """Cold replies to `questions`, one after the other."""
     replies = []
     for question in questions:
-        vlm.memory.clear()
+        vlm.engine.memory.clear()
         replies.append(vlm.ask(question, **options))  # type: ignore[arg-type]
     return replies
 
@@ -174,8 +175,8 @@ def test_one_pass_over_the_picture_and_a_quarter_of_the_tokens(
     # As many tiles as a square picture has on the real checkpoints; theirs have more tokens.
     image = dataclasses.replace(tiny.config.image, longest_edge=4 * tiny.config.tile_size)
     config = dataclasses.replace(tiny.config, image=image)
-    vlm = SmolVLM(tiny.path, config, tiny.model, tiny.prompt_builder)
-    vlm.encoder = tiny.encoder
+    vlm = SmolVLM(Engine(tiny.path, config, tiny.model, tiny.engine.prompt_builder))
+    vlm.engine.encoder = tiny.engine.encoder
     sampling = Sampling(max_tokens=1)  # so that nothing is fed but prompts
     many = vlm.ask_many([OTHER], QUESTIONS, sampling=sampling)
     together, tiles = sum(fed), sum(seen)
@@ -268,7 +269,7 @@ def test_a_long_beginning_and_long_questions(
 
 def test_answers_end_with_the_context(tiny: SmolVLM) -> None:
     endless = dataclasses.replace(tiny.config, eos_token_ids=())
-    vlm = SmolVLM(tiny.path, endless, tiny.model, tiny.prompt_builder)
+    vlm = SmolVLM(Engine(tiny.path, endless, tiny.model, tiny.engine.prompt_builder))
     questions = ["wool " * 60, "wool " * 3]
     sampling = Sampling(max_tokens=10_000)
     many = vlm.ask_many(None, questions, sampling=sampling)
@@ -284,8 +285,8 @@ def test_a_template_that_shows_pictures_last(tiny: SmolVLM, seen: list[int]) -> 
         "{% endfor %}{% endfor %} Answer:"
     )
     builder = PromptBuilder(tokenizer_path(tiny.path), source, tiny.config)
-    vlm = SmolVLM(tiny.path, tiny.config, tiny.model, builder)
-    vlm.encoder = tiny.encoder
+    vlm = SmolVLM(Engine(tiny.path, tiny.config, tiny.model, builder))
+    vlm.engine.encoder = tiny.engine.encoder
     many = vlm.ask_many(PICTURE, QUESTIONS[:3], sampling=SHORT)
     assert sum(seen) == 5
     single = alone(vlm, QUESTIONS[:3], images=[PICTURE], sampling=SHORT)
@@ -353,7 +354,7 @@ def test_answers_held_to_a_regex() -> None:
     replies = vlm.ask_many([picture], questions, sampling=sampling)
     tiles = grid_of(open_image(picture).size, vlm.config).num_tiles
     assert [reply.encoded_tiles for reply in replies] == [tiles, 0]
-    vlm.memory.clear()
+    vlm.engine.memory.clear()
     single = [vlm.ask(one, images=[picture], sampling=sampling).text for one in questions]
     assert [reply.text for reply in replies] == single
     assert all(len(text) == 1 and text.isdigit() for text in single)

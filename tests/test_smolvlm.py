@@ -12,7 +12,8 @@ from PIL import Image
 
 import mlx_smolvlm
 from mlx_smolvlm import MediaError, PromptError, Sampling, SmolVLM
-from mlx_smolvlm.answer import Answer, Prompt
+from mlx_smolvlm.answer import Answer
+from mlx_smolvlm.engine import Prompt
 from mlx_smolvlm.smolvlm import _usual_dtype
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -30,7 +31,7 @@ def test_stream_and_ask_agree(tiny: SmolVLM) -> None:
     assert reply.image_tiles == 5  # 2 x 2 and the global tile
     assert (
         reply.prompt_tokens
-        == tiny.prompt_builder.build(
+        == tiny.engine.prompt_builder.build(
             [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}],
             [tiny_grid(tiny)],
         ).size
@@ -121,9 +122,9 @@ def test_what_only_begins_a_stop_text_is_shown(tiny: SmolVLM) -> None:
 
 
 def test_tokens_that_frame_pictures_are_no_text(tiny: SmolVLM) -> None:
-    answer = Answer(tiny, Prompt(np.array([1]), ()), ())
-    letter = tiny.prompt_builder.tokenizer.token_to_id("a")
-    framing = tiny.prompt_builder.tokenizer.token_to_id("<fake_token_around_image>")
+    answer = Answer(tiny.engine, Prompt(np.array([1]), ()), ())
+    letter = tiny.engine.prompt_builder.tokenizer.token_to_id("a")
+    framing = tiny.engine.prompt_builder.tokenizer.token_to_id("<fake_token_around_image>")
     shown = [answer.add(one) for one in (letter, tiny.config.image_token_id, framing, letter)]
     assert shown == ["a", "", "", "a"]
     assert answer.reply.text == "aa"

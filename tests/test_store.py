@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 def test_a_second_run_goes_on_from_the_first(
     tiny_folder: Path, tiny: SmolVLM, folder: Path
 ) -> None:
-    tiny.memory.clear()
+    tiny.engine.memory.clear()
     cold = tiny.ask("Where is it?", images=[PICTURE], sampling=SHORT)
     first = run(tiny_folder, folder)
     assert (first.cached_tokens, first.encoded_tiles) == (0, 5)

@@ -78,8 +78,8 @@ def test_training_sees_the_tokens_and_frames_that_ask_sees(
 ) -> None:
     for example in read_dataset(work / "data"):
         media = opened(tiny_video, example, sight)
-        row = row_of(tiny_video.prompt_builder, example, media)
-        known = row_of(tiny_video.prompt_builder, example, sized(tiny_video, example, sight))
+        row = row_of(tiny_video.engine.prompt_builder, example, media)
+        known = row_of(tiny_video.engine.prompt_builder, example, sized(tiny_video, example, sight))
         assert np.array_equal(row.ids, known.ids)
         assert np.array_equal(row.is_target, known.is_target)
         reply = tiny_video.ask(
@@ -89,11 +89,11 @@ def test_training_sees_the_tokens_and_frames_that_ask_sees(
             detail=sight.detail,
             sampling=Sampling(max_tokens=1),
         )
-        prompt = tiny_video.make_prompt(example.prompt, media).input_ids
+        prompt = tiny_video.engine.make_prompt(example.prompt, media).input_ids
         assert reply.prompt_tokens == prompt.size
         assert np.array_equal(row.ids[: prompt.size], prompt)
         answers = [m["content"][0]["text"] for m in example.messages if m["role"] == "assistant"]
-        said = tiny_video.prompt_builder.tokenizer.decode(row.ids[row.is_target].tolist())
+        said = tiny_video.engine.prompt_builder.tokenizer.decode(row.ids[row.is_target].tolist())
         assert said == "".join(f" {answer}" for answer in answers)
 
 

@@ -112,11 +112,11 @@ def test_training_sees_the_tokens_that_ask_prefills(tiny: SmolVLM, work: Path) -
     eos = tiny.config.eos_token_ids[0]
     for example in read_dataset(work / "data"):
         media = opened(tiny, example, Sight())
-        row = row_of(tiny.prompt_builder, example, media)
+        row = row_of(tiny.engine.prompt_builder, example, media)
         assert np.array_equal(
-            row_of(tiny.prompt_builder, example, sized(tiny, example, Sight())).ids, row.ids
+            row_of(tiny.engine.prompt_builder, example, sized(tiny, example, Sight())).ids, row.ids
         )
-        prompt = tiny.make_prompt(example.prompt, media).input_ids
+        prompt = tiny.engine.make_prompt(example.prompt, media).input_ids
         assert np.array_equal(row.ids[: prompt.size], prompt)
         reply = tiny.ask(
             example.prompt,
@@ -129,7 +129,7 @@ def test_training_sees_the_tokens_that_ask_prefills(tiny: SmolVLM, work: Path) -
         said = [runs[i] for i in range(1, len(runs), 2)]
         answers = [m["content"][0]["text"] for m in example.messages if m["role"] == "assistant"]
         assert all(run[-1] == eos for run in said)
-        assert [tiny.prompt_builder.tokenizer.decode(run[:-1].tolist()) for run in said] == [
+        assert [tiny.engine.prompt_builder.tokenizer.decode(run[:-1].tolist()) for run in said] == [
             f" {answer}" for answer in answers
         ]
 
@@ -215,8 +215,10 @@ def test_each_target_is_predicted_from_the_token_before_it(tiny: SmolVLM, work: 
     expected, count = 0.0, 0
     for example in examples:
         media = opened(tiny, example, Sight())
-        row = row_of(tiny.prompt_builder, example, media)
-        logits = np.array(tiny.model(tiny.model.embed(row.ids, tiny.encode(media)))[0], np.float64)
+        row = row_of(tiny.engine.prompt_builder, example, media)
+        logits = np.array(
+            tiny.model(tiny.model.embed(row.ids, tiny.engine.encode(media)))[0], np.float64
+        )
         for place in np.flatnonzero(row.is_target):
             before = logits[place - 1]
             expected += np.log(np.exp(before).sum()) - before[row.ids[place]]
@@ -371,7 +373,7 @@ def test_the_fused_checkpoint_answers_as_base_and_adapter(
     fused = load(tuning.fuse())
     tuning.close()
     adapted, plain = load(folder, adapter=work / "out" / "adapter"), load(folder)
-    assert adapted.checkpoint_digest != plain.checkpoint_digest
+    assert adapted.engine.checkpoint_digest != plain.engine.checkpoint_digest
     batch = batch_of(plain)
     own, other, trained, without = (
         np.array(vlm.model.head(hidden_states(vlm.model, batch)))

@@ -298,7 +298,7 @@ def test_ntsc_parts_cover_every_frame_once(config):
 def read_back(vlm, stream):
     """The prompt of a stream as text."""
     ids = stream._prompt.input_ids.tolist()
-    return vlm.prompt_builder.tokenizer.decode(ids, skip_special_tokens=False)
+    return vlm.engine.prompt_builder.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def test_answers_over_parts(tiny_video, long_path):
@@ -619,13 +619,13 @@ def test_progress(tiny_video, path):
 
 def test_a_conversation_encodes_a_video_once(tiny_video, path, monkeypatch):
     video = Video(path, start_s=0.2)  # nobody else asks for these frames
-    encoded, original = [], tiny_video.encoder
+    encoded, original = [], tiny_video.engine.encoder
 
     def counted(pixel_values):
         encoded.append(len(pixel_values))
         return original(pixel_values)
 
-    monkeypatch.setattr(tiny_video, "encoder", counted)
+    monkeypatch.setattr(tiny_video.engine, "encoder", counted)
     chat = tiny_video.chat(sampling=SHORT)
     first = chat.ask("What?", videos=[video])
     assert encoded == [3]

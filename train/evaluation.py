@@ -127,7 +127,7 @@ class Evaluation:
                 "name": vlm.path.name,
                 "source": vlm.config.source,
                 "adapter": vlm.adapter.name if vlm.adapter else None,
-                "digest": vlm.checkpoint_digest,
+                "digest": vlm.engine.checkpoint_digest,
                 "bits": {name: part.bits if part else None for name, part in parts.items()},
             },
             "data": {"files": list(self._dataset.files), "digest": self._dataset.digest},

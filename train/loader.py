@@ -41,7 +41,7 @@ class Features:
     """Embeddings of media of examples, those used last, up to `FEATURE_BYTES`."""
 
     def __init__(self, vlm: SmolVLM) -> None:
-        self._encoder = vlm.encoder
+        self._encoder = vlm.engine.encoder
         self._known: OrderedDict[str, list[mx.array]] = OrderedDict()
 
     def __contains__(self, key: str) -> bool:
@@ -126,11 +126,12 @@ class Loader:
 
     def _shown(self, example: Example) -> Shown:
         key = repr((example.images, example.videos))
+        builder = self._vlm.engine.prompt_builder
         if self._features is not None and key in self._features:
             media = sized(self._vlm, example, self._sight)
-            return Shown(row_of(self._vlm.prompt_builder, example, media), example, key, None)
+            return Shown(row_of(builder, example, media), example, key, None)
         media = opened(self._vlm, example, self._sight)
-        row = row_of(self._vlm.prompt_builder, example, media)
+        row = row_of(builder, example, media)
         return Shown(row, example, key, self._tiles(example, media))
 
     def _tiles(self, example: Example, media: tuple[Medium, ...]) -> list[np.ndarray]:

@@ -88,7 +88,7 @@ def opened(vlm: SmolVLM, example: Example, sight: Sight) -> tuple[Medium, ...]:
     """
     request = Request(list(example.messages), list(example.images), _videos(example, sight))
     try:
-        return vlm.opened(request, sight.detail)
+        return vlm.engine.open_media(request, sight.detail)
     except SmolVLMError as error:
         raise DatasetError(f"{example.where}: {error}") from None
 
@@ -107,7 +107,8 @@ def sized(vlm: SmolVLM, example: Example, sight: Sight) -> tuple[Medium, ...]:
             {**m, "content": [item for item in m["content"] if item["type"] != "image"]}
             for m in request.messages
         ]
-        footage = [one for one in vlm.opened(request, sight.detail) if isinstance(one, Footage)]
+        media = vlm.engine.open_media(request, sight.detail)
+        footage = [one for one in media if isinstance(one, Footage)]
     except SmolVLMError as error:
         raise DatasetError(f"{example.where}: {error}") from None
     from mlx_smolvlm.media import in_order

@@ -81,7 +81,7 @@ def measure(vlm: SmolVLM, examples: Sequence[Example], sight: Sight, settings: S
     kept, lengths = [], []
     for example in examples:
         media = sized(vlm, example, sight)
-        length = row_of(vlm.prompt_builder, example, media).ids.size
+        length = row_of(vlm.engine.prompt_builder, example, media).ids.size
         if length <= limit:
             kept.append(example)
             lengths.append(length)

@@ -226,7 +226,8 @@ def test_answers_are_scored_with_their_pictures(trio: Trio, picture: Image.Image
     vlm = load(trio.folders[0], dtype="float32")
     for pictures in ([picture], []):
         request = read_request(QUESTION if pictures else PLAIN_QUESTION, pictures, (), None)
-        prompt = vlm.make_prompt(request.messages, vlm.opened(request, "high")).input_ids
+        media = vlm.engine.open_media(request, "high")
+        prompt = vlm.engine.make_prompt(request.messages, media).input_ids
         reply = vlm.ask(request.messages, images=pictures, sampling=Sampling(max_tokens=6))
         media = {"pixel_values": pixels_of(trio, picture)} if pictures else {}
         ids = np.concatenate([prompt, reply.token_ids])

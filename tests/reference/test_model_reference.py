@@ -279,7 +279,7 @@ def test_pixel_values(pair: Pair, name: str) -> None:
     pixels = inputs["pixel_values"][0].permute(0, 2, 3, 1).numpy()
     assert ours.pixel_values.shape == pixels.shape
     assert np.abs(ours.pixel_values - pixels).max() <= PIXELS
-    ids = pair.ours.prompt_builder.build(prompt(1), [ours.grid])
+    ids = pair.ours.engine.prompt_builder.build(prompt(1), [ours.grid])
     assert ids.tolist() == inputs["input_ids"][0].tolist()
 
 

@@ -72,7 +72,7 @@ def theirs(model: Any, vlm: SmolVLM, folder: Path, batch: Batch) -> Any:
     ids = torch.tensor(batch.input_ids, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for row, example in enumerate(read_dataset(folder)):
-        told = row_of(vlm.prompt_builder, example, sized(vlm, example, Sight()))
+        told = row_of(vlm.engine.prompt_builder, example, sized(vlm, example, Sight()))
         for place in np.flatnonzero(told.is_target):
             labels[row, place] = int(told.ids[place])
     # Rows end at their last target, or at the line break behind it.

@@ -118,10 +118,10 @@ def test_logits_and_answer(pair, files, items, names, pictures):
     inputs = pair.theirs_inputs(messages, paths, images)
 
     request = read_request(messages, images, paths, None)
-    opened = pair.ours.opened(request, "high")
-    prompt = pair.ours.answer(request.messages, opened, SHORT)._prompt
+    opened = pair.ours.engine.open_media(request, "high")
+    prompt = pair.ours.engine.make_prompt(request.messages, opened)
     assert prompt.input_ids.tolist() == inputs["input_ids"][0].tolist()
-    for _ in encode(prompt.media, pair.ours.encoder, pair.ours.config):
+    for _ in encode(prompt.media, pair.ours.engine.encoder, pair.ours.config):
         pass
     logits = pair.ours.model(pair.ours.model.embed(prompt.input_ids, joined(prompt.media)))
     with torch.no_grad():

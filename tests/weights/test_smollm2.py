@@ -78,7 +78,7 @@ def test_same_greedy_text_as_transformers(vlm: SmolVLM, gguf: Any) -> None:
     model.load_state_dict(tensors)
     for question in (QUESTION, "Write one sentence about the sea."):
         message = {"role": "user", "content": [{"type": "text", "text": question}]}
-        input_ids = vlm.prompt_builder.build([message], [])
+        input_ids = vlm.engine.prompt_builder.build([message], [])
         with torch.no_grad():
             answer = model.generate(
                 torch.from_numpy(input_ids.astype(np.int64))[None],
@@ -97,7 +97,7 @@ def test_eight_bits_keep_the_likeliest_token(source: Path, vlm: SmolVLM) -> None
     path = convert_checkpoint(source, source.parent / "8bit", ConvertOptions(bits=8))
     packed, again = load(path), load(path)
     text = (Path(__file__).parents[2] / "LICENSE").read_text(encoding="utf-8")
-    input_ids = np.array(vlm.prompt_builder.tokenizer.encode(text).ids)[:128]
+    input_ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids)[:128]
     expected = vlm.model(vlm.model.embed(input_ids))[0]
     got = packed.model(packed.model.embed(input_ids))[0]
     assert mx.array_equal(got, again.model(again.model.embed(input_ids))[0]).item()
@@ -118,12 +118,12 @@ def test_the_gguf_file_is_a_source_that_stays_packed(
     quantization = again.config.quantization.of("text_model.layers.0.self_attn.qkv_proj")
     assert quantization is not None
     assert (quantization.bits, quantization.group_size) == (4, 32)
-    input_ids = vlm.prompt_builder.build([{"role": "user", "content": QUESTION}], [])
+    input_ids = vlm.engine.prompt_builder.build([{"role": "user", "content": QUESTION}], [])
     assert (
-        again.prompt_builder.build([{"role": "user", "content": QUESTION}], []).tolist()
+        again.engine.prompt_builder.build([{"role": "user", "content": QUESTION}], []).tolist()
         == input_ids.tolist()
     )
-    digits = again.prompt_builder.tokenizer.encode("In 1998, 42 x 17.").tokens
+    digits = again.engine.prompt_builder.tokenizer.encode("In 1998, 42 x 17.").tokens
     assert [token for token in digits if token.isdigit()] == list("19984217")
     expected = vlm.model(vlm.model.embed(input_ids))  # from floats that the test unpacked itself
     got = again.model(again.model.embed(input_ids))
