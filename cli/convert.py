@@ -63,8 +63,8 @@ def convert(request: ConvertRequest) -> None:
         CheckpointError: The source is not usable, the destination is taken, or the hub
             refuses.
     """
+    from mlx_smolvlm.checkpoint import is_own
     from mlx_smolvlm.convert.quantize import requested
-    from mlx_smolvlm.hub import is_own
 
     try:
         requested(request.options)

@@ -93,7 +93,7 @@ def sampled(vlm: SmolVLM, video: OpenedVideo) -> Clip:
     Raises:
         MediaError: There is nothing between start and end, or it cannot be decoded.
     """
-    from mlx_smolvlm.frames import clock
+    from mlx_smolvlm.timeline import clock
     from mlx_smolvlm.video import open_video
 
     clip = open_video(video.video, vlm.config)

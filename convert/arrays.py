@@ -1,23 +1,15 @@
-"""Weights read, joined, packed and written, one module at a time.
-
-Memory is bounded by one output file (`SHARD_BYTES`) and the largest module, not
-by the checkpoint.
-"""
+"""Weights read, joined and packed, one module at a time."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
 
 from mlx_smolvlm.convert.plan import Member, Step
 from mlx_smolvlm.convert.quantize import pack, unpack
-from mlx_smolvlm.convert.written import Outbox
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.safetensors import INDEX_FILE, WEIGHTS_FILE, TensorInfo, load_tensors
-
-SHARD_BYTES = 512 * 10**6
+from mlx_smolvlm.safetensors import TensorInfo, load_tensors
 
 
 class Reader:
@@ -41,45 +33,6 @@ class Reader:
         if array is None or array.shape != info.shape:
             raise CheckpointError(f"{info.file} changed while it was read; convert it again")
         return array
-
-
-class ShardWriter:
-    """Tensors collected into files of at most about `SHARD_BYTES`."""
-
-    def __init__(self, outbox: Outbox) -> None:
-        self._outbox = outbox
-        self._shards: list[list[str]] = []
-        self._tensors: dict[str, mx.array] = {}
-        self._nbytes = self.total = 0
-
-    def add(self, tensors: dict[str, mx.array]) -> None:
-        """Keep `tensors` until their file is full."""
-        size = sum(array.nbytes for array in tensors.values())
-        if self._tensors and self._nbytes + size > SHARD_BYTES:
-            self._flush()
-        self._tensors.update(tensors)
-        self._nbytes += size
-        self.total += size
-
-    def _flush(self) -> None:
-        """Write what is kept, and keep it no longer."""
-        self._shards.append(sorted(self._tensors))
-        with self._outbox.open(f"part-{len(self._shards)}.safetensors") as file:
-            mx.save_safetensors(file, self._tensors, {"format": "mlx"})  # type: ignore[arg-type]
-        self._tensors, self._nbytes = {}, 0
-
-    def finish(self) -> None:
-        """Write the rest, give the files their names, and write the index if there are several."""
-        self._flush()
-        count = len(self._shards)
-        index: dict[str, str] = {}
-        for number, names in enumerate(self._shards, 1):
-            name = WEIGHTS_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-            self._outbox.rename(f"part-{number}.safetensors", name)
-            index |= dict.fromkeys(names, name)
-        if count > 1:
-            values = {"metadata": {"total_size": self.total}, "weight_map": index}
-            self._outbox.write_text(INDEX_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def build(step: Step, reader: Reader, dtype: mx.Dtype) -> dict[str, mx.array]:

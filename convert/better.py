@@ -13,7 +13,6 @@ from mlx_smolvlm.checkpoint import TOKENIZER_FILE
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.calibration import Sample, read_samples
 from mlx_smolvlm.convert.compensate import GptqOptions
-from mlx_smolvlm.convert.folder import check_destination
 from mlx_smolvlm.convert.gptq import compensate_model, gains
 from mlx_smolvlm.convert.learn import PICTURE_PARTS, LearnOptions, Progress, learn, make_targets
 from mlx_smolvlm.convert.mixture import Choice, choose
@@ -32,6 +31,7 @@ from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.model import Model
+from mlx_smolvlm.staging import check_destination
 
 CANDIDATES = tuple(Quantization(n, g, "affine") for n in AFFINE_BITS for g in (32, 64))
 MEASURED_SAMPLES = 32  # a matrix's number is a mean over many weights, so few are enough

@@ -19,9 +19,8 @@ from mlx_smolvlm.checkpoint import (
     read_config,
 )
 from mlx_smolvlm.config import Config, Quantization
-from mlx_smolvlm.convert.arrays import Reader, ShardWriter, build
+from mlx_smolvlm.convert.arrays import Reader, build
 from mlx_smolvlm.convert.card_data import trace
-from mlx_smolvlm.convert.folder import check_destination, staged
 from mlx_smolvlm.convert.plan import (
     Found,
     Step,
@@ -35,11 +34,12 @@ from mlx_smolvlm.convert.quantize import ConvertOptions, requested
 from mlx_smolvlm.convert.settings import read_settings
 from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.convert.weights import entries, own_entries
-from mlx_smolvlm.convert.written import Outbox
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.origin import ORIGIN_FILE, Origin
 from mlx_smolvlm.safetensors import read_json
+from mlx_smolvlm.staging import check_destination, staged
+from mlx_smolvlm.writer import Outbox, ShardWriter
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, module at hand
 

@@ -12,10 +12,9 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
+from mlx_smolvlm.checkpoint import CONFIG_FILE, is_own, read_config
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.hub import is_own
 from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.safetensors import (
     INDEX_FILE,

@@ -12,11 +12,11 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.content import Content, State
 from mlx_smolvlm.engine import Engine, Prompt
 from mlx_smolvlm.errors import SmolVLMWarning
 from mlx_smolvlm.generate import StopText, constrained_tokens, tokens
 from mlx_smolvlm.media import Footage, Picture, Progress, encode, joined
-from mlx_smolvlm.reuse import Content, State
 from mlx_smolvlm.sampling import Sampling, make_sampler
 from mlx_smolvlm.schema import jsonable, value_of
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from mlx_smolvlm.answer import Answer, AnswerStream, Ready, Reply, preparing
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.content import State
 from mlx_smolvlm.engine import Engine, Prompt
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.generate import prefill
 from mlx_smolvlm.packing import CONTEXTS, Rows, beginning, groups
-from mlx_smolvlm.reuse import State
 from mlx_smolvlm.sampling import RowSampler, Sampling, make_row_sampler
 
 GROWTH = 256  # tokens that an answer is expected to take; one that takes more may have to move

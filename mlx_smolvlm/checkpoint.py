@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_smolvlm.config import DTYPES, Config
+from mlx_smolvlm.config import DTYPES, FORMAT, Config
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.safetensors import (
@@ -60,6 +60,14 @@ def tokenizer_path(folder: Path) -> Path:
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; convert the checkpoint again")
     return path
+
+
+def is_own(folder: Path) -> bool:
+    """Whether `folder` holds a checkpoint of this package's format, of whatever version."""
+    try:
+        return read_json(folder / CONFIG_FILE).get("format") == FORMAT
+    except CheckpointError:
+        return False
 
 
 def chat_template(folder: Path) -> str:

@@ -11,11 +11,11 @@ import numpy as np
 
 from mlx_smolvlm.answer import Reply
 from mlx_smolvlm.batch import held
+from mlx_smolvlm.content import common
 from mlx_smolvlm.engine import Engine, Prompt
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.logprobs import log_normalizer
 from mlx_smolvlm.packing import Rows, groups
-from mlx_smolvlm.reuse import common
 
 Normalize = Literal["none", "tokens"]
 SCORED = 128  # positions that go through the output head at once; bounds the logits

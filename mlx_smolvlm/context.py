@@ -9,10 +9,10 @@ import numpy as np
 
 from mlx_smolvlm.bounded import RECENT, SINKS
 from mlx_smolvlm.config import Config
+from mlx_smolvlm.content import Content
 from mlx_smolvlm.errors import PromptError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.reuse import Content
 
 ROOM = 8  # an eighth of the context is left for the answer
 

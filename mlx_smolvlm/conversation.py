@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, Unpack
 
 from mlx_smolvlm.answer import AnswerStream, Reply
+from mlx_smolvlm.content import State
 from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import CheckpointError, ContextError, PromptError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.media import Medium
 from mlx_smolvlm.messages import ImageSource, Message, VideoSource, read_request, system_message
-from mlx_smolvlm.reuse import State
 from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
+from mlx_smolvlm.saved import Saved, Turn, load, save
 
 if TYPE_CHECKING:
     from mlx_smolvlm.image import Detail
@@ -36,23 +37,6 @@ class ConversationOptions:
     def __post_init__(self) -> None:
         if self.on_full not in ("error", "drop-oldest"):
             raise ValueError(f"on_full is {self.on_full!r}; it must be 'error' or 'drop-oldest'")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A question as a message, its media in order, and the answer once it was given."""
-
-    question: Message
-    media: tuple[Medium, ...]
-    answer: str | None = None
-
-    @property
-    def messages(self) -> list[Message]:
-        """The question, and the answer if there is one."""
-        if self.answer is None:
-            return [self.question]
-        said = {"type": "text", "text": self.answer}
-        return [self.question, {"role": "assistant", "content": [said]}]
 
 
 class Conversation:
@@ -189,8 +173,6 @@ class Conversation:
                 was.
             MediaError: A video that was not looked at yet cannot be decoded.
         """
-        from mlx_smolvlm.saved import Saved, save
-
         target = expand_path(os.fspath(path))
         self._settle()
         for medium in _media(self._turns):
@@ -205,8 +187,6 @@ class Conversation:
             CheckpointError: It was not written by `save`, is damaged, or belongs to another
                 checkpoint or version; the conversation stays as it was.
         """
-        from mlx_smolvlm.saved import load
-
         engine = self._engine
         source = expand_path(os.fspath(path), CheckpointError)
         saved = load(source, engine.checkpoint_digest, engine.config)

@@ -16,12 +16,13 @@ from mlx_smolvlm.cache import NONE, KVCache
 from mlx_smolvlm.cache_options import PLAIN, CacheOptions
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.constrain import Constrainer
+from mlx_smolvlm.content import Content, State, content_of
 from mlx_smolvlm.context import pinned_tokens, too_long
 from mlx_smolvlm.errors import ContextError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Medium, Picture, encode, in_order, joined
 from mlx_smolvlm.messages import Message, Request, VideoSource
 from mlx_smolvlm.model import Model, compile_encoder
-from mlx_smolvlm.reuse import Content, State, content_of, make_memory
+from mlx_smolvlm.reuse import make_memory
 
 if TYPE_CHECKING:
     from mlx_smolvlm.image import Detail

@@ -3,40 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.errors import PromptError
+from mlx_smolvlm.timeline import FrameTimes, clock, stamp
 
 if TYPE_CHECKING:
     from mlx_smolvlm.image import Grid
-
-
-_LONGEST_S = 1e9  # that a clock is asked to show
-
-
-class FrameTimes(Protocol):
-    """What the prompt says of a clip: when its frames are shown, and how long the video is."""
-
-    @property
-    def timestamps_s(self) -> tuple[float, ...]:
-        """Of the frames, in seconds."""
-        ...
-
-    @property
-    def duration_s(self) -> float:
-        """Of the whole video, in seconds."""
-        ...
-
-
-def stamp(seconds: float) -> str:
-    """`seconds` as MM:SS, cut down to whole ones; minutes go on beyond 59."""
-    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
-
-
-def clock(seconds: float) -> str:
-    """`seconds` as H:MM:SS, cut down to whole ones."""
-    return str(timedelta(seconds=int(min(seconds, _LONGEST_S))))
 
 
 def with_frames(

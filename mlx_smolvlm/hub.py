@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, read_config, tokenizer_path
+from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, is_own, read_config, tokenizer_path
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path, read_file, write_file
@@ -31,7 +31,6 @@ from mlx_smolvlm.values import read_integer
 
 DEMO = "demo"
 BITS = (4, 8, 16)  # that a model can be converted to on first use
-PARTIAL = ".partial"  # how the names of folders end that are not whole yet
 _USED_FILE = ".last-used"  # in a converted folder, of which the time counts
 _REVISIONS_FILE = ".revisions"  # in a converted folder: what was asked for, a line each
 _MAX_REVISIONS_BYTES = 1 << 16
@@ -191,14 +190,6 @@ def _fetched(repo: str, revision: str | None, options: ResolveOptions) -> Path:
             if is_own(snapshot) and _is_whole(snapshot):
                 return snapshot
     return download(repo, options.offline, revision)
-
-
-def is_own(folder: Path) -> bool:
-    """Whether `folder` holds a checkpoint of this package's format, of whatever version."""
-    try:
-        return read_json(folder / CONFIG_FILE).get("format") == FORMAT
-    except CheckpointError:
-        return False
 
 
 def _mark_used(folder: Path) -> None:

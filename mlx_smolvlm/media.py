@@ -15,8 +15,8 @@ from mlx_smolvlm.config import Config
 if TYPE_CHECKING:
     import PIL.Image
 
-    from mlx_smolvlm.frames import FrameTimes
     from mlx_smolvlm.image import Detail, Grid
+    from mlx_smolvlm.timeline import FrameTimes
     from mlx_smolvlm.video import Clip, Frame
 
 TILE_BATCH = 4  # tiles that go through the encoder at once; bounds its memory

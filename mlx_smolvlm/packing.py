@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.cache import KVCache
+from mlx_smolvlm.content import common
 from mlx_smolvlm.generate import PREFILL_CHUNK
 from mlx_smolvlm.model import Model
-from mlx_smolvlm.reuse import common
 from mlx_smolvlm.text import Places
 
 CONTEXTS = 2  # the cache of rows that go together holds at most so many times the context

@@ -10,10 +10,10 @@ from mlx_smolvlm.answer import AnswerStream
 from mlx_smolvlm.context import ROOM
 from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import ContextError
-from mlx_smolvlm.frames import stamp
 from mlx_smolvlm.media import Footage
 from mlx_smolvlm.messages import read_request
 from mlx_smolvlm.sampling import Sampling
+from mlx_smolvlm.timeline import stamp
 
 if TYPE_CHECKING:
     from mlx_smolvlm.video import ClipPart

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, PromptError
-from mlx_smolvlm.frames import FrameTimes, with_frames
+from mlx_smolvlm.frames import with_frames
 from mlx_smolvlm.template import (
     ChatTemplate,
     Message,
@@ -25,6 +25,7 @@ from mlx_smolvlm.template import (
     marked,
     unused_character,
 )
+from mlx_smolvlm.timeline import FrameTimes
 from mlx_smolvlm.tokenizer import FRAMING, native_errors, read_tokenizer
 
 if TYPE_CHECKING:

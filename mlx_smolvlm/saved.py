@@ -11,16 +11,31 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.conversation import Turn
+from mlx_smolvlm.content import Content, State
 from mlx_smolvlm.errors import CheckpointError, PromptError
-from mlx_smolvlm.image import Grid
 from mlx_smolvlm.media import Footage, Medium, Picture
 from mlx_smolvlm.messages import NOUNS, Message
-from mlx_smolvlm.reuse import Content, State
 from mlx_smolvlm.store import content_in, content_values, is_plain, kept, read, restored, write
 from mlx_smolvlm.template import checked
 
 KIND = "conversation"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A question as a message, its media in order, and the answer once it was given."""
+
+    question: Message
+    media: tuple[Medium, ...]
+    answer: str | None = None
+
+    @property
+    def messages(self) -> list[Message]:
+        """The question, and the answer if there is one."""
+        if self.answer is None:
+            return [self.question]
+        said = {"type": "text", "text": self.answer}
+        return [self.question, {"role": "assistant", "content": [said]}]
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,8 @@ def _values(medium: Medium) -> dict[str, Any]:
 
 def _medium(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config) -> Medium:
     """The medium that `_values` described, with its embeddings; errors as `_turn`."""
+    from mlx_smolvlm.image import Grid
+
     medium: Medium
     if values["kind"] == "picture":
         rows, cols = values["grid"]

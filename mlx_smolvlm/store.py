@@ -22,9 +22,9 @@ import numpy as np
 from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.checkpoint import CARD_FILE
 from mlx_smolvlm.config import Config
+from mlx_smolvlm.content import Content, Span, State
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path, open_file, read_file, remove_leftovers, write_file
-from mlx_smolvlm.reuse import Content, Span, State
 from mlx_smolvlm.safetensors import load_tensors, read_metadata, save_synced
 from mlx_smolvlm.storage import FLOAT
 

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +20,31 @@ from mlx_smolvlm.config import VideoConfig
 _EPSILON = 1e-6  # that a time may be off by rounding: of a frame, or of a second
 _LEAST_SEEN_S = 0.5  # that a frame which began before a range must stay on the screen in it
 _MOST_DRIFT_S = 0.1  # of times from an even rate
+_LONGEST_S = 1e9  # that `clock` shows
+
+
+class FrameTimes(Protocol):
+    """What the prompt says of a clip: when its frames are shown, and how long the video is."""
+
+    @property
+    def timestamps_s(self) -> tuple[float, ...]:
+        """Of the frames, in seconds."""
+        ...
+
+    @property
+    def duration_s(self) -> float:
+        """Of the whole video, in seconds."""
+        ...
+
+
+def stamp(seconds: float) -> str:
+    """`seconds` as MM:SS, cut down to whole ones; minutes go on beyond 59."""
+    return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
+
+
+def clock(seconds: float) -> str:
+    """`seconds` as H:MM:SS, cut down to whole ones."""
+    return str(timedelta(seconds=int(min(seconds, _LONGEST_S))))
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from mlx_smolvlm.budget import check_parts
 from mlx_smolvlm.config import Config, VideoConfig
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.fetch import Rereading, open_bytes, short_name
-from mlx_smolvlm.frames import stamp
 from mlx_smolvlm.readers import FramesReader, Reader, open_reader
+from mlx_smolvlm.timeline import stamp
 
 # For checkpoints that state none: SmolVLM2's.
 USUAL_FPS, USUAL_MAX_FRAMES, USUAL_SKIP_SECS = 1.0, 64, 1.0

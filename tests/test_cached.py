@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from mlx_smolvlm import cached, hub
+from mlx_smolvlm import cached
 from mlx_smolvlm.cached import find, list_cached, remove
-from mlx_smolvlm.checkpoint import load_model
+from mlx_smolvlm.checkpoint import is_own, load_model
 from mlx_smolvlm.convert import source as convert_source
 from mlx_smolvlm.convert.originals import list_originals
 from mlx_smolvlm.convert.quantize import ConvertOptions
@@ -231,4 +231,4 @@ def test_what_was_fetched_is_listed(tmp_path, monkeypatch):
     assert two.revision == "c" * 40
     assert two.nbytes == sum(file.stat().st_size for file in source.iterdir())
     assert two.path == folder / "models--owner--vlm" / "snapshots" / ("c" * 40)
-    assert hub.is_own(one.path)
+    assert is_own(one.path)

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_smolvlm import writer
 from mlx_smolvlm.checkpoint import chat_template, load_model, read_config, tokenizer_path
-from mlx_smolvlm.convert import arrays
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
@@ -111,7 +111,7 @@ def test_a_truncated_file_is_named(folder, cut):
 
 
 def test_shards_load_and_a_missing_one_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "SHARD_BYTES", 150_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 150_000)
     out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
     load_model(out)
     last = max(out.glob("*.safetensors"))

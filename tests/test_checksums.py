@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_smolvlm import writer
 from mlx_smolvlm.checkpoint import load_model
 from mlx_smolvlm.checksums import check_sums, read_sums, sums_text
-from mlx_smolvlm.convert import arrays
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
@@ -25,7 +25,7 @@ spec.loader.exec_module(hf)
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     """A checkpoint in several files."""
-    monkeypatch.setattr(arrays, "SHARD_BYTES", 150_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 150_000)
     return convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out", ConvertOptions(bits=8))
 
 

@@ -26,9 +26,10 @@ from mlx_smolvlm import (
     Video,
     load,
 )
+from mlx_smolvlm.content import Content, Span
 from mlx_smolvlm.image import Grid, grid_of, open_image
 from mlx_smolvlm.media import Picture
-from mlx_smolvlm.reuse import Content, Memory, Span
+from mlx_smolvlm.reuse import Memory
 from mlx_smolvlm.sampling import make_sampler
 
 SHORT = Sampling(max_tokens=5)

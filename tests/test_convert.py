@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_smolvlm import writer
 from mlx_smolvlm.checkpoint import build_model, load_model, read_config
-from mlx_smolvlm.convert import arrays
 from mlx_smolvlm.convert.plan import make_plan, match
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
@@ -136,7 +136,7 @@ def test_the_converted_model_loads_and_equals_the_source(tmp_path):
 
 
 def test_output_shards_have_an_index_that_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "SHARD_BYTES", 100_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 100_000)
     out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
     names = sorted(path.name for path in out.glob("*.safetensors"))
     assert len(names) > 2

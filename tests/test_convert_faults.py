@@ -17,9 +17,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
+from mlx_smolvlm import writer
 from mlx_smolvlm.checkpoint import load_model, read_config
 from mlx_smolvlm.checksums import check_sums
-from mlx_smolvlm.convert import arrays, written
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
@@ -30,8 +30,8 @@ spec.loader.exec_module(hf)
 
 POINTS = (
     *((Path, name) for name in ("mkdir", "rename", "write_text")),
-    *((written.HashedFile, name) for name in ("write", "hexdigest")),
-    (written.Outbox, "open"),
+    *((writer.HashedFile, name) for name in ("write", "hexdigest")),
+    (writer.Outbox, "open"),
     (os, "fsync"),
     (shutil, "rmtree"),  # last: it is called to ignore errors, so it only can be died at
 )
@@ -60,7 +60,7 @@ class Points:
 @pytest.fixture
 def source(tmp_path, monkeypatch) -> Path:
     """A checkpoint whose conversion has three files of weights."""
-    monkeypatch.setattr(arrays, "SHARD_BYTES", 150_000)
+    monkeypatch.setattr(writer, "SHARD_BYTES", 150_000)
     return hf.make(tmp_path / "s")
 
 

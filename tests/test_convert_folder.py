@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_smolvlm import staging, writer
 from mlx_smolvlm.checkpoint import load_model, read_config
-from mlx_smolvlm.convert import arrays, folder, run
+from mlx_smolvlm.convert import run
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
@@ -49,7 +50,7 @@ def test_all_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
-    with folder.staged(tmp_path / "out", force=False) as partial:
+    with staging.staged(tmp_path / "out", force=False) as partial:
         (partial / "a").write_text("a")
         (partial / "b").write_text("b")
     out = tmp_path / "out"
@@ -62,12 +63,12 @@ KILLED = """
     import os, shutil, signal, sys
     from pathlib import Path
     import mlx.core as mx
-    from mlx_smolvlm.convert import arrays, folder
+    from mlx_smolvlm import staging, writer
     from mlx_smolvlm.convert.run import convert_checkpoint
-    from mlx_smolvlm.convert.written import Outbox
+    from mlx_smolvlm.writer import Outbox
 
     source, dest, n, force = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
-    arrays.SHARD_BYTES = 150_000
+    writer.SHARD_BYTES = 150_000
     calls = 0
 
     def deadly(function):
@@ -139,7 +140,7 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
     def full(*_args):
         raise RuntimeError("[write] disk full")
 
-    monkeypatch.setattr(arrays.mx, "save_safetensors", full)
+    monkeypatch.setattr(writer.mx, "save_safetensors", full)
     with pytest.raises(CheckpointError, match="disk full"):
         convert_checkpoint(source, tmp_path / "a" / "out")
     assert list((tmp_path / "a").iterdir()) == []
@@ -228,7 +229,7 @@ def test_a_destination_filled_in_the_meantime_is_kept(tmp_path):
 def test_a_destination_filled_at_the_last_moment_is_kept(tmp_path, monkeypatch):
     source = hf.make(tmp_path / "s")
     first = convert_checkpoint(source, tmp_path / "first")
-    check, checks = folder.check_destination, []
+    check, checks = staging.check_destination, []
 
     def rival_after_the_last_check(dest, force):
         check(dest, force)
@@ -236,7 +237,7 @@ def test_a_destination_filled_at_the_last_moment_is_kept(tmp_path, monkeypatch):
         if len(checks) == 2:
             first.rename(dest)
 
-    monkeypatch.setattr(folder, "check_destination", rival_after_the_last_check)
+    monkeypatch.setattr(staging, "check_destination", rival_after_the_last_check)
     with pytest.raises(CheckpointError, match="already holds a checkpoint"):
         convert_checkpoint(source, tmp_path / "out", ConvertOptions(bits=4))
     assert read_config(tmp_path / "out").quantization.text is None
@@ -283,10 +284,10 @@ def test_two_conversions_at_once_give_one_checkpoint(tmp_path):
 MEASURE = """
     import json, resource, sys
     import mlx.core as mx
-    from mlx_smolvlm.convert import arrays
+    from mlx_smolvlm import writer
     from mlx_smolvlm.convert.quantize import ConvertOptions
     from mlx_smolvlm.convert.run import convert_checkpoint
-    arrays.SHARD_BYTES = 32 * 10**6
+    writer.SHARD_BYTES = 32 * 10**6
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss in bytes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     bits = int(sys.argv[3])

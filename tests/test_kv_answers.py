@@ -18,9 +18,9 @@ from mlx_smolvlm import (
     load,
 )
 from mlx_smolvlm.bounded import RECENT, SINKS, BoundedKVCache
+from mlx_smolvlm.content import Content, Span
 from mlx_smolvlm.context import pinned_tokens
 from mlx_smolvlm.engine import Engine
-from mlx_smolvlm.reuse import Content, Span
 from mlx_smolvlm.storage import PackedStorage
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

@@ -19,9 +19,8 @@ from PIL import Image
 
 from mlx_smolvlm import MediaError, SmolVLMWarning
 from mlx_smolvlm.config import VideoConfig
-from mlx_smolvlm.frames import clock
 from mlx_smolvlm.readers import AnimationReader
-from mlx_smolvlm.timeline import sample_indices
+from mlx_smolvlm.timeline import clock, sample_indices
 from mlx_smolvlm.video import Video, open_video
 
 

@@ -20,12 +20,11 @@ from mlx_smolvlm.checkpoint import (
     read_config,
 )
 from mlx_smolvlm.config import Config, part_of
-from mlx_smolvlm.convert.arrays import ShardWriter
-from mlx_smolvlm.convert.folder import staged
-from mlx_smolvlm.convert.written import Outbox
 from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.model import Model
+from mlx_smolvlm.staging import staged
 from mlx_smolvlm.train.settings import LoraSettings
+from mlx_smolvlm.writer import Outbox, ShardWriter
 
 TUNED = ", fine-tuned"  # what follows the source of a checkpoint that was trained further
 

@@ -1,17 +1,25 @@
-"""Files of a checkpoint as they are written, each hashed on its way to the disk."""
+"""Files of a checkpoint as they are written, each hashed on its way to the disk.
+
+Memory is bounded by one file of weights (`SHARD_BYTES`), not by the checkpoint.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+import mlx.core as mx
+
 from mlx_smolvlm.checksums import SUMS_FILE, sums_text
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import open_file
+from mlx_smolvlm.safetensors import INDEX_FILE, WEIGHTS_FILE
 
+SHARD_BYTES = 512 * 10**6
 _BLOCK = 1 << 20
 
 
@@ -89,6 +97,45 @@ class Outbox:
     def finish(self) -> None:
         """Write the list of sums."""
         (self.folder / SUMS_FILE).write_text(sums_text(self._sums), encoding="utf-8")
+
+
+class ShardWriter:
+    """Tensors collected into files of at most about `SHARD_BYTES`."""
+
+    def __init__(self, outbox: Outbox) -> None:
+        self._outbox = outbox
+        self._shards: list[list[str]] = []
+        self._tensors: dict[str, mx.array] = {}
+        self._nbytes = self.total = 0
+
+    def add(self, tensors: dict[str, mx.array]) -> None:
+        """Keep `tensors` until their file is full."""
+        size = sum(array.nbytes for array in tensors.values())
+        if self._tensors and self._nbytes + size > SHARD_BYTES:
+            self._flush()
+        self._tensors.update(tensors)
+        self._nbytes += size
+        self.total += size
+
+    def _flush(self) -> None:
+        """Write what is kept, and keep it no longer."""
+        self._shards.append(sorted(self._tensors))
+        with self._outbox.open(f"part-{len(self._shards)}.safetensors") as file:
+            mx.save_safetensors(file, self._tensors, {"format": "mlx"})  # type: ignore[arg-type]
+        self._tensors, self._nbytes = {}, 0
+
+    def finish(self) -> None:
+        """Write the rest, give the files their names, and write the index if there are several."""
+        self._flush()
+        count = len(self._shards)
+        index: dict[str, str] = {}
+        for number, names in enumerate(self._shards, 1):
+            name = WEIGHTS_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+            self._outbox.rename(f"part-{number}.safetensors", name)
+            index |= dict.fromkeys(names, name)
+        if count > 1:
+            values = {"metadata": {"total_size": self.total}, "weight_map": index}
+            self._outbox.write_text(INDEX_FILE, json.dumps(values, indent=2) + "\n")
 
 
 def _read(file: BinaryIO, path: Path) -> bytes:

@@ -18,7 +18,8 @@ from pathlib import Path
 from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import sync
-from mlx_smolvlm.hub import PARTIAL
+
+PARTIAL = ".partial"  # how the names of folders end that are not whole yet
 
 
 def check_destination(dest: Path, force: bool) -> None:
