@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -173,10 +174,16 @@ class Rereading(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """The new place."""
+        """The new place.
+
+        Raises:
+            OSError: It lies before the beginning, as of any file.
+        """
         size = os.fstat(self._descriptor).st_size
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: size}[whence]
-        self._place = max(0, base + offset)
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._place = base + offset
         return self._place
 
     def readinto(self, buffer: Any) -> int:

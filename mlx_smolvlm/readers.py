@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -106,6 +107,9 @@ class _QuietFile:
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.tell = stream, stream.tell
         self._error: OSError | None = None
+        self._size = -1  # not known, as of files in /proc
+        self._size = self.seek(0, io.SEEK_END)
+        self.seek(0)
 
     def read(self, size: int) -> bytes:
         """The next bytes; none at the end, or if the disk fails."""
@@ -115,9 +119,16 @@ class _QuietFile:
             self._error = self._error or error
             return b""
 
-    def seek(self, offset: int, whence: int = 0) -> int:
-        """The new position; -1 if it lies before the beginning."""
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """The new position; -1 if it lies before the beginning.
+
+        File systems differ in how far behind the end they let one seek, so the stream stays at
+        its end then: a path, the same bytes in memory and a copy of a pipe read alike.
+        """
         try:
+            if whence == io.SEEK_SET and offset > self._size >= 0:
+                self._stream.seek(self._size)
+                return offset
             return self._stream.seek(offset, whence)
         except (OSError, ValueError):
             return -1

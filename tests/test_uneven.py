@@ -14,7 +14,8 @@ from PIL import Image
 
 from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.readers import open_reader
+from mlx_smolvlm.fetch import Rereading
+from mlx_smolvlm.readers import _QuietFile, open_reader
 from mlx_smolvlm.timeline import (
     Timeline,
     delays_timeline,
@@ -269,6 +270,23 @@ def test_an_offset_outside_of_any_file_is_passed_over(byte):
     reader = open_reader(lambda: Disk(data), "the file")
     assert reader.num_frames == len(BURSTS)
     assert len(list(reader.read([0, 100]))) == 2
+
+
+@pytest.mark.parametrize("offset", [-1, 0, 5, 50, 2**60, 2**63 - 1])
+def test_every_source_answers_a_seek_alike(tmp_path, offset):
+    """A path, bytes, and the temporary file that standard input is copied to."""
+    path, data = tmp_path / "file", bytes(range(50))
+    path.write_bytes(data)
+    found = []
+    with path.open("rb") as file, path.open("rb") as other:
+        copy = io.BufferedReader(Rereading(other.fileno()))
+        for stream in (file, Disk(data), io.BytesIO(data), copy):
+            quiet = _QuietFile(stream)
+            quiet.seek(3)
+            found.append((quiet.seek(offset), quiet.read(2)))
+    assert found == [found[0]] * 4
+    wanted = (-1, data[3:5]) if offset < 0 else (offset, data[offset : offset + 2])
+    assert found[0] == wanted
 
 
 @pytest.mark.parametrize("name", ["wmv", "nut", "mp4", "webm"])
