@@ -39,6 +39,12 @@ _KINDS = {
     "pre_tokenizer": _SPLITTERS,
     "decoder": frozenset(("ByteLevel", "Sequence")),
 }
+# The key of a Sequence that lists its members.
+_MEMBERS = {
+    "normalizer": "normalizers",
+    "pre_tokenizer": "pretokenizers",
+    "decoder": "decoders",
+}
 # In a pattern: a group that is repeated, whose repetitions can be split in exponentially many
 # ways; a reference to a group; a call of one.
 _SLOW = re.compile(r"\)[*+{]|\\[1-9kg]")
@@ -143,7 +149,8 @@ def _check_part(part: Any, kinds: frozenset[str], key: str) -> None:
             raise ValueError(f"its {key} of type {kind} states nothing else")
         return
     if kind == "Sequence":
-        members = part.get("normalizers", part.get("pretokenizers", part.get("decoders")))
+        # Only this key: the reader ignores the others, so a part could hide behind them.
+        members = part.get(_MEMBERS[key])
         for member in members if isinstance(members, list) else [members]:
             _check_part(member, kinds, key)
     elif kind == "Split":

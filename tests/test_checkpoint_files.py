@@ -295,6 +295,8 @@ BAD = {
     "a replacement": (lambda v: v.update(normalizer={"type": "Sequence", "normalizers": [
         {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 10**6}]}), "'Replace'"),
     "no length": (lambda v: v.update(pre_tokenizer={"type": "FixedLength", "length": 0}), "Fixed"),
+    "hidden by a list": (lambda v: v.update(pre_tokenizer={"type": "Sequence", "normalizers": [],
+        "pretokenizers": [{"type": "FixedLength", "length": 0}]}), "Fixed"),
     "a decoder": (lambda v: v.update(decoder={"type": "Strip", "content": "a", "start": 10**9,
                                               "stop": 5}), "decoder is of type 'Strip'"),
     "a slow pattern": (lambda v: v.update(pre_tokenizer={**SPLIT, "pattern": {"Regex": "(a+)+$"}}),
