@@ -25,7 +25,7 @@ from mlx_smolvlm.convert.gguf_blocks import GROUP, PACKED_BITS, arrays_of
 from mlx_smolvlm.convert.gguf_file import GgufFile, open_gguf
 from mlx_smolvlm.convert.gguf_tokenizer import added_tokens, placeholder_id, tokenizer_json
 from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.safetensors import WEIGHTS_FILE, read_json
+from mlx_smolvlm.safetensors import WEIGHTS_FILE, read_json, write_arrays
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -75,6 +75,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
     Raises:
         CheckpointError: The file is damaged, of another architecture, packed in a way that
             is not read, or the language part of a model that sees.
+        OSError: `folder` cannot be written to.
     """
     with open_gguf(path) as file:
         text = _text_config(path, file)
@@ -110,7 +111,8 @@ def unpack_gguf(path: Path, folder: Path) -> None:
     _write_json(folder / "preprocessor_config.json", edges)
     _write_json(folder / TOKENIZER_FILE, tokenizer)
     (folder / TEMPLATE_FILE).write_text(template, encoding="utf-8")
-    mx.save_safetensors(str(folder / WEIGHTS_FILE), tensors, {"format": "mlx"})
+    with (folder / WEIGHTS_FILE).open("xb") as weights:
+        write_arrays(weights, tensors, {"format": "mlx"})
 
 
 def _write_json(path: Path, values: Any) -> None:

@@ -6,8 +6,6 @@ A GGUF file becomes such a folder, which lives as long as its `Source`.
 from __future__ import annotations
 
 import re
-import shutil
-import tempfile
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from mlx_smolvlm.safetensors import (
     read_header,
     read_headers,
 )
+from mlx_smolvlm.staging import make_temporary
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -147,14 +146,20 @@ def _open_gguf(path: Path) -> Source:
     """The GGUF file `path` as a folder, which goes when the source is used no longer."""
     from mlx_smolvlm.convert.gguf import unpack_gguf
 
-    folder = Path(tempfile.mkdtemp(prefix="mlx-smolvlm-"))
     try:
-        unpack_gguf(path, folder)
-        source = Source(folder, path.stem).checked()
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-    weakref.finalize(source, shutil.rmtree, folder, True)
+        folder, remove = make_temporary()
+        try:
+            unpack_gguf(path, folder)
+            source = Source(folder, path.stem).checked()
+        except BaseException:
+            remove()
+            raise
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be unpacked into the temporary directory: "
+            f"{error.strerror or error}; make room there, or set TMPDIR to another folder"
+        ) from None
+    weakref.finalize(source, remove)
     return source
 
 

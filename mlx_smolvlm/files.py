@@ -159,8 +159,10 @@ def replace_file(
         yield part
         sync(part)
         os.replace(part, path)
-    except BaseException:
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, str(part)):
+            error.filename = str(path)  # writing to an open file raises errors without a name
         raise
     with contextlib.suppress(OSError):  # the file is in place, and whole
         sync(path.parent)

@@ -9,7 +9,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import open_file, read_file, replace_file
@@ -256,6 +256,28 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def write_arrays(file: BinaryIO, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+    """Write `arrays` and texts to `file` in the safetensors format.
+
+    Given a path, MLX says how many bytes it could not write; a file of Python's says why.
+
+    Args:
+        file: Open for writing.
+        arrays: By name.
+        metadata: The texts, by name.
+
+    Raises:
+        OSError: The disk is full or fails.
+    """
+    import mlx.core as mx
+
+    mx.eval(arrays)  # so that a RuntimeError below is one of writing
+    try:
+        mx.save_safetensors(file, arrays, metadata)  # type: ignore[arg-type]  # it takes streams
+    except RuntimeError as error:
+        raise OSError(errno.EIO, " ".join(str(error).split())) from None
+
+
 def save_synced(
     path: Path,
     arrays: dict[str, mx.array],
@@ -276,10 +298,8 @@ def save_synced(
     Raises:
         OSError: It cannot be written.
     """
-    import mlx.core as mx
-
-    with replace_file(path, ".safetensors", mode=mode, follow_links=follow_links) as part:
-        try:
-            mx.save_safetensors(str(part), arrays, metadata)
-        except RuntimeError as error:
-            raise OSError(errno.EIO, " ".join(str(error).split()), str(path)) from None
+    with (
+        replace_file(path, ".safetensors", mode=mode, follow_links=follow_links) as part,
+        part.open("wb") as file,
+    ):
+        write_arrays(file, arrays, metadata)

@@ -12,7 +12,8 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
@@ -57,7 +58,7 @@ def staged(dest: Path, force: bool) -> Iterator[Path]:
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(dest)
-        partial, lock = _make_locked(dest)
+        partial, lock = _make_locked(dest, 0o777)
     except OSError as error:
         raise CheckpointError(_refusal(dest, error)) from None
     try:
@@ -69,6 +70,27 @@ def staged(dest: Path, force: bool) -> Iterator[Path]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(lock)
+
+
+def make_temporary() -> tuple[Path, Callable[[], None]]:
+    """A new folder in the system's temporary directory, for this user alone, and its removal.
+
+    It is locked until then. What a killed process left is not locked any more, and the next
+    call removes it.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    dest = Path(tempfile.gettempdir()) / f"mlx-smolvlm-{os.geteuid()}"
+    with contextlib.suppress(OSError):  # a directory that may not be listed
+        remove_leftovers(dest)
+    folder, lock = _make_locked(dest, 0o700)
+
+    def remove() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+    return folder, remove
 
 
 def _refusal(dest: Path, error: OSError) -> str:
@@ -86,11 +108,11 @@ def _hidden(dest: Path) -> Path:
     return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{PARTIAL}"
 
 
-def _make_locked(dest: Path) -> tuple[Path, int]:
+def _make_locked(dest: Path, mode: int) -> tuple[Path, int]:
     """A new hidden folder beside `dest` and the descriptor that holds its lock."""
     while True:  # another writer may take it for a leftover until the lock is held
         partial = _hidden(dest)
-        partial.mkdir()
+        partial.mkdir(mode)
         try:
             lock = os.open(partial, os.O_RDONLY)
         except FileNotFoundError:
@@ -102,17 +124,18 @@ def _make_locked(dest: Path) -> tuple[Path, int]:
 
 
 def remove_leftovers(dest: Path) -> None:
-    """Remove what writers of `dest` that live no more left beside it."""
+    """Remove what writers of `dest` that live no more left beside it; no other user's files."""
     for path in dest.parent.iterdir():
         if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(PARTIAL)):
             continue
         try:
-            lock = os.open(path, os.O_RDONLY)
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
+            if os.fstat(lock).st_uid == os.geteuid():
+                shutil.rmtree(path, ignore_errors=True)
         except OSError:
             pass  # its writer lives
         finally:

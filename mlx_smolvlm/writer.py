@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_smolvlm.checksums import SUMS_FILE, sums_text
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import open_file
-from mlx_smolvlm.safetensors import INDEX_FILE, WEIGHTS_FILE
+from mlx_smolvlm.safetensors import INDEX_FILE, WEIGHTS_FILE, write_arrays
 
 SHARD_BYTES = 512 * 10**6
 _BLOCK = 1 << 20
@@ -121,7 +121,7 @@ class ShardWriter:
         """Write what is kept, and keep it no longer."""
         self._shards.append(sorted(self._tensors))
         with self._outbox.open(f"part-{len(self._shards)}.safetensors") as file:
-            mx.save_safetensors(file, self._tensors, {"format": "mlx"})  # type: ignore[arg-type]
+            write_arrays(file, self._tensors, {"format": "mlx"})
         self._tensors, self._nbytes = {}, 0
 
     def finish(self) -> None:

@@ -1,7 +1,9 @@
 """Fixtures that several test files share."""
 
 import json
+import resource
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,3 +123,14 @@ def demo_builder() -> PromptBuilder:
     from demo_recipe.run import builder_of
 
     return builder_of(resolve(DEMO))
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """Bounds the bytes of every file that is written from then on, as a full disk would.
+
+    The system refuses what is more with "File too large".
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)

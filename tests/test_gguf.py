@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
+import stat
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +21,7 @@ from mlx_smolvlm.convert.gguf import _in_halves, unpack_gguf
 from mlx_smolvlm.convert.gguf_blocks import arrays_of
 from mlx_smolvlm.convert.gguf_file import open_gguf
 from mlx_smolvlm.convert.run import convert_checkpoint
+from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
 
 
@@ -303,3 +307,57 @@ def test_mutated_files_are_refused_or_read(tmp_path: Path, monkeypatch: pytest.M
     assert 40 < len(messages) < 115
     assert max(map(len, messages)) < 500
     assert list((tmp_path / "between").iterdir()) == []
+
+
+# The temporary folder
+
+
+@pytest.fixture
+def between(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What stands for the system's temporary directory."""
+    folder = tmp_path / "between"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    return folder
+
+
+def test_what_a_killed_reader_left_goes_and_what_others_use_stays(
+    tmp_path: Path, between: Path
+) -> None:
+    path = cases.write_model(tmp_path / "m.gguf")
+    first = open_source(path)
+    assert stat.S_IMODE(first.folder.stat().st_mode) == 0o700
+    dead = between / f".mlx-smolvlm-{os.geteuid()}.0123abcd.partial"
+    shutil.copytree(first.folder, dead)
+    second = open_source(path)
+    assert sorted(between.iterdir()) == sorted([first.folder, second.folder])
+    del first, second
+    assert list(between.iterdir()) == []
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError, CheckpointError])
+def test_whatever_ends_the_reading_leaves_nothing(
+    tmp_path: Path, between: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    path = cases.write_model(tmp_path / "m.gguf")
+
+    def stop(*_: object) -> None:
+        assert len(list(between.iterdir())) == 1
+        raise error
+
+    monkeypatch.setattr("mlx_smolvlm.convert.gguf._write_json", stop)
+    with pytest.raises(error):
+        open_source(path)
+    assert list(between.iterdir()) == []
+
+
+def test_no_room_to_unpack_is_one_line(
+    tmp_path: Path, between: Path, file_limit: Callable[[int], None]
+) -> None:
+    path = cases.write_model(tmp_path / "m.gguf")
+    file_limit(50_000)
+    with pytest.raises(
+        CheckpointError, match=r"m\.gguf cannot be unpacked .*: File too large; make"
+    ):
+        open_source(path)
+    assert list(between.iterdir()) == []

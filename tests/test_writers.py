@@ -17,6 +17,7 @@ from PIL import Image
 
 from mlx_smolvlm import CacheOptions, Progress, Sampling, SmolVLM, load
 from mlx_smolvlm.adapter import save_adapter
+from mlx_smolvlm.checkpoint import load_model, read_config
 from mlx_smolvlm.cli import compare as cli_compare
 from mlx_smolvlm.cli import history
 from mlx_smolvlm.cli.media import FrameWriter
@@ -24,6 +25,8 @@ from mlx_smolvlm.convert import verify
 from mlx_smolvlm.convert.compare_options import CompareOptions
 from mlx_smolvlm.convert.comparison import Comparison
 from mlx_smolvlm.convert.measure import compare
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import write_file
 from mlx_smolvlm.store import OWN_FOLDER
 from mlx_smolvlm.train.folder import lock, rewind
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule
@@ -258,3 +261,39 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         save_synced(tmp_path / "a", {}, {})
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
+
+
+def test_arrays_that_do_not_fit_name_the_reason_and_the_file(
+    tmp_path: Path, file_limit: Callable[[int], None]
+) -> None:
+    from mlx_smolvlm.safetensors import save_synced
+
+    (tmp_path / "a").write_text("old")
+    file_limit(100_000)
+    with pytest.raises(OSError, match="File too large") as caught:
+        save_synced(tmp_path / "a", {"one": mx.zeros((50_000,))}, {})
+    assert caught.value.filename == str(tmp_path / "a")
+    assert (tmp_path / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_texts_that_do_not_fit_name_the_file(
+    tmp_path: Path, file_limit: Callable[[int], None]
+) -> None:
+    file_limit(1000)
+    with pytest.raises(OSError, match="File too large") as caught:
+        write_file(tmp_path / "a", "x" * 2000)
+    assert caught.value.filename == str(tmp_path / "a")
+
+
+def test_a_trained_model_that_does_not_fit_is_one_line(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("[write] Unable to write 4 bytes")
+
+    model, config = load_model(tiny_folder), read_config(tiny_folder)
+    monkeypatch.setattr(mx, "save_safetensors", fail)
+    with pytest.raises(CheckpointError, match=r"cannot be written: .*Unable to write 4 bytes"):
+        write_model(model, tiny_folder, config, tmp_path / "model")
+    assert os.listdir(tmp_path) == []
