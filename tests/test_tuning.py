@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -491,6 +492,34 @@ def test_other_settings_data_or_weights_are_refused(tiny_folder: Path, work: Pat
     cases.make_dataset(work / "data", 7)
     with pytest.raises(TrainingError, match="the data changed"):
         tune(work, tiny_folder)
+
+
+@pytest.mark.parametrize("limit", [0, 5_000, 60_000])
+def test_a_full_disk_is_one_line_and_loses_nothing(
+    tiny_folder: Path, work: Path, file_limit: Callable[[int], None], limit: int
+) -> None:
+    """Too little room for the log, for the adapter, and for the state."""
+    out = tune(work, tiny_folder, steps=2)
+    tuning = Tuning(read_settings(cases.write_config(work, tiny_folder)), out)
+    kept = {path: path.read_bytes() for path in out.rglob("*.safetensors")}
+    file_limit(limit)
+    name = {0: "log.jsonl", 5_000: "adapters.safetensors", 60_000: "state.safetensors"}[limit]
+    with pytest.raises(
+        TrainingError, match=rf"{name} cannot be written: File too large; .*goes on"
+    ):
+        for _ in tuning.run():
+            pass
+    tuning.close()
+    assert len(kept) == 2
+    old = {path: path.read_bytes() for path in kept}
+    assert [path.name for path in kept if old[path] != kept[path]] == (
+        ["adapters.safetensors"] if limit == 60_000 else []
+    )
+
+
+def test_a_model_whose_name_no_file_can_have(work: Path) -> None:
+    with pytest.raises(CheckpointError, match="there is no model 'xxx"):
+        Tuning(read_settings(cases.write_config(work, "x" * 300)), work / "out", offline=True)
 
 
 def test_sizes_of_media_are_told_apart(tiny_folder: Path, work: Path) -> None:

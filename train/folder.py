@@ -9,7 +9,8 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_smolvlm.errors import TrainingError
@@ -52,6 +53,22 @@ def lock(out: Path) -> int:
     return descriptor
 
 
+@contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Within it, what the system refuses to write is said in one line.
+
+    Raises:
+        TrainingError: It names the file and the reason; what was saved before is whole.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise TrainingError(
+            f"{error.filename or out} cannot be written: {error.strerror or error}; see to "
+            "that, and the same command goes on from what was saved last"
+        ) from None
+
+
 def check_same(path: Path, stored: dict[str, str], own: dict[str, str]) -> None:
     """Refuse to go on from a state that other settings, data or weights led to."""
     advice = "choose another folder with --out, or remove this one"
@@ -85,4 +102,5 @@ def rewind(log: Path, step: int) -> None:
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 if json.loads(line)["step"] <= step and step > 0:
                     lines.append(line + "\n")
-    write_file(log, "".join(lines), follow_links=False)
+    with writing(log):
+        write_file(log, "".join(lines), follow_links=False)

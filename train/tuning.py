@@ -31,6 +31,7 @@ from mlx_smolvlm.train.folder import (
     check_same,
     lock,
     rewind,
+    writing,
 )
 from mlx_smolvlm.train.loader import Features, Loader
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Report, Schedule, read_notes
@@ -127,7 +128,8 @@ class Tuning:
         held_out = self._held_out()
         dtype = settings.dtype or ("float32" if settings.method == "full" else None)
         local = settings.path(settings.model)
-        name = local if local.is_dir() else settings.model
+        # Path.is_dir raises where a name is too long, as that of a hub's model may be.
+        name = local if os.path.isdir(local) else settings.model
         self.vlm = vlm = load(name, offline=offline, dtype=dtype)
         self._notes = self._identity(datasets)
         sight = Sight(settings.detail, settings.fps, settings.max_frames)  # type: ignore[arg-type]
@@ -169,7 +171,7 @@ class Tuning:
         What was trained is saved at the end; who stops before calls `save`.
 
         Raises:
-            TrainingError: The loss is no number any more.
+            TrainingError: The loss is no number any more, or the disk refuses.
             DatasetError: A picture or video cannot be decoded.
         """
         settings = self.settings
@@ -197,13 +199,19 @@ class Tuning:
         return float((total / weight).item())  # type: ignore[arg-type]
 
     def save(self) -> None:
-        """Write what was trained, then the state to go on from."""
+        """Write what was trained, then the state to go on from.
+
+        Raises:
+            TrainingError: The disk is full, or refuses for another reason.
+            CheckpointError: Likewise, of a whole model.
+        """
         model = self.vlm.model
-        if self._adapter is not None:
-            save_adapter(model, self.result, self._adapter)
-        else:
-            write_model(model, self.vlm.path, tuned(self.vlm.config), self.result)
-        self.loop.save(self.out / STATE_FILE, self._notes)
+        with writing(self.out):
+            if self._adapter is not None:
+                save_adapter(model, self.result, self._adapter)
+            else:
+                write_model(model, self.vlm.path, tuned(self.vlm.config), self.result)
+            self.loop.save(self.out / STATE_FILE, self._notes)
 
     def fuse(self) -> Path:
         """The checkpoint of base and adapter together.
@@ -308,5 +316,7 @@ class Tuning:
             values |= {"seconds": round(report.seconds, 4)}
         if event.valid_loss is not None:
             values["valid_loss"] = event.valid_loss
-        append_file(self.out / LOG_FILE, json.dumps(values) + "\n")
+        log = self.out / LOG_FILE
+        with writing(log):
+            append_file(log, json.dumps(values) + "\n")
         return event
