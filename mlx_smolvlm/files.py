@@ -161,8 +161,9 @@ def replace_file(
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename in (None, str(part)):
-            error.filename = str(path)  # writing to an open file raises errors without a name
+        # An error of the system that comes from writing to an open file names no file.
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(part)):
+            error.filename = str(path)
         raise
     with contextlib.suppress(OSError):  # the file is in place, and whole
         sync(path.parent)
