@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import copy
 import http.client
 import io
 import ipaddress
+import math
 import re
 import socket
 import string
@@ -23,6 +25,7 @@ from mlx_smolvlm.quoting import one_line
 
 MAX_REDIRECTS = 10
 MAX_HEAD_BYTES = 1 << 20  # before a response's body, any number of "100 Continue" included
+LEAST_RATE = 10_000  # bytes a second, on the mean, of a download that takes longer than its grace
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
@@ -39,7 +42,7 @@ class DownloadError(OSError):
 
 @contextlib.contextmanager
 def open_url(
-    url: str, timeout_s: float, deadline_s: float
+    url: str, timeout_s: float, deadline_s: float, grace_s: float = math.inf
 ) -> Iterator[tuple[http.client.HTTPResponse, int | None]]:
     """Yields the response at `url`, after redirects, and its body's size in bytes if it says one.
 
@@ -47,12 +50,23 @@ def open_url(
         url: An http or https URL.
         timeout_s: How long the server may send nothing.
         deadline_s: How long everything may take, from the connection to the body's last byte.
+        grace_s: How long it may take, redirects included, before `LEAST_RATE` counts.
 
     Raises:
-        TimeoutError: One of the two is over.
+        TimeoutError: One of these is over; the message says which.
         OSError, http.client.HTTPException, ValueError: Anything else that goes wrong.
     """
-    network = Network(timeout_s, deadline_s)
+    network = Network(timeout_s, deadline_s, grace_s)
+    try:
+        with _final_response(network, url) as response:
+            yield response, _content_length(response)
+    except TimeoutError:
+        raise TimeoutError(network.delay()) from None
+
+
+@contextlib.contextmanager
+def _final_response(network: Network, url: str) -> Iterator[http.client.HTTPResponse]:
+    """Yields the response at `url`, after redirects."""
     for _ in range(MAX_REDIRECTS + 1):
         with _request(network, _split(url)) as response:
             location, status = response.headers.get("Location"), _status(response)
@@ -63,7 +77,7 @@ def open_url(
                 continue
             if not 200 <= response.status < 300:
                 raise DownloadError(status)
-            yield response, _content_length(response)
+            yield response
             return
     raise DownloadError(f"{status}, and {MAX_REDIRECTS} redirects before it")
 
@@ -71,9 +85,10 @@ def open_url(
 class Network:
     """What all connections of a download share: its time, and where it may go."""
 
-    def __init__(self, timeout_s: float, deadline_s: float) -> None:
-        self._timeout_s = timeout_s
+    def __init__(self, timeout_s: float, deadline_s: float, grace_s: float) -> None:
+        self._timeout_s, self._deadline_s, self._grace_s = timeout_s, deadline_s, grace_s
         self._deadline = time.monotonic() + deadline_s
+        self._received = 0  # bytes
         self._began_public: bool | None = None  # whether the first address was; None before it
         self._head_bytes_left: int | None = None  # None in a body
 
@@ -81,12 +96,26 @@ class Network:
         """How many seconds the next system call may take.
 
         Raises:
-            TimeoutError: The deadline is over.
+            TimeoutError: The deadline is over, or too few bytes came for the time that passed.
         """
-        left = self._deadline - time.monotonic()
+        left = self._time_left()
         if left <= 0:
             raise TimeoutError
         return min(left, self._timeout_s)
+
+    def _time_left(self) -> float:
+        """Seconds until the deadline, or until more bytes must have arrived if that is sooner."""
+        left = self._deadline - time.monotonic()
+        return min(left, left - self._deadline_s + self._grace_s + self._received / LEAST_RATE)
+
+    def delay(self) -> str:
+        """What to say of a download after a TimeoutError."""
+        passed = self._deadline_s - (self._deadline - time.monotonic())
+        if passed >= self._deadline_s:
+            return f"took longer than {self._deadline_s:g} s to arrive"
+        if self._time_left() <= 0:
+            return f"sent only {self._received:,} bytes in {passed:.0f} s"
+        return f"sent nothing for {self._timeout_s:g} s"
 
     def connect(self, host: str, port: int) -> socket.socket:
         """A connection to the first address of `host` that is admitted and answers.
@@ -109,7 +138,9 @@ class Network:
 
     def connect_proxy(self, host: str, port: int) -> socket.socket:
         """A connection to a proxy, which the user chose, so that its address is not checked."""
-        return Network(self._timeout_s, self._deadline - time.monotonic()).connect(host, port)
+        network = copy.copy(self)
+        network._began_public = None
+        return network.connect(host, port)
 
     def _dial(self, entry: tuple[Any, ...]) -> socket.socket:
         """A connection to an address as `socket.getaddrinfo` gives it."""
@@ -157,11 +188,12 @@ class Network:
         self._head_bytes_left = None
 
     def count(self, nbytes: int) -> None:
-        """Note that bytes were received.
+        """Note that bytes were received, of a head or of a body.
 
         Raises:
             DownloadError: They are too many before a body.
         """
+        self._received += nbytes
         if self._head_bytes_left is not None:
             self._head_bytes_left -= nbytes
             if self._head_bytes_left < 0:

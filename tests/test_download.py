@@ -1,12 +1,15 @@
 """Downloads: one deadline for all of one, bounded sizes, numbers that are numbers."""
 
 import base64
+import contextlib
 import importlib.util
+import itertools
+import re
 from pathlib import Path
 
 import pytest
 
-from mlx_smolvlm import fetch
+from mlx_smolvlm import download, fetch
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.fetch import open_bytes
 
@@ -83,6 +86,29 @@ def test_a_video_has_a_deadline_of_its_own(server, monkeypatch):
     assert body_of(server.url + "/a.mp4", video=True) == b"x" * 8
     monkeypatch.setattr(fetch, "VIDEO_DEADLINE_S", 0.1)
     assert "took longer than 0.1 s" in refused(server.url + "/a.mp4", video=True)
+
+
+@pytest.mark.parametrize("kind", ["body", "chunk trailers", "header", "100", "redirects"])
+def test_a_video_that_hardly_comes_is_given_up_long_before_its_deadline(server, monkeypatch, kind):
+    monkeypatch.setattr(fetch, "TIMEOUT_S", 0.5)
+    monkeypatch.setattr(fetch, "VIDEO_GRACE_S", 0.3)
+    server.answers[""] = dripping(server, kind)
+    said = refused(server.url + "/a.mp4", video=True)
+    assert re.search(r"sent only \d+ bytes in \d+ s; try again", said)
+    assert not server.has_dripped_all
+
+
+@pytest.mark.parametrize(("nbytes", "passed_s"), [(1, 120), (25_000, 240), (51_000, 3600)])
+def test_the_pace_that_a_video_must_keep(monkeypatch, nbytes, passed_s):
+    """By a clock on which each read takes 5 s."""
+    clock = itertools.count(0, 5)
+    monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
+    network, reads = download.Network(20, 3600, 120), 0
+    with contextlib.suppress(TimeoutError):
+        while network.timeout() > 0:
+            network.count(nbytes)
+            reads += 1
+    assert abs(5 * reads - passed_s) <= 10
 
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
