@@ -129,7 +129,7 @@ def _download(url: str, video: bool) -> BinaryIO:
     name, limit = short_name(url), _limit(video)
     if is_offline():
         raise MediaError(f"{name} needs the network, and HF_HUB_OFFLINE is set; give a file")
-    times_s = (VIDEO_DEADLINE_S, VIDEO_GRACE_S) if video else (DEADLINE_S, DEADLINE_S)
+    times_s = (VIDEO_DEADLINE_S, VIDEO_GRACE_S) if video else (DEADLINE_S,)
     try:
         with open_url(url, TIMEOUT_S, *times_s) as (response, length):
             if length is not None and length > limit:

@@ -12,7 +12,7 @@ import pytest
 
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.smolvlm import SmolVLM, load
-from mlx_smolvlm.train.dataset import read_dataset
+from mlx_smolvlm.train.dataset import Example, read_dataset
 from mlx_smolvlm.train.loader import Features, Loader
 from mlx_smolvlm.train.rows import Sight, opened, row_of, sized
 from mlx_smolvlm.train.settings import read_settings
@@ -138,3 +138,36 @@ def test_a_training_on_clips_learns_and_goes_on_where_it_stopped(
         "Which way?", videos=[work / "data" / "left.mp4"], sampling=Sampling(max_tokens=3)
     )
     assert reply.generation_tokens
+
+
+def test_pictures_and_videos_in_another_order_are_not_mixed_up(
+    tiny_video: SmolVLM, work: Path
+) -> None:
+    """Two lines of the same files, whose embeddings are kept."""
+    picture, video = {"type": "image"}, {"type": "video"}
+    lines = [
+        {
+            "messages": [
+                {"role": "user", "content": [*items, {"type": "text", "text": "Both?"}]},
+                {"role": "assistant", "content": "No."},
+            ],
+            "images": ["three.png"],
+            "videos": ["up.mp4"],
+        }
+        for items in ([picture, video], [video, picture])
+    ]
+    (work / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    examples, sight = read_dataset(work / "data"), Sight("low", max_frames=2)
+
+    def embeds(shown: list[Example]) -> list[np.ndarray]:
+        loader = Loader(
+            tiny_video, lambda number: [shown[number]], len(shown), sight, Features(tiny_video)
+        )
+        found = [np.array(loader.batch(number).image_embeds) for number in range(len(shown))]
+        loader.close()
+        return found
+
+    first, second = embeds(examples)
+    assert not np.array_equal(first, second)
+    assert np.array_equal(first, embeds(examples[:1])[0])
+    assert np.array_equal(second, embeds(examples[1:])[0])

@@ -18,7 +18,7 @@ from mlx_smolvlm.errors import DatasetError, SmolVLMError
 from mlx_smolvlm.media import TILE_BATCH, Medium
 from mlx_smolvlm.smolvlm import SmolVLM
 from mlx_smolvlm.train.answer_loss import Batch
-from mlx_smolvlm.train.dataset import Example
+from mlx_smolvlm.train.dataset import MEDIA, Example
 from mlx_smolvlm.train.order import padded
 from mlx_smolvlm.train.rows import Row, Sight, opened, row_of, sized
 
@@ -125,7 +125,10 @@ class Loader:
         return [self._shown(example) for example in self._items(number)]
 
     def _shown(self, example: Example) -> Shown:
-        key = repr((example.images, example.videos))
+        # Embeddings are kept in the messages' order, in which pictures and videos may alternate.
+        items = [item["type"] for message in example.messages for item in message["content"]]
+        order = [kind for kind in items if kind in MEDIA]
+        key = repr((example.images, example.videos, order))
         builder = self._vlm.engine.prompt_builder
         if self._features is not None and key in self._features:
             media = sized(self._vlm, example, self._sight)
