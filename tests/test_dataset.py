@@ -89,6 +89,8 @@ BAD: list[tuple[Any, str]] = [
     ({"question": "?", "answers": []}, "answers has no text"),
     ({"question": "?", "answers": [3]}, "answers must be a list of texts"),
     ({"question": "?", "answer": "!", "choices": ["a"]}, "choices needs two"),
+    ({"question": "?", "answer": "!", "choices": ["a", "!", "a"]}, "choices has 'a' twice"),
+    ({"question": "?", "answer": "!", "choices": ["!", "\n"]}, "choices has a text that is empty"),
     ({"image": "none.png", "question": "?", "answer": "!"}, "no file 'none.png'"),
     ({"image": "a.png", "images": ["a.png"], "question": "?"}, "both image and images"),
     ({"messages": [USER, ANSWER], "question": "?"}, "both messages and question"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,8 +122,8 @@ def _example(line: str, number: int, file: Path) -> Example:
         items = sum(item["type"] == kind for one in messages for item in one["content"])
         if items != count:
             raise DatasetError(f"the messages have {items} {kind} items, and {MEDIA[kind]} {count}")
-    if "choices" in values and len(set(choices)) < 2:
-        raise DatasetError("choices needs two different texts or more")
+    if "choices" in values:
+        _check_choices(choices)
     return Example(
         messages=tuple(messages),
         images=media["image"],
@@ -134,6 +135,17 @@ def _example(line: str, number: int, file: Path) -> Example:
         metric=_text(values, "metric"),
         choices=choices,
     )
+
+
+def _check_choices(choices: tuple[str, ...]) -> None:
+    """Refuse choices between which `SmolVLM.choose` cannot choose."""
+    if len(set(choices)) < 2:
+        raise DatasetError("choices needs two different texts or more")
+    for choice, count in Counter(choices).items():
+        if not choice.strip():
+            raise DatasetError("choices has a text that is empty")
+        if count > 1:
+            raise DatasetError(f"choices has {shorten(choice)} twice; give each text once")
 
 
 def _messages(
