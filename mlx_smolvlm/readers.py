@@ -183,8 +183,8 @@ class FileReader(Timed):
                     file,
                     "r",
                     options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
-                    metadata_errors="ignore",
                     buffer_size=_BUFFER,
+                    **_metadata_options(av.__version__),
                 ) as container:
                     yield container, _video_stream(container, self._name)
             except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
@@ -241,6 +241,14 @@ def open_reader(open_stream: Callable[[], BinaryIO], name: str) -> Reader:
         raise MediaError(f"{name} is empty")
     animated = head[:4] == b"GIF8" or head[8:12] == b"WEBP" or head[:8] == b"\x89PNG\r\n\x1a\n"
     return (AnimationReader if animated else FileReader)(open_stream, name)
+
+
+def _metadata_options(pyav_version: str) -> dict[str, Any]:
+    """Options of `av.open` that let it open files whose metadata is not UTF-8.
+
+    PyAV 19, which needs Python 3.12, opens them by itself and knows no such option.
+    """
+    return {} if int(pyav_version.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
 
 def _video_stream(container: InputContainer, name: str) -> VideoStream:

@@ -122,12 +122,25 @@ def test_silence_ends_earlier_than_the_deadline(server, monkeypatch, scheme):
 
 
 def test_the_head_of_a_response_is_bounded(server):
+    # Newer Pythons read 100 interim responses at most; these are so long that fewer are too many.
+    line = b"a: " + b"b" * 30_000 + b"\r\n"
+    for pieces in (
+        (b"HTTP/1.1 100 Continue\r\n" + line + b"\r\n",),
+        (b"HTTP/1.1 100 Continue\r\n", line + b"\r\nHTTP/1.1 100 Continue\r\n"),
+    ):
+        server.answers[""] = server.flood(*pieces)
+        assert "its header is longer than 1024 KiB" in refused(server.url)
+
+
+def test_interim_responses_are_bounded(server):
     for pieces in (
         (b"HTTP/1.1 100 Continue\r\n\r\n",),
         (b"HTTP/1.1 100 Continue\r\n", b"a: b\r\n\r\nHTTP/1.1 100 Continue\r\n"),
     ):
         server.answers[""] = server.flood(*pieces)
-        assert "its header is longer than 1024 KiB" in refused(server.url)
+        said = refused(server.url)
+        counted = "got more than 100 interim responses"  # by newer Pythons
+        assert "its header is longer than 1024 KiB" in said or counted in said
 
 
 def test_a_few_continues_are_none_too_many(server):

@@ -215,6 +215,27 @@ def test_a_stream_that_starts_late():
 # Animated pictures
 
 
+def test_metadata_that_is_not_utf_8():
+    data = cases.make(cases.SPECS["h264 mp4"])
+    assert b"Lavf" in data
+    assert reader_of(data.replace(b"Lavf", b"\xff\xfe\xfd\xfc")).timeline.num_frames == 75
+
+
+@pytest.mark.parametrize("version", ["14.4.0", "18.1.0", "19.0.2"])
+def test_pyav_is_given_only_options_that_its_version_knows(version, monkeypatch):
+    given = {}
+
+    def refuse(*_arguments, **options):
+        given.update(options)
+        raise OSError("not today")
+
+    monkeypatch.setattr(av, "open", refuse)
+    monkeypatch.setattr(av, "__version__", version)
+    with pytest.raises(MediaError, match="not today"):
+        reader_of(b"any bytes")
+    assert ("metadata_errors" in given) == (version < "19")  # gone in 19
+
+
 def animation(form, durations, transparent=False):
     """An animated picture with frames of these durations in milliseconds, and its frames."""
     pictures = []
