@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 from mlx_smolvlm.answer import AnswerStream, Reply
 from mlx_smolvlm.content import State
+from mlx_smolvlm.context import ROOM
 from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import CheckpointError, ContextError, PromptError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path
@@ -20,6 +21,8 @@ from mlx_smolvlm.saved import Saved, Turn, load, save
 
 if TYPE_CHECKING:
     from mlx_smolvlm.image import Detail
+
+DROP_SHARE = 4  # a quarter of a full context is freed for the turns to come
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ class Conversation:
 
         Warns of the oldest turns that the context does not hold.
         """
-        turns, stream = self._fitting(wanted, sampling)
+        turns, stream = self._fit(wanted, sampling or self._options.sampling)
         dropped = len(wanted) - len(turns)
         if dropped:
             warnings.warn(
@@ -218,22 +221,25 @@ class Conversation:
         self._turns, self._open = turns, stream
         return stream
 
-    def _fitting(
-        self, turns: list[Turn], sampling: Sampling | None = None
-    ) -> tuple[list[Turn], AnswerStream]:
-        """The turns that the context holds, and the stream of the last one's answer."""
-        sampling, drops = sampling or self._options.sampling, self._options.on_full == "drop-oldest"
-        room = min(sampling.max_tokens, self.context_size // 8)
+    def _fit(self, turns: list[Turn], sampling: Sampling) -> tuple[list[Turn], AnswerStream]:
+        """The turns that the context has room for, and the stream of the last one's answer.
+
+        All turns after a dropped one are run again. So once one has to go, as many go as make
+        room for several turns to come.
+        """
+        drops, size = self._options.on_full == "drop-oldest", self.context_size
+        answer = min(sampling.max_tokens, size // ROOM)
+        limit = size - answer
         while True:
             messages, media = self._transcript(turns), _media(turns)
+            may_drop = drops and len(turns) > 1
             try:
                 prompt = self._engine.make_prompt(messages, media)
             except ContextError:
-                if not drops or len(turns) == 1:
+                if not may_drop:
                     raise
             else:
-                fits = prompt.input_ids.size <= self.context_size - room
-                if fits or not drops or len(turns) == 1:
+                if not may_drop or prompt.input_ids.size <= limit:
                     prompt = replace(prompt, state=self._state, is_turn=True)
                     return turns, AnswerStream(self._engine, prompt, sampling)
             turns = turns[1:]

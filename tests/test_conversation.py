@@ -450,13 +450,36 @@ def test_drop_oldest_forgets_openly(warm: SmolVLM, cold: SmolVLM, logits: list[n
     for number in range(3):
         check_turn(chat, cold, logits, f"{number} " + "wool " * 22, images=[PICTURES[number]])
     assert chat.context_used <= chat.context_size == 512
-    with pytest.warns(SmolVLMWarning, match="oldest 1 of 3 questions are forgotten"):
+    with pytest.warns(SmolVLMWarning, match="oldest 2 of 3 questions are forgotten"):
         check_turn(chat, cold, logits, "3 " + "wool " * 60)
     assert chat.messages[0]["role"] == "system"
-    assert chat.messages[1]["content"][1]["text"].startswith("1 ")
+    assert chat.messages[1]["content"][1]["text"].startswith("2 ")
     with pytest.raises(ContextError):
         chat.ask("wool " * 600)
-    assert len(chat.messages) == 7
+    assert len(chat.messages) == 5
+
+
+def test_a_full_context_is_run_again_once_in_several_turns(warm: SmolVLM) -> None:
+    system = "Brief. " + "wool " * 20
+    chat = warm.chat(system=system, sampling=Sampling(max_tokens=2), on_full="drop-oldest")
+    first = chat.ask("0 What?").prompt_tokens
+    new, after_a_drop, turns = [], [], 1
+    for number in range(1, 60):
+        with warnings.catch_warnings(record=True) as messages:
+            warnings.simplefilter("always")
+            reply = chat.ask(f"{number} What?")
+        new.append(reply.prompt_tokens - reply.cached_tokens)
+        dropped = turns + 1 - len(chat._turns)
+        if messages:
+            assert f"oldest {dropped} of {turns} questions" in str(messages[0].message)
+            assert 512 - 2 - 512 // 4 - first < reply.prompt_tokens <= 512 - 2 - 512 // 4
+            assert reply.cached_tokens > 40  # the system message
+            after_a_drop.append(number)
+        assert len(messages) == (dropped > 0)
+        turns = len(chat._turns)
+    assert len(after_a_drop) > 3
+    assert min(np.diff(after_a_drop)) > 5  # turns in between
+    assert sum(new) < 4_000  # 14,461 if every turn drops as little as it can
 
 
 def test_a_retry_that_forgets_says_so(warm: SmolVLM) -> None:
