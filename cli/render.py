@@ -66,10 +66,10 @@ def write_raw(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
     except BrokenPipeError:
-        _discard(sys.stdout)
+        discard(sys.stdout)
         raise OutputClosedError from None
     except OSError:
-        _discard(sys.stdout)  # or the interpreter would complain once more at exit
+        discard(sys.stdout)  # or the interpreter would complain once more at exit
         raise
 
 
@@ -93,7 +93,7 @@ def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
         sys.stderr.write(text + end)
         sys.stderr.flush()
     except OSError:
-        _discard(sys.stderr)
+        discard(sys.stderr)
 
 
 def warn(message: object) -> None:
@@ -122,7 +122,7 @@ def out_of_memory(error: Exception) -> str | None:
     return None
 
 
-def _discard(stream: TextIO) -> None:
+def discard(stream: TextIO) -> None:
     """Let what `stream` still holds go nowhere."""
     with contextlib.suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)

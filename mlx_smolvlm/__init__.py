@@ -7,33 +7,35 @@
 Package.md describes the rest.
 """
 
+import importlib
+import sys
 from typing import TYPE_CHECKING, Any
 
-import mlx_smolvlm.blas
+if sys.platform == "linux":
+    from mlx_smolvlm.blas import load_openblas
 
-mlx_smolvlm.blas.load_openblas()  # only works before mlx.core is imported
-
-from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
-from mlx_smolvlm.cache_options import CacheOptions
-from mlx_smolvlm.choose import Choice
-from mlx_smolvlm.conversation import Conversation
-from mlx_smolvlm.errors import (
-    CheckpointError,
-    ConstraintError,
-    ContextError,
-    DatasetError,
-    MediaError,
-    PromptError,
-    SmolVLMError,
-    SmolVLMWarning,
-    TrainingError,
-)
-from mlx_smolvlm.media import Progress
-from mlx_smolvlm.parts import Part
-from mlx_smolvlm.sampling import Sampling, SamplingOptions
-from mlx_smolvlm.smolvlm import SmolVLM, load
+    load_openblas()  # only works before mlx.core is imported
 
 if TYPE_CHECKING:
+    from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
+    from mlx_smolvlm.cache_options import CacheOptions
+    from mlx_smolvlm.choose import Choice
+    from mlx_smolvlm.conversation import Conversation
+    from mlx_smolvlm.errors import (
+        CheckpointError,
+        ConstraintError,
+        ContextError,
+        DatasetError,
+        MediaError,
+        PromptError,
+        SmolVLMError,
+        SmolVLMWarning,
+        TrainingError,
+    )
+    from mlx_smolvlm.media import Progress
+    from mlx_smolvlm.parts import Part
+    from mlx_smolvlm.sampling import Sampling, SamplingOptions
+    from mlx_smolvlm.smolvlm import SmolVLM, load
     from mlx_smolvlm.video import Video
 
 __version__ = "0.1.0"
@@ -63,14 +65,39 @@ __all__ = [
     "load",
 ]
 
+_MODULES = {  # that define the public names
+    "AnswerStream": "mlx_smolvlm.answer",
+    "CacheOptions": "mlx_smolvlm.cache_options",
+    "CheckpointError": "mlx_smolvlm.errors",
+    "Choice": "mlx_smolvlm.choose",
+    "Chunk": "mlx_smolvlm.answer",
+    "ConstraintError": "mlx_smolvlm.errors",
+    "ContextError": "mlx_smolvlm.errors",
+    "Conversation": "mlx_smolvlm.conversation",
+    "DatasetError": "mlx_smolvlm.errors",
+    "MediaError": "mlx_smolvlm.errors",
+    "Part": "mlx_smolvlm.parts",
+    "Progress": "mlx_smolvlm.media",
+    "PromptError": "mlx_smolvlm.errors",
+    "Reply": "mlx_smolvlm.answer",
+    "Sampling": "mlx_smolvlm.sampling",
+    "SamplingOptions": "mlx_smolvlm.sampling",
+    "SmolVLM": "mlx_smolvlm.smolvlm",
+    "SmolVLMError": "mlx_smolvlm.errors",
+    "SmolVLMWarning": "mlx_smolvlm.errors",
+    "TrainingError": "mlx_smolvlm.errors",
+    "Video": "mlx_smolvlm.video",
+    "load": "mlx_smolvlm.smolvlm",
+}
+
 
 def __getattr__(name: str) -> Any:
-    """`Video`, when it is first asked for: it brings Pillow, which import alone does not."""
-    if name != "Video":
+    """A public name, imported when it is first used, so that the command line starts at once."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from mlx_smolvlm.video import Video
-
-    return Video
+    value = getattr(importlib.import_module(_MODULES[name]), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

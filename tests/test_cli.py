@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 from PIL import Image
@@ -349,6 +351,79 @@ def test_closed_stdout_is_quiet(tiny_folder: Path) -> None:
     process.stderr.close()
 
 
+def broken_pipe() -> TextIO:
+    """A stream whose reader is gone."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return os.fdopen(writer, "w")
+
+
+@pytest.mark.parametrize(
+    ("stream", "arguments", "status"),
+    [
+        ("stdout", ["--help"], 141),
+        ("stdout", ["chat", "--help"], 141),
+        ("stdout", ["--version"], 141),
+        ("stderr", ["--no-such-option"], 2),
+        ("stderr", [], 2),
+    ],
+)
+def test_output_that_typer_prints_and_nobody_reads(
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    stream: str,
+    arguments: list[str],
+    status: int,
+) -> None:
+    from mlx_smolvlm.cli.command_table import run_command
+
+    monkeypatch.setattr("warnings.showwarning", warnings.showwarning)  # set back at the end
+    monkeypatch.setattr(sys, "argv", ["mlx-smolvlm", *arguments])
+    with broken_pipe() as pipe:  # closing it flushes, as the interpreter does at exit
+        monkeypatch.setattr(sys, stream, pipe)
+        assert run_command() == status
+    assert capfd.readouterr() == ("", "")
+
+
+INTERRUPTED_IMPORT = """
+import os, signal, sys
+class Interrupter:
+    def find_spec(self, name, path, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupter())
+from mlx_smolvlm.cli.app import main
+main()
+"""
+
+
+@pytest.mark.parametrize("module", ["typer", "mlx.core"])
+def test_ctrl_c_ends_the_imports_at_once(module: str) -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED_IMPORT.format(module=module), "chat", "Hi"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        env=environment(),
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (130, b"", b"")
+
+
+def test_ctrl_c_stays_ignored_where_it_is() -> None:
+    from mlx_smolvlm.cli.app import _exit_on_interrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        for handler in (signal.SIG_IGN, signal.default_int_handler):
+            signal.signal(signal.SIGINT, handler)
+            with _exit_on_interrupt():
+                is_same = signal.getsignal(signal.SIGINT) is handler
+                assert is_same == (handler is signal.SIG_IGN)
+            assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_full_disk(tiny_folder: Path) -> None:
     with open("/dev/full", "wb") as full:
@@ -414,7 +489,7 @@ def test_help_and_version() -> None:
         "import sys; from mlx_smolvlm.cli.app import main\n"
         "try: main()\n"
         "finally: print(sorted({'rich', 'PIL', 'av', 'transformers', 'huggingface_hub',"
-        " 'tokenizers', 'jinja2'} & set(sys.modules)), file=sys.stderr)"
+        " 'tokenizers', 'jinja2', 'numpy', 'mlx'} & set(sys.modules)), file=sys.stderr)"
     )
     result = subprocess.run(
         [sys.executable, "-c", program, "chat", "--help"],

@@ -168,7 +168,7 @@ def test_every_public_name_has_a_docstring() -> None:
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for node in tree.body:
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
-                    undocumented = (path.name, node.name) == ("app.py", "top")
+                    undocumented = (path.name, node.name) == ("command_table.py", "top")
                     assert ast.get_docstring(node) or undocumented, f"{path.name}: {node.name}"
 
 

@@ -1,0 +1,115 @@
+"""The command table, and the one place that turns errors into exit statuses."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from mlx_smolvlm.cli.ask_commands import CHAT_EPILOG, CHOOSE_EPILOG, chat, choose
+from mlx_smolvlm.cli.convert_commands import COMPARE_EPILOG, compare, convert, doctor
+from mlx_smolvlm.cli.models import app as models_app
+from mlx_smolvlm.cli.render import (
+    OutputClosedError,
+    discard,
+    fail,
+    os_fault,
+    out_of_memory,
+    prepare_streams,
+    say,
+    write,
+)
+from mlx_smolvlm.cli.train_commands import EVAL_EPILOG, TRAIN_EPILOG, evaluate, train
+from mlx_smolvlm.errors import SmolVLMError
+from mlx_smolvlm.quoting import message_line
+
+OUTPUT_CLOSED = 141
+# Of Click or of the part of it in Typer, by version; Typer exports neither.
+_ClickError: Any = typer.BadParameter.__mro__[2]
+
+app = typer.Typer(
+    help="Run the SmolVLM family of vision-language models with MLX, on this machine.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,  # rich is slow to import and to render
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def run_command() -> int:
+    """Run the command in `sys.argv`, and print the error if there is one.
+
+    Returns:
+        The exit status.
+    """
+    prepare_streams()
+    try:
+        return _invoke()
+    except _ClickError as error:
+        if len(sys.argv) > 1:  # without arguments, the message is the help
+            error.message = message_line(error.message)
+        text = io.StringIO()
+        error.show(text)
+        say(text.getvalue(), end="")
+        return int(error.exit_code)
+    except (typer.Abort, EOFError):
+        say("Aborted!")
+    except OutputClosedError:
+        return OUTPUT_CLOSED
+    except SmolVLMError as error:
+        fail(error)
+    except OSError as error:
+        discard(sys.stdout)  # what is left of a help text, which Click prints by itself
+        if isinstance(error, BrokenPipeError):
+            return OUTPUT_CLOSED
+        fail(os_fault(error))
+    except (MemoryError, RuntimeError) as error:
+        if (message := out_of_memory(error)) is None:
+            raise
+        fail(message)
+    return 1
+
+
+def _invoke() -> int:
+    """Run the command; its exit status.
+
+    This is Click's `main` without its handling of errors, by which a pipe that nobody reads ends
+    the process with status 1 and without a word.
+    """
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("mlx-smolvlm", sys.argv[1:]) as context:
+            return command.invoke(context) or 0
+    except typer.Exit as ending:
+        return ending.exit_code
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from mlx_smolvlm import __version__
+
+        write(f"mlx-smolvlm {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+app.command(epilog=CHAT_EPILOG)(chat)
+app.command(epilog=CHOOSE_EPILOG)(choose)
+app.command("eval", epilog=EVAL_EPILOG)(evaluate)
+app.command()(convert)
+app.command(epilog=COMPARE_EPILOG)(compare)
+app.command(epilog=TRAIN_EPILOG)(train)
+app.command()(doctor)
+app.add_typer(models_app, name="models")
