@@ -28,6 +28,8 @@ def prepare_streams() -> None:
     become "?" instead of an error. A warning of this package is one line on stderr.
     """
     warnings.showwarning = _show_warning
+    # Python would show one that says the same as an earlier one only once.
+    warnings.filterwarnings("always", "the context is full", SmolVLMWarning)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)

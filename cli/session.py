@@ -62,10 +62,10 @@ class Session:
                 return 0
 
     def _status(self) -> str:
-        """What stands below the prompt; nothing if the chat template refuses the messages."""
+        """What stands below the prompt; nothing if that fails, as the next question will say."""
         try:
             return self.talk.status()
-        except SmolVLMError:  # the next question says so
+        except Exception:
             return ""
 
     def _handle(self, line: str) -> bool:

@@ -1,19 +1,23 @@
 """Commands of a conversation that fail: they say so, and what was said stays."""
 
 import errno
+import importlib.util
 import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM
 from mlx_smolvlm.cli.chat import Printer
 from mlx_smolvlm.cli.options import ChatOptions, VideoOptions
+from mlx_smolvlm.cli.render import prepare_streams
 from mlx_smolvlm.cli.session import Session
 from mlx_smolvlm.cli.talk import Talk
 from mlx_smolvlm.errors import PromptError
@@ -37,6 +41,7 @@ OPTIONS = ChatOptions(
     plain=True,
     pictures=False,
 )
+PICTURE = Path(__file__).parents[1] / "examples" / "three.png"
 Converse = Callable[..., str]
 
 
@@ -160,11 +165,73 @@ def test_any_command_that_raises_leaves_the_session(
         assert "error: ZeroDivisionError: by zero" in converse(command)
 
 
-def test_a_template_that_refuses_the_messages_leaves_the_session(
-    converse: Converse, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "fault", [PromptError("no system message, please"), ValueError("odd"), MemoryError()]
+)
+def test_a_status_that_fails_leaves_the_session(
+    converse: Converse, monkeypatch: pytest.MonkeyPatch, fault: Exception
 ) -> None:
     def refuse(_: Any) -> str:
-        raise PromptError("no system message, please")
+        raise fault
 
     monkeypatch.setattr("mlx_smolvlm.cli.talk.Talk.status", refuse)
     assert "error" not in converse()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        ValueError("invalid literal for int()"),
+        RecursionError("too deep"),
+        BrokenPipeError(errno.EPIPE, "Broken pipe"),
+        EOFError("cut off"),
+        typer.Exit(3),
+        AssertionError("odd"),
+    ],
+    ids=lambda fault: type(fault).__name__,
+)
+def test_whatever_a_source_raises_the_session_goes_on(
+    converse: Converse, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def fail(media: object, *_: object) -> Iterator[None]:
+        if media:
+            raise fault
+        yield from ()
+
+    monkeypatch.setattr("mlx_smolvlm.answer.encode", fail)
+    monkeypatch.setattr("mlx_smolvlm.video.Video.opened", lambda _: list(fail(True)))
+    lines = (f"/image {PICTURE}", "What is seen?", f"/video {PICTURE}")
+    assert converse(*lines).count("error: ") == 2
+    monkeypatch.setattr("mlx_smolvlm.image.open_image", lambda _: list(fail(True)))
+    assert converse(lines[0]).count("error: ") == 1
+
+
+def test_a_server_with_an_odd_content_length(
+    converse: Converse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    spec = importlib.util.spec_from_file_location("web", Path(__file__).with_name("web_server.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    web = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(web)
+    with web.serving() as server:
+        server.answers[""] = web.ok(b"hello", "Content-Length: \u00b2")
+        error = converse(f"/image http://127.0.0.1:{server.port}/a.png")
+    assert error.count("error: ") == 1
+    assert "its Content-Length is not a number of bytes" in error
+
+
+def test_every_drop_of_turns_is_told(tiny: SmolVLM, capsys: pytest.CaptureFixture[str]) -> None:
+    chat = tiny.chat(sampling=Sampling(max_tokens=2), on_full="drop-oldest")
+    drops = turns = 0
+    with warnings.catch_warnings():
+        warnings.resetwarnings()
+        prepare_streams()
+        for _ in range(30):
+            chat.ask("wool " * 40)
+            drops += len(chat._turns) <= turns
+            turns = len(chat._turns)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(set(lines)) < len(lines) == drops
