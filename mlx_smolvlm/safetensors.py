@@ -9,7 +9,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import open_file, read_file, replace_file
@@ -256,13 +256,13 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def write_arrays(file: BinaryIO, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
+def write_arrays(file: Any, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
     """Write `arrays` and texts to `file` in the safetensors format.
 
     Given a path, MLX says how many bytes it could not write; a file of Python's says why.
 
     Args:
-        file: Open for writing.
+        file: A binary file, or any object with `write`, `tell`, `seek` and `closed`.
         arrays: By name.
         metadata: The texts, by name.
 
@@ -273,7 +273,7 @@ def write_arrays(file: BinaryIO, arrays: dict[str, mx.array], metadata: dict[str
 
     mx.eval(arrays)  # so that a RuntimeError below is one of writing
     try:
-        mx.save_safetensors(file, arrays, metadata)  # type: ignore[arg-type]  # it takes streams
+        mx.save_safetensors(file, arrays, metadata)
     except RuntimeError as error:
         raise OSError(errno.EIO, " ".join(str(error).split())) from None
 
