@@ -242,6 +242,7 @@ class Conversation:
                 if not may_drop or prompt.input_ids.size <= limit:
                     prompt = replace(prompt, state=self._state, is_turn=True)
                     return turns, AnswerStream(self._engine, prompt, sampling)
+            limit = size - answer - size // DROP_SHARE
             turns = turns[1:]
 
     def _transcript(self, turns: Sequence[Turn]) -> list[Message]:
