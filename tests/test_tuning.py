@@ -517,6 +517,13 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
     )
 
 
+def test_a_state_that_is_cut_off(tiny_folder: Path, work: Path) -> None:
+    (work / "out").mkdir()
+    (work / "out" / "state.safetensors").write_text("x")
+    with pytest.raises(TrainingError, match=r"the state .* is cut .* 1 bytes; remove it to begin"):
+        tune(work, tiny_folder)
+
+
 def test_a_model_whose_name_no_file_can_have(work: Path) -> None:
     with pytest.raises(CheckpointError, match="there is no model 'xxx"):
         Tuning(read_settings(cases.write_config(work, "x" * 300)), work / "out", offline=True)

@@ -8,6 +8,7 @@ never stopped, bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -180,12 +181,8 @@ class Loop:
         Raises:
             TrainingError: It is no state of this training.
         """
-        try:
-            arrays, step = load_tensors(path), read_notes(path).get("step", "")
-        except CheckpointError as error:
-            raise TrainingError(
-                f"the state of the training cannot be read: {error}; remove it to begin anew"
-            ) from None
+        with _state_errors():
+            arrays, step = load_tensors(path), read_metadata(path).get("step", "")
         if not (step.isascii() and step.isdigit()) or len(step) > 9:
             raise TrainingError(f"{path} states the step {step!r:.40}; remove it to begin anew")
         if int(step) > self.options.schedule.steps:
@@ -212,6 +209,19 @@ def read_notes(path: Path) -> dict[str, str]:
     """The notes that `Loop.save` wrote to `path`, and "step".
 
     Raises:
-        CheckpointError: The file is damaged.
+        TrainingError: The file is damaged.
     """
-    return read_metadata(path)
+    with _state_errors():
+        return read_metadata(path)
+
+
+@contextlib.contextmanager
+def _state_errors() -> Iterator[None]:
+    """Turns errors of reading a checkpoint's file into those of a training's state."""
+    try:
+        yield
+    except CheckpointError as error:
+        reason = str(error).removesuffix("; fetch it again")
+        raise TrainingError(
+            f"the state of the training cannot be read: {reason}; remove it to begin anew"
+        ) from None
