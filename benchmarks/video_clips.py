@@ -11,14 +11,15 @@ a clip that was encoded whole.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import av
 import numpy as np
+
+from mlx_smolvlm.files import replace_file
+from mlx_smolvlm.ownership import make_private_folder
 
 SIZE = (1920, 1080)
 FPS = 30
@@ -48,17 +49,12 @@ def clip(folder: Path, seconds: int, keyint: int, size: tuple[int, int] = SIZE) 
     path = path_of(folder, seconds, keyint, size)
     if path.exists():
         return path
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{os.getpid()}-{path.name}")
-    try:
+    make_private_folder(folder)  # the usual one lies in the system's temporary folder
+    with replace_file(path, path.suffix) as partial:
         if seconds > MINUTE:
             _repeat(clip(folder, MINUTE, keyint, size), partial, seconds // MINUTE)
         else:
             _encode(partial, seconds * FPS, keyint, size)
-        partial.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            partial.unlink()
     return path
 
 

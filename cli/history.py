@@ -16,6 +16,7 @@ from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from mlx_smolvlm.errors import SmolVLMError
 from mlx_smolvlm.files import expand_path, open_file, write_file
 from mlx_smolvlm.hub import cache_folder
+from mlx_smolvlm.ownership import make_private_folder
 
 VARIABLE = "MLX_SMOLVLM_HISTORY"
 MAX_BYTES = 1 << 20  # of a file; its older half goes
@@ -27,8 +28,12 @@ def open_history() -> History:
     if name == "":
         return InMemoryHistory()
     try:
-        path = cache_folder() / "history" if name is None else expand_path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if name is None:
+            path = cache_folder() / "history"
+            make_private_folder(path.parent)
+        else:
+            path = expand_path(name)
+            path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             write_file(path, "", mode=0o600)
         _shorten(path)
@@ -39,7 +44,7 @@ def open_history() -> History:
 
 def _shorten(path: Path) -> None:
     """Drop the older half of a long history."""
-    with open_file(path) as file:  # it refuses a pipe, which would be waited for
+    with open_file(path, own_only=True) as file:  # it refuses a pipe, which would be waited for
         size = os.fstat(file.fileno()).st_size
         file.seek(max(0, size - MAX_BYTES // 2))
         end = file.read(MAX_BYTES)

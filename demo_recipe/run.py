@@ -54,7 +54,7 @@ from demo_recipe.shapes import demo_config
 from demo_recipe.topics import Focus
 from mlx_smolvlm.hub import DEMO, resolve
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.safetensors import load_tensors, read_metadata
+from mlx_smolvlm.safetensors import load_tensors, read_metadata, save_synced
 
 SAVED_EVERY_S = 120
 CHAT_TEMPLATE = (
@@ -313,9 +313,7 @@ class Run:
         if self.ends:
             state["average"] = self._average
         place = {"stage": str(self.stage), "step": str(self.step), "ends": str(self.ends)}
-        part = path.with_suffix(".part.safetensors")
-        mx.save_safetensors(str(part), dict(tree_flatten(state)), place)
-        part.replace(path)
+        save_synced(path, dict(tree_flatten(state)), place)
 
     def restore(self, path: Path) -> None:
         """Go on from what `save` wrote to `path`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +15,10 @@ import mlx.core as mx
 from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.content import Content, State
 from mlx_smolvlm.engine import Engine, Prompt
-from mlx_smolvlm.errors import SmolVLMWarning
+from mlx_smolvlm.errors import SmolVLMError, SmolVLMWarning
 from mlx_smolvlm.generate import StopText, constrained_tokens, tokens
 from mlx_smolvlm.media import Footage, Picture, Progress, encode, joined
+from mlx_smolvlm.process import check_process
 from mlx_smolvlm.sampling import Sampling, make_sampler
 from mlx_smolvlm.schema import jsonable, value_of
 
@@ -179,6 +181,7 @@ def preparing(engine: Engine, prompt: Prompt, reply: Reply) -> Generator[Progres
 
     `reply` is told how much that was.
     """
+    check_process()
     mx.reset_peak_memory()
     content = engine.content_of(prompt)
     state, start = engine.memory.recall(content, prompt.pins, prompt.state)
@@ -218,14 +221,34 @@ class AnswerStream(Iterator[Chunk]):
         self._engine, self._prompt, self._sampling = engine, prompt, sampling
         self._preparation = self._prepare()
         self._chunks = self._generate()
+        self._lock = threading.Lock()
 
     def __next__(self) -> Chunk:
-        return next(self._chunks)
+        with self._one_thread():
+            return next(self._chunks)
 
     def close(self) -> None:
         """Stop the answer here."""
-        self._preparation.close()
-        self._chunks.close()
+        with self._one_thread():
+            self._preparation.close()
+            self._chunks.close()
+
+    @contextmanager
+    def _one_thread(self) -> Iterator[None]:
+        """Refuse to do two things at once; one after another, threads may take turns.
+
+        Raises:
+            SmolVLMError: Another thread is in here.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise SmolVLMError(
+                "this answer is being generated in another thread; wait until that is done, or "
+                "use a stream or a conversation of its own in each thread"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def finished(self) -> Reply:
         """The whole answer, once it has been generated."""
@@ -241,7 +264,12 @@ class AnswerStream(Iterator[Chunk]):
 
         Who does not go to its end leaves the rest to the first chunk.
         """
-        return self._preparation
+        while True:
+            with self._one_thread():
+                step = next(self._preparation, None)
+            if step is None:
+                return
+            yield step
 
     def _prepare(self) -> Generator[Progress, None, None]:
         self._ready = yield from preparing(self._engine, self._prompt, self.reply)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -55,6 +56,7 @@ class Conversation:
         self._turns: list[Turn] = []
         self._open: AnswerStream | None = None
         self._state: State | None = None
+        self._lock = threading.RLock()  # threads that ask wait for each other's whole answers
 
     @property
     def system(self) -> str | None:
@@ -100,7 +102,8 @@ class Conversation:
     ) -> Reply:
         """The whole answer to the next `prompt`; errors as in `SmolVLM.ask`."""
         sampling = choose_sampling(sampling, options, self._options.sampling)
-        return self.stream(prompt, images, videos=videos, sampling=sampling).finished()
+        with self._lock:
+            return self.stream(prompt, images, videos=videos, sampling=sampling).finished()
 
     def stream(
         self,
@@ -131,12 +134,13 @@ class Conversation:
             PromptError: The message is malformed.
         """
         sampling = choose_sampling(sampling, options, self._options.sampling)
-        self._settle()
-        request = read_request(prompt, images, videos, None)
-        if len(request.messages) != 1 or request.messages[0]["role"] != "user":
-            raise PromptError("a turn is one message of the user")
-        turn = Turn(request.messages[0], self._engine.open_media(request, self._options.detail))
-        return self._begin([*self._turns, turn], sampling)
+        with self._lock:
+            self._settle()
+            request = read_request(prompt, images, videos, None)
+            if len(request.messages) != 1 or request.messages[0]["role"] != "user":
+                raise PromptError("a turn is one message of the user")
+            turn = Turn(request.messages[0], self._engine.open_media(request, self._options.detail))
+            return self._begin([*self._turns, turn], sampling)
 
     def retry(self, sampling: Sampling | None = None) -> AnswerStream:
         """Another answer to the last question, in place of the one that was given.

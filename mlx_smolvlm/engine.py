@@ -22,6 +22,7 @@ from mlx_smolvlm.errors import ContextError, SmolVLMWarning
 from mlx_smolvlm.media import Footage, Medium, Picture, encode, in_order, joined
 from mlx_smolvlm.messages import Message, Request, VideoSource
 from mlx_smolvlm.model import Model, compile_encoder
+from mlx_smolvlm.process import check_process
 from mlx_smolvlm.reuse import make_memory
 
 if TYPE_CHECKING:
@@ -175,6 +176,7 @@ class Engine:
 
     def encode(self, media: Sequence[Medium]) -> mx.array | None:
         """`image_embeds` (N, I, D) of `media`, in order; None without any."""
+        check_process()
         for _ in encode(media, self.encoder, self.config):
             pass
         return joined(media)

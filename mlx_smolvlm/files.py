@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mlx_smolvlm.errors import SmolVLMError
+from mlx_smolvlm.ownership import check_owner
 
 LARGEST_TOML = 2**18  # bytes
 LONGEST_LINE = 2000  # characters of a line of TOML
@@ -72,25 +73,41 @@ def open_regular(path: str | Path, flags: int) -> int:
     raise _refusal(path, mode)
 
 
-def open_file(path: str | Path) -> BinaryIO:
+def open_file(path: str | Path, *, own_only: bool = False) -> BinaryIO:
     """Open a regular file for reading.
 
     A pipe, a device or a socket is refused before anything is read from it, so that it can
     neither block nor deliver without end.
 
+    Args:
+        path: A file.
+        own_only: Refuse a file of another user (EPERM), see `check_owner`.
+
     Raises:
         OSError: It cannot be opened, or is not a regular file (EISDIR, EINVAL).
     """
-    return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+    file = os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+    try:
+        if own_only:
+            check_owner(os.fstat(file.fileno()), path)
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
-def read_file(path: str | Path, max_bytes: int) -> bytes:
+def read_file(path: str | Path, max_bytes: int, *, own_only: bool = False) -> bytes:
     """The content of a regular file of at most `max_bytes` bytes.
+
+    Args:
+        path: A file.
+        max_bytes: The largest size to read.
+        own_only: As in `open_file`.
 
     Raises:
         OSError: As `open_file`, or it is too large (EFBIG).
     """
-    with open_file(path) as file:
+    with open_file(path, own_only=own_only) as file:
         data = file.read(max_bytes + 1)
     if len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"Larger than {max_bytes:,} bytes", str(path))

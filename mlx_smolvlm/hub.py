@@ -26,6 +26,7 @@ from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, is_own, read_conf
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path, read_file, write_file
+from mlx_smolvlm.ownership import check_folder, check_owner, make_private_folder
 from mlx_smolvlm.safetensors import read_headers, read_json
 from mlx_smolvlm.values import read_integer
 
@@ -226,9 +227,23 @@ def _convert(
 
 
 def _usable(folder: Path) -> bool:
-    """Whether `folder` holds a whole checkpoint; a damaged one is removed."""
+    """Whether `folder` holds a whole checkpoint; a damaged one is removed.
+
+    Raises:
+        CheckpointError: Another user owns it or a file in it, or can write to it.
+    """
     if not folder.is_dir():
         return False
+    try:
+        check_folder(folder)
+        for path in folder.iterdir():
+            check_owner(path.lstat(), path)
+    except OSError as error:
+        raise CheckpointError(
+            f"the cached model {folder} is not used ({error.filename}: {error.strerror}); set "
+            "MLX_SMOLVLM_CACHE to another folder, or, if you trust it, give this folder as the "
+            "model"
+        ) from None
     if _is_whole(folder):
         return True
     shutil.rmtree(folder, ignore_errors=True)
@@ -284,7 +299,7 @@ def _locked(folder: Path) -> Iterator[None]:
 def _lock(folder: Path) -> int:
     """The descriptor that holds the lock of `folder`, which is made if need be."""
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_private_folder(folder)
         lock = os.open(folder, os.O_RDONLY)
         fcntl.flock(lock, fcntl.LOCK_EX)
         with contextlib.suppress(FileNotFoundError):

@@ -9,6 +9,7 @@ the host beforehand.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -98,7 +99,11 @@ def compile_encoder(model: Model) -> Callable[[mx.array], mx.array]:
     The weights are arguments of what is compiled. As constants they would stay what they are at
     the first call; as `inputs=` of `mx.compile` they would stay placeholders if a first call is
     interrupted, since MLX does not put those back.
+
+    One thread at a time: while a shape is compiled, which every thread does by itself, the
+    model's weights are placeholders.
     """
+    lock = threading.Lock()
 
     def weights() -> dict[str, Any]:
         return {name: model[name].parameters() for name in ("vision_model", "connector")}
@@ -114,7 +119,8 @@ def compile_encoder(model: Model) -> Callable[[mx.array], mx.array]:
     compiled = mx.compile(run)
 
     def encode(pixel_values: mx.array) -> mx.array:
-        image_embeds: mx.array = compiled(weights(), pixel_values)
+        with lock:
+            image_embeds: mx.array = compiled(weights(), pixel_values)
         return image_embeds
 
     return encode

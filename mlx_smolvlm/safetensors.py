@@ -114,17 +114,20 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_metadata(path: Path, largest: int = LARGEST_HEADER) -> dict[str, str]:
+def read_metadata(
+    path: Path, largest: int = LARGEST_HEADER, *, own_only: bool = False
+) -> dict[str, str]:
     """The texts that the safetensors file at `path` carries besides its tensors.
 
     Args:
         path: A file.
         largest: Bytes of the longest header to read.
+        own_only: Refuse a file of another user.
 
     Raises:
-        CheckpointError: As `read_header`.
+        CheckpointError: As `read_header`, or another user owns the file.
     """
-    metadata: dict[str, str] = _raw_header(path, largest)[0]["__metadata__"]
+    metadata: dict[str, str] = _raw_header(path, largest, own_only)[0]["__metadata__"]
     return metadata
 
 
@@ -145,10 +148,12 @@ def load_tensors(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _raw_header(path: Path, largest: int = LARGEST_HEADER) -> tuple[dict[str, Any], int]:
+def _raw_header(
+    path: Path, largest: int = LARGEST_HEADER, own_only: bool = False
+) -> tuple[dict[str, Any], int]:
     """The header's JSON object, and how many bytes of data follow it."""
     try:
-        with open_file(path) as file:
+        with open_file(path, own_only=own_only) as file:
             total = os.fstat(file.fileno()).st_size
             prefix = file.read(8)
             length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total

@@ -19,6 +19,7 @@ from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.messages import ImageSource, Message, VideoSource, read_request
 from mlx_smolvlm.parts import Part, answers_by_part
+from mlx_smolvlm.process import check_process
 from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
 
 if TYPE_CHECKING:
@@ -283,6 +284,7 @@ def load(
     from mlx_smolvlm.hub import ResolveOptions, resolve
     from mlx_smolvlm.prompt import PromptBuilder
 
+    check_process()
     path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
     config = read_config(path)
     cache.check(config.text)

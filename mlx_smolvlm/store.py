@@ -25,6 +25,7 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.content import Content, Span, State
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path, open_file, read_file, remove_leftovers, write_file
+from mlx_smolvlm.ownership import make_private_folder
 from mlx_smolvlm.safetensors import load_tensors, read_metadata, save_synced
 from mlx_smolvlm.storage import FLOAT
 
@@ -155,20 +156,23 @@ class Store:
 
 
 def _make_folder(folder: Path) -> Path:
-    """The cache's own subfolder of `folder`, made if it is not there.
+    """The cache's own subfolder of `folder`, made if it is not there, for this user alone.
 
     Raises:
         CheckpointError: Something else has its name.
-        OSError: It cannot be made.
+        OSError: It cannot be made, or other users can write to it.
     """
     own = folder / OWN_FOLDER
-    own.mkdir(parents=True, exist_ok=True)
+    make_private_folder(own)
     names = [name for name in os.listdir(own) if not name.startswith(".")]
     if own.is_symlink() or (names and not _is_marked(own)):
         raise CheckpointError(
             f"{own} is not a cache of mlx-smolvlm, so nothing is written there; choose another "
             "folder"
         )
+    status = own.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:  # made by an earlier version
+        own.chmod(0o700)
     return own
 
 
@@ -202,7 +206,7 @@ def _is_own(path: Path) -> bool:
     """Whether the header of the file at `path` is one that the cache wrote under this name."""
     match = _NAME.fullmatch(path.name)
     try:
-        header = _any_header(path)
+        header = _any_header(path, own_only=True)
     except CheckpointError:
         return False
     if match is None or header is None or header.get("kind") != _PREFIX:
@@ -260,18 +264,28 @@ def read(path: Path, kind: str, checkpoint: str) -> tuple[dict[str, mx.array], d
     return tensors, header["values"]
 
 
-def _any_header(path: Path) -> dict[str, Any] | None:
-    """What `write` stated in the file at `path`, of whatever kind; None if it wrote nothing."""
+def _any_header(path: Path, own_only: bool) -> dict[str, Any] | None:
+    """What `write` stated in the file at `path`, of whatever kind; None if it wrote nothing.
+
+    Args:
+        path: A file.
+        own_only: Refuse a file of another user, with a CheckpointError.
+    """
+    metadata = read_metadata(path, _LARGEST_HEADER, own_only=own_only)
     try:
-        header = json.loads(read_metadata(path, _LARGEST_HEADER).get(_HEADER, "null"))
+        header = json.loads(metadata.get(_HEADER, "null"))
     except (ValueError, TypeError, RecursionError):
         return None
     return header if isinstance(header, dict) else None
 
 
 def _header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
-    """What `write` stated in the file at `path`."""
-    header = _any_header(path)
+    """What `write` stated in the file at `path`.
+
+    A conversation is a file that the user names; the others are found by name in a folder,
+    where another user may have put one.
+    """
+    header = _any_header(path, own_only=kind == _PREFIX)
     if header is None or header.get("kind") != kind:
         raise CheckpointError(f"{path} is no {kind} file of mlx-smolvlm")
     if header.get("version") != VERSION or not isinstance(header.get("values"), dict):
@@ -397,7 +411,7 @@ def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | No
 def _read_memo(memo: Path) -> dict[str, Any]:
     """The digests that were remembered; none if the file cannot be used."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(read_file(memo, _LARGEST_MEMO))
+        values = json.loads(read_file(memo, _LARGEST_MEMO, own_only=True))
         if isinstance(values, dict):
             return values
     return {}

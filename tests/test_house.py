@@ -24,7 +24,7 @@ LEAVES = {
     "vision", "connector", "text", "cache", "storage", "bounded", "offline",
     "cache_options", "sampling", "picture", "fetch", "image", "decode",
     "readers", "scenes", "frames", "video", "schema", "files", "blas", "logprobs",
-    "values", "budget", "animation", "timeline", "download", "quoting",
+    "values", "budget", "animation", "timeline", "download", "quoting", "ownership", "process",
 }  # fmt: skip
 
 
