@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator
@@ -66,6 +67,19 @@ def randomize(model: Model, seed: int = 0) -> Model:
     model.update(tree_unflatten(weights))
     mx.eval(model.parameters())
     return model
+
+
+@pytest.fixture
+def give_away(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+    """A function that makes a file or folder another user's; without root, all of them."""
+
+    def give(path: Path) -> None:
+        if os.getuid() == 0:
+            os.chown(path, 12345, -1)
+        else:
+            monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+
+    return give
 
 
 @pytest.fixture(scope="session")

@@ -86,6 +86,34 @@ def test_the_newest_conversion_wins_however_late_another_was_used(cache):
     assert resolve("owner/name") == new
 
 
+@pytest.mark.parametrize("name", [".", "model.safetensors"])
+def test_a_conversion_of_another_user_is_not_used(cache, give_away, name):
+    path = resolve(REPO)
+    give_away(path / name)
+    advice = "set MLX_SMOLVLM_CACHE to another folder, or, if you trust it, give this folder"
+    with pytest.raises(CheckpointError, match=rf"Owned by another user, uid .*{advice}"):
+        resolve(REPO)
+    assert resolve(path) == path  # a folder that the user names is used
+
+
+def test_a_model_folder_of_another_user_is_not_used(cache, give_away):
+    path = resolve(REPO)
+    give_away(path.parent)
+    with pytest.raises(CheckpointError, match=r"Owned by another user, uid .*MLX_SMOLVLM_CACHE"):
+        resolve(REPO)
+
+
+def test_folders_of_models_are_for_their_owner_alone(tmp_path, monkeypatch):
+    cache = tmp_path / "new" / "cache"
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(cache))
+    umask = os.umask(0)
+    try:
+        parent = resolve(REPO).parent
+    finally:
+        os.umask(umask)
+    assert [one.stat().st_mode & 0o777 for one in (cache.parent, cache, parent)] == [0o700] * 3
+
+
 def test_what_is_not_whole_is_told_apart(tmp_path, cache):
     whole = resolve(REPO)
     parent = whole.parent

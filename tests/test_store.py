@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -207,6 +207,53 @@ def test_a_folder_that_cannot_be_used(tiny_folder: Path, tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match=r"cache folder .* cannot be used"):
         run(tiny_folder, tmp_path / "file" / "sub")
+
+
+def test_a_file_of_another_user_is_not_used(
+    tiny_folder: Path, folder: Path, give_away: Callable[[Path], None]
+) -> None:
+    run(tiny_folder, folder)
+    vlm = load(tiny_folder, cache=CacheOptions(folder=folder))
+    give_away(files(folder)[0])
+    with pytest.warns(SmolVLMWarning, match="is not used: .* Owned by another user, uid") as caught:
+        reply = vlm.ask("What?", images=[PICTURE], sampling=SHORT)
+    assert (reply.cached_tokens, reply.encoded_tiles) == (0, 5)
+    assert len(caught) == 1
+
+
+def test_a_digest_that_another_user_noted_is_not_used(
+    tiny_folder: Path, tmp_path: Path, give_away: Callable[[Path], None]
+) -> None:
+    memo = tmp_path / "checkpoints.json"
+    digest = checkpoint_digest(tiny_folder, memo)
+    values = json.loads(memo.read_text())
+    values[str(tiny_folder.resolve())][1] = "ab" * 32
+    memo.write_text(json.dumps(values))
+    give_away(memo)
+    assert checkpoint_digest(tiny_folder, memo) == digest
+
+
+def test_a_folder_of_another_user_is_refused(
+    tiny_folder: Path, folder: Path, give_away: Callable[[Path], None]
+) -> None:
+    run(tiny_folder, folder)
+    give_away(folder / OWN_FOLDER)
+    with pytest.raises(CheckpointError, match=r"Owned by another user, uid .* choose another"):
+        run(tiny_folder, folder)
+
+
+def test_the_folder_is_for_its_owner_alone(tiny_folder: Path, folder: Path) -> None:
+    own = folder / OWN_FOLDER
+    umask = os.umask(0)
+    try:
+        run(tiny_folder, folder)
+        made = [one.stat().st_mode & 0o777 for one in (folder.parent, folder, own)]
+        assert made == [0o700] * 3
+        own.chmod(0o777)  # as an earlier version made it
+        assert run(tiny_folder, folder).encoded_tiles == 0
+        assert own.stat().st_mode & 0o777 == 0o700
+    finally:
+        os.umask(umask)
 
 
 def test_no_room_stops_no_answer(
