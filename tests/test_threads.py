@@ -212,10 +212,14 @@ def test_the_end_of_the_program_waits_for_threads(
     assert not task.exists()
 
 
-def test_a_program_whose_threads_asked_ends_well(tiny_folder: Path) -> None:
+def test_a_program_that_forks_before_it_loads_and_asks_in_threads(tiny_folder: Path) -> None:
     code = f"""if True:
-        import threading, mlx_smolvlm, PIL.Image
+        import os, threading, mlx_smolvlm, PIL.Image
+        child = os.fork()
         vlm = mlx_smolvlm.load({str(tiny_folder)!r})
+        if child == 0:
+            os._exit(vlm.ask("What?", max_tokens=2).generation_tokens)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
         def ask():
             vlm.ask("What?", PIL.Image.new("RGB", (64, 64)), max_tokens=2)
         threads = [threading.Thread(target=ask) for _ in range(3)]
