@@ -19,8 +19,9 @@ from PIL import Image
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, SmolVLMError, load, process
 from mlx_smolvlm.answer import Answer
 from mlx_smolvlm.cache import NONE
+from mlx_smolvlm.content import Content, State
 from mlx_smolvlm.model import compile_encoder
-from mlx_smolvlm.reuse import Content, Memory, State
+from mlx_smolvlm.reuse import Memory
 
 SHORT = Sampling(max_tokens=4)
 PICTURES = [
@@ -164,7 +165,7 @@ def test_one_thread_at_a_time_changes_the_memory(tiny: SmolVLM) -> None:
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(memory.recall, content, NONE, None)
         assert store.reached.wait(10)
-        second = pool.submit(memory.remember, State(content, tiny.make_cache()), content, False)
+        second = pool.submit(memory.remember, State(content, tiny.engine.make_cache()), content, False)
         second.add_done_callback(lambda _: store.done.set())
         second.result(20)
         first.result(20)
