@@ -46,8 +46,14 @@ def run_command() -> int:
         The exit status.
     """
     prepare_streams()
+    command = typer.main.get_command(app)
     try:
-        return _invoke()
+        # Click's `main` without its handling of errors, by which a pipe that nobody reads ends
+        # the process with status 1 and without a word.
+        with command.make_context("mlx-smolvlm", sys.argv[1:]) as context:
+            return command.invoke(context) or 0
+    except typer.Exit as ending:
+        return ending.exit_code
     except _ClickError as error:
         if len(sys.argv) > 1:  # without arguments, the message is the help
             error.message = message_line(error.message)
@@ -71,20 +77,6 @@ def run_command() -> int:
             raise
         fail(message)
     return 1
-
-
-def _invoke() -> int:
-    """Run the command; its exit status.
-
-    This is Click's `main` without its handling of errors, by which a pipe that nobody reads ends
-    the process with status 1 and without a word.
-    """
-    command = typer.main.get_command(app)
-    try:
-        with command.make_context("mlx-smolvlm", sys.argv[1:]) as context:
-            return command.invoke(context) or 0
-    except typer.Exit as ending:
-        return ending.exit_code
 
 
 def _version(wanted: bool) -> None:

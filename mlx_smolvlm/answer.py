@@ -223,6 +223,9 @@ class AnswerStream(Iterator[Chunk]):
         self._chunks = self._generate()
         self._lock = threading.Lock()
 
+    def __iter__(self) -> Iterator[Chunk]:
+        return self._chunks
+
     def __next__(self) -> Chunk:
         with self._one_thread():
             return next(self._chunks)
@@ -275,36 +278,37 @@ class AnswerStream(Iterator[Chunk]):
         self._ready = yield from preparing(self._engine, self._prompt, self.reply)
 
     def _generate(self) -> Generator[Chunk, None, None]:
-        """The chunks, with `reply` kept up to date before each."""
-        with closing(self._token_ids()) as token_ids:
-            for token_id in token_ids:
-                shown = self._answer.add(token_id)
-                if shown:
-                    yield Chunk(shown, token_id)
-                if self._answer.ended:
-                    break
-        held = self._constraint
-        whole = held is not None and held.ended and not self._answer.is_cut
-        rest = self._answer.finish("stop" if whole else "length")
+        """Yields the chunks, with `reply` kept up to date before each.
+
+        However it ends, what has been computed is remembered.
+        """
+        for _ in self._preparation:
+            pass
+        content, embeds, cache = self._ready
+        answer, constraint = self._answer, self._constraint
+        answer.begin(embeds.shape[1])
+        try:
+            with closing(self._token_ids(embeds, cache)) as token_ids:
+                for token_id in token_ids:
+                    shown = answer.add(token_id)
+                    if shown:
+                        yield Chunk(shown, token_id)
+                    if answer.ended:
+                        break
+        finally:
+            self.state = State(content.followed_by(self.reply.token_ids), cache)
+            self._engine.memory.remember(self.state, content, self._prompt.is_turn)
+        whole = constraint is not None and constraint.ended and not answer.is_cut
+        rest = answer.finish("stop" if whole else "length")
         if rest:
             yield Chunk(rest, None)
         if whole:
             self.reply.parsed = value_of(self.reply.text, self._sampling.schema)
 
-    def _token_ids(self) -> Generator[int, None, None]:
-        """Token ids of the answer; what is known afterwards is remembered."""
-        engine, prompt, sampling = self._engine, self._prompt, self._sampling
-        for _ in self._preparation:
-            pass
-        content, embeds, cache = self._ready
-        self._answer.begin(embeds.shape[1])
-        limit = prompt.room(engine.context_size, sampling.max_tokens)
-        sampler, held = make_sampler(sampling), self._constraint
-        try:
-            if held is None:
-                yield from tokens(engine.model, embeds, cache, sampler, limit)
-            else:
-                yield from constrained_tokens(engine.model, embeds, cache, sampler, held, limit)
-        finally:
-            self.state = State(content.followed_by(self.reply.token_ids), cache)
-            engine.memory.remember(self.state, content, prompt.is_turn)
+    def _token_ids(self, embeds: mx.array, cache: KVCache) -> Generator[int, None, None]:
+        """Start to generate what follows `embeds` (1, L, D)."""
+        model, sampler = self._engine.model, make_sampler(self._sampling)
+        limit = self._prompt.room(self._engine.context_size, self._sampling.max_tokens)
+        if self._constraint is None:
+            return tokens(model, embeds, cache, sampler, limit)
+        return constrained_tokens(model, embeds, cache, sampler, self._constraint, limit)

@@ -213,13 +213,13 @@ def generators(monkeypatch: pytest.MonkeyPatch) -> list[Generator[Any, None, Non
 
     for name in ("tokens", "constrained_tokens", "encode"):
         recorded(name)
-    method = AnswerStream._token_ids
+    method = AnswerStream._generate
 
-    def record(stream: AnswerStream) -> Generator[int, None, None]:
+    def record(stream: AnswerStream) -> Generator[Chunk, None, None]:
         made.append(method(stream))
         return made[-1]
 
-    monkeypatch.setattr(AnswerStream, "_token_ids", record)
+    monkeypatch.setattr(AnswerStream, "_generate", record)
     return made
 
 
@@ -286,7 +286,7 @@ def test_preparations_are_closed(
     answer = endless.stream("Hi", images=[PICTURE], sampling=LONG)
     next(iter(answer.prepare()))
     answer.close()
-    assert [one.gi_frame for one in generators] == [None]  # type: ignore[attr-defined]
+    assert [one.gi_frame for one in generators] == [None] * 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("tiles", [None, 0, 1, 2, 4])

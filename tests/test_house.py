@@ -6,7 +6,10 @@ import os
 import re
 import sys
 import tomllib
+import traceback
+from collections.abc import Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,142 @@ LEAVES = {
     "readers", "scenes", "frames", "video", "schema", "files", "blas", "logprobs",
     "values", "budget", "animation", "timeline", "download", "quoting", "ownership", "process",
 }  # fmt: skip
+PACKAGE = "mlx_smolvlm"
+
+# Lowest first. A module imports its own folder and those before it; a file directly in the
+# package stands for itself.
+LAYERS = (
+    *("quoting", "blas", "errors", "values", "files", "config", "records"),
+    *("kv", "model", "checkpoint", "media", "prompt", "reuse", "generate"),
+    *("conversation", "smolvlm", "mlx_smolvlm"),
+    *("train", "train/evaluate", "convert", "convert/compare", "convert/quant"),
+    *("convert/__init__", "cli"),
+)
+# Reading pictures and wording prompts needs no network and no checkpoint.
+APART = {(above, below) for above in ("media", "prompt") for below in ("kv", "model", "checkpoint")}
+# `load` converts a checkpoint on first use: the one arrow up, and a lazy one.
+EXCEPTIONS = [("mlx_smolvlm.smolvlm", f"mlx_smolvlm.{name}") for name in ("hub", "convert.hub")]
+
+# Where the files that still lie flat belong.
+FOLDERS = {
+    "kv": "storage cache bounded cache_options",
+    "model": "vision connector text model",
+    "checkpoint": "checkpoint safetensors checksums origin contents adapter staging writer",
+    "media": "download budget timeline animation offline fetch picture image video readers decode "
+    "scenes media",
+    "prompt": "messages template sandbox tokenizer prompt frames",
+    "reuse": "content reuse store",
+    "generate": "context logprobs engine generate sampling constrain schema answer packing batch "
+    "choose parts",
+    "conversation": "saved",
+    "convert": "hub cached",
+    "convert/quant": "convert.recipes convert.better convert.mixture convert.sensitivity "
+    "convert.compensate convert.gptq convert.learn convert.calibration",
+    "convert/compare": "convert.samples convert.losses convert.observe convert.differences "
+    "convert.comparison convert.report convert.plot convert.verify convert.compare_options "
+    "convert.scoring convert.measure",
+    "train/evaluate": "train.cases train.metrics train.results train.report train.evaluation",
+}
+MOVES = {f"{PACKAGE}.{name}": folder for folder, names in FOLDERS.items() for name in names.split()}
+
+
+def modules() -> dict[str, Path]:
+    """The files of the package, by the name under which they are imported."""
+    found = {}
+    for path in list_package_files():
+        parts = [*path.relative_to(ROOT).with_suffix("").parts]
+        parts = parts if parts[0] == PACKAGE else [PACKAGE, *parts]
+        found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def folder_of(module: str, path: Path) -> str:
+    """The folder that `module` belongs to.
+
+    A file directly in the package is its own, and so is what lists a folder's public names.
+    `cli` counts as one: the command `chat` starts the interactive program, which is made of
+    the commands' parts.
+    """
+    if module in MOVES:
+        return MOVES[module]
+    parts = module.split(".")[1:]
+    if parts[:1] == ["cli"]:
+        return "cli"
+    if path.name == "__init__.py":
+        return "/".join([*parts, "__init__"]) if parts else PACKAGE
+    return "/".join(parts[:-1] or parts)
+
+
+def imports(path: Path, known: Mapping[str, object]) -> Iterator[tuple[str, bool]]:
+    """Modules that the file `path` imports, and whether it does so inside of a function.
+
+    Those that it imports for its type annotations alone count as well.
+    """
+
+    def visit(node: ast.AST, is_lazy: bool) -> Iterator[tuple[str, bool]]:
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, is_lazy) for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            full = {f"{node.module}.{alias.name}" for alias in node.names} & set(known)
+            yield from ((name, is_lazy) for name in full or {node.module} & set(known))
+        is_lazy |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, is_lazy)
+
+    yield from visit(ast.parse(path.read_text(encoding="utf-8")), False)
+
+
+@pytest.fixture(scope="module")
+def arrows() -> dict[tuple[str, str], bool]:
+    """Every pair of a module and one that it imports, and whether it only does so lazily."""
+    known = modules()
+    found: dict[tuple[str, str], bool] = {}
+    for module, path in known.items():
+        for other, is_lazy in imports(path, known):
+            found[module, other] = found.get((module, other), True) and is_lazy
+    assert [found.pop(pair) for pair in EXCEPTIONS if pair in found] == [True]
+    return found
+
+
+def test_no_cycle_between_files(arrows: dict[tuple[str, str], bool]) -> None:
+    check_acyclic(arrows)
+
+
+def test_no_cycle_between_folders(arrows: dict[tuple[str, str], bool]) -> None:
+    check_acyclic(between_folders(arrows))
+
+
+def test_imports_run_one_way(arrows: dict[tuple[str, str], bool]) -> None:
+    between = between_folders(arrows)
+    wrong = {
+        f"{first} imports {second}: {', '.join(files)}"
+        for (first, second), files in between.items()
+        if LAYERS.index(first) < LAYERS.index(second) or (first, second) in APART
+    }
+    assert not wrong, "\n".join(sorted(wrong))
+
+
+def between_folders(arrows: Mapping[tuple[str, str], bool]) -> dict[tuple[str, str], list[str]]:
+    """Pairs of folders of which the first imports the second, with the files' names."""
+    known = modules()
+    found: dict[tuple[str, str], list[str]] = {}
+    for first, second in sorted(arrows):
+        pair = folder_of(first, known[first]), folder_of(second, known[second])
+        if pair[0] != pair[1]:
+            names = [name.removeprefix(f"{PACKAGE}.") for name in (first, second)]
+            found.setdefault(pair, []).append(" -> ".join(names))
+    return found
+
+
+def check_acyclic(arrows: Mapping[tuple[str, str], object]) -> None:
+    """Fail with the cycle that `arrows` have, if they have one."""
+    graph: dict[str, set[str]] = {}
+    for first, second in arrows:
+        graph.setdefault(first, set()).add(second)
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(" <- ".join(error.args[1]))
 
 
 @cache
@@ -198,3 +337,34 @@ def test_native_readers_see_no_file_that_was_not_checked() -> None:
                     name = node.id if isinstance(node, ast.Name) else node.name
                     assert name not in ("safe_open", "load_file", "memmap"), path
     assert calls == {"mlx_smolvlm/safetensors.py"}
+
+
+def test_few_frames_between_the_command_and_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At most five of our own functions lie between `main` and `Model.step`."""
+    from mlx_smolvlm.cli import app
+    from mlx_smolvlm.model import Model
+
+    stacks, step = [], Model.step
+
+    def record(*arguments: Any) -> Any:
+        stacks.append(traceback.extract_stack())
+        return step(*arguments)
+
+    monkeypatch.setattr(Model, "step", record)
+    picture = str(ROOT / "examples" / "three.png")
+    monkeypatch.setattr(
+        sys, "argv", ["mlx-smolvlm", "chat", "--image", picture, "What is it?", "--max-tokens", "3"]
+    )
+    with pytest.raises(SystemExit):
+        app.main()
+    assert capsys.readouterr().out.strip()
+    known = {str(path.resolve()): name for name, path in modules().items()}
+    own = [
+        f"{known[str(path)]}.{frame.name}"
+        for frame in stacks[0]
+        if str(path := Path(frame.filename).resolve()) in known
+    ]
+    between = own[own.index("mlx_smolvlm.cli.app.main") + 1 :]
+    assert 1 <= len(between) <= 5, between
