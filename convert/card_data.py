@@ -11,8 +11,8 @@ from typing import Any
 from mlx_smolvlm.checkpoint import CARD_FILE
 from mlx_smolvlm.convert.source import Source, is_hub_id
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.origin import Origin, read_origin
-from mlx_smolvlm.safetensors import read_json
 
 _LARGEST_CARD = 1 << 20  # bytes
 _LONGEST_TEXT = 300  # characters of a name or link

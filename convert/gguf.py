@@ -25,7 +25,8 @@ from mlx_smolvlm.convert.gguf_blocks import GROUP, PACKED_BITS, arrays_of
 from mlx_smolvlm.convert.gguf_file import GgufFile, open_gguf
 from mlx_smolvlm.convert.gguf_tokenizer import added_tokens, placeholder_id, tokenizer_json
 from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.safetensors import WEIGHTS_FILE, read_json, write_arrays
+from mlx_smolvlm.json_files import read_json
+from mlx_smolvlm.safetensors import WEIGHTS_FILE, write_arrays
 
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",

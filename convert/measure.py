@@ -30,9 +30,9 @@ from mlx_smolvlm.convert.scoring import judge, read_data, task_scores
 from mlx_smolvlm.convert.weights import entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.hub import ResolveOptions, resolve
+from mlx_smolvlm.json_files import read_text
 from mlx_smolvlm.media import Medium
 from mlx_smolvlm.messages import read_request
-from mlx_smolvlm.safetensors import read_text
 from mlx_smolvlm.smolvlm import SmolVLM
 from mlx_smolvlm.tokenizer import LARGEST_FILE, read_tokenizer
 

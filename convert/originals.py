@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_smolvlm.config import FORMAT
 from mlx_smolvlm.convert.settings import MODEL_TYPES
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.safetensors import read_json
+from mlx_smolvlm.json_files import read_json
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from mlx_smolvlm.checkpoint import LARGEST_TEMPLATE, TEMPLATE_FILE, TOKENIZER_FI
 from mlx_smolvlm.config import ImageConfig, VideoConfig
 from mlx_smolvlm.convert.section import Section
 from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.safetensors import read_json, read_text
+from mlx_smolvlm.json_files import read_json, read_text
 from mlx_smolvlm.tokenizer import LARGEST_FILE
 
 LONGEST_EDGE, TILE = 4 * 364, 364  # the image processors' defaults, in pixels

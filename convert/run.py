@@ -36,8 +36,8 @@ from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.convert.weights import entries, own_entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.origin import ORIGIN_FILE, Origin
-from mlx_smolvlm.safetensors import read_json
 from mlx_smolvlm.staging import check_destination, staged
 from mlx_smolvlm.writer import Outbox, ShardWriter
 

@@ -28,7 +28,7 @@ from mlx_smolvlm.convert.preprocessing import (
 )
 from mlx_smolvlm.convert.section import Section
 from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.safetensors import read_json
+from mlx_smolvlm.json_files import read_json
 
 MODEL_TYPES = ("idefics3", "smolvlm")
 MOST_LAYERS = 1024

@@ -15,8 +15,8 @@ from mlx_smolvlm.convert.run import Progress
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import remove_leftovers, write_file
+from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.records import read_record
-from mlx_smolvlm.safetensors import read_json
 
 VERIFY_FILE = "verify.json"
 VERIFY_PLOT = "verify.png"

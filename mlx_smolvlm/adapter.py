@@ -23,9 +23,10 @@ from mlx_smolvlm.checkpoint import NEVER_QUANTIZED
 from mlx_smolvlm.config import LONGEST_SOURCE, part_of
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import write_file
+from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.records import read_record
-from mlx_smolvlm.safetensors import load_tensors, read_header, read_json, save_synced
+from mlx_smolvlm.safetensors import load_tensors, read_header, save_synced
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"

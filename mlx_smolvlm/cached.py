@@ -18,8 +18,9 @@ from mlx_smolvlm.config import DTYPE_BITS, FORMAT, FORMAT_VERSION, PARTS, Config
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.hub import ALIASES, cache_folder, last_used
+from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.origin import read_origin
-from mlx_smolvlm.safetensors import read_headers, read_json
+from mlx_smolvlm.safetensors import read_headers
 from mlx_smolvlm.staging import PARTIAL
 
 State = Literal["whole", "outdated", "damaged", "unfinished", "in progress"]

@@ -16,15 +16,9 @@ from mlx.utils import tree_flatten
 
 from mlx_smolvlm.config import DTYPES, FORMAT, Config
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.json_files import read_json, read_text
 from mlx_smolvlm.model import Model
-from mlx_smolvlm.safetensors import (
-    FLOATS,
-    TensorInfo,
-    load_tensors,
-    read_headers,
-    read_json,
-    read_text,
-)
+from mlx_smolvlm.safetensors import FLOATS, TensorInfo, load_tensors, read_headers
 
 CONFIG_FILE = "config.json"
 TOKENIZER_FILE = "tokenizer.json"

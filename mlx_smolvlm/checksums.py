@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import open_file
-from mlx_smolvlm.safetensors import read_text
+from mlx_smolvlm.json_files import read_text
 
 SUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")

@@ -26,8 +26,9 @@ from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, is_own, read_conf
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path, read_file, write_file
+from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.ownership import check_folder, check_owner, make_private_folder
-from mlx_smolvlm.safetensors import read_headers, read_json
+from mlx_smolvlm.safetensors import read_headers
 from mlx_smolvlm.values import read_integer
 
 DEMO = "demo"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.safetensors import read_json
+from mlx_smolvlm.json_files import read_json
 
 ORIGIN_FILE = "origin.json"
 

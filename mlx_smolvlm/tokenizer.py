@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.config import LARGEST
 from mlx_smolvlm.errors import CheckpointError, SmolVLMError
+from mlx_smolvlm.json_files import read_text, read_unique_keys
 from mlx_smolvlm.quoting import one_line
-from mlx_smolvlm.safetensors import read_text, read_unique_keys
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

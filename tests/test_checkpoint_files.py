@@ -26,9 +26,10 @@ from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError, PromptError, SmolVLMError, shorten
 from mlx_smolvlm.hub import resolve
+from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.origin import read_origin
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.safetensors import read_headers, read_json
+from mlx_smolvlm.safetensors import read_headers
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.tokenizer import native_errors, read_tokenizer
 
