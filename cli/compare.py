@@ -16,6 +16,7 @@ from mlx_smolvlm.files import expand_path, write_output
 if TYPE_CHECKING:
     from mlx_smolvlm.convert.compare_options import CompareOptions
     from mlx_smolvlm.convert.comparison import Comparison
+    from mlx_smolvlm.convert.source import Source
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -110,7 +111,7 @@ def compare(request: CompareRequest) -> None:
         draw_plot(found, request.plot)
 
 
-def verify(source: str | Path, dest: Path, samples: Samples, offline: bool) -> None:
+def verify(source: Source, dest: Path, samples: Samples) -> None:
     """Compare what was converted with its source, and put what was found on stdout.
 
     Raises:
@@ -121,9 +122,7 @@ def verify(source: str | Path, dest: Path, samples: Samples, offline: bool) -> N
 
     bar = Bar()
     with contextlib.closing(bar):
-        found = verify_conversion(
-            source, dest, samples.options(), offline=offline, progress=bar.draw
-        )
+        found = verify_conversion(source, dest, samples.options(), progress=bar.draw)
     show(found)
     say(f"wrote {dest / VERIFY_FILE} and {VERIFY_PLOT}")
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_smolvlm.cli.compare import Samples
     from mlx_smolvlm.cli.precision import Better
     from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.convert.source import Source
 
 
 @dataclass(frozen=True)
@@ -59,36 +60,36 @@ def convert(request: ConvertRequest) -> None:
     """Write the checkpoint and say where; then upload it, if that was asked for.
 
     Raises:
-        typer.BadParameter: A precision that does not exist.
+        typer.BadParameter: The options ask to change what is to be uploaded as it is.
         CheckpointError: The source is not usable, the destination is taken, or the hub
             refuses.
     """
-    from mlx_smolvlm.checkpoint import is_own
-    from mlx_smolvlm.convert.quantize import requested
+    from mlx_smolvlm.convert.source import open_source
+    from mlx_smolvlm.staging import check_destination
 
-    try:
-        requested(request.options)
-    except CheckpointError as error:
-        raise typer.BadParameter(str(error)) from None
     if request.verify is not None:
         request.verify.options()  # wrong files are refused before hours of work
     if request.upload is not None:
         from mlx_smolvlm.convert.upload import check_upload
 
         check_upload(request.upload)  # or the work would be done before it is known
-    source = find_source(request.source)
-    if request.upload is not None and request.dest is None and is_own(Path(source)):
+    name = find_source(request.source)
+    suffix = None if request.better is None else request.better.suffix
+    dest = request.dest or default_dest(str(name), request.options, suffix)
+    dest = expand_path(dest, CheckpointError)
+    may_publish = request.upload is not None and request.dest is None and isinstance(name, Path)
+    if not may_publish:
+        check_destination(dest, request.force)  # before anything is fetched
+    source = open_source(name, request.offline)
+    if may_publish and source.is_own:
         if request.changes:
             raise typer.BadParameter(
-                f"{source} is a checkpoint of mlx-smolvlm, which --upload publishes as it is; to "
+                f"{name} is a checkpoint of mlx-smolvlm, which --upload publishes as it is; to "
                 "convert it again with these options, give a new folder",
                 param_hint="DEST",
             )
-        publish(Path(source), request)
+        publish(source.folder, request)
         return
-    suffix = None if request.better is None else request.better.suffix
-    dest = request.dest or default_dest(str(source), request.options, suffix)
-    dest = expand_path(dest, CheckpointError)
     write_converted(source, dest, request)
     if request.upload is not None:
         publish(dest, request)
@@ -108,12 +109,10 @@ def find_source(name: str) -> str | Path:
     return resolve(DEMO) if name == DEMO else ALIASES.get(name.lower(), name)
 
 
-def write_converted(source: str | Path, dest: Path, request: ConvertRequest) -> None:
+def write_converted(source: Source, dest: Path, request: ConvertRequest) -> None:
     """Convert `source` to the folder `dest`, and say so."""
     from mlx_smolvlm.convert.run import convert_checkpoint
 
-    if dest.exists() and not dest.is_dir():
-        raise CheckpointError(f"{dest} is no folder; choose another destination")
     progress = ConversionProgress()
     with contextlib.closing(progress):
         if request.better is None or request.better.rounds:
@@ -122,7 +121,6 @@ def write_converted(source: str | Path, dest: Path, request: ConvertRequest) -> 
                 dest,
                 request.options,
                 progress,
-                offline=request.offline,
                 force=request.force,
             )
         else:
@@ -131,7 +129,7 @@ def write_converted(source: str | Path, dest: Path, request: ConvertRequest) -> 
     if request.verify is not None:
         from mlx_smolvlm.cli.compare import verify
 
-        verify(source, dest, request.verify, request.offline)
+        verify(source, dest, request.verify)
 
 
 def publish(folder: Path, request: ConvertRequest) -> None:

@@ -122,16 +122,20 @@ def convert(
     from mlx_smolvlm.cli.convert import convert as run
     from mlx_smolvlm.cli.precision import Better
     from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.errors import CheckpointError
 
-    options = ConvertOptions(
-        bits=bits,
-        vision_bits=vision_bits,
-        connector_bits=connector_bits,
-        embeddings_bits=embeddings_bits,
-        group_size=group_size,
-        mode=mode,
-        dtype=dtype,
-    )
+    try:
+        options = ConvertOptions(
+            bits=bits,
+            vision_bits=vision_bits,
+            connector_bits=connector_bits,
+            embeddings_bits=embeddings_bits,
+            group_size=group_size,
+            mode=mode,
+            dtype=dtype,
+        )
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error)) from None
     better = Better(
         recipe=recipe,
         target_size=target_size,

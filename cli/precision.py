@@ -16,6 +16,7 @@ from mlx_smolvlm.errors import CheckpointError
 if TYPE_CHECKING:
     from mlx_smolvlm.cli.convert import ConvertRequest
     from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.convert.source import Source
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -100,7 +101,7 @@ class Better:
                 "them"
             )
 
-    def write(self, source: str | Path, dest: Path, request: ConvertRequest) -> None:
+    def write(self, source: Source, dest: Path, request: ConvertRequest) -> None:
         """Write the checkpoint, with what was asked for."""
         from mlx_smolvlm.convert.better import BetterOptions, convert_better
         from mlx_smolvlm.convert.compensate import GptqOptions
@@ -112,7 +113,6 @@ class Better:
             gptq=GptqOptions() if self.gptq else None,
             learn=None if self.dwq_steps is None else LearnOptions(steps=self.dwq_steps),
             calibration=self.calibration,
-            offline=request.offline,
             force=request.force,
         )
         bar = Bar()

@@ -23,11 +23,10 @@ from mlx_smolvlm.convert.quantize import (
     FINE_BITS,
     ConvertOptions,
     check_width,
-    requested,
 )
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint, write_checkpoint
 from mlx_smolvlm.convert.sensitivity import damage, importance
-from mlx_smolvlm.convert.source import open_source
+from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.model import Model
@@ -97,7 +96,7 @@ class Result:
 
 
 def convert_better(
-    source: str | Path,
+    source: str | Path | Source,
     dest: str | Path,
     options: ConvertOptions,
     better: BetterOptions,
@@ -114,7 +113,6 @@ def convert_better(
             nothing is rounded that errors could be made up for.
     """
     dest = expand_path(dest, CheckpointError)
-    requested(options)
     check_destination(dest, better.force)
     opened = open_source(source, better.offline)
     plan = plan_checkpoint(opened, options)

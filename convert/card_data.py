@@ -5,14 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.checkpoint import CARD_FILE
+from mlx_smolvlm.checkpoint import CARD_FILE, CONFIG_FILE
 from mlx_smolvlm.convert.source import Source, is_hub_id
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.json_files import read_json
-from mlx_smolvlm.origin import Origin, read_origin
+from mlx_smolvlm.origin import ORIGIN_FILE, Origin, parse_origin
 
 _LARGEST_CARD = 1 << 20  # bytes
 _LONGEST_TEXT = 300  # characters of a name or link
@@ -23,13 +21,13 @@ def trace(source: Source) -> Origin:
     from mlx_smolvlm import __version__
 
     converter = f"mlx-smolvlm {__version__}"
-    own = read_origin(source.folder) if source.is_own else None
-    if own is not None:
+    if source.is_own and source.has(ORIGIN_FILE):
+        own = parse_origin(source.json(ORIGIN_FILE), source.folder / ORIGIN_FILE)
         name, revision = source.name, source.revision
         return replace(own, source=name, revision=revision, converter=converter)
-    card = read_card(source.folder)
+    card = read_card(source)
     base = source.name if is_hub_id(source.name) else None
-    for stated in (card.get("base_model"), _name_in_config(source.folder)):
+    for stated in (card.get("base_model"), _name_in_config(source)):
         base = base or _hub_id(stated)
     license_id = _text(card.get("license"))
     languages = card.get("language")
@@ -46,23 +44,23 @@ def trace(source: Source) -> Origin:
     )
 
 
-def read_card(folder: Path) -> Mapping[str, Any]:
-    """The front matter of the model card in `folder`; nothing if there is none to be read."""
-    path = folder / CARD_FILE
+def read_card(source: Source) -> Mapping[str, Any]:
+    """The front matter of the source's model card; nothing if there is none to be read."""
+    if not source.has(CARD_FILE):
+        return {}
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_CARD:
-            return {}
-        from huggingface_hub import metadata_load
+        text = source.text(CARD_FILE, _LARGEST_CARD).removeprefix("\ufeff")
+        from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
-        return metadata_load(path) or {}
+        return RepoCard(text).data.to_dict() if REGEX_YAML_BLOCK.search(text) else {}
     except Exception:  # the card is text by people, and no weight depends on it
         return {}
 
 
-def _name_in_config(folder: Path) -> Any:
+def _name_in_config(source: Source) -> Any:
     """What config.json calls the model."""
     try:
-        return read_json(folder / "config.json").get("_name_or_path")
+        return source.json(CONFIG_FILE).get("_name_or_path")
     except CheckpointError:
         return None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -25,7 +25,6 @@ from mlx_smolvlm.checkpoint import (
     tokenizer_path,
 )
 from mlx_smolvlm.config import Config, Quantization
-from mlx_smolvlm.convert.arrays import Reader
 from mlx_smolvlm.convert.quantize import ConvertOptions, unpack
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint
 from mlx_smolvlm.convert.source import Source
@@ -33,8 +32,12 @@ from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.safetensors import read_headers
+from mlx_smolvlm.safetensors import WeightFiles
 from mlx_smolvlm.smolvlm import SmolVLM
+from mlx_smolvlm.tokenizer import LARGEST_FILE, parse_tokenizer, read_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 FEW_ROWS = 16  # up to so many, a packed product is faster on a CPU than unpacking
 
@@ -70,7 +73,7 @@ class Opened(Protocol):
     @property
     def config(self) -> Config: ...
     @property
-    def tokenizer_json(self) -> Path: ...
+    def tokenizer(self) -> Tokenizer: ...
     @property
     def nbytes(self) -> int:
         """Of its weights."""
@@ -91,28 +94,24 @@ class OpenedFolder:
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder, self.name = folder, name or str(folder)
         self.config = read_config(folder)
-        self.tokenizer_json = tokenizer_path(folder)
-        self._tensors = read_headers(folder)
+        self.tokenizer = read_tokenizer(tokenizer_path(folder), self.config.text.vocab_size)
+        self._weights = WeightFiles(folder)
 
     @property
     def nbytes(self) -> int:
         """Of its weights."""
-        return sum(info.nbytes for info in self._tensors.values())
+        return sum(info.nbytes for info in self._weights.tensors.values())
 
     def load(self) -> SmolVLM:
         """The model, in memory; errors as `checkpoint.load_model`."""
-        builder = PromptBuilder(self.tokenizer_json, chat_template(self.folder), self.config)
+        builder = PromptBuilder(self.tokenizer, chat_template(self.folder), self.config)
         return _measurable(self.folder, self.config, load_model(self.folder), builder)
 
     def matrix(self, path: str) -> Matrix:
         """The weight of the module at `path`, which is not kept."""
         names = {s: f"{path}.{s}" for s in ("weight", "scales", "biases")}
-        reader = Reader()
-        arrays = {
-            suffix: reader.take(name, self._tensors[name])
-            for suffix, name in names.items()
-            if name in self._tensors
-        }
+        weights = self._weights
+        arrays = {s: weights.read(name) for s, name in names.items() if name in weights.tensors}
         return Matrix(arrays, self.config.quantization.of(path) if len(arrays) > 1 else None)
 
 
@@ -123,7 +122,11 @@ class OpenedSource:
         self._plan: Plan = plan or plan_checkpoint(source, ConvertOptions(bits=16))
         self._steps = {step.entry.path: step for step in self._plan.steps}
         self.name, self.config = source.name, self._plan.config
-        self.tokenizer_json = source.folder / TOKENIZER_FILE
+        self.tokenizer = parse_tokenizer(
+            source.text(TOKENIZER_FILE, LARGEST_FILE),
+            source.folder / TOKENIZER_FILE,
+            self.config.text.vocab_size,
+        )
         self._dtype: mx.Dtype = getattr(mx, self.config.dtype)
 
     @property
@@ -137,12 +140,12 @@ class OpenedSource:
         Raises:
             CheckpointError: The weights cannot be read.
         """
-        folder, reader = self._plan.source.folder, Reader()
+        folder = self._plan.source.folder
         model = build_model(self.config)
         weights = []
         try:
             for path, step in self._steps.items():
-                arrays = self._plan.build(step, reader)
+                arrays = self._plan.build(step)
                 mx.eval(arrays)
                 weights += [(f"{path}.{suffix}", array) for suffix, array in arrays.items()]
                 mx.clear_cache()
@@ -150,12 +153,12 @@ class OpenedSource:
             raise CheckpointError(f"{folder} cannot be read: {error}") from None
         model.load_weights(weights, strict=True)
         model.eval()
-        builder = PromptBuilder(self.tokenizer_json, self._plan.template, self.config)
+        builder = PromptBuilder(self.tokenizer, self._plan.template, self.config)
         return _measurable(folder, self.config, model, builder)
 
     def matrix(self, path: str) -> Matrix:
         """The weight of the module at `path`, which is not kept."""
-        arrays = self._plan.build(self._steps[path], Reader())
+        arrays = self._plan.build(self._steps[path])
         arrays.pop("bias", None)
         return Matrix(arrays, self._steps[path].target)
 

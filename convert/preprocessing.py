@@ -6,13 +6,12 @@ Source: transformers 5.23, Idefics3ImageProcessor, SmolVLMVideoProcessor, Proces
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from mlx_smolvlm.checkpoint import LARGEST_TEMPLATE, TEMPLATE_FILE, TOKENIZER_FILE
 from mlx_smolvlm.config import ImageConfig, VideoConfig
 from mlx_smolvlm.convert.section import Section
+from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.json_files import read_json, read_text
 from mlx_smolvlm.tokenizer import LARGEST_FILE
 
 LONGEST_EDGE, TILE = 4 * 364, 364  # the image processors' defaults, in pixels
@@ -29,26 +28,26 @@ FIXED_IMAGE = {
 }
 
 
-def processors(folder: Path) -> tuple[Section, Section | None]:
+def processors(source: Source) -> tuple[Section, Section | None]:
     """The settings of the image processor and, where they are apart, of the video processor.
 
     transformers 5 nests both in processor_config.json, and prefers that to the files
     that older versions wrote.
     """
     images, videos = None, None
-    if (folder / "processor_config.json").is_file():
-        nested = Section(read_json(folder / "processor_config.json"), "processor_config.json")
+    if source.has("processor_config.json"):
+        nested = Section(source.json("processor_config.json"), "processor_config.json")
         images, videos = nested.child("image_processor"), nested.child("video_processor")
     if images is None:
-        if not (folder / "preprocessor_config.json").is_file():
+        if not source.has("preprocessor_config.json"):
             raise CheckpointError(
-                f"{folder} has no preprocessor_config.json, so the size of pictures is unknown; "
-                "copy it from the checkpoint that this one was made from"
+                f"{source.folder} has no preprocessor_config.json, so the size of pictures is "
+                "unknown; copy it from the checkpoint that this one was made from"
             )
-        images = Section(read_json(folder / "preprocessor_config.json"), "preprocessor_config.json")
+        images = Section(source.json("preprocessor_config.json"), "preprocessor_config.json")
     name = "video_preprocessor_config.json"
-    if videos is None and (folder / name).is_file():
-        videos = Section(read_json(folder / name), name)
+    if videos is None and source.has(name):
+        videos = Section(source.json(name), name)
     return images, videos
 
 
@@ -114,7 +113,7 @@ def video_config(images: Section, videos: Section | None) -> VideoConfig | None:
 
 
 def eos_token_ids(
-    folder: Path, top: Section, text: Section, tokens: Mapping[str, int], vocab_size: int
+    source: Source, top: Section, text: Section, tokens: Mapping[str, int], vocab_size: int
 ) -> tuple[int, ...]:
     """The ids that end an answer.
 
@@ -122,8 +121,8 @@ def eos_token_ids(
     tokenizer has it, since that ends a turn in the chat format.
     """
     sections = [text, top]
-    if (folder / "generation_config.json").is_file():
-        generation = Section(read_json(folder / "generation_config.json"), "generation_config.json")
+    if source.has("generation_config.json"):
+        generation = Section(source.json("generation_config.json"), "generation_config.json")
         sections.insert(0, generation)
     ids: list[int] = []
     for section in sections:
@@ -139,61 +138,62 @@ def eos_token_ids(
     usable = tuple(dict.fromkeys(one for one in ids if 0 <= one < vocab_size))
     if not usable:
         raise CheckpointError(
-            f"{folder}: no eos_token_id within the vocabulary of {vocab_size}, so no answer "
+            f"{source.folder}: no eos_token_id within the vocabulary of {vocab_size}, so no answer "
             "would end; state it in generation_config.json"
         )
     return usable
 
 
-def added_tokens(folder: Path) -> dict[str, int]:
+def added_tokens(source: Source) -> dict[str, int]:
     """The added tokens of tokenizer.json with their ids.
 
     Raises:
         CheckpointError: tokenizer.json is missing or damaged.
     """
-    path = folder / TOKENIZER_FILE
-    if not path.is_file():
+    if not source.has(TOKENIZER_FILE):
         raise CheckpointError(
-            f"{folder} has no {TOKENIZER_FILE}; save its tokenizer with transformers' "
+            f"{source.folder} has no {TOKENIZER_FILE}; save its tokenizer with transformers' "
             "AutoTokenizer, which writes one"
         )
-    added = read_json(path, LARGEST_FILE).get("added_tokens") or []
+    added = source.json(TOKENIZER_FILE, LARGEST_FILE).get("added_tokens") or []
     try:
         return {token["content"]: token["id"] for token in added}
     except (TypeError, KeyError):
-        raise CheckpointError(f"{path}: added_tokens is damaged") from None
+        raise CheckpointError(
+            f"{source.folder / TOKENIZER_FILE}: added_tokens is damaged"
+        ) from None
 
 
-def read_template(folder: Path) -> str:
-    """The chat template of the checkpoint in `folder`, from where transformers would take it.
+def read_template(source: Source) -> str:
+    """The chat template of `source`, from where transformers would take it.
 
     Raises:
         CheckpointError: None of the four places has one.
     """
     for name in ("processor_config.json", "chat_template.json", TEMPLATE_FILE):
-        if name == TEMPLATE_FILE and (folder / name).is_file():
-            return read_text(folder / name, LARGEST_TEMPLATE)
-        template = _template_in(folder / name)
+        if name == TEMPLATE_FILE and source.has(name):
+            return source.text(name, LARGEST_TEMPLATE)
+        template = _template_in(source, name)
         if template is not None:
             return template
-    template = _template_in(folder / "tokenizer_config.json")
+    template = _template_in(source, "tokenizer_config.json")
     if template is None:
         raise CheckpointError(
-            f"{folder} has no chat template (chat_template.jinja, chat_template.json or in "
+            f"{source.folder} has no chat template (chat_template.jinja, chat_template.json or in "
             "tokenizer_config.json); copy it from the checkpoint that this one was made from"
         )
     return template
 
 
-def _template_in(path: Path) -> str | None:
+def _template_in(source: Source, name: str) -> str | None:
     """The template under "chat_template" in a JSON file, the default one if it has several."""
-    if not path.is_file() or path.suffix != ".json":
+    if not name.endswith(".json") or not source.has(name):
         return None
-    value = read_json(path).get("chat_template")
+    value = source.json(name).get("chat_template")
     if isinstance(value, list):
         value = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
     if isinstance(value, dict):
         value = value.get("default")
     if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{path}: chat_template is no text: {shorten(value)}")
+        raise CheckpointError(f"{source.folder / name}: chat_template is no text: {shorten(value)}")
     return value

@@ -36,6 +36,9 @@ class ConvertOptions:
         overrides: Pairs of a pattern over module paths, such as
             "text_model.layers.*.mlp.down_proj", and what its modules get (None: float) in
             place of what their part gets. `*` takes dots too; of several, the last counts.
+
+    Raises:
+        CheckpointError: Bits, group size, mode or dtype that do not exist.
     """
 
     bits: int | None = None
@@ -47,27 +50,32 @@ class ConvertOptions:
     dtype: str | None = None
     overrides: tuple[tuple[str, Quantization | None], ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise CheckpointError(f"dtype {shorten(self.dtype)} is none of {', '.join(DTYPES)}")
+        if self.mode != "affine" and self.mode not in FLOAT_MODES:
+            raise CheckpointError(
+                f"mode {shorten(self.mode)} is none of affine, {', '.join(FLOAT_MODES)}"
+            )
+        if self.group_size not in AFFINE_GROUPS or type(self.group_size) is not int:
+            raise CheckpointError(f"group size {shorten(self.group_size)} is none of 32, 64, 128")
+        if self.mode in FLOAT_MODES and self.bits not in (None, FLOAT_MODES[self.mode][0]):
+            raise CheckpointError(
+                f"mode {self.mode} has {FLOAT_MODES[self.mode][0]} bits, not {shorten(self.bits)}"
+            )
+        for bits in (self.bits, self.vision_bits, self.connector_bits, self.embeddings_bits):
+            if bits is not None and (
+                bits not in (*AFFINE_BITS, FLOAT_BITS) or type(bits) is not int
+            ):
+                choices = ", ".join(str(n) for n in AFFINE_BITS)
+                raise CheckpointError(
+                    f"{shorten(bits)} bits are not available: {choices}, or 16 for float"
+                )
+
 
 def requested(options: ConvertOptions) -> dict[str, Quantization | None]:
-    """The quantization that `options` ask for, by part; a part is absent to stay as it is.
-
-    Raises:
-        CheckpointError: Bits, group size, mode or dtype that do not exist.
-    """
-    if options.dtype is not None and options.dtype not in DTYPES:
-        raise CheckpointError(f"dtype {shorten(options.dtype)} is none of {', '.join(DTYPES)}")
-    if options.mode != "affine" and options.mode not in FLOAT_MODES:
-        raise CheckpointError(
-            f"mode {shorten(options.mode)} is none of affine, {', '.join(FLOAT_MODES)}"
-        )
-    if options.group_size not in AFFINE_GROUPS:
-        raise CheckpointError(f"group size {options.group_size} is none of 32, 64, 128")
-    bits = options.bits
-    if options.mode in FLOAT_MODES:
-        fixed = FLOAT_MODES[options.mode][0]
-        if bits not in (None, fixed):
-            raise CheckpointError(f"mode {options.mode} has {fixed} bits, not {bits}")
-        bits = fixed
+    """The quantization that `options` ask for, by part; a part is absent to stay as it is."""
+    bits = FLOAT_MODES[options.mode][0] if options.mode in FLOAT_MODES else options.bits
     others = bits if bits in (None, FLOAT_BITS) else FINE_BITS
     asked = {
         "text": bits,
@@ -84,9 +92,6 @@ def _quantization(bits: int, options: ConvertOptions) -> Quantization | None:
         return None
     if options.mode in FLOAT_MODES and FLOAT_MODES[options.mode][0] == bits:
         return Quantization(bits, FLOAT_MODES[options.mode][1], options.mode)
-    if bits not in AFFINE_BITS:
-        choices = ", ".join(str(n) for n in AFFINE_BITS)
-        raise CheckpointError(f"{bits} bits are not available: {choices}, or 16 for float")
     return Quantization(bits, options.group_size, "affine")
 
 

@@ -21,7 +21,6 @@ from mlx_smolvlm.convert.quantize import (
     FLOAT_BITS,
     FLOAT_MODES,
     ConvertOptions,
-    requested,
 )
 from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.files import expand_path, read_toml
@@ -54,11 +53,9 @@ def read_recipe(name: str) -> ConvertOptions:
     except ValueError as error:
         raise CheckpointError(f"{path} is {error}") from None
     try:
-        options = _options(values)
-        requested(options)
+        return _options(values)
     except (CheckpointError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from None
-    return options
 
 
 def _options(values: dict[str, Any]) -> ConvertOptions:

@@ -13,13 +13,12 @@ import mlx.core as mx
 
 from mlx_smolvlm.checkpoint import (
     CONFIG_FILE,
+    LARGEST_TEMPLATE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
-    chat_template,
-    read_config,
 )
 from mlx_smolvlm.config import Config, Quantization
-from mlx_smolvlm.convert.arrays import Reader, build
+from mlx_smolvlm.convert.arrays import build
 from mlx_smolvlm.convert.card_data import trace
 from mlx_smolvlm.convert.plan import (
     Found,
@@ -36,16 +35,16 @@ from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.convert.weights import entries, own_entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.origin import ORIGIN_FILE, Origin
 from mlx_smolvlm.staging import check_destination, staged
+from mlx_smolvlm.tokenizer import LARGEST_FILE
 from mlx_smolvlm.writer import Outbox, ShardWriter
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, module at hand
 
 
 def convert_checkpoint(
-    source: str | Path,
+    source: str | Path | Source,
     dest: str | Path,
     options: ConvertOptions | None = None,
     progress: Progress | None = None,
@@ -55,7 +54,8 @@ def convert_checkpoint(
     """The folder `dest`, which holds the checkpoint `source` in this package's format.
 
     Args:
-        source: A Hugging Face or mlx-vlm folder, a GGUF file of SmolLM2, or a hub id.
+        source: A Hugging Face or mlx-vlm folder, a GGUF file of SmolLM2, a hub id, or what
+            `open_source` made of one.
         dest: A folder that is absent or empty.
         options: Precision; None keeps the source's.
         progress: Called after each module with the bytes of the source done, the bytes
@@ -68,7 +68,6 @@ def convert_checkpoint(
     """
     dest = expand_path(dest, CheckpointError)
     options = options or ConvertOptions()
-    requested(options)  # a wrong option is refused before anything is fetched
     check_destination(dest, force)
     opened = open_source(source, offline)
     return write_checkpoint(plan_checkpoint(opened, options), dest, progress, force)
@@ -78,7 +77,6 @@ def convert_checkpoint(
 class Plan:
     """All that `write_checkpoint` needs, checked.
 
-    `stamps` are of the source's files before the first of them was read.
     `learned` holds better arrays for packed modules, by path.
     """
 
@@ -87,7 +85,6 @@ class Plan:
     template: str
     steps: list[Step]
     origin: Origin
-    stamps: Mapping[str, tuple[int, int]]
     learned: Mapping[str, Mapping[str, mx.array]] = dataclasses.field(default_factory=dict)
 
     def improved(self, learned: Mapping[str, Mapping[str, mx.array]]) -> Plan:
@@ -95,11 +92,11 @@ class Plan:
         merged = {path: {**self.learned.get(path, {}), **one} for path, one in learned.items()}
         return dataclasses.replace(self, learned={**self.learned, **merged})
 
-    def build(self, step: Step, reader: Reader) -> dict[str, mx.array]:
+    def build(self, step: Step) -> dict[str, mx.array]:
         """The arrays of the module that `step` describes, by suffix."""
         dtype: mx.Dtype = getattr(mx, self.config.dtype)
         better = self.learned.get(step.entry.path, {})
-        arrays = build(step, reader, dtype)
+        arrays = build(step, self.source.weights, dtype)
         return arrays | {
             suffix: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
             for suffix, array in better.items()
@@ -113,23 +110,27 @@ def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
         CheckpointError: The source is not usable, or the options do not fit it.
     """
     wanted = requested(options)
-    stamps = source.stamps()
     packing: dict[str, Quantization] = {}
     if source.is_own:
-        settings, template = read_config(source.folder), chat_template(source.folder)
-        found = match(source.tensors())
+        settings = Config.from_dict(source.json(CONFIG_FILE))
+        if settings.quantization.is_quantized:
+            raise CheckpointError(
+                f"{source.folder} is already a quantized mlx-smolvlm checkpoint; convert its "
+                "source again for another precision"
+            )
+        template = source.text(TEMPLATE_FILE, LARGEST_TEMPLATE)
+        found = match(source.weights.tensors)
         expected = own_entries(settings)
     else:
-        settings = read_settings(source.folder, source.name)
-        template = read_template(source.folder)
-        found = match(source.tensors())
-        settings = _settle_tie(settings, found)
-        packing = source_quantization(read_json(source.folder / CONFIG_FILE))
+        settings, template = read_settings(source), read_template(source)
+        found = match(source.weights.tensors)
+        settings = _settle_tie(settings, found, source)
+        packing = source_quantization(source.json(CONFIG_FILE))
         expected = entries(settings)
     config, steps = make_plan(settings, found, packing, wanted, options.overrides, expected)
     config = dataclasses.replace(config, dtype=options.dtype or usual_dtype(steps))
     config.check()
-    return Plan(source, config, template, steps, trace(source), stamps)
+    return Plan(source, config, template, steps, trace(source))
 
 
 def write_checkpoint(plan: Plan, dest: Path, progress: Progress | None, force: bool) -> Path:
@@ -147,11 +148,11 @@ def write_checkpoint(plan: Plan, dest: Path, progress: Progress | None, force: b
             _write_weights(plan, outbox, progress)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{plan.source.folder} cannot be converted: {error}") from None
-        outbox.copy(plan.source.folder / TOKENIZER_FILE)
+        outbox.write_text(TOKENIZER_FILE, plan.source.text(TOKENIZER_FILE, LARGEST_FILE))
         outbox.write_text(TEMPLATE_FILE, plan.template)
         outbox.write_text(ORIGIN_FILE, _json(plan.origin.to_dict()))
         outbox.write_text(CONFIG_FILE, _json(plan.config.to_dict()))
-        _check_unchanged(plan)
+        plan.source.check_unchanged()
         outbox.finish()
     return dest
 
@@ -161,18 +162,7 @@ def _json(values: Mapping[str, Any]) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _check_unchanged(plan: Plan) -> None:
-    """Refuse a source that is no longer what was planned, so may be half one and half another."""
-    now = plan.source.stamps()
-    changed = sorted(k for k in {*now, *plan.stamps} if now.get(k) != plan.stamps.get(k))
-    if changed:
-        raise CheckpointError(
-            f"{plan.source.folder} changed while it was read ({', '.join(changed)}); "
-            "convert it again"
-        )
-
-
-def _settle_tie(config: Config, found: Found) -> Config:
+def _settle_tie(config: Config, found: Found, source: Source) -> Config:
     """`config` with `tie_word_embeddings` as the weights bear out, and `found` without a copy.
 
     A head that is declared tied and stored as well is dropped if it equals the
@@ -187,11 +177,11 @@ def _settle_tie(config: Config, found: Found) -> Config:
     if not heads:
         return config
     pairs = [(found[key], found.get(f"text_model.embed_tokens.{s}")) for s, key in heads.items()]
-    reader = Reader()
+    read = source.weights.read
     if all(
         other is not None
         and other[1].shape == head[1].shape
-        and mx.array_equal(reader.take(*head), reader.take(*other)).item()
+        and mx.array_equal(read(head[0]), read(other[0])).item()
         for head, other in pairs
     ):
         for key in heads.values():
@@ -213,10 +203,10 @@ def _check_space(folder: Path, needed: int) -> None:
 
 def _write_weights(plan: Plan, outbox: Outbox, progress: Progress | None) -> None:
     """Write every tensor of `plan` into `outbox`."""
-    reader, writer = Reader(), ShardWriter(outbox)
+    writer = ShardWriter(outbox)
     done, total = 0, sum(step.source_nbytes for step in plan.steps)
     for step in plan.steps:
-        arrays = plan.build(step, reader)
+        arrays = plan.build(step)
         mx.eval(arrays)
         writer.add({f"{step.entry.path}.{suffix}": a for suffix, a in arrays.items()})
         del arrays

@@ -10,9 +10,7 @@ Idefics3ImageProcessor, SmolVLMVideoProcessor.
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from mlx_smolvlm.checkpoint import TOKENIZER_FILE
+from mlx_smolvlm.checkpoint import CONFIG_FILE, TOKENIZER_FILE
 from mlx_smolvlm.config import (
     Config,
     QuantizationConfig,
@@ -27,8 +25,8 @@ from mlx_smolvlm.convert.preprocessing import (
     video_config,
 )
 from mlx_smolvlm.convert.section import Section
+from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.json_files import read_json
 
 MODEL_TYPES = ("idefics3", "smolvlm")
 MOST_LAYERS = 1024
@@ -64,22 +62,22 @@ FIXED_TEXT = {
 FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
 
 
-def read_settings(folder: Path, name: str) -> Config:
-    """The configuration of the Hugging Face checkpoint in `folder`.
+def read_settings(source: Source) -> Config:
+    """The configuration of the Hugging Face checkpoint `source`.
 
-    `source` is `name`. `dtype` and `quantization` are float32 and none until the
+    `dtype` and `quantization` are float32 and none until the
     weights have been looked at; `tie_word_embeddings` is what the files declare.
 
     Raises:
         CheckpointError: Another kind of model, or a value that is missing, impossible
             or not supported.
     """
-    top = Section(read_json(folder / "config.json"), "config.json")
+    top = Section(source.json(CONFIG_FILE), CONFIG_FILE)
     model_type = top.values.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
-            f"{name} is a {shorten(model_type).strip(chr(39))} checkpoint; mlx-smolvlm converts "
-            f"{' and '.join(MODEL_TYPES)}"
+            f"{source.name} is a {shorten(model_type).strip(chr(39))} checkpoint; mlx-smolvlm "
+            f"converts {' and '.join(MODEL_TYPES)}"
         )
     vision, text = top.child("vision_config"), top.child("text_config")
     for key, section in (("vision_config", vision), ("text_config", text)):
@@ -88,8 +86,8 @@ def read_settings(folder: Path, name: str) -> Config:
     assert vision is not None
     assert text is not None
     text_config = _text(top, text)
-    images, videos = processors(folder)
-    tokens = added_tokens(folder)
+    images, videos = processors(source)
+    tokens = added_tokens(source)
     image_token_id = top.integer("image_token_id", IMAGE_TOKEN_ID)
     if tokens.get("<image>", image_token_id) != image_token_id:
         raise top.error("image_token_id", f"{TOKENIZER_FILE} gives <image> {tokens['<image>']}")
@@ -99,12 +97,12 @@ def read_settings(folder: Path, name: str) -> Config:
         text=text_config,
         scale_factor=top.integer("scale_factor", SCALE_FACTOR),
         image_token_id=image_token_id,
-        eos_token_ids=eos_token_ids(folder, top, text, tokens, text_config.vocab_size),
+        eos_token_ids=eos_token_ids(source, top, text, tokens, text_config.vocab_size),
         image=image_config(images, vision_config.image_size),
         video=video_config(images, videos),
         quantization=QuantizationConfig(None, None, None, None),
         dtype="float32",
-        source=name,
+        source=source.name,
     )
     config.check()
     return config

@@ -1,25 +1,30 @@
 """Where weights come from: a folder of the Hugging Face layout, local or fetched from the hub.
 
-A GGUF file becomes such a folder, which lives as long as its `Source`.
+A `Source` keeps what was read of it, so that each file is opened and parsed once, however many
+times a conversion is planned. A GGUF file becomes such a folder, which lives as long as its
+`Source`.
 """
 
 from __future__ import annotations
 
 import re
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from mlx_smolvlm.checkpoint import CONFIG_FILE, is_own, read_config
+from mlx_smolvlm.checkpoint import CONFIG_FILE
+from mlx_smolvlm.config import FORMAT
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.json_files import LARGEST_JSON, parse_json, read_text
 from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.safetensors import (
     INDEX_FILE,
     WEIGHTS_FILE,
-    TensorInfo,
-    read_header,
-    read_headers,
+    WeightFiles,
 )
 from mlx_smolvlm.staging import make_temporary
 
@@ -30,57 +35,64 @@ READ = (".json", ".safetensors", ".jinja")  # suffixes of what a conversion read
 
 @dataclass(frozen=True)
 class Source:
-    """A folder to convert.
+    """A folder to convert, and what was read of it.
 
     Attributes:
         name: Its hub id or the folder's name.
         revision: The commit on the hub that the folder holds; None of a local one.
+        stamps: Size in bytes and time of change of every file that a conversion reads, by name,
+            taken before the first of them is read.
+
+    Raises:
+        CheckpointError: The folder cannot be read, or has no config.json.
     """
 
     folder: Path
     name: str
     revision: str | None = None
+    stamps: Mapping[str, tuple[int, int]] = field(init=False, repr=False, compare=False)
+    _texts: dict[str, str] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _values: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    @property
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stamps", file_stamps(self.folder))
+        if not self.has(CONFIG_FILE):
+            raise CheckpointError(f"{self.folder} is no checkpoint: it has no {CONFIG_FILE}")
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file `name`."""
+        return (self.folder / name).is_file()
+
+    def text(self, name: str, max_bytes: int = LARGEST_JSON) -> str:
+        """The text of the file `name`; errors as `read_text`."""
+        if name not in self._texts:
+            self._texts[name] = read_text(self.folder / name, max_bytes)
+        return self._texts[name]
+
+    def json(self, name: str, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
+        """The JSON object in the file `name`, not to be modified; errors as `read_json`."""
+        if name not in self._values:
+            self._values[name] = parse_json(self.text(name, max_bytes), self.folder / name)
+        values: dict[str, Any] = self._values[name]
+        return values
+
+    @cached_property
     def is_own(self) -> bool:
         """Whether it has this package's format, as what `mlx-smolvlm train` wrote."""
-        return is_own(self.folder)
+        try:
+            return self.json(CONFIG_FILE).get("format") == FORMAT
+        except CheckpointError:
+            return False
 
-    def checked(self) -> Source:
-        """Itself, if it has a config.json and, where its format is ours, weights in floats.
-
-        Raises:
-            CheckpointError: It has none, or its weights are quantized already.
-        """
-        path = self.folder / CONFIG_FILE
-        if not path.is_file():
-            raise CheckpointError(f"{self.folder} is no checkpoint: it has no {CONFIG_FILE}")
-        if self.is_own and read_config(self.folder).quantization.is_quantized:
-            raise CheckpointError(
-                f"{self.folder} is already a quantized mlx-smolvlm checkpoint; convert its source "
-                "again for another precision"
-            )
-        return self
-
-    def stamps(self) -> dict[str, tuple[int, int]]:
-        """Size in bytes and time of change of every file that a conversion reads, by name.
-
-        Raises:
-            CheckpointError: The folder cannot be read.
-        """
-        return file_stamps(self.folder)
-
-    def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor, by its name in the source; no weight is read.
+    @cached_property
+    def weights(self) -> WeightFiles:
+        """Its tensors, none of which is read yet.
 
         Raises:
             CheckpointError: The safetensors files are absent, incomplete or damaged.
         """
-        single, index = self.folder / WEIGHTS_FILE, self.folder / INDEX_FILE
-        if single.is_file():
-            return read_header(single)
-        if index.is_file():
-            return read_headers(self.folder)
+        if (self.folder / WEIGHTS_FILE).is_file() or (self.folder / INDEX_FILE).is_file():
+            return WeightFiles(self.folder)
         for pattern in PICKLES:
             for path in sorted(self.folder.glob(pattern)):
                 raise CheckpointError(
@@ -91,6 +103,19 @@ class Source:
             f"{self.folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; other formats, such as "
             "pickled weights and GGUF, are not read"
         )
+
+    def check_unchanged(self) -> None:
+        """Refuse a source whose files changed, so that what was read may be of two versions.
+
+        Raises:
+            CheckpointError: It names the files.
+        """
+        now, then = file_stamps(self.folder), self.stamps
+        changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
+        if changed:
+            raise CheckpointError(
+                f"{self.folder} changed while it was read ({', '.join(changed)}); convert it again"
+            )
 
 
 def file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
@@ -107,21 +132,23 @@ def file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats}
 
 
-def open_source(source: str | Path, offline: bool = False) -> Source:
+def open_source(source: str | Path | Source, offline: bool = False) -> Source:
     """The folder that `source` names, downloaded first if it is a hub id.
 
     Args:
         source: A local folder, a GGUF file, or a hub id such as
-            "HuggingFaceTB/SmolVLM-256M-Instruct".
+            "HuggingFaceTB/SmolVLM-256M-Instruct". A `Source` is returned unchanged.
         offline: Take a hub id from the local cache alone.
 
     Raises:
         CheckpointError: There is no such folder or repository, it cannot be reached, or
             it is no checkpoint.
     """
+    if isinstance(source, Source):
+        return source
     folder = expand_path(source, CheckpointError)
     if folder.is_dir():
-        return Source(folder, folder.resolve().name).checked()
+        return Source(folder, folder.resolve().name)
     if folder.is_file() and folder.suffix == ".gguf":
         return _open_gguf(folder)
     if folder.exists():
@@ -133,7 +160,7 @@ def open_source(source: str | Path, offline: bool = False) -> Source:
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
     if isinstance(source, Path) or not is_hub_id(source):
         raise CheckpointError(f"there is no folder '{source}', and it is no hub id (owner/name)")
-    return from_snapshot(download(source, offline), source).checked()
+    return from_snapshot(download(source, offline), source)
 
 
 def from_snapshot(folder: Path, repo: str) -> Source:
@@ -150,7 +177,7 @@ def _open_gguf(path: Path) -> Source:
         folder, remove = make_temporary()
         try:
             unpack_gguf(path, folder)
-            source = Source(folder, path.stem).checked()
+            source = Source(folder, path.stem)
         except BaseException:
             remove()
             raise

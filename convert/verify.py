@@ -12,7 +12,7 @@ from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
 from mlx_smolvlm.convert.plot import plot_png
 from mlx_smolvlm.convert.report import card_section
 from mlx_smolvlm.convert.run import Progress
-from mlx_smolvlm.convert.source import open_source
+from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import remove_leftovers, write_file
 from mlx_smolvlm.json_files import read_json
@@ -23,7 +23,7 @@ VERIFY_PLOT = "verify.png"
 
 
 def verify_conversion(
-    source: str | Path,
+    source: str | Path | Source,
     folder: Path,
     options: CompareOptions | None = None,
     *,
@@ -35,7 +35,7 @@ def verify_conversion(
     `VERIFY_FILE` and `VERIFY_PLOT` are written into `folder`.
 
     Args:
-        source: What was converted, a folder or a hub id; packed weights are unpacked.
+        source: What was converted, as `convert_checkpoint` takes it; packed weights are unpacked.
         folder: The result, in this package's format.
         options: Texts, pictures and questions.
         offline: Take a hub id from the local cache alone.
@@ -45,10 +45,12 @@ def verify_conversion(
         CheckpointError: One cannot be read, or `folder` was made from something else.
         MediaError: A picture cannot be opened.
     """
-    reference = OpenedSource(open_source(source, offline))
+    source = open_source(source, offline)
+    reference = OpenedSource(source)
     name = folder.resolve().name  # what is published should not tell where it was made
     options = options or CompareOptions()
     found = compare_opened(reference, OpenedFolder(folder, name), options, progress)
+    source.check_unchanged()
     remove_leftovers(folder)
     write_file(folder / VERIFY_PLOT, plot_png(found), follow_links=False)
     text = json.dumps(found.to_dict(), indent=2) + "\n"

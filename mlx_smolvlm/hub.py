@@ -222,7 +222,6 @@ def _convert(
     from mlx_smolvlm.convert.source import from_snapshot, open_source
 
     opened = open_source(source) if snapshot is None else from_snapshot(snapshot, str(source))
-    opened = opened.checked()
     plan = plan_checkpoint(opened, ConvertOptions(bits=options.bits, dtype=options.dtype))
     write_checkpoint(plan, dest, options.progress, force=False)
 

@@ -39,7 +39,11 @@ def read_json(path: Path, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
     Raises:
         CheckpointError: The file is missing, unreadable, not JSON or not an object.
     """
-    text = read_text(path, max_bytes)
+    return parse_json(read_text(path, max_bytes), path)
+
+
+def parse_json(text: str, path: Path) -> dict[str, Any]:
+    """The JSON object in `text`, the content of the file at `path`; see `read_json`."""
     try:
         values = json.loads(text, parse_int=_integer)
         if _ESCAPED_SURROGATE.search(text):

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.errors import CheckpointError, shorten
+from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.json_files import read_json
+from mlx_smolvlm.records import read_record
 
 ORIGIN_FILE = "origin.json"
 
@@ -45,26 +46,24 @@ class Origin:
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """The origin that `folder` states; None if it states none. Unknown keys are passed over.
+    """The origin that `folder` states; None if it states none.
 
     Raises:
         CheckpointError: The file is damaged.
     """
     path = folder / ORIGIN_FILE
-    if not path.is_file():
-        return None
-    values = read_json(path)
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(Origin):
-        value = values.get(field.name)
-        if field.name == "languages":
-            value = tuple(value) if isinstance(value, list) else ()
-            usable = all(isinstance(one, str) for one in value)
-        else:
-            usable = isinstance(value, str) or (value is None and field.name != "source")
-        if not usable:
-            raise CheckpointError(
-                f"{path}: {field.name} is {shorten(value)}; delete the file, or mend it"
-            )
-        found[field.name] = value
-    return Origin(**found)
+    return parse_origin(read_json(path), path) if path.is_file() else None
+
+
+def parse_origin(values: dict[str, Any], path: Path) -> Origin:
+    """The origin that `values` of the file at `path` state; unknown keys are ignored.
+
+    Raises:
+        CheckpointError: A value is of another type, or the source is missing.
+    """
+    names = [one.name for one in dataclasses.fields(Origin)]
+    known = {name: values[name] for name in names if values.get(name) is not None}
+    try:
+        return read_record(Origin, known)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}; delete the file, or mend it") from None

@@ -46,9 +46,11 @@ class PromptBuilder:
     of an answer's text. `answer_lead` is white space that every answer begins with.
     """
 
-    def __init__(self, tokenizer_json: Path, chat_template: str, config: Config) -> None:
+    def __init__(self, tokenizer: Path | Tokenizer, chat_template: str, config: Config) -> None:
         self.config = config
-        self.tokenizer = read_tokenizer(tokenizer_json, config.text.vocab_size)
+        if isinstance(tokenizer, Path):
+            tokenizer = read_tokenizer(tokenizer, config.text.vocab_size)
+        self.tokenizer = tokenizer
         self._tokens = _added_tokens(self.tokenizer)
         self._split = _split_pattern(self._tokens)
         self._stripped = {text.strip(): text for text in self._tokens}

@@ -1,14 +1,17 @@
-"""What lies in the files of a checkpoint folder, learned without reading a weight."""
+"""The JSON and safetensors files of a checkpoint folder: headers, and tensors one by one."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import struct
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import open_file, replace_file
@@ -24,17 +27,22 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
 ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+# The types that MLX has as well; BF16 is reinterpreted after the copy.
+_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
+_NUMPY_TYPES |= {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
+_NUMPY_TYPES |= {"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 LARGEST_HEADER = 25 * 10**6  # bytes; 100,000 tensors take half of it
 MOST_DIMENSIONS = 8  # of a tensor; MLX counts each in an int32
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: its file, its safetensors type such as "BF16", and its shape."""
+    """Where a tensor lies: its file, its safetensors type such as "BF16", shape and first byte."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    start: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -52,9 +60,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: The file is cut off, damaged or not safetensors; tensors must lie
             one behind the other, as in every file that the format's own library reads.
     """
-    header, room = _raw_header(path)
+    with _open(path) as file:
+        return _read_tensor_infos(path, file)
+
+
+def _open(path: Path, own_only: bool = False) -> BinaryIO:
+    """The regular file at `path`, open for reading; arguments and errors as `read_metadata`."""
+    try:
+        return open_file(path, own_only=own_only)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _read_tensor_infos(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
+    """The tensors of `file`, which was opened from `path`; errors as `read_header`."""
+    header, room, first = _raw_header(path, file)
     header.pop("__metadata__", None)
-    tensors = {name: _tensor_info(path, name, entry, room) for name, entry in header.items()}
+    tensors = {name: _tensor_info(path, name, entry, room, first) for name, entry in header.items()}
     place = 0
     for start, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
         if start != place:
@@ -78,7 +100,8 @@ def read_metadata(
     Raises:
         CheckpointError: As `read_header`, or another user owns the file.
     """
-    metadata: dict[str, str] = _raw_header(path, largest, own_only)[0]["__metadata__"]
+    with _open(path, own_only) as file:
+        metadata: dict[str, str] = _raw_header(path, file, largest)[0]["__metadata__"]
     return metadata
 
 
@@ -100,21 +123,20 @@ def load_tensors(path: Path) -> dict[str, mx.array]:
 
 
 def _raw_header(
-    path: Path, largest: int = LARGEST_HEADER, own_only: bool = False
-) -> tuple[dict[str, Any], int]:
-    """The header's JSON object, and how many bytes of data follow it."""
+    path: Path, file: BinaryIO, largest: int = LARGEST_HEADER
+) -> tuple[dict[str, Any], int, int]:
+    """The header's JSON object, how many bytes of data follow it, and where they begin."""
     try:
-        with open_file(path, own_only=own_only) as file:
-            total = os.fstat(file.fileno()).st_size
-            prefix = file.read(8)
-            length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
-            if 8 + length > total:
-                raise CheckpointError(
-                    f"{path} is cut off or not safetensors: {total} bytes; fetch it again"
-                )
-            if length > largest:
-                raise CheckpointError(f"{path} has a header of {length} bytes; fetch it again")
-            text = file.read(length).decode("utf-8")
+        total = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else total
+        if 8 + length > total:
+            raise CheckpointError(
+                f"{path} is cut off or not safetensors: {total} bytes; fetch it again"
+            )
+        if length > largest:
+            raise CheckpointError(f"{path} has a header of {length} bytes; fetch it again")
+        text = file.read(length).decode("utf-8")
         header = json.loads(text, object_pairs_hook=read_unique_keys)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
@@ -127,11 +149,11 @@ def _raw_header(
     metadata = header["__metadata__"]
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again")
-    return header, total - 8 - length
+    return header, total - 8 - length, 8 + length
 
 
-def _tensor_info(path: Path, name: str, entry: Any, room: int) -> TensorInfo:
-    """The header's `entry` for tensor `name`, whose data must lie within `room` bytes."""
+def _tensor_info(path: Path, name: str, entry: Any, room: int, first: int) -> TensorInfo:
+    """The header's `entry` for tensor `name`, within the `room` bytes from the byte `first`."""
     damaged = CheckpointError(f"{path}: the header's entry for {name!r:.100} is damaged")
     fields = ("dtype", "shape", "data_offsets")
     kind, shape, offsets = (entry.get(f) if isinstance(entry, dict) else None for f in fields)
@@ -146,8 +168,8 @@ def _tensor_info(path: Path, name: str, entry: Any, room: int) -> TensorInfo:
         raise damaged
     if len(offsets) != 2 or len(shape) > MOST_DIMENSIONS or max(shape, default=0) >= 2**31:
         raise damaged
-    info = TensorInfo(path, kind, tuple(shape))
     start, end = offsets
+    info = TensorInfo(path, kind, tuple(shape), first + start)
     if end - start != info.nbytes:
         raise damaged
     if end > room:
@@ -157,13 +179,65 @@ def _tensor_info(path: Path, name: str, entry: Any, room: int) -> TensorInfo:
     return info
 
 
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the safetensors files in `folder`, by name; no weight is read.
+class WeightFiles:
+    """The safetensors files of a folder, each opened once and open as long as this object lives.
+
+    Attributes:
+        tensors: Every tensor, by name; made from the headers.
 
     Raises:
         CheckpointError: There are no safetensors files, one is missing or damaged, the
             index disagrees with them, or two files hold the same tensor.
     """
+
+    def __init__(self, folder: Path) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+        open_files = contextlib.ExitStack()
+        weakref.finalize(self, open_files.close)
+
+        def read_infos(path: Path) -> dict[str, TensorInfo]:
+            self._files[path] = open_files.enter_context(_open(path))
+            return _read_tensor_infos(path, self._files[path])
+
+        self.tensors = _read_folder(folder, read_infos)
+
+    def read(self, name: str) -> mx.array:
+        """The tensor `name`, in memory.
+
+        Raises:
+            CheckpointError: The file cannot be read, was cut, or has a type that MLX lacks.
+        """
+        import mlx.core as mx
+        import numpy as np
+
+        info = self.tensors[name]
+        if info.dtype not in _NUMPY_TYPES:
+            raise CheckpointError(f"{info.file} cannot be read: tensor '{name}' is {info.dtype}")
+        data, file = np.empty(info.nbytes, np.uint8), self._files[info.file]
+        try:
+            file.seek(info.start)
+            count = file.readinto(data)  # type: ignore[attr-defined]
+        except OSError as error:
+            raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from None
+        if count < info.nbytes:
+            raise CheckpointError(f"{info.file} changed while it was read; convert it again")
+        array = mx.array(data.view(_NUMPY_TYPES[info.dtype]).reshape(info.shape))
+        return array.view(mx.bfloat16) if info.dtype == "BF16" else array
+
+
+def read_headers(folder: Path) -> dict[str, TensorInfo]:
+    """Every tensor of the safetensors files in `folder`, by name; no weight is read.
+
+    Raises:
+        CheckpointError: As `WeightFiles`.
+    """
+    return _read_folder(folder, read_header)
+
+
+def _read_folder(
+    folder: Path, read_infos: Callable[[Path], dict[str, TensorInfo]]
+) -> dict[str, TensorInfo]:
+    """The tensors of the safetensors files in `folder`; `read_infos` reads those of one file."""
     index: dict[str, Any] = {}
     if (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         index = read_json(folder / INDEX_FILE).get("weight_map") or {}
@@ -180,7 +254,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
         path = folder / name
         if not os.path.isfile(path):  # Path.is_file raises where a name is too long
             raise CheckpointError(f"{path} is missing; fetch or convert the checkpoint again")
-        for tensor, info in read_header(path).items():
+        for tensor, info in read_infos(path).items():
             if tensor in tensors:
                 raise CheckpointError(
                     f"tensor '{tensor}' is in both {tensors[tensor].file.name} and {name}"

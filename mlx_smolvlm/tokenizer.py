@@ -59,7 +59,11 @@ def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     Raises:
         CheckpointError: There is none, or one that no model with `vocab_size` tokens can have.
     """
-    text = read_text(path, LARGEST_FILE)
+    return parse_tokenizer(read_text(path, LARGEST_FILE), path, vocab_size)
+
+
+def parse_tokenizer(text: str, path: Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer that `text`, read from `path`, describes; see `read_tokenizer`."""
     try:
         values = json.loads(text, object_pairs_hook=read_unique_keys)
         _check(values, vocab_size)

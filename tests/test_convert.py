@@ -17,6 +17,7 @@ from mlx_smolvlm.convert.plan import make_plan, match
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.convert.settings import read_settings
+from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.convert.weights import entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import TensorInfo, read_headers
@@ -212,7 +213,7 @@ def refused(tmp_path: Path, tensors: dict[str, mx.array], match: str) -> None:
 def test_each_missing_tensor_is_named_as_the_source_would(tmp_path):
     tensors = hf.weights(hf.settings())
     headers = {n: TensorInfo(Path("x"), "F32", tuple(a.shape)) for n, a in tensors.items()}
-    config = read_settings(hf.make(tmp_path / "s"), "s")
+    config = read_settings(Source(hf.make(tmp_path / "s"), "s"))
     for style in (lambda t: t, hf.mlx_vlm_weights, mlx_vlm_nested):
         names = list(style(dict.fromkeys(tensors, mx.zeros(()))))
         renamed = dict(zip(names, headers.values(), strict=True))
@@ -227,7 +228,7 @@ def test_each_missing_tensor_is_named_as_the_source_would(tmp_path):
 def test_each_misshapen_tensor_is_named(tmp_path):
     tensors = hf.weights(hf.settings())
     headers = {n: TensorInfo(Path("x"), "F32", tuple(a.shape)) for n, a in tensors.items()}
-    config = read_settings(hf.make(tmp_path / "s"), "s")
+    config = read_settings(Source(hf.make(tmp_path / "s"), "s"))
     make_plan(config, match(headers), {}, {})
     for name, info in headers.items():
         wrong = headers | {name: replace(info, shape=(info.shape[0] + 1, *info.shape[1:]))}
@@ -457,7 +458,7 @@ def folder_of(tmp_path: Path, values: dict) -> Path:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_name_table_covers_published_checkpoints(tmp_path, name):
     values, tensors = published(name)
-    config = read_settings(folder_of(tmp_path, values), name)
+    config = read_settings(Source(folder_of(tmp_path, values), name))
     final, steps = make_plan(config, match(tensors), {}, {})
     assert final == config
     assert sum(step.source_nbytes for step in steps) == sum(i.nbytes for i in tensors.values())
@@ -470,7 +471,7 @@ def test_the_name_table_covers_published_checkpoints(tmp_path, name):
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_name_table_is_the_models_parameters(tmp_path, name):
     values, _ = published(name)
-    config = read_settings(folder_of(tmp_path, values), name)
+    config = read_settings(Source(folder_of(tmp_path, values), name))
     shapes = {}
     for entry in entries(config):
         rows = sum(shape[0] for shape in entry.shapes)

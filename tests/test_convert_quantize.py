@@ -103,18 +103,21 @@ def test_options_become_parts(options, parts):
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        (ConvertOptions(bits=7), "7 bits are not available: 2, 3, 4, 5, 6, 8, or 16"),
-        (ConvertOptions(bits=0), "0 bits"),
-        (ConvertOptions(bits=4, vision_bits=1), "1 bits"),
-        (ConvertOptions(bits=4, group_size=48), "group size 48"),
-        (ConvertOptions(mode="q4_k"), "mode 'q4_k' is none of affine, mxfp4, mxfp8, nvfp4"),
-        (ConvertOptions(mode="mxfp8", bits=4), "mode mxfp8 has 8 bits, not 4"),
-        (ConvertOptions(dtype="int8"), "dtype 'int8' is none of"),
+        ({"bits": 7}, "7 bits are not available: 2, 3, 4, 5, 6, 8, or 16"),
+        ({"bits": 0}, "0 bits"),
+        ({"bits": 4, "vision_bits": 1}, "1 bits"),
+        ({"bits": 4, "group_size": 48}, "group size 48"),
+        ({"mode": "q4_k"}, "mode 'q4_k' is none of affine, mxfp4, mxfp8, nvfp4"),
+        ({"mode": "mxfp8", "bits": 4}, "mode mxfp8 has 8 bits, not 4"),
+        ({"dtype": "int8"}, "dtype 'int8' is none of"),
+        ({"bits": 4.0}, "4.0 bits are not available"),
+        ({"vision_bits": "8"}, "'8' bits are not available"),
+        ({"bits": 4, "group_size": 64.0}, "group size 64.0"),
     ],
 )
 def test_options_that_do_not_exist_are_refused_before_anything_is_opened(tmp_path, options, match):
     with pytest.raises(CheckpointError, match=match):
-        convert_checkpoint(tmp_path / "absent", tmp_path / "out", options)
+        convert_checkpoint(tmp_path / "absent", tmp_path / "out", ConvertOptions(**options))
 
 
 # Packing

@@ -9,6 +9,7 @@ import pytest
 from mlx_smolvlm.config import Config, VideoConfig
 from mlx_smolvlm.convert.preprocessing import read_template
 from mlx_smolvlm.convert.settings import read_settings
+from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError
 
 spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
@@ -17,7 +18,7 @@ spec.loader.exec_module(hf)
 
 
 def read(tmp_path: Path, **changes) -> Config:
-    return read_settings(hf.make(tmp_path / "s", hf.settings(**changes), {}), "s")
+    return read_settings(Source(hf.make(tmp_path / "s", hf.settings(**changes), {}), "s"))
 
 
 def edit(folder: Path, name: str, **changes) -> Path:
@@ -144,7 +145,7 @@ def test_a_missing_part_is_named(tmp_path, key):
     for value in (None, "none", []):
         hf.write_json(folder / "config.json", values | {key: value})
         with pytest.raises(CheckpointError, match=key):
-            read_settings(folder, "s")
+            read_settings(Source(folder, "s"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "nope", "[" * 10**5])
@@ -152,7 +153,7 @@ def test_a_damaged_config_is_named(tmp_path, text):
     folder = hf.make(tmp_path / "s", tensors={})
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        read_settings(folder, "s")
+        read_settings(Source(folder, "s"))
 
 
 # Pictures and videos
@@ -162,25 +163,25 @@ def test_nested_processor_settings_win(tmp_path):
     folder = hf.make(tmp_path / "s", tensors={})
     images = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}
     hf.write_json(folder / "processor_config.json", {"image_processor": images})
-    config = read_settings(folder, "s")
+    config = read_settings(Source(folder, "s"))
     assert (config.image.longest_edge, config.video) == (48, None)
     assert config.image.mean == (0.5, 0.5, 0.5)
     assert config.image.do_image_splitting is True
     videos = {"fps": 2, "num_frames": 8, "size": {"longest_edge": 24}}
     both = {"image_processor": images, "video_processor": videos}
     hf.write_json(folder / "processor_config.json", both)
-    assert read_settings(folder, "s").video == VideoConfig(2.0, 8, 24, 1.0)
+    assert read_settings(Source(folder, "s")).video == VideoConfig(2.0, 8, 24, 1.0)
     (folder / "preprocessor_config.json").unlink()
-    assert read_settings(folder, "s").image.longest_edge == 48
+    assert read_settings(Source(folder, "s")).image.longest_edge == 48
 
 
 def test_a_separate_video_file_is_read(tmp_path):
     folder = edit(hf.make(tmp_path / "s", tensors={}), "preprocessor_config.json")
     edit(folder, "preprocessor_config.json", video_sampling=None)
-    assert read_settings(folder, "s").video is None
+    assert read_settings(Source(folder, "s")).video is None
     videos = {"video_sampling": {"fps": 3, "max_frames": 5, "video_size": {"longest_edge": 24}}}
     hf.write_json(folder / "video_preprocessor_config.json", videos)
-    assert read_settings(folder, "s").video == VideoConfig(3.0, 5, 24, 1.0)
+    assert read_settings(Source(folder, "s")).video == VideoConfig(3.0, 5, 24, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -203,14 +204,14 @@ def test_a_separate_video_file_is_read(tmp_path):
 def test_processor_settings_that_do_not_fit_are_named(tmp_path, changes, match):
     folder = edit(hf.make(tmp_path / "s", tensors={}), "preprocessor_config.json", **changes)
     with pytest.raises(CheckpointError, match=match):
-        read_settings(folder, "s")
+        read_settings(Source(folder, "s"))
 
 
 def test_a_missing_processor_file_is_named(tmp_path):
     folder = hf.make(tmp_path / "s", tensors={})
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json"):
-        read_settings(folder, "s")
+        read_settings(Source(folder, "s"))
 
 
 # What ends an answer, and the chat template
@@ -220,53 +221,55 @@ def test_eos_ids_come_from_generation_config_and_the_tokenizer(tmp_path):
     folder = hf.make(tmp_path / "s", tensors={})
     for value, ids in ((5, (5, 61)), ([3, 5, 3], (3, 5, 61)), (61, (61,)), (None, (2, 61))):
         edit(folder, "generation_config.json", eos_token_id=value)
-        assert read_settings(folder, "s").eos_token_ids == ids
+        assert read_settings(Source(folder, "s")).eos_token_ids == ids
     (folder / "generation_config.json").unlink()
-    assert read_settings(folder, "s").eos_token_ids == (2, 61)
+    assert read_settings(Source(folder, "s")).eos_token_ids == (2, 61)
 
 
 def test_ids_outside_the_vocabulary_end_nothing(tmp_path):
     folder = edit(hf.make(tmp_path / "s", tensors={}), "tokenizer.json", added_tokens=[])
     edit(folder, "generation_config.json", eos_token_id=[72, 4])
-    assert read_settings(folder, "s").eos_token_ids == (4,)
+    assert read_settings(Source(folder, "s")).eos_token_ids == (4,)
     edit(folder, "generation_config.json", eos_token_id=-1)
     with pytest.raises(CheckpointError, match="no eos_token_id within"):
-        read_settings(folder, "s")
+        read_settings(Source(folder, "s"))
     edit(folder, "generation_config.json", eos_token_id="end")
     with pytest.raises(CheckpointError, match="eos_token_id is 'end'"):
-        read_settings(folder, "s")
+        read_settings(Source(folder, "s"))
 
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
     folder = edit(hf.make(tmp_path / "s", tensors={}), "tokenizer.json", added_tokens=[1])
     with pytest.raises(CheckpointError, match="added_tokens is damaged"):
-        read_settings(folder, "s")
+        read_settings(Source(folder, "s"))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
-        read_settings(folder, "s")
+        read_settings(Source(folder, "s"))
 
 
 def test_templates_are_taken_in_transformers_order(tmp_path):
     folder = tmp_path
+    hf.write_json(folder / "config.json", {})
     with pytest.raises(CheckpointError, match="no chat template"):
-        read_template(folder)
+        read_template(Source(folder, "s"))
     named = [{"name": "tools", "template": "t"}, {"name": "default", "template": "list"}]
     edit(folder, "tokenizer_config.json", chat_template=named)
-    assert read_template(folder) == "list"
+    assert read_template(Source(folder, "s")) == "list"
     edit(folder, "tokenizer_config.json", chat_template="tokenizer")
-    assert read_template(folder) == "tokenizer"
+    assert read_template(Source(folder, "s")) == "tokenizer"
     (folder / "chat_template.jinja").write_text("jinja\n")
-    assert read_template(folder) == "jinja\n"
+    assert read_template(Source(folder, "s")) == "jinja\n"
     edit(folder, "chat_template.json", chat_template="legacy")
-    assert read_template(folder) == "legacy"
+    assert read_template(Source(folder, "s")) == "legacy"
     edit(folder, "processor_config.json", chat_template={"default": "processor"})
-    assert read_template(folder) == "processor"
+    assert read_template(Source(folder, "s")) == "processor"
     edit(folder, "processor_config.json", chat_template=5)
     with pytest.raises(CheckpointError, match="chat_template is no text"):
-        read_template(folder)
+        read_template(Source(folder, "s"))
 
 
 def test_a_template_that_is_no_text_is_named(tmp_path):
+    hf.write_json(tmp_path / "config.json", {})
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     with pytest.raises(CheckpointError, match="not UTF-8"):
-        read_template(tmp_path)
+        read_template(Source(tmp_path, "s"))

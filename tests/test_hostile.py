@@ -76,7 +76,7 @@ def test_no_value_of_a_source_does_more_than_be_refused(tmp_path, monkeypatch, n
     from mlx_smolvlm.convert.source import Source
 
     source = hf.make(tmp_path / "s")
-    plan = lambda: run.plan_checkpoint(Source(source, "s").checked(), ConvertOptions())  # noqa: E731
+    plan = lambda: run.plan_checkpoint(Source(source, "s"), ConvertOptions())  # noqa: E731
     assert assert_refused_or_fine(source / name, plan) > least
 
 

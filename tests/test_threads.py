@@ -165,7 +165,9 @@ def test_one_thread_at_a_time_changes_the_memory(tiny: SmolVLM) -> None:
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(memory.recall, content, NONE, None)
         assert store.reached.wait(10)
-        second = pool.submit(memory.remember, State(content, tiny.engine.make_cache()), content, False)
+        second = pool.submit(
+            memory.remember, State(content, tiny.engine.make_cache()), content, False
+        )
         second.add_done_callback(lambda _: store.done.set())
         second.result(20)
         first.result(20)

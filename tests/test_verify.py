@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +15,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mlx_smolvlm.checkpoint import load_model
+from mlx_smolvlm.cli import app
+from mlx_smolvlm.cli.compare import Samples
 from mlx_smolvlm.convert import CompareOptions, Comparison
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
 from mlx_smolvlm.convert.quantize import ConvertOptions
@@ -281,3 +286,67 @@ def test_wrong_samples_are_refused_before_converting(
     result = run("convert", source, "out", "--verify-texts", "absent.txt", cwd=tmp_path)
     assert result.returncode == 2
     assert not (tmp_path / "out").exists()
+
+
+# What is read of the source
+
+
+OPENED: list[str] = []  # paths in the order in which they were opened; see `opened`
+noting = False
+
+
+def note(event: str, args: tuple) -> None:
+    if noting and event == "open" and isinstance(args[0], (str, bytes, os.PathLike)):
+        OPENED.append(os.fsdecode(args[0]))
+
+
+sys.addaudithook(note)  # hooks cannot be removed
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths of the files that Python opens, or that MLX is told to load."""
+    global noting
+    load = mx.load
+    monkeypatch.setattr(
+        mx, "load", lambda path, **kw: (OPENED.append(str(path)), load(path, **kw))[1]
+    )
+    OPENED.clear()
+    noting = True
+    yield OPENED
+    noting = False
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("one file", []), ("one file", ["--bits", "4"]), ("own", ["--recipe", "tiny"]),
+     ("shards", ["--verify"]), ("own", ["--bits", "8", "--verify"]),
+     ("one file", ["--bits", "3", "--gptq", "--dwq", "--dwq-steps", "2",
+                   "--calibration", "text.txt"])],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value[:3]),
+)  # fmt: skip
+def test_a_conversion_opens_each_file_of_its_source_once(
+    tmp_path, monkeypatch, opened, kind, options
+):
+    folder = make_source(tmp_path / "s")
+    if kind == "shards":
+        (folder / "model.safetensors").unlink()
+        values = json.loads((folder / "config.json").read_text())
+        hf.write_weights(folder, hf.weights(values), shards=3)
+    elif kind == "own":
+        folder = convert_checkpoint(folder, tmp_path / "floats")
+    hf.write_json(folder / "tokenizer_config.json", {})
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n")
+    (tmp_path / "text.txt").write_text(TEXT)
+    few = replace(FEW, pictures=(("grey", Image.new("RGB", (9, 9), "grey")),))
+    monkeypatch.setattr(Samples, "options", lambda _samples: few)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mlx-smolvlm", "convert", str(folder), "out", *options])
+    opened.clear()
+    with pytest.raises(SystemExit) as leaving:
+        app.main()
+    assert not leaving.value.code
+    inside = Counter(os.path.basename(one) for one in opened if one.startswith(f"{folder}/"))
+    assert {"config.json", "tokenizer.json"} < set(inside)
+    assert set(inside.values()) == {1}, inside
+    assert (tmp_path / "out" / "verify.json").exists() == ("--verify" in options)
