@@ -25,6 +25,7 @@ from mlx_smolvlm.convert.calibration import Sample
 from mlx_smolvlm.convert.losses import HEAD_ROWS, Head, head_of
 from mlx_smolvlm.logprobs import log_softmax, sum_last
 from mlx_smolvlm.model import Model
+from mlx_smolvlm.train.answer_loss import checkpointed_layers
 
 LEARNED_BELOW_BITS = 8  # 8 bits lose next to nothing; mlx-lm leaves them alone too
 PICTURE_PARTS = ("vision_model", "connector")
@@ -151,18 +152,6 @@ class Tunable(nn.Module):
         return x @ self.weight.T
 
 
-class Recomputed(nn.Module):
-    """A layer whose inner values are computed again for the gradient instead of kept."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def __call__(self, *arguments: Any) -> mx.array:
-        result: mx.array = nn.utils.checkpoint(self.layer)(*arguments)
-        return result
-
-
 def learn(
     model: Model,
     targets: Targets,
@@ -183,23 +172,18 @@ def learn(
     pictured = [n for n, one in enumerate(samples) if one.pixel_values is not None]
     seen = {path: t for path, t in tunables.items() if path.startswith(PICTURE_PARTS)}
     if seen and pictured:
-        _recompute(model.vision_model.encoder.layers)
         loss = partial(picture_loss, model, samples, targets)
-        _tune(seen, loss, pictured, options.picture_steps, options, progress)
+        with checkpointed_layers():
+            _tune(seen, loss, pictured, options.picture_steps, options, progress)
     embeds = [None if s.pixel_values is None else encode(model, s.pixel_values) for s in samples]
     read = {path: t for path, t in tunables.items() if path not in seen}
     if read:
-        _recompute(model.text_model.layers)
-        told = partial(text_loss, model, samples, embeds, targets)
-        _tune(read, told, list(range(len(samples))), options.steps, options, progress)
+        loss = partial(text_loss, model, samples, embeds, targets)
+        with checkpointed_layers():
+            _tune(read, loss, list(range(len(samples))), options.steps, options, progress)
     learned = {path: tunable.tuned for path, tunable in tunables.items()}
     mx.eval(learned)
     return learned
-
-
-def _recompute(layers: list[Any]) -> None:
-    """Let `layers` keep nothing for the gradient but what they are given."""
-    layers[:] = [Recomputed(layer) for layer in layers]
 
 
 def make_tunable(model: Model) -> dict[str, Tunable]:

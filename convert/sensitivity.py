@@ -11,17 +11,17 @@ It is kept as means over `BLOCK` weights of a row.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.calibration import Sample
-from mlx_smolvlm.convert.learn import Progress, Recomputed
+from mlx_smolvlm.convert.learn import Progress
 from mlx_smolvlm.convert.quantize import pack, unpack
 from mlx_smolvlm.logprobs import cross_entropy
 from mlx_smolvlm.model import Model
+from mlx_smolvlm.train.answer_loss import checkpointed_layers
 
 BLOCK = 32  # weights of a row that share a number; every group is a multiple
 SEED = 0
@@ -42,8 +42,6 @@ def importance(
     leaves = dict(model.named_modules())
     modules = {path: leaves[path] for path in paths}
     weights = {path: module.weight for path, module in modules.items()}
-    stacks: list[Any] = [model.text_model.layers, model.vision_model.encoder.layers]
-    originals = [list(layers) for layers in stacks]
 
     def loss(given: dict[str, mx.array], sample: Sample, key: mx.array) -> mx.array:
         for path, module in modules.items():
@@ -52,17 +50,14 @@ def importance(
 
     total = {path: mx.zeros(_blocks(weight).shape[:2]) for path, weight in weights.items()}
     try:
-        for layers in stacks:
-            layers[:] = [Recomputed(layer) for layer in layers]
-        for number, sample in enumerate(samples):
-            progress(number, len(samples), "sensitivity")
-            gradients = mx.grad(loss)(weights, sample, mx.random.key(SEED + number))
-            for path in list(gradients):
-                total[path] = total[path] + (_blocks(gradients.pop(path)) ** 2).mean(-1)
-            mx.eval(total)
+        with checkpointed_layers():
+            for number, sample in enumerate(samples):
+                progress(number, len(samples), "sensitivity")
+                gradients = mx.grad(loss)(weights, sample, mx.random.key(SEED + number))
+                for path in list(gradients):
+                    total[path] = total[path] + (_blocks(gradients.pop(path)) ** 2).mean(-1)
+                mx.eval(total)
     finally:
-        for layers, original in zip(stacks, originals, strict=True):
-            layers[:] = original
         for path, module in modules.items():
             module.weight = weights[path]
     tokens = sum(sample.input_ids.size - sample.start for sample in samples)

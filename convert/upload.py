@@ -14,10 +14,11 @@ from mlx_smolvlm.checkpoint import (
     TOKENIZER_FILE,
     read_config,
 )
-from mlx_smolvlm.checksums import SUMS_FILE, file_sum, read_sums, sums_text
+from mlx_smolvlm.checksums import SUMS_FILE, read_sums, sums_text
 from mlx_smolvlm.convert.card import model_card
 from mlx_smolvlm.convert.source import is_hub_id
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
+from mlx_smolvlm.files import sha256_file
 from mlx_smolvlm.offline import is_offline
 from mlx_smolvlm.origin import ORIGIN_FILE
 from mlx_smolvlm.safetensors import INDEX_FILE, read_headers
@@ -120,7 +121,7 @@ def _current_sums(folder: Path, files: list[Path]) -> dict[str, str]:
     """
     stated = read_sums(folder) or {}
     try:
-        sums = {path.name: file_sum(path) for path in files}
+        sums = {path.name: sha256_file(path) for path in files}
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
     for name, value in sums.items():

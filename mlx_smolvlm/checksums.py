@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import open_file
+from mlx_smolvlm.files import sha256_file
 from mlx_smolvlm.json_files import read_text
 
 SUMS_FILE = "SHA256SUMS"
 _LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
-_BLOCK = 1 << 20
 _LARGEST_LIST = 1 << 20  # bytes
 
 
@@ -40,19 +38,6 @@ def read_sums(folder: Path) -> dict[str, str] | None:
     return sums
 
 
-def file_sum(path: Path) -> str:
-    """The hexadecimal SHA-256 of the file at `path`.
-
-    Raises:
-        OSError: It cannot be read.
-    """
-    digest = hashlib.sha256()
-    with open_file(path) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def check_sums(folder: Path) -> Iterator[tuple[str, str | None]]:
     """The name of each file with a stated sum, and what is wrong with it, one after another.
 
@@ -66,7 +51,7 @@ def check_sums(folder: Path) -> Iterator[tuple[str, str | None]]:
         return
     for name, wanted in sums.items():
         try:
-            found = file_sum(folder / name)
+            found = sha256_file(folder / name)
         except FileNotFoundError:
             yield name, "is missing"
         except OSError as error:

@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from mlx_smolvlm.errors import CheckpointError, shorten
+from mlx_smolvlm.records import read_record, read_value
 
 FORMAT = "mlx-smolvlm"
 FORMAT_VERSION = 2
@@ -201,9 +202,29 @@ class Config:
                 "mlx-smolvlm"
             )
         rest = {k: v for k, v in values.items() if k not in ("format", "format_version")}
-        config = _read(cls, rest, "")
+        try:
+            config = cls._read(rest)
+        except ValueError as error:
+            raise CheckpointError(f"config: {error}") from None
         config.check()
         return config
+
+    @classmethod
+    def _read(cls, values: dict[str, Any]) -> Config:
+        """The configuration in `values`, in which overrides are an object instead of pairs.
+
+        Raises:
+            ValueError: A key is missing or unknown, or a value of the wrong type.
+        """
+        parts = read_value(dict[str, Any], values.get("quantization"), "quantization")
+        if "overrides" not in parts:
+            raise ValueError("the key 'quantization.overrides' is missing")
+        kind = dict[str, Quantization | None]
+        overrides = read_value(kind, parts["overrides"], "quantization.overrides")
+        rest = {key: value for key, value in parts.items() if key != "overrides"}
+        config = read_record(cls, {**values, "quantization": rest})
+        quantization = dataclasses.replace(config.quantization, overrides=tuple(overrides.items()))
+        return dataclasses.replace(config, quantization=quantization)
 
     def to_dict(self) -> dict[str, Any]:
         """The contents of `config.json`; `from_dict` reads them back."""
@@ -291,57 +312,3 @@ class Config:
         for holds, message in checks:
             if not holds:
                 raise CheckpointError(f"config: {message}")
-
-
-T = TypeVar("T")
-
-_NESTED: dict[str, type] = {
-    "VisionConfig": VisionConfig,
-    "TextConfig": TextConfig,
-    "ImageConfig": ImageConfig,
-    "VideoConfig": VideoConfig,
-    "VideoConfig | None": VideoConfig,
-    "QuantizationConfig": QuantizationConfig,
-    "Quantization | None": Quantization,
-}
-
-
-def _read(cls: type[T], values: Any, where: str) -> T:
-    """An instance of the dataclass `cls` from `values`; `where` prefixes the key in errors."""
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"config: {where or 'the file'} must be an object, not {shorten(values)}"
-        )
-    prefix = f"{where}." if where else ""
-    fields = {field.name: str(field.type) for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for name in fields:
-        if name not in values:
-            raise CheckpointError(f"config: key '{prefix}{name}' is missing")
-    for name in values:
-        if name not in fields:
-            raise CheckpointError(f"config: key {shorten(prefix + name)} is not known")
-    return cls(**{name: _value(kind, values[name], prefix + name) for name, kind in fields.items()})
-
-
-def _value(kind: str, value: Any, where: str) -> Any:
-    """`value` as the annotation `kind` says, or a CheckpointError that names `where`."""
-    if value is None and kind.endswith("| None"):
-        return None
-    if kind in _NESTED:
-        return _read(_NESTED[kind], value, where)
-    if where == "quantization.overrides":
-        if not isinstance(value, dict):
-            raise CheckpointError(f"config: {where} must be an object, not {shorten(value)}")
-        return tuple(
-            (k, _value("Quantization | None", v, f"{where}.{k}")) for k, v in value.items()
-        )
-    if kind.startswith("tuple"):
-        item = "int" if "int" in kind else "float"
-        if not isinstance(value, list):
-            raise CheckpointError(f"config: {where} must be a list, not {shorten(value)}")
-        return tuple(_value(item, one, where) for one in value)
-    if kind == "float" and type(value) is int:
-        value = float(value)
-    if type(value).__name__ != kind:
-        raise CheckpointError(f"config: {where} must be of type {kind}, not {shorten(value)}")
-    return value

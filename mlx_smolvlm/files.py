@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -248,6 +249,40 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lock(path: str | Path, *, wait: bool = False, flags: int = 0) -> int:
+    """A descriptor of the file or folder `path` that holds its lock until it is closed.
+
+    Args:
+        wait: Wait for another process that holds the lock, instead of raising an error.
+        flags: Further flags of `os.open`.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+        OSError: It cannot be opened.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
+    try:
+        lock_descriptor(descriptor, wait=wait)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def lock_descriptor(descriptor: int, *, wait: bool = False) -> None:
+    """Take the lock of an open file or folder; it goes when the descriptor is closed.
+
+    Args and Raises: as `lock`.
+    """
+    fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+
+
+def sha256_file(path: str | Path) -> str:
+    """The hexadecimal SHA-256 of the regular file `path`; OSError as `open_file`."""
+    with open_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def digest_stream(stream: BinaryIO) -> bytes:

@@ -13,7 +13,6 @@ $MLX_SMOLVLM_CACHE, else $XDG_CACHE_HOME/mlx-smolvlm, else ~/.cache/mlx-smolvlm.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
@@ -25,7 +24,7 @@ from pathlib import Path
 from mlx_smolvlm.checkpoint import CONFIG_FILE, chat_template, is_own, read_config, tokenizer_path
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import expand_path, read_file, write_file
+from mlx_smolvlm.files import expand_path, lock, read_file, write_file
 from mlx_smolvlm.json_files import read_json
 from mlx_smolvlm.ownership import check_folder, check_owner, make_private_folder
 from mlx_smolvlm.safetensors import read_headers
@@ -282,7 +281,7 @@ def cache_folder() -> Path:
 def _locked(folder: Path) -> Iterator[None]:
     """Hold the lock of a model's `folder` in the cache; a second process waits here."""
     try:
-        lock = _lock(folder)
+        descriptor = _lock(folder)
     except OSError as error:
         raise CheckpointError(
             f"the cache {folder.parent} cannot be used ({error.strerror}); "
@@ -293,16 +292,15 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # left empty by a failure
-        os.close(lock)
+        os.close(descriptor)
 
 
 def _lock(folder: Path) -> int:
     """The descriptor that holds the lock of `folder`, which is made if need be."""
     while True:
         make_private_folder(folder)
-        lock = os.open(folder, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        descriptor = lock(folder, wait=True)
         with contextlib.suppress(FileNotFoundError):
-            if os.fstat(lock).st_ino == folder.stat().st_ino:  # not removed while waiting
-                return lock
-        os.close(lock)
+            if os.fstat(descriptor).st_ino == folder.stat().st_ino:  # not removed while waiting
+                return descriptor
+        os.close(descriptor)

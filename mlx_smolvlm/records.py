@@ -25,8 +25,8 @@ def read_record(cls: type[T], values: Any, where: str = "", skip: Collection[str
     """An instance of the dataclass `cls` whose fields are those of `values`.
 
     Types are those of the annotations: str, int, float, bool, None, Literal, unions of them,
-    tuples of any length, and dataclasses. Lists become tuples, and whole numbers floats where
-    those are wanted.
+    tuples of any length, dicts whose keys are texts, and dataclasses. Lists become tuples, and
+    whole numbers floats where those are wanted.
 
     Args:
         where: What stands before the names of keys in messages, such as "lora.".
@@ -56,6 +56,11 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
     for one in _choices(kind):
         if isinstance(one, type) and dataclasses.is_dataclass(one) and isinstance(value, dict):
             return read_record(one, value, f"{where}.")
+        if one is Any:
+            return value
+        if typing.get_origin(one) is dict and isinstance(value, dict):
+            inner = typing.get_args(one)[1]
+            return {key: read_value(inner, item, f"{where}.{key}") for key, item in value.items()}
         if typing.get_origin(one) is tuple and isinstance(value, list):
             inner = typing.get_args(one)[0]
             return tuple(read_value(inner, item, where) for item in value)

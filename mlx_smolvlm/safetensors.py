@@ -27,10 +27,8 @@ FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 ITEM_BYTES = dict.fromkeys(("F64", "I64", "U64"), 8) | dict.fromkeys(("F32", "I32", "U32"), 4)
 ITEM_BYTES |= dict.fromkeys(("F16", "BF16", "I16", "U16"), 2)
 ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
-# The types that MLX has as well; BF16 is reinterpreted after the copy.
-_NUMPY_TYPES = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "BOOL": "?"}
-_NUMPY_TYPES |= {"U8": "u1", "U16": "<u2", "U32": "<u4", "U64": "<u8"}
-_NUMPY_TYPES |= {"I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+_MLX_TYPES = FLOATS | {f"U{bits}": f"uint{bits}" for bits in (8, 16, 32, 64)}
+_MLX_TYPES |= {f"I{bits}": f"int{bits}" for bits in (8, 16, 32, 64)} | {"BOOL": "bool_"}
 LARGEST_HEADER = 25 * 10**6  # bytes; 100,000 tensors take half of it
 MOST_DIMENSIONS = 8  # of a tensor; MLX counts each in an int32
 
@@ -208,21 +206,22 @@ class WeightFiles:
             CheckpointError: The file cannot be read, was cut, or has a type that MLX lacks.
         """
         import mlx.core as mx
-        import numpy as np
 
         info = self.tensors[name]
-        if info.dtype not in _NUMPY_TYPES:
+        if info.dtype not in _MLX_TYPES:
             raise CheckpointError(f"{info.file} cannot be read: tensor '{name}' is {info.dtype}")
-        data, file = np.empty(info.nbytes, np.uint8), self._files[info.file]
+        file, array = self._files[info.file], mx.zeros(info.nbytes, mx.uint8)
+        mx.eval(array)
         try:
             file.seek(info.start)
-            count = file.readinto(data)  # type: ignore[attr-defined]
+            # Written in place: a copy would double the memory of the largest tensor.
+            count = file.readinto(memoryview(array))  # type: ignore[attr-defined, arg-type]
         except OSError as error:
             raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from None
         if count < info.nbytes:
             raise CheckpointError(f"{info.file} changed while it was read; convert it again")
-        array = mx.array(data.view(_NUMPY_TYPES[info.dtype]).reshape(info.shape))
-        return array.view(mx.bfloat16) if info.dtype == "BF16" else array
+        dtype: mx.Dtype = getattr(mx, _MLX_TYPES[info.dtype])
+        return array.view(dtype).reshape(info.shape)
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:

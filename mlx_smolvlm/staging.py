@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from mlx_smolvlm.checkpoint import CONFIG_FILE, read_config
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import sync
+from mlx_smolvlm.files import lock, sync
 
 PARTIAL = ".partial"  # how the names of folders end that are not whole yet
 
@@ -58,7 +57,7 @@ def staged(dest: Path, force: bool) -> Iterator[Path]:
     try:
         dest.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(dest)
-        partial, lock = _make_locked(dest, 0o777)
+        partial, descriptor = _make_locked(dest, 0o777)
     except OSError as error:
         raise CheckpointError(_refusal(dest, error)) from None
     try:
@@ -69,7 +68,7 @@ def staged(dest: Path, force: bool) -> Iterator[Path]:
         raise CheckpointError(_refusal(dest, error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        os.close(lock)
+        os.close(descriptor)
 
 
 def make_temporary() -> tuple[Path, Callable[[], None]]:
@@ -84,11 +83,11 @@ def make_temporary() -> tuple[Path, Callable[[], None]]:
     dest = Path(tempfile.gettempdir()) / f"mlx-smolvlm-{os.geteuid()}"
     with contextlib.suppress(OSError):  # a directory that may not be listed
         remove_leftovers(dest)
-    folder, lock = _make_locked(dest, 0o700)
+    folder, descriptor = _make_locked(dest, 0o700)
 
     def remove() -> None:
         shutil.rmtree(folder, ignore_errors=True)
-        os.close(lock)
+        os.close(descriptor)
 
     return folder, remove
 
@@ -114,13 +113,12 @@ def _make_locked(dest: Path, mode: int) -> tuple[Path, int]:
         partial = _hidden(dest)
         partial.mkdir(mode)
         try:
-            lock = os.open(partial, os.O_RDONLY)
+            descriptor = lock(partial, wait=True)
         except FileNotFoundError:
             continue
-        fcntl.flock(lock, fcntl.LOCK_EX)
         if partial.is_dir():
-            return partial, lock
-        os.close(lock)
+            return partial, descriptor
+        os.close(descriptor)
 
 
 def remove_leftovers(dest: Path) -> None:
@@ -129,17 +127,14 @@ def remove_leftovers(dest: Path) -> None:
         if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(PARTIAL)):
             continue
         try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            descriptor = lock(path, flags=os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
-            continue
+            continue  # its writer is alive, or it is no folder
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.fstat(lock).st_uid == os.geteuid():
+            if os.fstat(descriptor).st_uid == os.geteuid():
                 shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            pass  # its writer lives
         finally:
-            os.close(lock)
+            os.close(descriptor)
 
 
 def _sync(folder: Path) -> None:

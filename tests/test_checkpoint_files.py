@@ -268,7 +268,7 @@ def test_an_adapter_with_impossible_settings(tmp_path, key, value):
 
 def test_an_origin_that_is_nested_is_quoted_in_short(tmp_path):
     (tmp_path / "origin.json").write_text('{"source": ' + "[" * 900 + "]" * 900 + "}")
-    with pytest.raises(CheckpointError, match=r"source is \[\[\[\.\.\.\]\]\]"):
+    with pytest.raises(CheckpointError, match=r"source must be a text, not \[\[\[\.\.\.\]\]\];"):
         read_origin(tmp_path)
 
 

@@ -28,7 +28,7 @@ from mlx_smolvlm.convert.measure import compare
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import write_file
 from mlx_smolvlm.store import OWN_FOLDER
-from mlx_smolvlm.train.folder import lock, rewind
+from mlx_smolvlm.train.folder import lock_folder, rewind
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule
 from mlx_smolvlm.train.settings import LoraSettings
 from mlx_smolvlm.train.trainee import start_adapter, write_model
@@ -244,7 +244,7 @@ def test_a_training_removes_what_a_killed_one_left(tmp_path: Path) -> None:
         folder.mkdir(exist_ok=True)
         (folder / f".{'ab' * 8}.part.safetensors").write_text("half")
         (folder / ".mine").write_text("mine")
-    os.close(lock(tmp_path))
+    os.close(lock_folder(tmp_path))
     assert sorted(os.listdir(tmp_path)) == [".mine", "adapter"]
     assert os.listdir(tmp_path / "adapter") == [".mine"]
 

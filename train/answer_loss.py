@@ -69,10 +69,13 @@ def checkpointed_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
 
 
 @contextmanager
-def checkpointed_layers(seed: int) -> Iterator[None]:
-    """Within it, layers keep their inputs alone for the gradient, and are computed again.
+def checkpointed_layers(seed: int | None = None) -> Iterator[None]:
+    """Within it, layers keep only their inputs for the gradient, and are computed again.
 
-    Each begins with a seed of its own, so that it drops the same the second time.
+    Args:
+        seed: Each call of a layer seeds MLX's random numbers with a number that follows from
+            this one, so that dropout drops the same values the second time. None for models
+            without dropout: the random state is left alone.
     """
     kinds: tuple[Any, ...] = (DecoderLayer, VisionLayer)
     originals = [kind.__call__ for kind in kinds]
@@ -82,10 +85,11 @@ def checkpointed_layers(seed: int) -> Iterator[None]:
         def call(layer: nn.Module, *inputs: Any) -> mx.array:
             nonlocal count
             count += 1
-            own = (seed * 1009 + count) % 2**63
+            own = None if seed is None else (seed * 1009 + count) % 2**63
 
             def run(*again: Any) -> mx.array:
-                mx.random.seed(own)
+                if own is not None:
+                    mx.random.seed(own)
                 states: mx.array = original(layer, *again)
                 return states
 

@@ -6,7 +6,6 @@ training goes on; and `log.jsonl`, a line a step.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mlx_smolvlm.errors import TrainingError
-from mlx_smolvlm.files import read_file, remove_leftovers, write_file
+from mlx_smolvlm.files import lock, read_file, remove_leftovers, write_file
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 ADAPTER, MODEL, FUSED = "adapter", "model", "fused"
@@ -40,13 +39,11 @@ def check_folder(out: Path) -> None:
         )
 
 
-def lock(out: Path) -> int:
+def lock_folder(out: Path) -> int:
     """A descriptor that keeps other trainings out of the folder; what killed ones left goes."""
-    descriptor = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(descriptor)
+        descriptor = lock(out)
+    except BlockingIOError:
         raise TrainingError(f"another training is writing to {out}; wait for it") from None
     for folder in (out, out / ADAPTER):
         remove_leftovers(folder, older_than_s=0)

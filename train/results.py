@@ -6,7 +6,6 @@ of the dataset is asked; a last line that was not written whole is asked again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Mapping
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_smolvlm.errors import DatasetError, shorten
-from mlx_smolvlm.files import open_regular
+from mlx_smolvlm.files import lock_descriptor, open_regular
 from mlx_smolvlm.records import read_record
 from mlx_smolvlm.train.dataset import LARGEST_FILE
 
@@ -107,7 +106,7 @@ class ResultsFile:
                 "another (--results)"
             )
         try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_descriptor(self._fd)
         except OSError:
             raise DatasetError(f"another run is writing to {self._path}; wait for it") from None
         with open(self._fd, "rb", closefd=False) as file:

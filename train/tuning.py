@@ -29,7 +29,7 @@ from mlx_smolvlm.train.folder import (
     STATE_FILE,
     check_folder,
     check_same,
-    lock,
+    lock_folder,
     rewind,
     writing,
 )
@@ -113,7 +113,7 @@ class Tuning:
         self.settings, self.out = settings, out
         self._loaders: list[Loader] = []
         check_folder(out)
-        self._lock = lock(out)
+        self._lock = lock_folder(out)
         try:
             self._prepare(offline)
             self._resume()
