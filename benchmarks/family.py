@@ -1,6 +1,6 @@
 """Every published checkpoint at its full size, with random weights: converted, loaded, asked.
 
-    python benchmarks/family.py [--only NAME]... [--files FOLDER] [--work FOLDER] [--precision P]...
+    python -m benchmarks.family [--only NAME]... [--files FOLDER] [--work FOLDER] [--precision P]...
                                 [--detail low|high] [--no-answer]
 
 Names and shapes of the tensors are the published ones (tests/golden/checkpoint_keys.json), in the

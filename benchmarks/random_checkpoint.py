@@ -1,6 +1,6 @@
 """A checkpoint of SmolVLM2-256M's sizes with random weights, for benchmarks.
 
-    python benchmarks/random_checkpoint.py FOLDER [--files FILES]
+    python -m benchmarks.random_checkpoint FOLDER [--files FILES]
 
 Writes FOLDER/hf as published ones are, for other programs, and FOLDER/converted for this
 package. Tokenizer, chat template and settings of pictures come from FILES, a folder with
@@ -10,13 +10,12 @@ the published checkpoint's small files, or else from the hub (4 MB).
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
 from mlx_smolvlm.convert.run import convert_checkpoint
+from tests.helpers import hf_folder as hf
 
 SOURCE = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
 SMALL_FILES = (
@@ -29,17 +28,6 @@ SMALL_FILES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-
-
-def hf_folder() -> ModuleType:
-    """tests/hf_folder.py, which writes the tensors that a config.json describes."""
-    path = Path(__file__).parent.parent / "tests" / "hf_folder.py"
-    spec = importlib.util.spec_from_file_location("hf_folder", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def small_files(files: Path | None) -> Path:
@@ -62,7 +50,6 @@ def random_checkpoint(folder: Path, files: Path | None = None) -> Path:
     for name in SMALL_FILES:
         if (found / name).exists():
             shutil.copyfile(found / name, source / name)
-    hf = hf_folder()
     values = hf.settings(
         image_token_id=49190,
         pad_token_id=2,

@@ -1,6 +1,6 @@
 """Accuracy by task of a checkpoint and of its conversions, as `mlx-smolvlm eval` counts it.
 
-    python benchmarks/recipes.py MODEL DATASET [--limit 100] [--only tiny] [--work FOLDER]
+    python -m benchmarks.recipes MODEL DATASET [--limit 100] [--only tiny] [--work FOLDER]
 
 Every conversion is made by `mlx-smolvlm convert` and judged by `mlx-smolvlm eval`, in processes
 of their own. With `--work` conversions and results stay there, and a stopped run goes on.

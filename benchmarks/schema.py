@@ -1,6 +1,6 @@
 """What holding answers to a schema costs.
 
-    python benchmarks/schema.py [--tokenizer FILE] [--tokens N] [--rounds N]
+    python -m benchmarks.schema [--tokenizer FILE] [--tokens N] [--rounds N]
 
 For the demo, and for a decoder of SmolVLM-256M's size with random weights and the vocabulary
 in FILE (a tokenizer.json of such a checkpoint; without one the second part is left out):

@@ -1,6 +1,6 @@
 """Time until the command is of use, cold process each time.
 
-    python benchmarks/startup.py [--runs 15] [--model demo] [--json FILE]
+    python -m benchmarks.startup [--runs 15] [--model demo] [--json FILE]
 
 Prints the median, the fastest and the slowest of N runs; the machine's file cache
 is warm after the first one, which is not counted.
@@ -63,7 +63,7 @@ def main() -> None:
         for name, command in commands.items():
             times[name].append(seconds(command))
     report = {
-        "command": " ".join(["python", "benchmarks/startup.py", *sys.argv[1:]]),
+        "command": " ".join(["python", "-m", "benchmarks.startup", *sys.argv[1:]]),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "runs": arguments.runs,
         "seconds": {

@@ -1,6 +1,6 @@
 """What the second question about a picture costs: tiles encoded, tokens run, time to the answer.
 
-    python benchmarks/turns.py [--files FILES] [--folder FOLDER] [--rival PYTHON] [--json]
+    python -m benchmarks.turns [--files FILES] [--folder FOLDER] [--rival PYTHON] [--json]
 
 A conversation of two turns about one picture of 640 x 480, which is 13 tiles, with a model of
 SmolVLM2-256M's sizes and random weights (benchmarks/random_checkpoint.py; FILES has the
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--rival", help="the Python of an environment with mlx-vlm")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    from random_checkpoint import random_checkpoint
+    from benchmarks.random_checkpoint import random_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "random-256m"

@@ -1,6 +1,6 @@
 """Memory and time of a video, by its length and by the frames taken of it.
 
-    python benchmarks/video.py [--files FOLDER | --model MODEL] [--media] [--json]
+    python -m benchmarks.video [--files FOLDER | --model MODEL] [--media] [--json]
                                [--seconds 10,60,600] [--frames 10,32,64] [--keyint 30]
 
 Each line is a process of its own. The clips are made on the first run (video_clips.py:
@@ -25,9 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from video_clips import numbers, path_of
+from benchmarks.video_clips import numbers, path_of
 
-HERE = Path(__file__).parent
 CACHE = Path(tempfile.gettempdir()) / "mlx-smolvlm-benchmark"
 
 Row = dict[str, Any]
@@ -145,8 +144,8 @@ def _answered(vlm: Any, clip: Any, row: Row) -> Row:
     }
 
 
-def run(*command: str | Path) -> str:
-    """What a Python process with `command` prints last.
+def run(module: str, *arguments: str | Path) -> str:
+    """What `module`, run as a command with `arguments`, prints last.
 
     The work is done in others so that this process stays small: on Linux the peak of
     a process begins with the size of its parent.
@@ -154,9 +153,10 @@ def run(*command: str | Path) -> str:
     Raises:
         SystemExit: It failed.
     """
-    result = subprocess.run([sys.executable, *map(str, command)], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", module, *map(str, arguments)]
+    result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if result.returncode:
-        raise SystemExit(f"{' '.join(map(str, command))} failed")
+        raise SystemExit(f"{' '.join(command)} failed")
     return result.stdout.strip().splitlines()[-1]
 
 
@@ -164,11 +164,11 @@ def prepared(options: argparse.Namespace) -> str:
     """The model, once it and the clips are there."""
     lengths = ",".join(map(str, options.seconds))
     clips = options.cache / "clips"
-    run(HERE / "video_clips.py", clips, "--seconds", lengths, "--keyint", str(options.keyint))
+    run("benchmarks.video_clips", clips, "--seconds", lengths, "--keyint", str(options.keyint))
     if options.model is not None:
         return str(options.model)
     files = ["--files", options.files] if options.files else []
-    return run(HERE / "random_checkpoint.py", options.cache / "random-256m", *files)
+    return run("benchmarks.random_checkpoint", options.cache / "random-256m", *files)
 
 
 def measured(options: argparse.Namespace, model: str) -> Iterator[Row]:
@@ -177,7 +177,9 @@ def measured(options: argparse.Namespace, model: str) -> Iterator[Row]:
         for seconds in options.seconds:
             path = path_of(options.cache / "clips", seconds, options.keyint)
             one = {"path": str(path), "seconds": seconds, "frames": frames, "model": model}
-            yield json.loads(run(__file__, "--one", json.dumps(one | {"media": options.media})))
+            yield json.loads(
+                run("benchmarks.video", "--one", json.dumps(one | {"media": options.media}))
+            )
 
 
 def line(row: Row, heading: bool = False) -> str:

@@ -1,6 +1,6 @@
 """Clips for benchmarks/video.py: 1920 x 1080, 30 frames a second, H.264, moving and noisy.
 
-    python benchmarks/video_clips.py FOLDER [--seconds 10,60,600] [--keyint 30]
+    python -m benchmarks.video_clips FOLDER [--seconds 10,60,600] [--keyint 30]
 
 A picture of smooth colours passes by under a window that wanders, with noise as a sensor
 has it and a square that crosses it. Up to a minute is encoded; longer clips are that

@@ -1,11 +1,11 @@
 """What other programs make of a clip: frames, tiles, tokens, time and memory.
 
-    python benchmarks/video_rivals.py {mlx-vlm,transformers} CLIP HF_FOLDER
+    python -m benchmarks.video_rivals {mlx-vlm,transformers} CLIP HF_FOLDER
                                       [--frames N] [--processor] [--json]
 
 To be run by the Python that has the program: an environment with mlx-vlm (it need not have
 this package), or this repository's after `make oracles`. Where torchvision is not
-installed, transformers runs with the stand-in of tests/reference/video_oracle.py, which resizes
+installed, transformers runs with the stand-in of tests/helpers/video_oracle.py, which resizes
 with Pillow, and reads with PyAV. CLIP and HF_FOLDER are what benchmarks/video.py leaves in its
 cache. --processor leaves the model out; --frames takes other frames than the program would.
 """
@@ -13,7 +13,7 @@ cache. --processor leaves the model out; --frames takes other frames than the pr
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import resource
 import sys
@@ -72,11 +72,12 @@ def transformers(clip: str, folder: str, frames: int | None, processor_only: boo
     import torch
     from transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
 
-    oracle = _video_oracle()
+    from tests.helpers.video_oracle import VideoOracle
+
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     template = json.loads((Path(folder) / "chat_template.json").read_text(encoding="utf-8"))
     tokenizer.chat_template = template["chat_template"]
-    processor = oracle.VideoOracle(folder, tokenizer, 64)
+    processor = VideoOracle(folder, tokenizer, 64)
     processor.processor.chat_template = _with_videos(template["chat_template"])
     model = None
     if not processor_only:
@@ -108,17 +109,6 @@ def _with_videos(template: str) -> str:
         return template
     image = "{% elif line['type'] == 'image' %}{{ '<image>' }}"
     return template.replace(image, image + image.replace("image", "video"))
-
-
-def _video_oracle() -> Any:
-    """tests/reference/video_oracle.py."""
-    path = Path(__file__).parent.parent / "tests" / "reference" / "video_oracle.py"
-    spec = importlib.util.spec_from_file_location("video_oracle", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def peak_mb() -> float:

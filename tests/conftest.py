@@ -89,7 +89,9 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config()
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     # 640 tokens of the recipe as it once was: a change of the recipe leaves these networks alone.
-    shutil.copy(Path(__file__).with_name("tiny_tokenizer.json"), folder / "tokenizer.json")
+    shutil.copy(
+        Path(__file__).with_name("helpers") / "tiny_tokenizer.json", folder / "tokenizer.json"
+    )
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     weights = dict(tree_flatten(randomize(Model(config), seed=1).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), weights)

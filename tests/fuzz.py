@@ -1,6 +1,6 @@
 """Open thousands of damaged files, each as a user would, and print what happened.
 
-    python tests/fuzz.py [KIND...] [--files N] [--seed N] [--seconds S] [--megabytes N]
+    python -m tests.fuzz [KIND...] [--files N] [--seed N] [--seconds S] [--megabytes N]
 
 A file may be used or refused with an error of this package. What fails is a traceback, a
 crash, more than 20 seconds, more than 1.5 GB of memory, or output on stderr. Files are made
@@ -16,6 +16,7 @@ import importlib
 import json
 import os
 import queue
+import random
 import resource
 import subprocess
 import sys
@@ -28,15 +29,13 @@ from collections import Counter
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
-
 HARD_BYTES = 12 * 10**9  # of address space: an allocation beyond it fails
 START_SECONDS = 300.0  # to import, make the files to damage and open each once
-KINDS_MODULE = os.environ.get("FUZZ_KINDS", "fuzz_kinds")  # a test puts its own there
+KINDS_MODULE = os.environ.get("FUZZ_KINDS", "tests.helpers.fuzz_kinds")  # a test puts its own there
 
 UNAVOIDABLE = "tempfile.tif: "  # libtiff's, of damaged files; Pillow has no way to stop it
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +78,7 @@ def work(kind: str, start: int, stop: int) -> None:
         case = kinds[kind][0](Path(folder))
         report.write(json.dumps({"ready": True}) + "\n")
         for seed in range(start, stop):
-            action = case(np.random.default_rng([number, seed]))
+            action = case(random.Random(f"{number} {seed}"))
             report.write(json.dumps({"seed": seed}) + "\n")
             _reset_peak()
             printed = os.fstat(2).st_size
@@ -104,7 +103,7 @@ def work(kind: str, start: int, stop: int) -> None:
 
 def _load_kinds() -> dict[str, Any]:
     """Kinds of files by name: how each is made and opened, and how many a full run damages."""
-    sys.path.insert(0, str(TESTS))
+    sys.path.insert(0, str(ROOT))  # it may be run as a file
     kinds: dict[str, Any] = importlib.import_module(KINDS_MODULE).KINDS
     return kinds
 

@@ -1,6 +1,6 @@
 """Make known mistakes in a copy of the sources, one at a time, and see that the tests notice.
 
-    python tests/mutations.py [NAME...] [--jobs N] [--all-tests] [--list]
+    python -m tests.mutations [NAME...] [--jobs N] [--all-tests] [--list]
 
 The mistakes are in tests/mutation_lists/*.toml. NAME is a mutation, a list (the stem of its
 file) or a pattern such as "cache-*". Exits with 1 if a mutation survives or cannot be made.

@@ -1,19 +1,14 @@
 """Which addresses a download may connect to, and that it connects to those that were checked."""
 
-import importlib.util
 import ipaddress
 import socket
-from pathlib import Path
 
 import pytest
 
 from mlx_smolvlm import download
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.fetch import open_bytes
-
-spec = importlib.util.spec_from_file_location("web", Path(__file__).with_name("web_server.py"))
-web = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(web)
+from tests.helpers import web_server as web
 
 PUBLIC, PRIVATE = "127.0.0.1", "127.0.0.9"  # as `server` lets them be
 

@@ -1,12 +1,10 @@
 """Precision mixed by what is measured, and scales that are tuned."""
 
-import importlib.util
 import itertools
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -35,10 +33,8 @@ from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.sensitivity import importance
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
+from tests.helpers import better_cases as cases
 
-spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("better_cases.py"))
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
 kl_of = cases.kl_of
 
 SHORT = Sampling(max_tokens=3)

@@ -1,11 +1,9 @@
 """Small files that describe gigabytes: refused, or read within bounds."""
 
-import importlib.util
 import io
 import random
 import struct
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,16 +15,8 @@ from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.picture import FORMATS, open_image
 from mlx_smolvlm.readers import open_reader
 from mlx_smolvlm.video import open_parts, open_video
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, clips = load("media_cases"), load("video_cases")
+from tests.helpers import media_cases as cases
+from tests.helpers import video_cases as clips
 
 
 def saved(image, form, **options):

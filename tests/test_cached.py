@@ -1,7 +1,6 @@
 """What lies in the cache is listed, and removed only where it is a checkpoint of the cache."""
 
 import fcntl
-import importlib.util
 import json
 import os
 import shutil
@@ -19,10 +18,7 @@ from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.hub import ResolveOptions, resolve
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 REPO = "HuggingFaceTB/SmolVLM-256M-Instruct"
 

@@ -1,6 +1,5 @@
 """Our folders are read strictly: what differs from the configuration is named."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,10 +13,7 @@ from mlx_smolvlm.checkpoint import chat_template, load_model, read_config, token
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 
 @pytest.fixture(autouse=True)

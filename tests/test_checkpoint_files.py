@@ -1,6 +1,5 @@
 """The text files of a checkpoint: only regular ones of some size, and nothing that they say."""
 
-import importlib.util
 import json
 import os
 import random
@@ -32,10 +31,7 @@ from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.safetensors import read_headers
 from mlx_smolvlm.sampling import Sampling
 from mlx_smolvlm.tokenizer import native_errors, read_tokenizer
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 HUGE = "1" + "0" * 400  # more than a float holds
 

@@ -1,7 +1,6 @@
 """Each file that a conversion writes has its SHA-256 beside it, in the form of coreutils."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -16,10 +15,7 @@ from mlx_smolvlm.checksums import check_sums, read_sums, sums_text
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 
 @pytest.fixture

@@ -1,16 +1,16 @@
 """`convert` and `models`, as processes on small Hugging Face folders."""
 
 import contextlib
-import importlib.util
 import json
 import os
 import pty
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tests.helpers import hf_folder
 
 COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
 
@@ -29,21 +29,8 @@ def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.fixture(scope="module")
-def hf_folder() -> ModuleType:
-    """The neighbor file that makes Hugging Face folders."""
-    spec = importlib.util.spec_from_file_location(
-        "cli_hf_folder", Path(__file__).with_name("hf_folder.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def source(hf_folder: ModuleType, tmp_path: Path) -> Path:
+def source(tmp_path: Path) -> Path:
     folder: Path = hf_folder.make(tmp_path / "Some-VLM")
     return folder
 

@@ -1,6 +1,5 @@
 """`mlx-smolvlm train` as users run it: killed, interrupted, resumed, and what it made in use."""
 
-import importlib.util
 import json
 import random
 import signal
@@ -8,9 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from tests.helpers import tuning_cases as cases
 
 COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
 # Steps take their time, so that there is a moment between any two of them.
@@ -25,19 +25,6 @@ Loop.advance = slowly
 from mlx_smolvlm.cli.app import main
 main()
 """
-
-
-def load_cases() -> ModuleType:
-    path = Path(__file__).with_name("tuning_cases.py")
-    spec = importlib.util.spec_from_file_location("tuning_cases_of_cli", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load_cases()
 
 
 @pytest.fixture

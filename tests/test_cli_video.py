@@ -1,6 +1,5 @@
 """Videos on the command line, as a process with stdin, stdout, stderr and a status."""
 
-import importlib.util
 import json
 import os
 import re
@@ -16,17 +15,9 @@ from PIL import Image
 
 import mlx_smolvlm as smolvlm
 from mlx_smolvlm.cli.options import parse_time
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-clips, cli, terminals = load("video_cases"), load("test_cli"), load("test_cli_terminal")
-run, assert_one_error = cli.run, cli.assert_one_error
+from tests.helpers import video_cases as clips
+from tests.helpers.command import assert_one_error, environment, run
+from tests.helpers.dumb_terminal import Terminal
 
 # The command with a decoder that takes its time.
 SLOW = """
@@ -222,7 +213,7 @@ def test_unusable_videos(name, words, path, tmp_path):
         "empty.mp4": b"",
         "cut.mp4": path.read_bytes()[:-2000],
         "text.txt": b"not a video\n" * 99,
-        "sound.wav": load("test_readers").sound("wav"),
+        "sound.wav": clips.sound("wav"),
     }
     for other, data in contents.items():
         (tmp_path / other).write_bytes(data)
@@ -277,7 +268,7 @@ def test_ctrl_c_while_decoding(tiny_video_folder, path):
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=cli.environment(),
+        env=environment(),
         start_new_session=True,
     )  # fmt: skip
     written = path.parent / "frames" / "frames.jsonl"
@@ -303,7 +294,7 @@ def start(tiny_video_folder):
 
     def begin(*arguments):
         words = ("-c", SLOWLY, "chat", *map(str, arguments), "-m", str(tiny_video_folder))
-        started.append(terminals.Terminal(*words))
+        started.append(Terminal(*words))
         return started[-1]
 
     yield begin

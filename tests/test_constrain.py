@@ -1,7 +1,6 @@
 """Answers that fit a schema or a regular expression."""
 
 import copy
-import importlib.util
 import json
 import math
 import random
@@ -12,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import jsonschema
@@ -33,6 +31,7 @@ from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.sampling import make_sampler
 from mlx_smolvlm.schema import check, closed
 from mlx_smolvlm.template import ChatTemplate
+from tests.helpers import random_schemas
 
 FORMATS = jsonschema.FormatChecker(["ipv4", "uuid"])
 STRING = re.compile(r'"(\\.|[^"\\])*"')
@@ -49,23 +48,13 @@ def is_date(value: object) -> bool:
     return not isinstance(value, str) or re.fullmatch(r"\d{4}-[01]\d-[0-3]\d", value) is not None
 
 
-def sibling(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module", params=["random weights", "demo"])
 def vlm(request: pytest.FixtureRequest, tiny: SmolVLM) -> SmolVLM:
     return tiny if request.param == "random weights" else mlx_smolvlm.load("demo")
 
 
 def test_200_random_schemas(vlm: SmolVLM) -> None:
-    schemas, texts = sibling("random_schemas").Schemas(0), set()
+    schemas, texts = random_schemas.Schemas(0), set()
     for number in range(200):
         schema = schemas.draw()
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -81,7 +70,7 @@ def test_200_random_schemas(vlm: SmolVLM) -> None:
 
 
 def test_200_random_schemas_drawn_with_a_temperature(tiny: SmolVLM) -> None:
-    schemas = sibling("random_schemas").Schemas(1)
+    schemas = random_schemas.Schemas(1)
     for number in range(200):
         schema = schemas.draw()
         sampling = Sampling(schema=schema, temperature=1.5, top_k=50, seed=number, max_tokens=460)
@@ -506,7 +495,7 @@ def mutated(schema: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 def test_mutated_schemas_are_read_or_refused() -> None:
-    schemas, read = sibling("random_schemas").Schemas(7), 0
+    schemas, read = random_schemas.Schemas(7), 0
     for seed in range(200):
         schema = mutated(copy.deepcopy(schemas.draw()), random.Random(seed))
         try:

@@ -1,6 +1,5 @@
 """Hugging Face and mlx-vlm folders become ours: names, fusion, shards, refusals."""
 
-import importlib.util
 import json
 import struct
 from dataclasses import replace
@@ -21,10 +20,7 @@ from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.convert.weights import entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import TensorInfo, read_headers
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 
 def stored(folder: Path) -> dict[str, mx.array]:

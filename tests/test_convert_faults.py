@@ -5,7 +5,6 @@ the folder is copied as it is there, which is what a process killed at that mome
 """
 
 import errno
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -23,10 +22,7 @@ from mlx_smolvlm.checksums import check_sums
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 POINTS = (
     *((Path, name) for name in ("mkdir", "rename", "write_text")),

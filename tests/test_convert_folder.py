@@ -1,7 +1,6 @@
 """A destination appears whole or not at all; memory stays small."""
 
 import fcntl
-import importlib.util
 import json
 import os
 import signal
@@ -18,10 +17,7 @@ from mlx_smolvlm.convert import run
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 
 def python(code: str, *arguments: object) -> subprocess.Popen:

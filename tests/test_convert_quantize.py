@@ -1,6 +1,5 @@
 """Precision: options, packing, padding, and sources that are packed already."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -14,10 +13,7 @@ from mlx_smolvlm.convert.quantize import ConvertOptions, requested
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import read_headers
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 FOUR, EIGHT = Quantization(4, 64, "affine"), Quantization(8, 64, "affine")
 

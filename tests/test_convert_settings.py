@@ -1,6 +1,5 @@
 """What config.json and its neighbours say becomes one Config, or is refused by name."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -11,10 +10,7 @@ from mlx_smolvlm.convert.preprocessing import read_template
 from mlx_smolvlm.convert.settings import read_settings
 from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 
 def read(tmp_path: Path, **changes) -> Config:

@@ -1,6 +1,5 @@
 """`doctor` tells what is broken from what is not, and says so by its exit status."""
 
-import importlib.util
 import io
 import json
 import os
@@ -16,10 +15,8 @@ from mlx_smolvlm.cli import health, trials
 from mlx_smolvlm.cli.doctor import doctor
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.hub import resolve
+from tests.helpers import hf_folder as hf
 
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
 hf.TEMPLATE = (  # one that renders a question, which the demo's does
     resolve("demo") / "chat_template.jinja"
 ).read_text()

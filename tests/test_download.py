@@ -2,20 +2,15 @@
 
 import base64
 import contextlib
-import importlib.util
 import itertools
 import re
-from pathlib import Path
 
 import pytest
 
 from mlx_smolvlm import download, fetch
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.fetch import open_bytes
-
-spec = importlib.util.spec_from_file_location("web", Path(__file__).with_name("web_server.py"))
-web = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(web)
+from tests.helpers import web_server as web
 
 
 @pytest.fixture

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import string
 from collections import Counter
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,25 +13,13 @@ from PIL import Image
 from demo_recipe import charts
 from demo_recipe.draw import COLOR_NAMES, sample_size
 from demo_recipe.items import Drawn, Glyph, Turn, parts_of, text_of
+from tests.helpers import read_print as reader
 
 SIZES = ((192, 192), (96, 96), (640, 247), (247, 640), (96, 51), (51, 96), (333, 500), (250, 96))
 FAMILIES = {
     "value", "extreme", "chart compare", "chart list", "bars", "bar color", "bar letter", "absent",
     "what chart", "describe chart",
 }  # fmt: skip
-
-
-def sibling(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reader = sibling("read_print")
 
 
 def bars_of(drawn: Drawn) -> list[Glyph]:

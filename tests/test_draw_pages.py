@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import string
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,25 +14,13 @@ import pytest
 from demo_recipe import pages
 from demo_recipe.items import Drawn, Glyph, Turn, parts_of, text_of
 from demo_recipe.lexicon import HELD_OUT
+from tests.helpers import read_print as reader
 
 SIZES = ((144, 192), (192, 192), (96, 96), (640, 247), (247, 640), (192, 101), (96, 250), (250, 96))
 FAMILIES = {
     "page", "page table", "page title", "page cell", "page list", "page list count", "absent",
 }  # fmt: skip
 Box = tuple[float, float, float, float]
-
-
-def sibling(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reader = sibling("read_print")
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import string
 from collections import Counter
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -16,25 +13,13 @@ from demo_recipe import words
 from demo_recipe.draw import COLOR_NAMES, COLORS, sample_size
 from demo_recipe.items import Drawn, Turn, parts_of, text_of
 from demo_recipe.lexicon import HELD_OUT, TRAINED, WORDS
+from tests.helpers import read_print as reader
 
 SIZES = ((192, 192), (96, 96), (640, 247), (247, 640), (96, 51), (51, 96), (333, 500), (250, 96))
 FAMILIES = {
     "word", "long word", "number", "letter", "text color", "two words", "line", "letters",
     "first letter", "absent", "what text", "describe text",
 }  # fmt: skip
-
-
-def sibling(name: str) -> ModuleType:
-    path = Path(__file__).with_name(f"{name}.py")
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-reader = sibling("read_print")
 
 
 def lines_of(drawn: Drawn) -> list[str]:

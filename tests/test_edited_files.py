@@ -5,14 +5,12 @@ Each reader gets some dozens of seeded mutations, and by name what once went pas
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -33,20 +31,8 @@ from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule, read_notes
 from mlx_smolvlm.train.report import scores_of
 from mlx_smolvlm.train.results import Result, ResultsFile
 from mlx_smolvlm.train.settings import read_settings
+from tests.helpers import file_damage
 
-
-def load_mutations() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "file_mutations", Path(__file__).with_name("file_mutations.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-mutations = load_mutations()
 LINE = {"image": "a.png", "question": "What?", "answers": ["Yes", "No"], "metric": "exact"}
 LINE |= {"choices": ["Yes", "No"], "task": "x", "system": "Be brief."}
 TURNS = {
@@ -149,7 +135,7 @@ def test_lines_of_a_dataset(tmp_path: Path) -> None:
 
     def mutate(rng: random.Random) -> None:
         line = json.dumps(rng.choice([LINE, TURNS]))
-        file.write_bytes(line.encode() + b"\n" + mutations.mutate_json(line, rng))
+        file.write_bytes(line.encode() + b"\n" + file_damage.damage_json(line, rng))
 
     assert_read_or_refused(mutate, lambda: read_cases([file], EvaluationOptions()), 150)
 
@@ -186,7 +172,7 @@ def test_a_dataset_that_is_no_regular_file(name: str, tmp_path: Path) -> None:
 def test_settings_of_a_training(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     assert_read_or_refused(
-        lambda rng: file.write_bytes(mutations.mutate_toml(SETTINGS, rng)),
+        lambda rng: file.write_bytes(file_damage.damage_toml(SETTINGS, rng)),
         lambda: json.dumps(read_settings(file).decisive()),
         120,
     )
@@ -195,7 +181,7 @@ def test_settings_of_a_training(tmp_path: Path) -> None:
 def test_recipes(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     assert_read_or_refused(
-        lambda rng: file.write_bytes(mutations.mutate_toml(RECIPE, rng)),
+        lambda rng: file.write_bytes(file_damage.damage_toml(RECIPE, rng)),
         lambda: read_recipe(str(file)),
         120,
     )
@@ -280,7 +266,7 @@ def test_results(tmp_path: Path) -> None:
     def mutate(rng: random.Random) -> None:
         at = rng.randrange(2)
         changed = [line.encode() for line in lines]
-        changed[at] = mutations.mutate_json(lines[at], rng)
+        changed[at] = file_damage.damage_json(lines[at], rng)
         path.write_bytes(b"\n".join(changed) + b"\n")
 
     assert_read_or_refused(mutate, lambda: read_results(path), 200)
@@ -329,7 +315,7 @@ def test_what_a_conversion_lost(tmp_path: Path) -> None:
     path.write_text(text)
     assert "KL" in str(verification_section(tmp_path))
     assert_read_or_refused(
-        lambda rng: path.write_bytes(mutations.mutate_json(text, rng)),
+        lambda rng: path.write_bytes(file_damage.damage_json(text, rng)),
         lambda: verification_section(tmp_path),
         150,
     )
@@ -360,13 +346,13 @@ def test_states_of_a_training(tmp_path: Path) -> None:
     header = json.loads(data[8:length])
 
     def mutate(rng: random.Random) -> None:
-        text = mutations.mutate_json(json.dumps(header), rng)
+        text = file_damage.damage_json(json.dumps(header), rng)
         if rng.random() < 0.3:
-            settings = mutations.mutate_json(NOTES["settings"], rng).decode(errors="replace")
+            settings = file_damage.damage_json(NOTES["settings"], rng).decode(errors="replace")
             notes = {**NOTES, "step": "0", "settings": settings}
             text = json.dumps({**header, "__metadata__": notes}).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[length:])
-        log.write_bytes(mutations.mutate_json('{"step": 1, "loss": 0.5}', rng))
+        log.write_bytes(file_damage.damage_json('{"step": 1, "loss": 0.5}', rng))
 
     def read() -> None:
         rewind(log, 3)
@@ -416,9 +402,9 @@ def test_adapters(tiny_folder: Path, tmp_path: Path) -> None:
     def mutate(rng: random.Random) -> None:
         changed = list(contents)
         if rng.random() < 0.7:
-            changed[0] = mutations.mutate_json(contents[0].decode(), rng)
+            changed[0] = file_damage.damage_json(contents[0].decode(), rng)
         else:
-            changed[1] = mutations.mutate_bytes(contents[1][:header], rng) + contents[1][header:]
+            changed[1] = file_damage.damage_bytes(contents[1][:header], rng) + contents[1][header:]
         for file, data in zip(files, changed, strict=True):
             file.write_bytes(data)
 

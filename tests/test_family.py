@@ -1,8 +1,6 @@
 """Every published geometry, cut down in width and depth: converted, loaded strictly, asked."""
 
-import importlib.util
 import json
-import sys
 from copy import deepcopy
 from pathlib import Path
 
@@ -10,24 +8,15 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from benchmarks import family
 from mlx_smolvlm import Sampling, load
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
+from tests.helpers import hf_folder as hf
 
 ROOT = Path(__file__).parent.parent
 GOLDEN = json.loads((ROOT / "tests" / "golden" / "checkpoint_keys.json").read_text())
 
-
-def module(name, path):
-    spec = importlib.util.spec_from_file_location(name, path)
-    found = importlib.util.module_from_spec(spec)
-    sys.modules[name] = found
-    spec.loader.exec_module(found)
-    return found
-
-
-hf = module("hf_for_family", ROOT / "tests" / "hf_folder.py")
-family = module("family_benchmark", ROOT / "benchmarks" / "family.py")
 
 IDEFICS3 = deepcopy(GOLDEN["SmolVLM-Instruct"]["config"])
 IDEFICS3["scale_factor"] = 2

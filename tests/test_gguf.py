@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -23,20 +21,7 @@ from mlx_smolvlm.convert.gguf_file import open_gguf
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
-
-
-def load_cases() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "gguf_cases", Path(__file__).with_name("gguf_cases.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load_cases()
+from tests.helpers import gguf_cases as cases
 
 
 def read(path: Path) -> dict[str, mx.array]:

@@ -1,10 +1,8 @@
 """GPTQ of a whole model, and the command for it."""
 
-import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -20,10 +18,7 @@ from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
-
-spec = importlib.util.spec_from_file_location("cases", Path(__file__).with_name("better_cases.py"))
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.helpers import better_cases as cases
 
 LOW = ConvertOptions(bits=3, embeddings_bits=3, vision_bits=3, connector_bits=3)
 SHORT = Sampling(max_tokens=3)

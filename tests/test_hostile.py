@@ -1,6 +1,5 @@
 """Files that lie, in a source or in a folder of ours, are refused before memory is taken."""
 
-import importlib.util
 import json
 import os
 import struct
@@ -15,10 +14,7 @@ from mlx_smolvlm.checkpoint import load_model
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.safetensors import load_tensors, read_header, read_headers
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 # As they stand in a file, since some are no values of Python's.
 VALUES = ["0", "-1", "1", "3", "2147483648", "16777216", "1073741824", "9" * 30, "1e308", "1e999",

@@ -1,6 +1,5 @@
 """What a user calls a model leads to one folder of ours, converted once."""
 
-import importlib.util
 import subprocess
 import sys
 import textwrap
@@ -14,10 +13,7 @@ from mlx_smolvlm.convert import source as convert_source
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.hub import ResolveOptions, resolve
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 REPO = "HuggingFaceTB/SmolVLM-256M-Instruct"
 

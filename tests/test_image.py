@@ -1,8 +1,5 @@
 """Tiles and grids: against recorded numbers of transformers, and by property."""
 
-import importlib.util
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,12 +8,7 @@ from PIL import Image
 
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.image import Grid, grid_of, open_image, tiles
-
-spec = importlib.util.spec_from_file_location(
-    "media_cases", Path(__file__).with_name("media_cases.py")
-)
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.helpers import media_cases as cases
 
 GOLDENS = cases.load_golden("images")
 CONFIG = cases.config()

@@ -1,14 +1,10 @@
 """The kernels that a forward pass may take, by benchmarks/kernels.py."""
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
-
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from benchmarks import kernels as bench
 from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.config import (
     Config,
@@ -20,18 +16,6 @@ from mlx_smolvlm.config import (
 from mlx_smolvlm.model import Model
 
 LAYERS = 3
-
-
-@pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "kernels.py"
-    spec = importlib.util.spec_from_file_location("kernels", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["kernels"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(params=["untied", "tied", "8 bits"])
@@ -62,26 +46,26 @@ def model(request: pytest.FixtureRequest) -> Model:
     return model
 
 
-def test_decoded_token(model: Model, bench: ModuleType) -> None:
+def test_decoded_token(model: Model) -> None:
     assert bench.decoded_token(model).total() <= 12 * LAYERS + 8
 
 
-def test_decoded_token_with_a_bounded_cache(model: Model, bench: ModuleType) -> None:
+def test_decoded_token_with_a_bounded_cache(model: Model) -> None:
     options = CacheOptions(max_kv_tokens=72)
     assert bench.decoded_token(model, options) == bench.decoded_token(model)
 
 
-def test_decoded_token_with_a_packed_cache(wide: Model, bench: ModuleType) -> None:
+def test_decoded_token_with_a_packed_cache(wide: Model) -> None:
     # Packing, three updates for one, and products, scale and softmax for one attention.
     assert bench.decoded_token(wide, CacheOptions(kv_bits=8)).total() <= 18 * 3 + 8
 
 
 @pytest.mark.parametrize("answers", [1, 2, 9])
-def test_decoded_tokens_of_several_answers(model: Model, bench: ModuleType, answers: int) -> None:
+def test_decoded_tokens_of_several_answers(model: Model, answers: int) -> None:
     assert bench.decoded_tokens(model, answers).total() <= bench.decoded_token(model).total() + 1
 
 
-def test_encoder(model: Model, bench: ModuleType) -> None:
+def test_encoder(model: Model) -> None:
     # A packed product has no fused bias: q, k and v's costs one more kernel a layer; the
     # other biases join the kernels that follow them (docs/decisions/kernels.md).
     packed = isinstance(model.vision_model.encoder.layers[0].mlp.fc1, nn.QuantizedLinear)
@@ -90,7 +74,7 @@ def test_encoder(model: Model, bench: ModuleType) -> None:
     assert one == bench.encoded_tiles(model, 32, 13).total()
 
 
-def test_count_of_a_known_graph(bench: ModuleType) -> None:
+def test_count_of_a_known_graph() -> None:
     x = mx.ones((4, 8))
     w = mx.ones((8,))
     mx.eval(x, w)

@@ -1,31 +1,20 @@
 """Every stage of the network against recorded ones of transformers, without torch."""
 
 import gzip
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
 from mlx_smolvlm.checkpoint import load_model
 from mlx_smolvlm.convert.run import convert_checkpoint
+from tests.helpers import network_cases as cases
 
 HERE = Path(__file__).parent
 STATES = 1e-4
 
 
-def load_cases() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("network_cases", HERE / "network_cases.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load_cases()
 GOLDEN = json.loads(gzip.decompress((HERE / "golden" / "network.json.gz").read_bytes()))
 
 

@@ -1,28 +1,13 @@
 """The mutations of tests/mutation_lists can be made, and their runner tells survivors."""
 
-import importlib.util
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-
-def load_runner() -> ModuleType:
-    path = Path(__file__).with_name("mutations.py")
-    spec = importlib.util.spec_from_file_location("mutations", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["mutations"] = module  # where its dataclasses look for it
-    spec.loader.exec_module(module)
-    return module
-
-
-runner = load_runner()
+from tests import mutations as runner
 
 
 def test_every_mutation_can_be_made() -> None:

@@ -1,6 +1,5 @@
 """Offline, by --offline or by the environment, no process so much as makes a socket."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,10 +10,7 @@ import pytest
 
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.offline import is_offline
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 # Runs the command line in a process that ends where a socket is made or a name looked up.
 GUARDED = """

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import importlib.util
 import io
 import os
 import stat
@@ -22,12 +21,7 @@ from PIL import Image, ImageOps
 from mlx_smolvlm import fetch
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.image import open_image
-
-spec = importlib.util.spec_from_file_location(
-    "media_cases", Path(__file__).with_name("media_cases.py")
-)
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.helpers import media_cases as cases
 
 PICTURE = cases.picture((37, 23))
 

@@ -1,8 +1,6 @@
 """Prompts: ids as recorded from transformers, and what a user's text may not do."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,12 +10,7 @@ from hypothesis import strategies as st
 from mlx_smolvlm.errors import CheckpointError, PromptError
 from mlx_smolvlm.image import Grid
 from mlx_smolvlm.prompt import PromptBuilder
-
-spec = importlib.util.spec_from_file_location(
-    "media_cases", Path(__file__).with_name("media_cases.py")
-)
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.helpers import media_cases as cases
 
 GOLDEN = cases.load_golden("prompts")
 NAMES = sorted(GOLDEN["checkpoints"])

@@ -1,9 +1,7 @@
 """Readers of frames: each gives what decoding the whole file gives, in every format."""
 
-import importlib.util
 import io
 from dataclasses import replace
-from pathlib import Path
 
 import av
 import numpy as np
@@ -13,12 +11,7 @@ from PIL import Image, ImageSequence
 from mlx_smolvlm import decode
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.readers import AnimationReader, FileReader, FramesReader, open_reader
-
-spec = importlib.util.spec_from_file_location(
-    "video_cases", Path(__file__).with_name("video_cases.py")
-)
-cases = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(cases)
+from tests.helpers import video_cases as cases
 
 
 def reader_of(data):
@@ -170,34 +163,12 @@ def test_other_angles_are_left_alone():
 # Streams beside the video
 
 
-def sound(container, with_cover=False):
-    """The bytes of a file with a tone of 0.2 s, and with a cover."""
-    file = io.BytesIO()
-    with av.open(file, "w", format=container) as output:
-        codec = {"mp3": "libmp3lame", "adts": "aac", "wav": "pcm_s16le"}[container]
-        stream = output.add_stream(codec, rate=44100)
-        stream.layout = "mono"
-        cover = output.add_stream("mjpeg", rate=1) if with_cover else None
-        if cover is not None:
-            cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
-            cover.disposition = av.stream.Disposition.attached_pic
-            pixels = av.VideoFrame.from_ndarray(cases.moving(1, (32, 32)), format="rgb24")
-            pixels.pts = 0
-            packets = [*cover.encode(pixels), *cover.encode(None)]
-            output.start_encoding()
-            output.mux(packets)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8820), np.float32), "fltp", "mono")
-        frame.sample_rate = 44100
-        output.mux([*stream.encode(frame), *stream.encode(None)])
-    return file.getvalue()
-
-
 @pytest.mark.parametrize(
     ("container", "with_cover"), [("mp3", False), ("mp3", True), ("adts", False), ("wav", False)]
 )
 def test_sound_is_no_video_even_with_a_cover(container, with_cover):
     with pytest.raises(MediaError, match="the file has sound only"):
-        reader_of(sound(container, with_cover))
+        reader_of(cases.cases.sound(container, with_cover))
 
 
 def test_a_stream_that_starts_late():

@@ -1,6 +1,5 @@
 """Recipes: files and names that say what precision each matrix gets."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -11,10 +10,7 @@ from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.recipes import RECIPES, read_recipe
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
+from tests.helpers import hf_folder as hf
 
 DOWN = "text_model.layers.*.mlp.down_proj"
 SIX, FOUR = Quantization(6, 32, "affine"), Quantization(4, 64, "affine")

@@ -1,7 +1,6 @@
 """The interactive program on a terminal that edits lines, as a terminal emulator shows it."""
 
 import base64
-import importlib.util
 import io
 import json
 import os
@@ -19,13 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-spec = importlib.util.spec_from_file_location(
-    "pty_terminal", Path(__file__).with_name("pty_terminal.py")
-)
-assert spec is not None
-assert spec.loader is not None
-pty_terminal = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(pty_terminal)
+from tests.helpers import pty_terminal
 
 PASTE = "\x1b[200~{}\x1b[201~"
 Talk = Callable[..., Any]

@@ -1,7 +1,6 @@
 """Commands of a conversation that fail: they say so, and what was said stays."""
 
 import errno
-import importlib.util
 import os
 import re
 import stat
@@ -21,6 +20,7 @@ from mlx_smolvlm.cli.render import prepare_streams
 from mlx_smolvlm.cli.session import Session
 from mlx_smolvlm.cli.talk import Talk
 from mlx_smolvlm.errors import PromptError
+from tests.helpers import web_server as web
 
 OPTIONS = ChatOptions(
     prompt=None,
@@ -211,11 +211,6 @@ def test_a_server_with_an_odd_content_length(
 ) -> None:
     for name in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    spec = importlib.util.spec_from_file_location("web", Path(__file__).with_name("web_server.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    web = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(web)
     with web.serving() as server:
         server.answers[""] = web.ok(b"hello", "Content-Length: \u00b2")
         error = converse(f"/image http://127.0.0.1:{server.port}/a.png")

@@ -1,6 +1,5 @@
 """A real training does what its settings say: every step is compared with numpy's."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -8,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -30,19 +28,7 @@ from mlx_smolvlm.train.rows import Sight
 from mlx_smolvlm.train.settings import LoraSettings, read_settings
 from mlx_smolvlm.train.trainee import fuse, start_adapter
 from mlx_smolvlm.train.tuning import Tuning
-
-
-def load_cases() -> ModuleType:
-    path = Path(__file__).with_name("tuning_cases.py")
-    spec = importlib.util.spec_from_file_location("tuning_cases", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load_cases()
+from tests.helpers import tuning_cases as cases
 
 
 @pytest.fixture

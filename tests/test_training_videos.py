@@ -1,10 +1,8 @@
 """Training on videos and on mixtures: the tokens of `ask`, the frames' pixels, and exact resume."""
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
-from types import ModuleType
 
 import mlx.core as mx
 import numpy as np
@@ -18,21 +16,9 @@ from mlx_smolvlm.train.rows import Sight, opened, row_of, sized
 from mlx_smolvlm.train.settings import read_settings
 from mlx_smolvlm.train.tuning import Tuning
 from mlx_smolvlm.video import Video
+from tests.helpers import tuning_cases as cases
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def neighbor(name: str) -> ModuleType:
-    """The file `name` beside this one."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = neighbor("tuning_cases")
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """Training of checkpoints: tokens, gradients, adapters, and going on after a stop."""
 
-import importlib.util
 import json
 import math
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -30,19 +29,7 @@ from mlx_smolvlm.train.rows import Sight, opened, row_of, sized
 from mlx_smolvlm.train.settings import LoraSettings, read_settings
 from mlx_smolvlm.train.trainee import leave_parts, start_adapter
 from mlx_smolvlm.train.tuning import Tuning
-
-
-def load_cases() -> ModuleType:
-    path = Path(__file__).with_name("tuning_cases.py")
-    spec = importlib.util.spec_from_file_location("tuning_cases", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases = load_cases()
+from tests.helpers import tuning_cases as cases
 
 
 @pytest.fixture

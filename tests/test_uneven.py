@@ -1,11 +1,9 @@
 """Frames at uneven times: the packets' times win over a rate that contradicts them."""
 
 import bisect
-import importlib.util
 import io
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -24,16 +22,9 @@ from mlx_smolvlm.timeline import (
     sample_indices,
 )
 from mlx_smolvlm.video import Video, open_parts, open_video
+from tests.helpers import media_cases as cases
+from tests.helpers import video_cases as clips
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, clips = load("media_cases"), load("video_cases")
 TRAINED = VideoConfig(1.0, 64, 512, 1.0)
 CONFIG = replace(cases.config(), video=TRAINED)
 

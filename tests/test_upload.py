@@ -1,14 +1,12 @@
 """A checkpoint and its card reach a hub on this machine in one commit, or it is said why not."""
 
 import hashlib
-import importlib.util
 import math
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from huggingface_hub import ModelCard
@@ -19,19 +17,12 @@ from mlx_smolvlm.contents import PartSize, part_sizes
 from mlx_smolvlm.convert.card import model_card
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
+from tests.helpers import fake_hub
+from tests.helpers import hf_folder as hf
 
 COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
 
 
-def neighbor(name: str) -> ModuleType:
-    """The file `name` beside this one."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hf, fake_hub = neighbor("hf_folder"), neighbor("fake_hub")
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\nbase_model:\n- owner/base\n---\n# Its own text\n"
 
 
@@ -96,7 +87,7 @@ def test_convert_and_upload(source, hub, tmp_path):
 
 
 def test_what_was_verified_is_on_the_card_and_the_texts_stay_here(hub, tmp_path):
-    source = neighbor("test_verify").make_source(tmp_path / "Some-VLM")
+    source = hf.make_askable(tmp_path / "Some-VLM")
     text = tmp_path / "secret.txt"
     text.write_text("marzipan, " * 40)  # each passage that is shown holds it
     arguments = ("out", "--bits", "8", "--verify-texts", str(text), "--upload", "me/model")

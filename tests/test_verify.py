@@ -1,6 +1,5 @@
 """`convert --verify` and `compare`: a conversion is measured, and what was found is kept."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -30,35 +29,16 @@ from mlx_smolvlm.convert.verify import (
     verify_conversion,
 )
 from mlx_smolvlm.errors import CheckpointError
+from tests.helpers import hf_folder as hf
 
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
-
-TEMPLATE = (
-    "{% for message in messages %}{{message['role']}}: {% for line in message['content'] %}"
-    "{% if line['type'] == 'text' %}{{line['text']}}{% else %}{{ '<image>' }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
-)
-TOKENIZER = str(Path(__file__).with_name("tiny_tokenizer.json"))
 TEXT = "The ferry leaves the island at seven, long before the shops open."
 FEW = CompareOptions(texts=(TEXT,), max_tokens=2)
 
 
 def make_source(folder: Path, dtype: mx.Dtype = mx.bfloat16, **changes: int) -> Path:
     """A small Hugging Face folder that can be asked questions."""
-    tokenizer = Tokenizer.from_file(TOKENIZER)
-    values = hf.settings(
-        image_token_id=tokenizer.token_to_id("<image>"),
-        text__vocab_size=tokenizer.get_vocab_size(),
-        **changes,
-    )
-    hf.make(folder, values, hf.weights(values, dtype))
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ends = {"eos_token_id": tokenizer.token_to_id("<end_of_utterance>")}
-    hf.write_json(folder / "generation_config.json", ends)
-    hf.write_json(folder / "chat_template.json", {"chat_template": TEMPLATE})
-    return folder
+    values = hf.askable_settings(**changes)
+    return hf.make_askable(folder, values, hf.weights(values, dtype))
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +104,7 @@ def test_the_source_in_memory_is_the_converted_one(tmp_path: Path, dtype: mx.Dty
     written = OpenedFolder(convert_checkpoint(folder, tmp_path / "out"))
     assert opened.config == written.config
     assert opened.nbytes == written.nbytes
-    ids = Tokenizer.from_file(TOKENIZER).encode(TEXT).ids
+    ids = Tokenizer.from_file(hf.TOKENIZER).encode(TEXT).ids
     models = [one.load().model for one in (opened, written)]
     logits = [model(model.embed(mx.array(ids))) for model in models]  # type: ignore[arg-type]
     assert logits[0].dtype == mx.float32  # whatever the weights are
@@ -211,7 +191,7 @@ def test_convert_and_verify(source: Path, samples: Path, tmp_path: Path) -> None
     assert found is not None
     assert [one.picture for one in found.answers] == ["blue.JPG", "red.png", None]
     assert found.texts is not None
-    assert found.texts.tokens == len(Tokenizer.from_file(TOKENIZER).encode(TEXT).ids) - 1
+    assert found.texts.tokens == len(Tokenizer.from_file(hf.TOKENIZER).encode(TEXT).ids) - 1
 
     again = run("convert", source, "out", "--bits", "8", "--force", cwd=tmp_path)
     assert again.returncode == 0

@@ -2,7 +2,6 @@
 
 import base64
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -14,7 +13,6 @@ import weakref
 from dataclasses import replace
 from fractions import Fraction
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from types import SimpleNamespace
 
 import av
@@ -33,16 +31,8 @@ from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.scenes import scene_scores
 from mlx_smolvlm.timeline import sample_indices
 from mlx_smolvlm.video import Clip, Video, open_parts, open_video
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, clips = load("media_cases"), load("video_cases")
+from tests.helpers import media_cases as cases
+from tests.helpers import video_cases as clips
 
 GOLDEN = cases.load_golden("videos")
 TRAINED = VideoConfig(fps=1.0, max_frames=64, longest_edge=512, skip_secs=1.0)

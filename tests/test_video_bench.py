@@ -1,39 +1,22 @@
 """The clips and the lines of benchmarks/video.py, and the memory that they watch over."""
 
 import gc
-import importlib.util
 from fractions import Fraction
 from pathlib import Path
-from types import ModuleType
 
 import av
 import pytest
 from av.video.frame import PictureType, VideoFrame
 
 import mlx_smolvlm as smolvlm
+from benchmarks import video as bench
+from benchmarks import video_clips
 from mlx_smolvlm import Sampling, Video
 from mlx_smolvlm.checkpoint import read_config
 from mlx_smolvlm.hub import ResolveOptions, resolve
 from mlx_smolvlm.video import open_video
 
 SIZE = (64, 48)
-
-
-@pytest.fixture
-def video_clips(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    return importlib.import_module("video_clips")
-
-
-@pytest.fixture
-def bench(video_clips: ModuleType) -> ModuleType:
-    path = Path(__file__).parent.parent / "benchmarks" / "video.py"
-    spec = importlib.util.spec_from_file_location("video_bench", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def packets(path: Path) -> list[tuple[int, bool]]:
@@ -46,7 +29,7 @@ def packets(path: Path) -> list[tuple[int, bool]]:
     return sorted((int(time), key) for time, key in found if time.denominator == 1)
 
 
-def test_clip_has_its_frames_and_keyframes(video_clips: ModuleType, tmp_path: Path) -> None:
+def test_clip_has_its_frames_and_keyframes(tmp_path: Path) -> None:
     path = video_clips.clip(tmp_path, 2, 25, SIZE)
     assert packets(path) == [(i, i in (0, 25, 50)) for i in range(60)]
     with av.open(str(path)) as container:
@@ -56,9 +39,7 @@ def test_clip_has_its_frames_and_keyframes(video_clips: ModuleType, tmp_path: Pa
     assert video_clips.clip(tmp_path, 2, 25, SIZE).stat().st_mtime_ns == made
 
 
-def test_long_clip_repeats_a_minute(
-    video_clips: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_clip_repeats_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_clips, "MINUTE", 1)
     path = video_clips.clip(tmp_path, 3, 25, SIZE)
     assert packets(path) == [(i, i % 30 in (0, 25)) for i in range(90)]
@@ -76,9 +57,7 @@ def frames_alive() -> int:
     return sum(type(one) is VideoFrame for one in gc.get_objects())
 
 
-def test_frames_are_let_go_without_the_garbage_collector(
-    video_clips: ModuleType, tmp_path: Path
-) -> None:
+def test_frames_are_let_go_without_the_garbage_collector(tmp_path: Path) -> None:
     path = video_clips.clip(tmp_path, 4, 25, SIZE)
     config = read_config(resolve("demo", ResolveOptions()))
     clip = open_video(Video(path, fps=30, max_frames=120), config)
@@ -93,7 +72,7 @@ def test_frames_are_let_go_without_the_garbage_collector(
     assert max(held) < 60  # the decoder's last are as many as it has threads
 
 
-def test_measured_line(bench: ModuleType, video_clips: ModuleType, tmp_path: Path) -> None:
+def test_measured_line(tmp_path: Path) -> None:
     path = video_clips.clip(tmp_path, 2, 25, SIZE)
     rows = [bench.measure(path, 2, frames, "demo", media=True) for frames in (3, 5)]
     assert [(row["frames"], row["tiles"]) for row in rows] == [(3, 3), (5, 5)]
@@ -112,7 +91,7 @@ def test_measured_line(bench: ModuleType, video_clips: ModuleType, tmp_path: Pat
     assert len(bench.line(row)) >= len(bench.line(row, heading=True))
 
 
-def test_each_length_is_compared_with_the_shortest_of_as_many_frames(bench: ModuleType) -> None:
+def test_each_length_is_compared_with_the_shortest_of_as_many_frames() -> None:
     rows = [
         {"frames": frames, "seconds": seconds, "peak_mb": frames + seconds, "total_s": seconds}
         for frames in (10, 64)

@@ -1,6 +1,5 @@
 """Files that are cut, damaged, lie, or are no videos: one clear line, or the best true answer."""
 
-import importlib.util
 import io
 import json
 import os
@@ -22,16 +21,9 @@ from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.readers import AnimationReader
 from mlx_smolvlm.timeline import clock, sample_indices
 from mlx_smolvlm.video import Video, open_video
+from tests.helpers import media_cases as cases
+from tests.helpers import video_cases as clips
 
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, clips = load("media_cases"), load("video_cases")
 CONFIG = replace(cases.config(), video=VideoConfig(1.0, 64, 512, 1.0))
 
 
@@ -138,12 +130,9 @@ def test_everything_is_noise_behind_the_index():
 
 
 FUZZ = """
-import importlib.util, io, sys, time
-import numpy as np
-spec = importlib.util.spec_from_file_location("damage", sys.argv[1])
-damage = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(damage)
-print(damage.fuzz(int(sys.argv[2])))
+import sys
+from tests.test_video_damage import fuzz
+print(fuzz(int(sys.argv[1])))
 """
 
 SMALL = ("front index", "b frames", "vp9 webm", "mpeg-4 avi", "h264 ts", "hevc mkv", "flv")
@@ -195,10 +184,11 @@ def test_damage_of_any_kind():
     """In a process of its own: a crash or hang of a decoder would take pytest with it."""
     rounds = 60
     result = subprocess.run(
-        [sys.executable, "-W", "error", "-c", FUZZ, __file__, str(rounds)],
+        [sys.executable, "-W", "error", "-c", FUZZ, str(rounds)],
         capture_output=True,
         text=True,
         timeout=120,
+        cwd=Path(__file__).parents[1],
     )
     assert (result.returncode, result.stderr) == (0, "")  # nothing of FFmpeg's log either
     counts = json.loads(result.stdout)

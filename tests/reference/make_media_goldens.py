@@ -1,6 +1,6 @@
 """Writes tests/golden/images.json.gz and prompts.json.gz from transformers.
 
-    python tests/reference/make_media_goldens.py
+    python -m tests.reference.make_media_goldens
 
 The tokenizers in prompts.json.gz are the published ones without the merges that the
 recorded conversations cannot reach, so the recorded ids are those of the published ones.
@@ -9,29 +9,17 @@ recorded conversations cannot reach, so the recorded ids are those of the publis
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from tokenizers import Tokenizer, decoders
 
+from tests.helpers import media_cases as cases
+from tests.helpers import oracle
+
 HERE = Path(__file__).parent
-
-
-def load(path: Path) -> ModuleType:
-    """The module at `path`."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-cases, oracle = load(HERE.parent / "media_cases.py"), load(HERE / "oracle.py")
 
 
 def image_goldens() -> list[dict[str, Any]]:

@@ -1,12 +1,11 @@
 """Write tests/golden/network.json.gz: what transformers gives for tests/network_cases.py.
 
-python tests/reference/make_model_goldens.py
+python -m tests.reference.make_model_goldens
 """
 
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import tempfile
 from pathlib import Path
@@ -16,21 +15,14 @@ from typing import Any
 import torch
 from transformers import Idefics3ForConditionalGeneration, SmolVLMForConditionalGeneration
 
+from tests.helpers import network_cases as cases
+from tests.helpers import recorder
+
 TESTS = Path(__file__).parents[1]
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def record(cases: ModuleType, name: str, folder: Path) -> dict[str, Any]:
     """Sampled stages and greedy ids of one case."""
-    reference = load(TESTS / "reference" / "recorder.py")
     source = cases.make(folder / name, name)
     idefics3 = cases.CASES[name]["model_type"] == "idefics3"
     kind = Idefics3ForConditionalGeneration if idefics3 else SmolVLMForConditionalGeneration
@@ -40,7 +32,7 @@ def record(cases: ModuleType, name: str, folder: Path) -> dict[str, Any]:
         "pixel_values": torch.from_numpy(pixel_values).permute(0, 3, 1, 2)[None],
         "input_ids": torch.from_numpy(input_ids)[None],
     }
-    with torch.no_grad(), reference.recorded(model) as seen:
+    with torch.no_grad(), recorder.recorded(model) as seen:
         seen["logits"] = model(**inputs).logits
     with torch.no_grad():
         answer = model.generate(
@@ -60,7 +52,6 @@ def record(cases: ModuleType, name: str, folder: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    cases = load(TESTS / "network_cases.py")
     with tempfile.TemporaryDirectory() as folder:
         golden = {name: record(cases, name, Path(folder)) for name in cases.CASES}
     data = json.dumps(golden).encode()

@@ -1,6 +1,6 @@
 """Writes tests/golden/videos.json.gz from transformers.
 
-    python tests/reference/make_video_goldens.py
+    python -m tests.reference.make_video_goldens
 
 For frames made from numbers: which are chosen, their times, sampled pixels, and the prompts
 of every checkpoint for videos, with its tokenizer reduced to what these prompts reach.
@@ -9,33 +9,20 @@ of every checkpoint for videos, with its tokenizer reduced to what these prompts
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from tests.helpers import oracle
+from tests.helpers import video_cases as clips
+from tests.helpers import video_oracle as videos
+from tests.reference import make_media_goldens as media
+
 HERE = Path(__file__).parent
 NAMES = ("SmolVLM2-256M-Video-Instruct", "SmolVLM2-500M-Video-Instruct", "SmolVLM2-2.2B-Instruct")
-
-
-def load(path: Path) -> ModuleType:
-    """The module at `path`."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-media, oracle, videos = (
-    load(HERE / f"{name}.py") for name in ("make_media_goldens", "oracle", "video_oracle")
-)
-clips = load(HERE.parent / "video_cases.py")
 
 
 def checkpoint(name: str) -> tuple[dict[str, Any], list[list[int]]]:

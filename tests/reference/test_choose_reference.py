@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -14,23 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mlx_smolvlm.image import open_image  # noqa: E402
+from mlx_smolvlm.sampling import Sampling  # noqa: E402
+from tests.helpers import model_pairs as pairs  # noqa: E402
 
 CHOICES = ["red", "A red circle.", "no picture at all, only words", "3"]
-
-
-def load_pairs() -> ModuleType:
-    """test_model_reference.py, for its pairs of models."""
-    path = Path(__file__).with_name("test_model_reference.py")
-    spec = importlib.util.spec_from_file_location("pairs_of_choose_reference", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-pairs = load_pairs()
 
 
 @pytest.fixture(scope="module", params=sorted(pairs.CASES))
@@ -74,7 +57,7 @@ def test_logprobs_of_choices(pair: Any, names: tuple[str, ...]) -> None:
 def test_answers_together_are_those_of_transformers(pair: Any) -> None:
     picture = open_image(pairs.PICTURES["odd"]())
     questions = ["What?", "How many squares are there in it?", "Describe the picture."]
-    replies = pair.ours.ask_many([picture], questions, sampling=pairs.Sampling(max_tokens=12))
+    replies = pair.ours.ask_many([picture], questions, sampling=Sampling(max_tokens=12))
     for question, reply in zip(questions, replies, strict=True):
         content = [{"type": "image"}, {"type": "text", "text": question}]
         inputs = pairs.theirs_inputs(pair, [{"role": "user", "content": content}], [picture])

@@ -37,7 +37,7 @@ from mlx_smolvlm.messages import read_request  # noqa: E402
 from mlx_smolvlm.sampling import Sampling  # noqa: E402
 from mlx_smolvlm.smolvlm import load  # noqa: E402
 
-TOKENIZER = str(Path(__file__).parents[1] / "tiny_tokenizer.json")
+TOKENIZER = str(Path(__file__).parents[1] / "helpers" / "tiny_tokenizer.json")
 CLOSE = 1e-4
 WINDOW = 512  # tokens that are read at once, as told in Package.md
 TEMPLATE = (

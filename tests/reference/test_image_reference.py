@@ -1,7 +1,6 @@
 """Tiles and grids against transformers' PIL image processors."""
 
 import importlib.util
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,17 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from mlx_smolvlm.image import Grid, grid_of, open_image, tiles
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-cases, oracle = load(HERE.parent / "media_cases.py"), load(HERE / "oracle.py")
+from tests.helpers import media_cases as cases
+from tests.helpers import oracle
 
 KINDS = ("idefics3", "smolvlm")
 

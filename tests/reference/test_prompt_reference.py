@@ -1,8 +1,5 @@
 """Prompts against transformers' processors, on the published tokenizers and templates."""
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("torch")  # transformers comes with mlx-lm, torch only as an oracle
@@ -12,17 +9,8 @@ from hypothesis import strategies as st
 
 from mlx_smolvlm.image import Grid
 from mlx_smolvlm.prompt import PromptBuilder
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-cases, oracle = load(HERE.parent / "media_cases.py"), load(HERE / "oracle.py")
+from tests.helpers import media_cases as cases
+from tests.helpers import oracle
 
 pytestmark = pytest.mark.skipif(
     not (oracle.REFERENCE / "checkpoints").is_dir(),

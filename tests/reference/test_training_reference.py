@@ -1,9 +1,6 @@
 """The loss and its gradient against transformers', with the same weights, rows and labels."""
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -20,22 +17,11 @@ from mlx_smolvlm.train.dataset import read_dataset  # noqa: E402
 from mlx_smolvlm.train.loader import Features, Loader  # noqa: E402
 from mlx_smolvlm.train.rows import Sight, row_of, sized  # noqa: E402
 from mlx_smolvlm.train.trainee import leave_parts  # noqa: E402
+from tests.helpers import model_pairs as models  # noqa: E402
+from tests.helpers import tuning_cases as cases  # noqa: E402
 
 TESTS = Path(__file__).parents[1]
 
-
-def load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_training", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look for it there
-    spec.loader.exec_module(module)
-    return module
-
-
-models = load_module(TESTS / "reference" / "test_model_reference.py")
-cases = load_module(TESTS / "tuning_cases.py")
 
 CASE = models.Case(
     False,

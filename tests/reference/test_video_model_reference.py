@@ -1,10 +1,7 @@
 """From a video file to the answer, against transformers, through the converter, in float32."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,18 +14,9 @@ from mlx_smolvlm.media import encode, joined  # noqa: E402
 from mlx_smolvlm.messages import read_request  # noqa: E402
 from mlx_smolvlm.sampling import Sampling  # noqa: E402
 from mlx_smolvlm.smolvlm import load  # noqa: E402
-
-
-def module(path):
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_of_videos", path)
-    loaded = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = loaded  # dataclasses look for it
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-HERE = Path(__file__).parent
-clips, videos = module(HERE.parent / "video_cases.py"), module(HERE / "video_oracle.py")
+from tests.helpers import model_pairs  # noqa: E402
+from tests.helpers import video_cases as clips  # noqa: E402
+from tests.helpers import video_oracle as videos  # noqa: E402
 
 STATES = 1e-4
 NEW_TOKENS = 24
@@ -39,9 +27,9 @@ TILE = 64
 class Pair:
     """A random SmolVLM2 and its processing, transformers' and ours."""
 
-    def __init__(self, pictures, folder):
-        case = replace(pictures.CASES["tied"], idefics3=False)
-        made = pictures.make_pair(case, folder)
+    def __init__(self, folder):
+        case = replace(model_pairs.CASES["tied"], idefics3=False)
+        made = model_pairs.make_pair(case, folder)
         edges = {"size": {"longest_edge": 4 * TILE}, "max_image_size": {"longest_edge": TILE}}
         half = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         sampling = {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": TILE}}
@@ -76,8 +64,7 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     torch.set_num_threads(2)
-    pictures = module(HERE / "test_model_reference.py")
-    return Pair(pictures, tmp_path_factory.mktemp("videos"))
+    return Pair(tmp_path_factory.mktemp("videos"))
 
 
 @pytest.fixture(scope="module")

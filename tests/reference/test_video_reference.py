@@ -1,9 +1,7 @@
 """Videos against transformers' SmolVLM processor: frames chosen, times, pixels, prompts."""
 
-import importlib.util
 import io
 from dataclasses import replace
-from pathlib import Path
 
 import av
 import numpy as np
@@ -22,18 +20,10 @@ from mlx_smolvlm.image import Grid, frame_tile
 from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.timeline import sample_indices
 from mlx_smolvlm.video import Video, open_video
-
-
-def load(path):
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-HERE = Path(__file__).parent
-cases, clips = load(HERE.parent / "media_cases.py"), load(HERE.parent / "video_cases.py")
-oracle, videos = load(HERE / "oracle.py"), load(HERE / "video_oracle.py")
+from tests.helpers import media_cases as cases
+from tests.helpers import oracle
+from tests.helpers import video_cases as clips
+from tests.helpers import video_oracle as videos
 
 PIXELS = 1e-5
 NAMES = ["SmolVLM2-256M-Video-Instruct", "SmolVLM2-500M-Video-Instruct", "SmolVLM2-2.2B-Instruct"]

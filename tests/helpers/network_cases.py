@@ -5,9 +5,7 @@ The recorded stages are transformers', by tests/reference/make_model_goldens.py.
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import mlx.core as mx
@@ -15,23 +13,11 @@ import numpy as np
 
 from mlx_smolvlm.generate import tokens
 from mlx_smolvlm.model import Model
+from tests.helpers import hf_folder
 
 SAMPLES = 48  # values kept of each stage
 NEW_TOKENS = 32
 
-
-def load_hf_folder() -> ModuleType:
-    """tests/hf_folder.py."""
-    path = Path(__file__).with_name("hf_folder.py")
-    spec = importlib.util.spec_from_file_location("hf_folder_of_network_cases", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-hf_folder = load_hf_folder()
 
 CASES: dict[str, dict[str, Any]] = {
     "256M-like": hf_folder.settings(

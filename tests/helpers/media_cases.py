@@ -1,7 +1,4 @@
-"""Pictures, configurations and conversations that several tests compare on.
-
-Loaded by path, since tests are no package.
-"""
+"""Pictures, configurations and conversations that several tests compare on."""
 
 from __future__ import annotations
 
@@ -21,7 +18,7 @@ from mlx_smolvlm.config import (
     VisionConfig,
 )
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 # (tile, longest edge) of the 256M and 500M checkpoints, and of the 2.2B ones
 SCALES = ((512, 2048), (384, 1536))

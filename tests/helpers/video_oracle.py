@@ -1,6 +1,6 @@
 """transformers' video processing without torchvision, which is not at hand everywhere.
 
-Loaded by path. Only the functions of torchvision that SmolVLM's processor calls are stood
+Only the functions of torchvision that SmolVLM's processor calls are stood
 in for; reading, sampling, sizes, normalizing and the prompt are transformers' own code.
 """
 

@@ -1,7 +1,4 @@
-"""Short video files, made when a test needs them, and what decoding all of one gives.
-
-Loaded by path, since tests are no package.
-"""
+"""Short video files, made when a test needs them, and what decoding all of one gives."""
 
 import contextlib
 import functools
@@ -233,3 +230,25 @@ FRAME_CASES = [
     FrameCase(240, 24.0, (24, 32), fps=0.5, max_frames=64),
     FrameCase(100, 12.5, (700, 20), fps=30, max_frames=3),
 ]
+
+
+def sound(container, with_cover=False):
+    """The bytes of a file with a tone of 0.2 s, and with a cover."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=container) as output:
+        codec = {"mp3": "libmp3lame", "adts": "aac", "wav": "pcm_s16le"}[container]
+        stream = output.add_stream(codec, rate=44100)
+        stream.layout = "mono"
+        cover = output.add_stream("mjpeg", rate=1) if with_cover else None
+        if cover is not None:
+            cover.width, cover.height, cover.pix_fmt = 32, 32, "yuvj420p"
+            cover.disposition = av.stream.Disposition.attached_pic
+            pixels = av.VideoFrame.from_ndarray(moving(1, (32, 32)), format="rgb24")
+            pixels.pts = 0
+            packets = [*cover.encode(pixels), *cover.encode(None)]
+            output.start_encoding()
+            output.mux(packets)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 8820), np.float32), "fltp", "mono")
+        frame.sample_rate = 44100
+        output.mux([*stream.encode(frame), *stream.encode(None)])
+    return file.getvalue()

@@ -1,7 +1,4 @@
-"""A reader of single printed letters by comparison, that knows nothing of how they are drawn.
-
-Loaded by path, since tests are no package.
-"""
+"""A reader of single printed letters by comparison, that knows nothing of how they are drawn."""
 
 from __future__ import annotations
 

@@ -1,26 +1,13 @@
 """A small checkpoint to convert in better ways, and how far two models lie apart."""
 
-import importlib.util
-from pathlib import Path
-
 import mlx.core as mx
 import numpy as np
-from tokenizers import Tokenizer
 
 from mlx_smolvlm.convert.losses import head_of, predictions
 from mlx_smolvlm.convert.observe import last_hidden, windows
 from mlx_smolvlm.convert.samples import TEXTS
+from tests.helpers import hf_folder as hf
 
-spec = importlib.util.spec_from_file_location("hf", Path(__file__).with_name("hf_folder.py"))
-hf = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(hf)
-
-TEMPLATE = (
-    "{% for message in messages %}{{message['role']}}: {% for line in message['content'] %}"
-    "{% if line['type'] == 'text' %}{{line['text']}}{% else %}{{ '<image>' }}{% endif %}"
-    "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
-)
-TOKENIZER = str(Path(__file__).with_name("tiny_tokenizer.json"))
 HELD_OUT = " ".join(TEXTS)
 
 
@@ -29,12 +16,7 @@ def make_source(folder, **changes):
 
     `changes` are to its config.json, as `hf_folder.settings` takes them.
     """
-    tokenizer = Tokenizer.from_file(TOKENIZER)
-    values = hf.settings(
-        image_token_id=tokenizer.token_to_id("<image>"),
-        text__vocab_size=tokenizer.get_vocab_size(),
-        **changes,
-    )
+    values = hf.askable_settings(**changes)
     random = np.random.default_rng(1)
     weights = hf.weights(values)
     for name, array in weights.items():
@@ -43,12 +25,7 @@ def make_source(folder, **changes):
             weights[name] = array * spread
         elif "norm" in name:
             weights[name] = array + (1 if name.endswith("weight") else 0)
-    hf.make(folder, values, weights)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    ends = {"eos_token_id": tokenizer.token_to_id("<end_of_utterance>")}
-    hf.write_json(folder / "generation_config.json", ends)
-    hf.write_json(folder / "chat_template.json", {"chat_template": TEMPLATE})
-    return folder
+    return hf.make_askable(folder, values, weights)
 
 
 def kl_of(plain, other):

@@ -12,15 +12,14 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
-import conftest
-import fuzz_damage
-import gguf_cases
-import hf_folder
+import mlx_smolvlm  # noqa: F401  (before mlx.core, so that it loads OpenBLAS)
+
+# isort: split
 import mlx.core as mx
 import numpy as np
-import video_cases
 from mlx.utils import tree_flatten
 from PIL import Image
 
@@ -30,8 +29,9 @@ from mlx_smolvlm.image import open_image, tiles
 from mlx_smolvlm.model import Model
 from mlx_smolvlm.smolvlm import SmolVLM
 from mlx_smolvlm.video import open_video
+from tests import conftest
+from tests.helpers import file_damage, gguf_cases, hf_folder, video_cases
 
-Random = np.random.Generator
 Action = Callable[[], object]
 Case = Callable[[Random], Action]
 
@@ -98,7 +98,7 @@ def pictures(folder: Path) -> Case:
 
     def case(random: Random) -> Action:
         path = folder / "photo.png"
-        path.write_bytes(fuzz_damage.damage_bytes(seeds[random.integers(0, len(seeds))], random))
+        path.write_bytes(file_damage.damage_bytes(seeds[random.randrange(len(seeds))], random))
         return lambda: tiles(open_image(path), config)
 
     return case
@@ -128,8 +128,8 @@ def clips(folder: Path) -> Case:
 
     def case(random: Random) -> Action:
         path = folder / "clip.mp4"
-        path.write_bytes(fuzz_damage.damage_bytes(seeds[random.integers(0, len(seeds))], random))
-        options: Any = ranges[random.integers(0, len(ranges))]
+        path.write_bytes(file_damage.damage_bytes(seeds[random.randrange(len(seeds))], random))
+        options: Any = ranges[random.randrange(len(ranges))]
         return lambda: [0 for _ in open_video(Video(path, **options), config).frames()]
 
     return case
@@ -146,10 +146,10 @@ def checkpoints(folder: Path) -> Case:
         shutil.copytree(whole, broken)
         if random.random() < 0.7:
             path = broken / "config.json"
-            _write(path, fuzz_damage.damage_json(path.read_text(), random))
+            path.write_bytes(file_damage.damage_json(path.read_text(), random))
         else:
             path = broken / "model.safetensors"
-            path.write_bytes(fuzz_damage.damage_safetensors(path.read_bytes(), random))
+            path.write_bytes(file_damage.damage_safetensors(path.read_bytes(), random))
         return lambda: answer(load(broken))
 
     return case
@@ -168,11 +168,11 @@ def sources(folder: Path) -> Case:
             shutil.rmtree(path, ignore_errors=True)
         shutil.copytree(whole, broken)
         if random.random() < 0.8:
-            path = broken / names[random.integers(0, len(names))]
-            _write(path, fuzz_damage.damage_json(path.read_text(), random))
+            path = broken / names[random.randrange(len(names))]
+            path.write_bytes(file_damage.damage_json(path.read_text(), random))
         else:
             path = broken / "model.safetensors"
-            path.write_bytes(fuzz_damage.damage_safetensors(path.read_bytes(), random))
+            path.write_bytes(file_damage.damage_safetensors(path.read_bytes(), random))
         return lambda: load(convert_checkpoint(broken, made))
 
     return case
@@ -187,7 +187,7 @@ def gguf_files(folder: Path) -> Case:
     def case(random: Random) -> Action:
         shutil.rmtree(folder / "made", ignore_errors=True)
         path = folder / "model.gguf"
-        path.write_bytes(fuzz_damage.damage_bytes(seeds[random.integers(0, len(seeds))], random))
+        path.write_bytes(file_damage.damage_bytes(seeds[random.randrange(len(seeds))], random))
         return lambda: convert_checkpoint(path, folder / "made")
 
     return case
@@ -199,7 +199,7 @@ def tokenizers(folder: Path) -> Case:
     text = (whole / "tokenizer.json").read_text()
 
     def case(random: Random) -> Action:
-        _write(whole / "tokenizer.json", fuzz_damage.damage_json(text, random))
+        (whole / "tokenizer.json").write_bytes(file_damage.damage_json(text, random))
         return lambda: answer(load(whole))
 
     return case
@@ -210,8 +210,8 @@ def templates(folder: Path) -> Case:
     whole = write_tiny(folder / "whole")
 
     def case(random: Random) -> Action:
-        changed = fuzz_damage.damage_template(conftest.TEMPLATE, random)
-        _write(whole / "chat_template.jinja", changed)
+        changed = file_damage.damage_template(conftest.TEMPLATE, random)
+        (whole / "chat_template.jinja").write_bytes(changed)
         return lambda: answer(load(whole))
 
     return case
@@ -231,11 +231,11 @@ def cache_files(folder: Path) -> Case:
         for path, data in kept.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(data)
-        path = sorted(kept)[random.integers(0, len(kept))]
+        path = sorted(kept)[random.randrange(len(kept))]
         if path.suffix == ".safetensors":
-            path.write_bytes(fuzz_damage.damage_safetensors(kept[path], random))
+            path.write_bytes(file_damage.damage_safetensors(kept[path], random))
         else:
-            path.write_bytes(fuzz_damage.damage_bytes(kept[path], random))
+            path.write_bytes(file_damage.damage_bytes(kept[path], random))
 
         def use() -> None:
             warm = load(whole, cache=options).ask(question, sampling=SHORT).text
@@ -258,7 +258,7 @@ def conversations(folder: Path) -> Case:
     whole = path.read_bytes()
 
     def case(random: Random) -> Action:
-        path.write_bytes(fuzz_damage.damage_safetensors(whole, random))
+        path.write_bytes(file_damage.damage_safetensors(whole, random))
 
         def use() -> None:
             loaded = vlm.chat(sampling=SHORT)
@@ -269,10 +269,6 @@ def conversations(folder: Path) -> Case:
         return use
 
     return case
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8", errors="surrogatepass")
 
 
 KINDS: dict[str, tuple[Callable[[Path], Case], int]] = {

@@ -1,6 +1,6 @@
 """transformers' image and text processors, set up from the published files.
 
-Loaded by path. The published files are looked for in $SMOLVLM_REFERENCE, or in
+The published files are looked for in $SMOLVLM_REFERENCE, or in
 ../shared/reference beside the repository.
 """
 

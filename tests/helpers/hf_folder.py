@@ -12,8 +12,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from tokenizers import Tokenizer
 
 TEMPLATE = "<|im_start|>{% for message in messages %}{{ message['role'] }}{% endfor %}"
+ASKABLE_TEMPLATE = (
+    "{% for message in messages %}{{message['role']}}: {% for line in message['content'] %}"
+    "{% if line['type'] == 'text' %}{{line['text']}}{% else %}{{ '<image>' }}{% endif %}"
+    "{% endfor %}<end_of_utterance>\n{% endfor %}Assistant:"
+)
+TOKENIZER = str(Path(__file__).with_name("tiny_tokenizer.json"))
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<image>", "<fake_token_around_image>")
 
 
@@ -206,4 +213,33 @@ def make(
     write_json(folder / "chat_template.json", {"chat_template": TEMPLATE})
     write_tokenizer(folder)
     write_weights(folder, weights(values) if tensors is None else tensors, shards)
+    return folder
+
+
+def askable_settings(**changes: Any) -> dict[str, Any]:
+    """`settings` for the vocabulary of tiny_tokenizer.json."""
+    tokenizer = Tokenizer.from_file(TOKENIZER)
+    return settings(
+        image_token_id=tokenizer.token_to_id("<image>"),
+        text__vocab_size=tokenizer.get_vocab_size(),
+        **changes,
+    )
+
+
+def make_askable(
+    folder: Path,
+    values: dict[str, Any] | None = None,
+    tensors: dict[str, mx.array] | None = None,
+) -> Path:
+    """`folder` as a checkpoint whose tokenizer and template take any question.
+
+    `values` are `askable_settings`; without `tensors` the weights are random, in bfloat16.
+    """
+    values = values or askable_settings()
+    make(folder, values, weights(values, mx.bfloat16) if tensors is None else tensors)
+    tokenizer = Tokenizer.from_file(TOKENIZER)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    ends = {"eos_token_id": tokenizer.token_to_id("<end_of_utterance>")}
+    write_json(folder / "generation_config.json", ends)
+    write_json(folder / "chat_template.json", {"chat_template": ASKABLE_TEMPLATE})
     return folder
