@@ -20,9 +20,6 @@ from mlx_smolvlm.train.trainee import leave_parts  # noqa: E402
 from tests.helpers import model_pairs as models  # noqa: E402
 from tests.helpers import tuning_cases as cases  # noqa: E402
 
-TESTS = Path(__file__).parents[1]
-
-
 CASE = models.Case(
     False,
     {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,

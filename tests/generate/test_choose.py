@@ -23,7 +23,7 @@ from mlx_smolvlm.prompt import PromptBuilder
 from mlx_smolvlm.text import TextModel
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
-EXAMPLE = Path(__file__).parents[1] / "examples" / "three.png"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "three.png"
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from mlx_smolvlm.context import pinned_tokens
 from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.storage import PackedStorage
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTION = "What is in this picture?"
 SHORT = Sampling(max_tokens=6)
 LIMIT = 128

@@ -41,7 +41,7 @@ OPTIONS = ChatOptions(
     plain=True,
     pictures=False,
 )
-PICTURE = Path(__file__).parents[1] / "examples" / "three.png"
+PICTURE = Path(__file__).parents[2] / "examples" / "three.png"
 Converse = Callable[..., str]
 
 

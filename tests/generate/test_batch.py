@@ -32,7 +32,7 @@ from mlx_smolvlm.text import TextModel
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
 OTHER = Image.new("RGB", (64, 64), "teal")
-EXAMPLE = Path(__file__).parents[1] / "examples" / "three.png"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "three.png"
 QUESTIONS = [
     "What is in this picture?",
     "Where is the square?",
@@ -337,7 +337,7 @@ def test_wrong_arguments(tiny: SmolVLM, seen: list[int]) -> None:
 def test_other_caches_answer_too(tmp_path: Path, options: dict[str, int]) -> None:
     """Packed rows equal packed single calls; rows side by side need every token."""
     vlm = load("demo", cache=CacheOptions(memory_bytes=0, **options))
-    picture = Path(__file__).parents[1] / "examples" / "two.png"
+    picture = Path(__file__).parents[2] / "examples" / "two.png"
     questions = ["What is in this picture?", "How many shapes are there?", "Where is the triangle?"]
     replies = vlm.ask_many([picture], questions)
     texts = [vlm.ask(question, images=[picture]).text for question in questions]
@@ -348,7 +348,7 @@ def test_other_caches_answer_too(tmp_path: Path, options: dict[str, int]) -> Non
 
 def test_answers_held_to_a_regex() -> None:
     vlm = load("demo")
-    picture = Path(__file__).parents[1] / "examples" / "two.png"
+    picture = Path(__file__).parents[2] / "examples" / "two.png"
     sampling = Sampling(regex="[0-9]")
     questions = ["How many shapes are there?", "How many triangles are there?"]
     replies = vlm.ask_many([picture], questions, sampling=sampling)

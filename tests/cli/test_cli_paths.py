@@ -11,7 +11,7 @@ from PIL import Image
 
 from mlx_smolvlm.cli.app import main
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOBODY = "~no-such-user/x"
 Run = Callable[..., tuple[int, str]]
 

@@ -18,7 +18,7 @@ from mlx_smolvlm.train.tuning import Tuning
 from mlx_smolvlm.video import Video
 from tests.helpers import tuning_cases as cases
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture

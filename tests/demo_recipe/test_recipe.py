@@ -590,7 +590,7 @@ from mlx.utils import tree_flatten
 from demo_recipe import batches, run
 from demo_recipe.batches import Mix
 from demo_recipe.run import Stage, start
-from tests.test_recipe import small_config
+from tests.demo_recipe.test_recipe import small_config
 batches.MIXES = ((Mix(("shapes",), 1, 2), 1.0),)
 run.demo_config = small_config
 one = start(Path(sys.argv[1]), 0, (Stage("answers", 2, 0.01, parts=2),))
@@ -619,7 +619,7 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
             str(tmp_path / name),
             str(tmp_path / f"{name}.safetensors"),
         ]
-        own = {"PYTHONPATH": str(Path(__file__).parents[1])}  # where tests and demo_recipe are
+        own = {"PYTHONPATH": str(Path(__file__).parents[2])}  # where tests and demo_recipe are
         if rank is not None:
             own |= {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)}
         return subprocess.Popen(

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_smolvlm import SmolVLM
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "three.png"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "three.png"
 CHOICES = ("red", "green sky", "blue")
 
 

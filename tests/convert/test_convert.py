@@ -427,7 +427,7 @@ def test_links_as_in_the_hub_cache_are_followed(tmp_path):
 
 # Published checkpoints, by name and shape alone
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "checkpoint_keys.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "checkpoint_keys.json").read_text())
 
 
 def published(name: str) -> tuple[dict, dict[str, TensorInfo]]:

@@ -11,11 +11,11 @@ from mlx_smolvlm.checkpoint import load_model
 from mlx_smolvlm.convert.run import convert_checkpoint
 from tests.helpers import network_cases as cases
 
-HERE = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 STATES = 1e-4
 
 
-GOLDEN = json.loads(gzip.decompress((HERE / "golden" / "network.json.gz").read_bytes()))
+GOLDEN = json.loads(gzip.decompress((TESTS / "golden" / "network.json.gz").read_bytes()))
 
 
 @pytest.mark.parametrize("name", cases.CASES)

@@ -131,7 +131,7 @@ def test_everything_is_noise_behind_the_index():
 
 FUZZ = """
 import sys
-from tests.test_video_damage import fuzz
+from tests.media.test_video_damage import fuzz
 print(fuzz(int(sys.argv[1])))
 """
 
@@ -188,7 +188,7 @@ def test_damage_of_any_kind():
         capture_output=True,
         text=True,
         timeout=120,
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
     )
     assert (result.returncode, result.stderr) == (0, "")  # nothing of FFmpeg's log either
     counts = json.loads(result.stdout)
