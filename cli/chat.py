@@ -1,67 +1,251 @@
-"""`mlx-smolvlm chat`: one answer, or the answers about a long video's parts."""
+"""`mlx-smolvlm chat`: one answer, an answer for each part of a long video, or a conversation."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
-from mlx_smolvlm.cli.media import (
-    FrameWriter,
-    describe_image,
-    open_footage,
-    open_picture,
-    sampled,
+import typer
+
+from mlx_smolvlm.cli.args import (
+    AdapterOption,
+    BitsOption,
+    CacheDirOption,
+    ChatOptions,
+    ImagesOption,
+    ModelOption,
+    ModelOptions,
+    OfflineOption,
+    SystemOption,
+    VideosOption,
+    decode_optional_text,
+    make_cache_options,
+    make_sampling,
+    parse_detail,
+    read_schema,
 )
-from mlx_smolvlm.cli.options import ChatOptions, ModelOptions
-from mlx_smolvlm.cli.render import Bar, ConversionProgress, say, stats_line, write_json
-from mlx_smolvlm.cli.screen import NoScreen, PlainScreen, Screen
+from mlx_smolvlm.cli.media import (
+    OpenedImage,
+    OpenedVideo,
+    VideoOptions,
+    check_video_options,
+    open_picture,
+    open_video_source,
+    parse_time,
+    print_cost,
+    sample_video,
+)
+from mlx_smolvlm.cli.output import ConversionProgress
+from mlx_smolvlm.cli.printer import INTERRUPTED, Printer
 from mlx_smolvlm.errors import PromptError
 
 if TYPE_CHECKING:
-    from mlx_smolvlm import AnswerStream, Reply, SmolVLM
-    from mlx_smolvlm.cli.media import OpenedVideo
+    from mlx_smolvlm import AnswerStream, SmolVLM
 
-INTERRUPTED = 130
+CHAT_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm chat "What is in this picture?" -i photo.png
+  mlx-smolvlm chat "What happens?" -v clip.mp4 -m smolvlm2-256m
+  mlx-smolvlm chat "What is said on the signs?" -v walk.mp4 --chunk 60 -m smolvlm2-500m
+  mlx-smolvlm chat "Read the text." -i page.png -m smolvlm2-500m --bits 4
+  echo "Why is the sky blue?" | mlx-smolvlm chat -m smolvlm2-2.2b
+  curl -s https://example.org/a.jpg | mlx-smolvlm chat "Describe it." -i - --json
+  mlx-smolvlm chat "Read the receipt." -i receipt.jpg -m smolvlm2-500m --schema receipt.json
+  mlx-smolvlm chat "What colour is it?" -i photo.png --regex "red|green|blue"
+  mlx-smolvlm chat -m smolvlm2-256m"""
 
 
-def chat(options: ChatOptions) -> int:
-    """The exit status of a one-shot answer or of a conversation.
+def chat(
+    prompt: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="PROMPT",
+            help="The question. Without it: stdin if piped, else a conversation.",
+        ),
+    ] = None,
+    image: ImagesOption = None,
+    video: VideosOption = None,
+    model: ModelOption = "demo",
+    system: SystemOption = None,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="The longest answer, in tokens.")
+    ] = 1024,
+    temperature: Annotated[
+        float, typer.Option(metavar="T", help="0 takes the likeliest token; higher varies more.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            metavar="P",
+            help="Keep the likeliest tokens up to this share, 0 to 1, before the temperature.",
+        ),
+    ] = 1.0,
+    seed: Annotated[int | None, typer.Option(metavar="N", help="Repeat a varied answer.")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End the answer at this text; repeats.")
+    ] = None,
+    schema: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Answer with JSON that fits this JSON Schema."),
+    ] = None,
+    regex: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Answer with what this regular expression matches."),
+    ] = None,
+    detail: Annotated[
+        str,
+        typer.Option(
+            metavar="LEVEL",
+            help="high: tiles as in training; auto: no enlarging; low: one tile; "
+            "a number: tiles along the longer side at most.",
+        ),
+    ] = "high",
+    fps: Annotated[
+        float | None,
+        typer.Option(metavar="F", help="Frames of a video a second; default: as in training."),
+    ] = None,
+    max_frames: Annotated[
+        int | None, typer.Option(metavar="N", help="Frames of a video at most; likewise.")
+    ] = None,
+    start: Annotated[
+        str | None, typer.Option(metavar="S", help="Begin the video here: seconds, or MM:SS.")
+    ] = None,
+    end: Annotated[str | None, typer.Option(metavar="S", help="End the video here.")] = None,
+    sample: Annotated[
+        Literal["even", "scene"],
+        typer.Option(
+            metavar="even|scene", help="Frames at equal distances, or where scenes change."
+        ),
+    ] = "even",
+    chunk: Annotated[
+        float | None,
+        typer.Option(
+            metavar="S", help="Answer for each part of so many seconds, then over the parts."
+        ),
+    ] = None,
+    frames: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the frames that the model sees to this folder."),
+    ] = None,
+    bits: BitsOption = None,
+    adapter: AdapterOption = None,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(metavar="8|4", help="Precision of keys and values; default: as computed."),
+    ] = None,
+    max_kv_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Keep the first message, the pictures and the latest tokens, N in all; "
+            "default: every token.",
+        ),
+    ] = None,
+    cache_dir: CacheDirOption = None,
+    on_full: Annotated[
+        Literal["error", "drop-oldest"],
+        typer.Option(
+            metavar="error|drop-oldest",
+            help="In a conversation that fills the context: stop, or forget its beginning.",
+        ),
+    ] = "error",
+    offline: OfflineOption = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per reply, not streamed.")
+    ] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Print counts, speed and memory on stderr.")
+    ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="In a conversation: answers as they are, not Markdown.")
+    ] = False,
+    no_images: Annotated[
+        bool, typer.Option("--no-images", help="In a conversation: show no pictures inline.")
+    ] = False,
+) -> None:
+    """Ask about pictures, videos or text, once or in a conversation."""
+    video_options = VideoOptions(
+        fps=fps,
+        max_frames=max_frames,
+        start_s=parse_time("start", start),
+        end_s=parse_time("end", end),
+        sample=sample,
+        chunk_s=chunk,
+        frames_folder=frames,
+    )
+    options = ChatOptions(
+        prompt=decode_optional_text("PROMPT", prompt),
+        images=tuple(image or ()),
+        videos=tuple(video or ()),
+        frames=check_video_options(video_options),
+        model=model,
+        system=decode_optional_text("--system", system),
+        sampling=make_sampling(
+            temperature=temperature,
+            top_p=top_p,
+            max_tokens=max_tokens,
+            seed=seed,
+            stop=tuple(stop or ()),
+            schema=read_schema(schema),
+            regex=decode_optional_text("--regex", regex),
+        ),
+        detail=parse_detail(detail),
+        bits=bits,
+        adapter=adapter,
+        cache=make_cache_options(folder=cache_dir, kv_bits=kv_bits, max_kv_tokens=max_kv_tokens),
+        on_full=on_full,
+        offline=offline,
+        json=json,
+        stats=stats,
+        plain=plain,
+        pictures=not no_images,
+    )
+    question = read_question(options)
+    vlm = load_model(options)
+    if question.prompt is None:
+        from mlx_smolvlm.cli.terminal.session import converse
 
-    What is cheap to check comes first: pictures and videos, then the prompt, then the model.
+        raise typer.Exit(converse(vlm, options, [*question.images, *question.videos]))
+    printer = Printer(vlm, options)
+    for stream, label, extra in start_answers(vlm, options, question):
+        if not printer.print_answer(stream, label, extra):
+            raise typer.Exit(INTERRUPTED)
+
+
+class Question(NamedTuple):
+    """What to ask; without a prompt, a conversation begins with these pictures and videos."""
+
+    prompt: str | None
+    images: list[OpenedImage]
+    videos: list[OpenedVideo]
+
+
+def read_question(options: ChatOptions) -> Question:
+    """Open pictures and videos, and read the prompt from stdin if it was piped in.
+
+    This comes before the model is loaded, so that mistakes are reported at once.
+
+    Raises:
+        MediaError: A picture or video cannot be opened.
+        PromptError: stdin is empty, or not text.
     """
     images = [open_picture(source) for source in options.images]
-    videos = [open_footage(source, options.frames) for source in options.videos]
+    videos = [open_video_source(source, options.frames) for source in options.videos]
     prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = read_prompt()
-    vlm = load_model(options)
-    printer = Printer(vlm, options)
-    if prompt is None:
-        from mlx_smolvlm.cli.session import converse
-
-        return converse(vlm, options, printer, [*images, *videos])
-    if options.frames.chunk_s is not None:
-        return show_parts(vlm, options, printer, prompt, videos[0])
-    for image in images:
-        describe_image(vlm, image, options.detail)
-    stream = vlm.stream(
-        prompt,
-        images=[one.image for one in images],
-        videos=[sampled(vlm, one) for one in videos],
-        system=options.system,
-        sampling=options.sampling,
-        detail=options.detail,
-    )
-    return 0 if printer.show(stream) else INTERRUPTED
+    return Question(prompt, images, videos)
 
 
 def read_prompt() -> str:
-    """The prompt that stdin holds, without the line break at its end.
+    """Return the prompt on stdin, without the line break at its end.
 
     Raises:
-        PromptError: It is empty, or no text.
+        PromptError: stdin is empty, or not text.
     """
     data = sys.stdin.buffer.read()
     try:
@@ -78,7 +262,7 @@ def read_prompt() -> str:
 
 
 def load_model(options: ModelOptions) -> SmolVLM:
-    """The model to talk to; a conversion shows on stderr.
+    """Load the model; a conversion shows its progress on stderr.
 
     Raises:
         CheckpointError: It cannot be found, converted or read.
@@ -97,67 +281,37 @@ def load_model(options: ModelOptions) -> SmolVLM:
         )
 
 
-def show_parts(
-    vlm: SmolVLM, options: ChatOptions, printer: Printer, prompt: str, video: OpenedVideo
-) -> int:
-    """Put the answers about a long video's parts on stdout, each after its time range."""
+class StartedAnswer(NamedTuple):
+    """An answer to print: its stream, a label in front of it, and more fields for `--json`."""
+
+    stream: AnswerStream
+    label: str = ""
+    extra: Mapping[str, object] = {}
+
+
+def start_answers(
+    vlm: SmolVLM, options: ChatOptions, question: Question
+) -> Iterator[StartedAnswer]:
+    """Yield the answer, or with `--chunk` one for each part and one for the whole video."""
+    assert question.prompt is not None
     seconds = options.frames.chunk_s
-    assert seconds is not None
-    parts = vlm.stream_parts(
-        prompt, video.video, seconds, system=options.system, sampling=options.sampling
-    )
-    for part in parts:
+    if seconds is None:
+        for image in question.images:
+            print_cost(vlm, image, options.detail)
+        stream = vlm.stream(
+            question.prompt,
+            images=[one.image for one in question.images],
+            videos=[sample_video(vlm, one) for one in question.videos],
+            system=options.system,
+            sampling=options.sampling,
+            detail=options.detail,
+        )
+        yield StartedAnswer(stream)
+        return
+    video = question.videos[0].video
+    for part in vlm.stream_parts(
+        question.prompt, video, seconds, system=options.system, sampling=options.sampling
+    ):
         label = "whole video" if part.is_whole else part.label
         extra = {"start_s": part.start_s, "end_s": part.end_s, "is_whole": part.is_whole}
-        if not printer.show(part.stream, label, extra):
-            return INTERRUPTED
-    return 0
-
-
-class Printer:
-    """Puts answers on stdout, and on stderr how far pictures and videos are."""
-
-    def __init__(self, vlm: SmolVLM, options: ChatOptions) -> None:
-        self._options = options
-        folder, image = options.frames.frames_folder, vlm.config.image
-        self._writer = None if folder is None else FrameWriter(folder, image.mean, image.std)
-
-    def show(
-        self, stream: AnswerStream, label: str = "", extra: Mapping[str, object] | None = None
-    ) -> bool:
-        """Put the answer on stdout; False if Ctrl-C ended it.
-
-        Args:
-            stream: The answer.
-            label: What to write before it.
-            extra: More fields for `--json`.
-        """
-        finished, reply = False, stream.reply
-        with contextlib.closing(self._screen(reply)) as screen:
-            try:
-                self._prepare(stream)
-                screen.begin(label)
-                for _ in stream:
-                    screen.update()
-                finished = True
-            except KeyboardInterrupt:
-                stream.close()
-            screen.finish()
-        if self._options.json:
-            write_json({**reply.to_dict(), **(extra or {})})
-        if self._options.stats:
-            say(stats_line(reply))
-        return finished
-
-    def _screen(self, reply: Reply) -> Screen:
-        """What shows `reply`."""
-        return NoScreen() if self._options.json else PlainScreen(reply)
-
-    def _prepare(self, stream: AnswerStream) -> None:
-        """Decode and encode pictures and videos, with a bar; write frames if asked to."""
-        with contextlib.closing(Bar(delay_s=0.3)) as bar:
-            for step in stream.prepare():
-                text = f"{step.decoded} of {step.total} tiles read, {step.encoded} encoded"
-                bar.draw(step.decoded + step.encoded, 2 * step.total, text)
-                if self._writer is not None:
-                    self._writer.write(step)
+        yield StartedAnswer(part.stream, label, extra)

@@ -1,32 +1,97 @@
-"""`mlx-smolvlm choose`: how likely each of some answers is."""
+"""`mlx-smolvlm choose`: how likely each of several answers is."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mlx_smolvlm.cli.chat import load_model
-from mlx_smolvlm.cli.media import describe_image, open_footage, open_picture, sampled
-from mlx_smolvlm.cli.options import (
-    Detail,
-    VideoOptions,
-    as_text,
-    check_bits,
+from mlx_smolvlm.cli.args import (
+    AdapterOption,
+    BitsOption,
+    CacheDirOption,
+    ImagesOption,
+    ModelOption,
+    OfflineOption,
+    SystemOption,
+    VideosOption,
     check_sources,
+    decode_optional_text,
+    decode_text,
+    make_cache_options,
+    parse_detail,
 )
-from mlx_smolvlm.cli.render import table, write, write_json
+from mlx_smolvlm.cli.chat import load_model
+from mlx_smolvlm.cli.media import (
+    VideoOptions,
+    open_picture,
+    open_video_source,
+    print_cost,
+    sample_video,
+)
+from mlx_smolvlm.cli.output import format_table, write, write_json
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions
-    from mlx_smolvlm.choose import Normalize
+    from mlx_smolvlm.image import Detail
+
+CHOOSE_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm choose "What is this?" -i photo.png -c "A cat." -c "A dog." -m smolvlm-256m
+  mlx-smolvlm choose "Does somebody run?" -v clip.mp4 -c Yes. -c No. -m smolvlm2-256m --json"""
+
+
+def choose(
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
+    choice: Annotated[
+        list[str],
+        typer.Option(
+            "--choice", "-c", metavar="TEXT", help="An answer as the model would word it; repeats."
+        ),
+    ],
+    image: ImagesOption = None,
+    video: VideosOption = None,
+    model: ModelOption = "demo",
+    system: SystemOption = None,
+    normalize: Annotated[
+        Literal["none", "tokens"],
+        typer.Option(
+            metavar="none|tokens",
+            help="Compare whole answers, or their means over tokens, so that length counts less.",
+        ),
+    ] = "none",
+    detail: Annotated[str, typer.Option(metavar="LEVEL", help="As in chat.")] = "high",
+    bits: BitsOption = None,
+    adapter: AdapterOption = None,
+    cache_dir: CacheDirOption = None,
+    offline: OfflineOption = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say how likely each of some answers to a question is."""
+    options = ChooseOptions(
+        question=decode_text("QUESTION", question),
+        choices=tuple(choice),
+        images=tuple(image or ()),
+        videos=tuple(video or ()),
+        model=model,
+        system=decode_optional_text("--system", system),
+        detail=parse_detail(detail),
+        normalize=normalize,
+        bits=bits,
+        adapter=adapter,
+        cache=make_cache_options(folder=cache_dir, kv_bits=None, max_kv_tokens=None),
+        offline=offline,
+        json=json,
+    )
+    print_choices(options)
 
 
 @dataclass(frozen=True)
 class ChooseOptions:
-    """What `choose` was asked for."""
+    """The options of `choose`."""
 
     question: str
     choices: tuple[str, ...]
@@ -35,7 +100,7 @@ class ChooseOptions:
     model: str
     system: str | None
     detail: Detail
-    normalize: str
+    normalize: Literal["none", "tokens"]
     bits: int | None
     adapter: Path | None
     cache: CacheOptions
@@ -45,51 +110,46 @@ class ChooseOptions:
     def __post_init__(self) -> None:
         if not self.question.strip():
             raise typer.BadParameter("it is empty", param_hint="QUESTION")
-        check_bits(self.bits)
         check_sources((*self.images, *self.videos), self.offline)
 
-    def checked(self) -> tuple[tuple[str, ...], Normalize]:
-        """Choices and normalisation, as the library wants them.
 
-        Raises:
-            typer.BadParameter: It names the option and what is wrong.
-        """
-        from mlx_smolvlm.choose import checked_choices
+def print_choices(options: ChooseOptions) -> None:
+    """Print the choices with their probabilities, the likeliest first.
 
-        texts = tuple(as_text("--choice", choice) for choice in self.choices)
-        modes: dict[str, Normalize] = {"none": "none", "tokens": "tokens"}
-        if self.normalize not in modes:
-            raise typer.BadParameter(
-                f"{self.normalize!r} is neither none nor tokens", param_hint="--normalize"
-            )
-        try:
-            return checked_choices(texts, self.normalize), modes[self.normalize]
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--choice") from None
-
-
-def choose(options: ChooseOptions) -> None:
-    """Put the choices and their probabilities on stdout, the likeliest first.
-
-    What is cheap to check comes first: choices, pictures and videos, then the model.
+    Choices, pictures and videos are checked before the model is loaded.
     """
-    choices, normalize = options.checked()
+    choices = decode_choices(options)
     images = [open_picture(source) for source in options.images]
-    videos = [open_footage(source, VideoOptions()) for source in options.videos]
+    videos = [open_video_source(source, VideoOptions()) for source in options.videos]
     vlm = load_model(options)
     for image in images:
-        describe_image(vlm, image, options.detail)
+        print_cost(vlm, image, options.detail)
     choice = vlm.choose(
         options.question,
         choices,
         images=[one.image for one in images],
-        videos=[sampled(vlm, one) for one in videos],
+        videos=[sample_video(vlm, one) for one in videos],
         system=options.system,
         detail=options.detail,
-        normalize=normalize,
+        normalize=options.normalize,
     )
     if options.json:
-        write_json({**choice.to_dict(), "normalize": normalize})
+        write_json({**choice.to_dict(), "normalize": options.normalize})
         return
     ranked = sorted(zip(choice.probabilities, choices, strict=True), key=lambda one: -one[0])
-    write(table([(f"{probability:.4f}", text) for probability, text in ranked]))
+    write(format_table([(f"{probability:.4f}", text) for probability, text in ranked]))
+
+
+def decode_choices(options: ChooseOptions) -> tuple[str, ...]:
+    """Return the choices as text.
+
+    Raises:
+        typer.BadParameter: There are too few choices, or one is empty, repeated or not text.
+    """
+    from mlx_smolvlm.choose import checked_choices
+
+    texts = tuple(decode_text("--choice", choice) for choice in options.choices)
+    try:
+        return checked_choices(texts, options.normalize)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--choice") from None

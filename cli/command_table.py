@@ -8,20 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_smolvlm.cli.ask_commands import CHAT_EPILOG, CHOOSE_EPILOG, chat, choose
-from mlx_smolvlm.cli.convert_commands import COMPARE_EPILOG, compare, convert, doctor
+from mlx_smolvlm.cli.chat import CHAT_EPILOG, chat
+from mlx_smolvlm.cli.choose import CHOOSE_EPILOG, choose
+from mlx_smolvlm.cli.compare import COMPARE_EPILOG, compare
+from mlx_smolvlm.cli.convert import convert
+from mlx_smolvlm.cli.doctor import doctor
+from mlx_smolvlm.cli.evaluate import EVAL_EPILOG, evaluate
 from mlx_smolvlm.cli.models import app as models_app
-from mlx_smolvlm.cli.render import (
+from mlx_smolvlm.cli.output import (
     OutputClosedError,
+    describe_memory_error,
+    describe_os_error,
     discard,
     fail,
-    os_fault,
-    out_of_memory,
     prepare_streams,
     say,
     write,
 )
-from mlx_smolvlm.cli.train_commands import EVAL_EPILOG, TRAIN_EPILOG, evaluate, train
+from mlx_smolvlm.cli.train import TRAIN_EPILOG, train
 from mlx_smolvlm.errors import SmolVLMError
 from mlx_smolvlm.quoting import message_line
 
@@ -56,7 +60,8 @@ def run_command() -> int:
         return ending.exit_code
     except _ClickError as error:
         if len(sys.argv) > 1:  # without arguments, the message is the help
-            error.message = message_line(error.message)
+            # Typer checks values with Pydantic, which writes this in front of each message.
+            error.message = message_line(error.message.removeprefix("Value error, "))
         text = io.StringIO()
         error.show(text)
         say(text.getvalue(), end="")
@@ -71,9 +76,9 @@ def run_command() -> int:
         discard(sys.stdout)  # what is left of a help text, which Click prints by itself
         if isinstance(error, BrokenPipeError):
             return OUTPUT_CLOSED
-        fail(os_fault(error))
+        fail(describe_os_error(error))
     except (MemoryError, RuntimeError) as error:
-        if (message := out_of_memory(error)) is None:
+        if (message := describe_memory_error(error)) is None:
             raise
         fail(message)
     return 1

@@ -1,52 +1,115 @@
-"""`mlx-smolvlm compare`: how far one checkpoint lies from another."""
+"""`mlx-smolvlm compare`: how much two checkpoints differ."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_smolvlm.cli.options import Detail
-from mlx_smolvlm.cli.render import Bar, say, table, write
+from mlx_smolvlm.cli.args import OfflineOption, decode_text, parse_detail
+from mlx_smolvlm.cli.output import ProgressBar, format_table, say, write
 from mlx_smolvlm.files import expand_path, write_output
 
 if TYPE_CHECKING:
     from mlx_smolvlm.convert.compare_options import CompareOptions
     from mlx_smolvlm.convert.comparison import Comparison
     from mlx_smolvlm.convert.source import Source
+    from mlx_smolvlm.image import Detail
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+COMPARE_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm compare smolvlm-256m ./smolvlm-256m-4bit
+  mlx-smolvlm compare ./float ./packed --pictures photos/ --plot lost.png --json lost.json
+  mlx-smolvlm compare ./before ./after --data data/test.jsonl --limit 50"""
+
+
+def compare(
+    reference: Annotated[
+        str, typer.Argument(metavar="A", help="What to compare with: a model as in chat.")
+    ],
+    other: Annotated[
+        str, typer.Argument(metavar="B", help="What it became; of the same tokenizer.")
+    ],
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Texts to predict; repeats. Default: some of ours."),
+    ] = None,
+    pictures: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Pictures to look at. Default: some that are drawn."),
+    ] = None,
+    question: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TEXT", help="What to ask about the first pictures, in turn; repeats."
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option(metavar="N", help="The longest answer, in tokens.")
+    ] = 48,
+    detail: Annotated[str, typer.Option(metavar="LEVEL", help="As in chat.")] = "low",
+    data: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="PATH", help="A dataset to answer, as eval takes one; repeats."),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Of each of its tasks, the first N lines.")
+    ] = None,
+    json: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write all that was found here.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw it here, as a PNG.")
+    ] = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Compare two checkpoints: predictions, pictures, answers, weights."""
+    request = CompareRequest(
+        reference=reference,
+        other=other,
+        inputs=ComparisonInputs(
+            tuple(texts) if texts else None, pictures, tuple(data or ()), limit
+        ),
+        questions=tuple(decode_text("--question", text) for text in question or ()),
+        max_tokens=max_tokens,
+        detail=parse_detail(detail),
+        json=json,
+        plot=plot,
+        offline=offline,
+    )
+    print_comparison(request)
 
 
 @dataclass(frozen=True)
-class Samples:
-    """Texts and pictures that a user gave; None stands for those of the package."""
+class ComparisonInputs:
+    """The texts, pictures and datasets to compare on; None stands for those of the package."""
 
     texts: tuple[Path, ...] | None = None
     pictures: Path | None = None
     data: tuple[Path, ...] = ()
     limit: int | None = None
 
-    def options(
+    def make_options(
         self, questions: tuple[str, ...] = (), max_tokens: int = 48, detail: Detail = "low"
     ) -> CompareOptions:
-        """What two checkpoints are tried on.
+        """Read the texts and find the pictures to compare on.
 
         Raises:
-            typer.BadParameter: A file is no text, a folder has no pictures, or a number is
+            typer.BadParameter: A file is not text, a folder has no pictures, or a number is
                 out of range.
         """
         from mlx_smolvlm.convert.compare_options import CompareOptions
 
-        given = CompareOptions()
         try:
             return CompareOptions(
                 texts=None if self.texts is None else tuple(map(read_text, self.texts)),
                 pictures=None if self.pictures is None else find_pictures(self.pictures),
-                questions=questions or given.questions,
+                questions=questions or CompareOptions().questions,
                 max_tokens=max_tokens,
                 detail=detail,
                 data=self.data,
@@ -59,11 +122,11 @@ class Samples:
 
 @dataclass(frozen=True)
 class CompareRequest:
-    """What `compare` was asked for."""
+    """The options of `compare`."""
 
     reference: str
     other: str
-    samples: Samples
+    inputs: ComparisonInputs
     questions: tuple[str, ...]
     max_tokens: int
     detail: Detail
@@ -83,64 +146,64 @@ class CompareRequest:
                 raise typer.BadParameter(f"there is no folder {folder}", param_hint=name)
 
 
-def compare(request: CompareRequest) -> None:
-    """Put what was found on stdout, and into files where they were asked for.
+def print_comparison(request: CompareRequest) -> None:
+    """Compare two checkpoints, print the result, and write it to files if asked to.
 
     Raises:
-        CheckpointError: A checkpoint is not usable, or their tokenizers differ.
+        CheckpointError: A checkpoint cannot be used, or their tokenizers differ.
         MediaError: A picture cannot be opened.
         DatasetError: A dataset cannot be used.
     """
     from mlx_smolvlm.convert.measure import compare as measure
 
-    options = request.samples.options(request.questions, request.max_tokens, request.detail)
-    bar = Bar()
+    options = request.inputs.make_options(request.questions, request.max_tokens, request.detail)
+    bar = ProgressBar()
     with contextlib.closing(bar):
-        found = measure(
+        comparison = measure(
             request.reference, request.other, options, offline=request.offline, progress=bar.draw
         )
-    show(found)
+    print_result(comparison)
     if request.json is not None:
         import json
 
-        text = json.dumps(found.to_dict(), indent=2) + "\n"
+        text = json.dumps(comparison.to_dict(), indent=2) + "\n"
         write_output(request.json, text)
     if request.plot is not None:
         from mlx_smolvlm.convert.plot import draw_plot
 
-        draw_plot(found, request.plot)
+        draw_plot(comparison, request.plot)
 
 
-def verify(source: Source, dest: Path, samples: Samples) -> None:
-    """Compare what was converted with its source, and put what was found on stdout.
+def verify(source: Source, dest: Path, inputs: ComparisonInputs) -> None:
+    """Compare a conversion with its source, and print the result.
 
     Raises:
-        CheckpointError: One of the two is not usable.
+        CheckpointError: One of the two cannot be used.
         MediaError: A picture cannot be opened.
     """
     from mlx_smolvlm.convert.verify import VERIFY_FILE, VERIFY_PLOT, verify_conversion
 
-    bar = Bar()
+    bar = ProgressBar()
     with contextlib.closing(bar):
-        found = verify_conversion(source, dest, samples.options(), progress=bar.draw)
-    show(found)
+        comparison = verify_conversion(source, dest, inputs.make_options(), progress=bar.draw)
+    print_result(comparison)
     say(f"wrote {dest / VERIFY_FILE} and {VERIFY_PLOT}")
 
 
-def show(found: Comparison) -> None:
-    """Put the table and the answers that differ on stdout."""
+def print_result(comparison: Comparison) -> None:
+    """Print a table of differences, and the answers that differ."""
     from mlx_smolvlm.convert.report import differing_answers, summary_rows
 
-    write(table(list(summary_rows(found))))
-    if lines := list(differing_answers(found)):
+    write(format_table(list(summary_rows(comparison))))
+    if lines := list(differing_answers(comparison)):
         write("\n" + "\n".join(lines) + "\n")
 
 
 def read_text(path: Path) -> str:
-    """The text in the file at `path`.
+    """Return the text in the file at `path`.
 
     Raises:
-        typer.BadParameter: It cannot be read, is no text, or is empty.
+        typer.BadParameter: It cannot be read, is not text, or is empty.
     """
     try:
         text = expand_path(path).read_text(encoding="utf-8-sig")
@@ -154,10 +217,10 @@ def read_text(path: Path) -> str:
 
 
 def find_pictures(folder: Path) -> tuple[tuple[str, Path], ...]:
-    """Names and paths of the pictures in `folder`, in the order of their names.
+    """Return the names and paths of the pictures in `folder`, sorted by name.
 
     Raises:
-        typer.BadParameter: It is no folder, or has none.
+        typer.BadParameter: It is not a folder, or has no pictures.
     """
     try:
         folder = expand_path(folder)
@@ -165,9 +228,9 @@ def find_pictures(folder: Path) -> tuple[tuple[str, Path], ...]:
         raise typer.BadParameter(f"{folder}: {error.strerror}", param_hint="pictures") from None
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is no folder", param_hint="pictures")
-    found = [one for one in sorted(folder.iterdir()) if one.suffix.lower() in PICTURE_SUFFIXES]
-    if not found:
+    pictures = [one for one in sorted(folder.iterdir()) if one.suffix.lower() in PICTURE_SUFFIXES]
+    if not pictures:
         raise typer.BadParameter(
             f"{folder} has no pictures ({', '.join(PICTURE_SUFFIXES)})", param_hint="pictures"
         )
-    return tuple((one.name, one) for one in found)
+    return tuple((one.name, one) for one in pictures)

@@ -1,32 +1,178 @@
-"""`mlx-smolvlm convert`: a checkpoint into a folder of this package's format."""
+"""`mlx-smolvlm convert`: convert a checkpoint to this package's format."""
 
 from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mlx_smolvlm.cli.render import ConversionProgress, say, size, warn, write
+from mlx_smolvlm.cli.args import OfflineOption
+from mlx_smolvlm.cli.compare import ComparisonInputs
+from mlx_smolvlm.cli.output import ConversionProgress, format_size, say, warn, write
+from mlx_smolvlm.cli.precision import PrecisionOptions
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.cli.compare import Samples
-    from mlx_smolvlm.cli.precision import Better
     from mlx_smolvlm.convert.quantize import ConvertOptions
     from mlx_smolvlm.convert.source import Source
 
 
+def convert(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A folder, a hub id (owner/name), an alias, or demo."
+        ),
+    ],
+    dest: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="DEST", help="A new folder; default: the source's name with -mlx, here."
+        ),
+    ] = None,
+    bits: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Of the decoder: 2, 3, 4, 5, 6, 8, or 16 for float; default: as the source.",
+        ),
+    ] = None,
+    vision_bits: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of the vision encoder; default: 8 if --bits is below 16."),
+    ] = None,
+    connector_bits: Annotated[
+        int | None, typer.Option(metavar="N", help="Of the connector; default: likewise.")
+    ] = None,
+    embeddings_bits: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Of the embeddings and output head; default: likewise."),
+    ] = None,
+    group_size: Annotated[
+        int, typer.Option(metavar="32|64|128", help="Weights that share a scale (affine).")
+    ] = 64,
+    mode: Annotated[
+        Literal["affine", "mxfp4", "mxfp8", "nvfp4"],
+        typer.Option(metavar="MODE", help="affine, mxfp4, mxfp8 or nvfp4."),
+    ] = "affine",
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Of the rest: float32, float16 or bfloat16; default: as the source.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE",
+            help="tiny, balanced, quality, or a TOML file; in place of the options above.",
+        ),
+    ] = None,
+    target_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Mix precisions so that all fits, e.g. 150MB (1 MB is 10^6 bytes)."
+        ),
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(metavar="BITS", help="Likewise, to so many bits a weight with its scales."),
+    ] = None,
+    gptq: Annotated[
+        bool,
+        typer.Option(
+            "--gptq", help="Let each column of a matrix make up for the rounding of those before."
+        ),
+    ] = False,
+    dwq: Annotated[
+        bool,
+        typer.Option(
+            "--dwq", help="Tune scales and biases until the result says what the source says."
+        ),
+    ] = False,
+    dwq_steps: Annotated[
+        int, typer.Option(metavar="N", min=1, help="How many samples to tune on.")
+    ] = 120,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="PATH",
+            help="Texts, JSONL datasets or folders of them to measure and tune on; repeats; "
+            "default: a few of this package.",
+        ),
+    ] = None,
+    offline: OfflineOption = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DEST.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the result with SOURCE, and say what it lost.")
+    ] = False,
+    verify_texts: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Texts to compare on; repeats. Implies --verify."),
+    ] = None,
+    verify_pictures: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Pictures to compare on; likewise.")
+    ] = None,
+    upload: Annotated[
+        str | None,
+        typer.Option(
+            metavar="REPO", help="Then upload it to the hub; SOURCE may be converted already."
+        ),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the new repository private.")
+    ] = False,
+) -> None:
+    """Convert a Hugging Face or mlx-community checkpoint."""
+    from mlx_smolvlm.convert.quantize import ConvertOptions
+
+    try:
+        options = ConvertOptions(
+            bits=bits,
+            vision_bits=vision_bits,
+            connector_bits=connector_bits,
+            embeddings_bits=embeddings_bits,
+            group_size=group_size,
+            mode=mode,
+            dtype=dtype,
+        )
+    except CheckpointError as error:
+        raise typer.BadParameter(str(error)) from None
+    precision = PrecisionOptions(
+        recipe=recipe,
+        target_size=target_size,
+        target_bits=target_bits,
+        gptq=gptq,
+        dwq_steps=dwq_steps if dwq else None,
+        calibration=tuple(calibration or ()),
+    )
+    inputs = ComparisonInputs(tuple(verify_texts) if verify_texts else None, verify_pictures)
+    request = ConvertRequest(
+        source=source,
+        dest=dest,
+        options=precision.apply_recipe(options),
+        force=force,
+        offline=offline,
+        upload=upload,
+        private=private,
+        verify=inputs if verify or inputs != ComparisonInputs() else None,
+        precision=precision,
+    )
+    run_conversion(request)
+
+
 @dataclass(frozen=True)
 class ConvertRequest:
-    """What `convert` was asked for.
+    """The options of `convert`.
 
     Attributes:
-        verify: What to try the result on; None does not try it.
-        better: What goes beyond rounding to the bits of `options`.
+        verify: What to compare the result with its source on; None does not compare.
+        precision: The options that measure or train, beyond rounding to the bits of `options`.
         upload: A repository of the hub.
     """
 
@@ -35,19 +181,18 @@ class ConvertRequest:
     options: ConvertOptions
     force: bool
     offline: bool
-    verify: Samples | None = None
-    better: Better | None = None
+    verify: ComparisonInputs | None = None
+    precision: PrecisionOptions | None = None
     upload: str | None = None
     private: bool = False
 
     @property
-    def changes(self) -> bool:
+    def has_changes(self) -> bool:
         """Whether an option asks for a conversion, or for a comparison of its result."""
-        from mlx_smolvlm.cli.precision import Better
         from mlx_smolvlm.convert.quantize import ConvertOptions
 
-        is_better = self.better is not None and self.better != Better()
-        return is_better or self.verify is not None or self.options != ConvertOptions()
+        is_precise = self.precision is not None and self.precision != PrecisionOptions()
+        return is_precise or self.verify is not None or self.options != ConvertOptions()
 
     def __post_init__(self) -> None:
         if self.upload is not None and self.offline:
@@ -56,33 +201,33 @@ class ConvertRequest:
             raise typer.BadParameter("it needs --upload", param_hint="--private")
 
 
-def convert(request: ConvertRequest) -> None:
-    """Write the checkpoint and say where; then upload it, if that was asked for.
+def run_conversion(request: ConvertRequest) -> None:
+    """Convert the checkpoint, and upload it if asked to.
 
     Raises:
-        typer.BadParameter: The options ask to change what is to be uploaded as it is.
-        CheckpointError: The source is not usable, the destination is taken, or the hub
-            refuses.
+        typer.BadParameter: The options would change a checkpoint that is uploaded as it is.
+        CheckpointError: The source cannot be used, the destination exists, or the hub
+            refuses the upload.
     """
     from mlx_smolvlm.convert.source import open_source
     from mlx_smolvlm.staging import check_destination
 
     if request.verify is not None:
-        request.verify.options()  # wrong files are refused before hours of work
+        request.verify.make_options()  # refuse wrong files before hours of work
     if request.upload is not None:
         from mlx_smolvlm.convert.upload import check_upload
 
-        check_upload(request.upload)  # or the work would be done before it is known
+        check_upload(request.upload)  # also before the work
     name = find_source(request.source)
-    suffix = None if request.better is None else request.better.suffix
-    dest = request.dest or default_dest(str(name), request.options, suffix)
+    suffix = None if request.precision is None else request.precision.suffix
+    dest = request.dest or choose_dest(str(name), request.options, suffix)
     dest = expand_path(dest, CheckpointError)
     may_publish = request.upload is not None and request.dest is None and isinstance(name, Path)
     if not may_publish:
         check_destination(dest, request.force)  # before anything is fetched
     source = open_source(name, request.offline)
     if may_publish and source.is_own:
-        if request.changes:
+        if request.has_changes:
             raise typer.BadParameter(
                 f"{name} is a checkpoint of mlx-smolvlm, which --upload publishes as it is; to "
                 "convert it again with these options, give a new folder",
@@ -96,10 +241,10 @@ def convert(request: ConvertRequest) -> None:
 
 
 def find_source(name: str) -> str | Path:
-    """The path `name` if there is something, else the demo's, else a hub id.
+    """Return the path `name` if it exists, else the folder of the demo, else a hub id.
 
     Raises:
-        CheckpointError: It begins with a home directory that is not known.
+        CheckpointError: It begins with the home directory of an unknown user.
     """
     from mlx_smolvlm.hub import ALIASES, DEMO, resolve
 
@@ -110,12 +255,12 @@ def find_source(name: str) -> str | Path:
 
 
 def write_converted(source: Source, dest: Path, request: ConvertRequest) -> None:
-    """Convert `source` to the folder `dest`, and say so."""
+    """Convert `source` to the folder `dest`, and report its size."""
     from mlx_smolvlm.convert.run import convert_checkpoint
 
     progress = ConversionProgress()
     with contextlib.closing(progress):
-        if request.better is None or request.better.rounds:
+        if request.precision is None or request.precision.only_rounds:
             convert_checkpoint(
                 source,
                 dest,
@@ -124,8 +269,8 @@ def write_converted(source: Source, dest: Path, request: ConvertRequest) -> None
                 force=request.force,
             )
         else:
-            request.better.write(source, dest, request)
-    say(f"wrote {dest}: {summary(dest)}")
+            request.precision.write(source, dest, request.options, force=request.force)
+    say(f"wrote {dest}: {summarize(dest)}")
     if request.verify is not None:
         from mlx_smolvlm.cli.compare import verify
 
@@ -133,7 +278,7 @@ def write_converted(source: Source, dest: Path, request: ConvertRequest) -> None
 
 
 def publish(folder: Path, request: ConvertRequest) -> None:
-    """Upload the checkpoint in `folder`, and put the commit's URL on stdout."""
+    """Upload the checkpoint in `folder`, and print the URL of the commit."""
     from mlx_smolvlm.convert.upload import upload
     from mlx_smolvlm.convert.verify import verification_section
     from mlx_smolvlm.origin import read_origin
@@ -150,8 +295,8 @@ def publish(folder: Path, request: ConvertRequest) -> None:
     write(f"{url}\n")
 
 
-def default_dest(source: str, options: ConvertOptions, suffix: str | None = None) -> Path:
-    """A folder here, named after the source and `suffix`, else the precision asked for."""
+def choose_dest(source: str, options: ConvertOptions, suffix: str | None = None) -> Path:
+    """Return a folder in the current one, named after the source and the precision."""
     name = Path(source).resolve().name if Path(source).is_dir() else Path(source).name
     name = name.partition("@")[0].removesuffix(".gguf")
     if suffix is not None:
@@ -161,11 +306,11 @@ def default_dest(source: str, options: ConvertOptions, suffix: str | None = None
     return Path(f"{name}-mlx" if options.bits is None else f"{name}-mlx-{options.bits}bit")
 
 
-def summary(folder: Path) -> str:
-    """Bits and size of the checkpoint in `folder`."""
+def summarize(folder: Path) -> str:
+    """Return the bits and the size of the checkpoint in `folder`."""
     from mlx_smolvlm.checkpoint import read_config
 
     config = read_config(folder)
     text = config.quantization.text
     bits = config.dtype if text is None else f"{text.bits} bits"
-    return f"{bits}, {size(sum(file.stat().st_size for file in folder.iterdir()))}"
+    return f"{bits}, {format_size(sum(file.stat().st_size for file in folder.iterdir()))}"

@@ -1,28 +1,35 @@
-"""`mlx-smolvlm doctor`: what this machine has, and what is broken. It sends nothing."""
+"""`mlx-smolvlm doctor`: check this machine and its models. Nothing is sent."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_smolvlm.cli.health import Finding, device, software, storage, surroundings
-from mlx_smolvlm.cli.render import say, write, write_json
-from mlx_smolvlm.cli.trials import checkpoint, demo, pictures, videos
+from mlx_smolvlm.cli.output import say, write, write_json
+
+if TYPE_CHECKING:
+    from mlx_smolvlm.cli.doctor_checks import Finding
 
 
-def doctor(models: Sequence[str], as_json: bool) -> None:
-    """Put the findings on stdout; those of `models` alone, if some are named.
-
-    Raises:
-        typer.Exit: 1 if something is broken.
-    """
+def doctor(
+    models: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, a converted model, or demo; repeats.",
+        ),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check this machine and the converted checkpoints; nothing is sent."""
     findings: list[Finding] = []
-    for finding in _named(models) if models else _everything():
+    for finding in _check_models(models) if models else _check_everything():
         findings.append(finding)
         if not as_json:
-            _show(finding)
+            _print_finding(finding)
     broken = sum(finding.status == "broken" for finding in findings)
     if as_json:
         write_json({"ok": not broken, "findings": [dataclasses.asdict(one) for one in findings]})
@@ -32,43 +39,51 @@ def doctor(models: Sequence[str], as_json: bool) -> None:
         raise typer.Exit(1)
 
 
-def _everything() -> Iterator[Finding]:
-    """All there is to know, what takes longest last."""
+def _check_everything() -> Iterator[Finding]:
+    """Yield the findings of all checks, the slowest last."""
     from mlx_smolvlm.cached import list_cached
+    from mlx_smolvlm.cli import doctor_checks as checks
     from mlx_smolvlm.convert.originals import list_originals
 
-    for part in (software, device, storage, surroundings, pictures, videos, demo):
-        yield from part()
+    yield from checks.check_software()
+    yield from checks.check_device()
+    yield from checks.check_storage()
+    yield from checks.check_environment()
+    yield from checks.check_pictures()
+    yield from checks.check_videos()
+    yield from checks.check_demo()
     for model in list_cached():
         if model.state == "whole":
-            yield from checkpoint(model.name, model.path)
+            yield from checks.check_checkpoint(model.name, model.path)
     for original in list_originals():
         if original.is_own:
-            yield from checkpoint(f"{original.name}@{original.revision[:12]}", original.path)
+            name = f"{original.name}@{original.revision[:12]}"
+            yield from checks.check_checkpoint(name, original.path)
 
 
-def _named(models: Sequence[str]) -> Iterator[Finding]:
-    """Of each model that a user names: a folder, what is in a cache, or demo."""
+def _check_models(names: Sequence[str]) -> Iterator[Finding]:
+    """Yield a finding for each named model: a folder, a model in a cache, or the demo."""
     from mlx_smolvlm.cached import find, list_cached
+    from mlx_smolvlm.cli.doctor_checks import check_checkpoint
     from mlx_smolvlm.convert.originals import list_originals
     from mlx_smolvlm.hub import DEMO, find_folder, resolve
 
-    for name in models:
+    for name in names:
         if name == DEMO:
-            yield from checkpoint(name, resolve(name))
+            yield from check_checkpoint(name, resolve(name))
             continue
         if (folder := find_folder(name)) is not None:
-            yield from checkpoint(name, folder)
+            yield from check_checkpoint(name, folder)
             continue
-        fetched = [one for one in list_originals() if one.is_own and one.name == name]
-        for original in fetched:
-            yield from checkpoint(f"{name}@{original.revision[:12]}", original.path)
-        for model in [] if fetched else find(name, list_cached()):
-            yield from checkpoint(model.name, model.path)
+        originals = [one for one in list_originals() if one.is_own and one.name == name]
+        for original in originals:
+            yield from check_checkpoint(f"{name}@{original.revision[:12]}", original.path)
+        for model in [] if originals else find(name, list_cached()):
+            yield from check_checkpoint(model.name, model.path)
 
 
-def _show(finding: Finding) -> None:
-    """One finding, as a line or two."""
+def _print_finding(finding: Finding) -> None:
+    """Print a finding in one line, with its advice in a second."""
     mark = {"ok": "ok    ", "note": "note  ", "broken": "BROKEN"}[finding.status]
     advice = f"\n        {finding.advice}" if finding.advice else ""
     write(f"{mark}  {finding.name}: {finding.text}{advice}\n")

@@ -1,18 +1,20 @@
-"""Pictures and videos on the command line: opening them, saying what they cost, frames on disk."""
+"""Pictures and videos on the command line: their options, opening them, frames on disk."""
 
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import typer
 
-from mlx_smolvlm.cli.options import VideoOptions, make_video
-from mlx_smolvlm.cli.render import say
+from mlx_smolvlm.cli.output import say
 from mlx_smolvlm.files import append_file, expand_path, replace_file, write_file
 from mlx_smolvlm.quoting import redact_url
 
@@ -25,8 +27,95 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
+class VideoOptions:
+    """Which frames to take of each video, see `Video`.
+
+    Attributes:
+        chunk_s: Split a long video into parts of this length and answer for each.
+        frames_folder: Write the frames to this folder.
+    """
+
+    fps: float | None = None
+    max_frames: int | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+    sample: Literal["even", "scene"] = "even"
+    chunk_s: float | None = None
+    frames_folder: Path | None = None
+
+
+_VIDEO_OPTION_NAMES = {
+    "max_frames": "--max-frames",
+    "start_s": "--start",
+    "end_s": "--end",
+    "chunk_s": "--chunk",
+    "frames_folder": "--frames",
+}
+
+
+def name_video_option(field: str) -> str:
+    """Return the command-line option that sets a field of `VideoOptions`."""
+    return _VIDEO_OPTION_NAMES.get(field, f"--{field}")
+
+
+def check_video_options(options: VideoOptions) -> VideoOptions:
+    """Return `options` unchanged; `Video` checks the values that it takes.
+
+    Raises:
+        typer.BadParameter: A value is out of range; the message names the option.
+    """
+    chunk = options.chunk_s
+    if chunk is not None and not 0 < chunk < math.inf:
+        raise typer.BadParameter(f"{chunk:g} is not above 0", param_hint="--chunk")
+    if options != VideoOptions(chunk_s=chunk, frames_folder=options.frames_folder):
+        try:
+            make_video("", options)  # imports Pillow, so only where a value was given
+        except ValueError as error:
+            field, _, rest = str(error).partition(" ")
+            rest = rest.replace("start_s", "--start")
+            raise typer.BadParameter(rest, param_hint=name_video_option(field)) from None
+    return options
+
+
+def make_video(source: str, options: VideoOptions) -> Video:
+    """Return the video at `source` with the choice of frames in `options`."""
+    from mlx_smolvlm import Video
+
+    return Video(
+        source,
+        fps=options.fps,
+        max_frames=options.max_frames,
+        start_s=options.start_s,
+        end_s=options.end_s,
+        sample=options.sample,
+    )
+
+
+def parse_time(name: str, text: str | None) -> float | None:
+    """Parse seconds, MM:SS or H:MM:SS, and return seconds.
+
+    Raises:
+        typer.BadParameter: `text` is not a time; `name` is the option that it is the value of.
+    """
+    if text is None:
+        return None
+    match = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)", text, re.ASCII)
+    if match is None:
+        raise typer.BadParameter(
+            f"{text!r} is no time; give seconds, MM:SS or H:MM:SS", param_hint=f"--{name}"
+        )
+    hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return 3600 * hours + 60 * minutes + seconds
+
+
+def is_url(source: str) -> bool:
+    """Return whether `source` is fetched from the network."""
+    return source.lower().startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
 class OpenedImage:
-    """An opened picture and what to call it."""
+    """An opened picture and its name in messages."""
 
     name: str
     image: PIL.Image.Image
@@ -34,37 +123,37 @@ class OpenedImage:
 
 @dataclass(frozen=True)
 class OpenedVideo:
-    """An opened video and what to call it."""
+    """An opened video and its name in messages."""
 
     name: str
     video: Video
 
 
-Opened = OpenedImage | OpenedVideo
+OpenedMedium = OpenedImage | OpenedVideo
 
 
 def open_picture(source: str) -> OpenedImage:
-    """The picture at a path, a URL, a data URI or "-" for stdin.
+    """Open the picture at a path, a URL, a data URI, or "-" for stdin.
 
     Raises:
         MediaError: It cannot be opened.
     """
     from mlx_smolvlm.image import open_image
 
-    return OpenedImage(_name(source), open_image(source))
+    return OpenedImage(_shorten_source(source), open_image(source))
 
 
-def open_footage(source: str, options: VideoOptions) -> OpenedVideo:
-    """The video at a path, a URL, a data URI or "-" for stdin.
+def open_video_source(source: str, options: VideoOptions) -> OpenedVideo:
+    """Open the video at a path, a URL, a data URI, or "-" for stdin.
 
     Raises:
         MediaError: It cannot be opened.
     """
-    return OpenedVideo(_name(source), make_video(source, options).opened())
+    return OpenedVideo(_shorten_source(source), make_video(source, options).opened())
 
 
-def _name(source: str) -> str:
-    """What to call a source, in short."""
+def _shorten_source(source: str) -> str:
+    """Return a short name of a picture or video for messages."""
     if source == "-":
         return "stdin"
     if source[:5].lower() == "data:":
@@ -72,14 +161,14 @@ def _name(source: str) -> str:
     return redact_url(source).rstrip("/").rpartition("/")[2]
 
 
-def describe_image(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> None:
-    """Say what a picture costs, if stderr is a terminal."""
+def print_cost(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> None:
+    """Print the tiles and tokens of a picture, if stderr is a terminal."""
     if sys.stderr.isatty():
-        say(cost_of(vlm, image, detail), dim=True)
+        say(describe_cost(vlm, image, detail), dim=True)
 
 
-def cost_of(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> str:
-    """The name of a picture, its tiles and its tokens."""
+def describe_cost(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> str:
+    """Return the name of a picture, its tiles and its tokens in one line."""
     from mlx_smolvlm.image import grid_of
 
     grid = grid_of(image.image.size, vlm.config, detail)
@@ -87,11 +176,11 @@ def cost_of(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> str:
     return f"{image.name}: {tiles}, {vlm.engine.prompt_builder.tokens_of(grid)} tokens"
 
 
-def sampled(vlm: SmolVLM, video: OpenedVideo) -> Clip:
-    """The clip that the model looks at; what it costs is said if stderr is a terminal.
+def sample_video(vlm: SmolVLM, video: OpenedVideo) -> Clip:
+    """Choose the frames that the model sees; on a terminal, print how many tokens they take.
 
     Raises:
-        MediaError: There is nothing between start and end, or it cannot be decoded.
+        MediaError: There is no frame between start and end, or the video cannot be decoded.
     """
     from mlx_smolvlm.timeline import clock
     from mlx_smolvlm.video import open_video
@@ -106,10 +195,9 @@ def sampled(vlm: SmolVLM, video: OpenedVideo) -> Clip:
 
 
 class FrameWriter:
-    """Writes the frames that the model sees, as PNGs of a tile's size, and `frames.jsonl`.
+    """Writes the frames that the model sees as PNG files, and a list of them to `frames.jsonl`.
 
-    The list has a line with number and time of each. An earlier run's list, and its frames
-    of the same names, are replaced.
+    The frames have the size of a tile. The list and frames of an earlier run are replaced.
     """
 
     def __init__(self, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:

@@ -1,4 +1,4 @@
-"""`mlx-smolvlm models`: what can be named, what has been converted, and its removal."""
+"""`mlx-smolvlm models`: list aliases and models on this machine, and remove conversions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_smolvlm.cli.render import say, size, table, write, write_json
+from mlx_smolvlm.cli.output import format_size, format_table, say, write, write_json
 
 if TYPE_CHECKING:
     from mlx_smolvlm.cached import CachedModel
@@ -27,7 +27,7 @@ def models(
 ) -> None:
     """List the aliases and the converted checkpoints in the cache; rm removes some."""
     if context.invoked_subcommand is None:
-        show(json)
+        print_models(json)
 
 
 @app.command("rm")
@@ -41,11 +41,11 @@ def rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove converted checkpoints from the cache. What was fetched from the hub stays."""
-    remove_named(names, yes)
+    remove_models(names, yes)
 
 
-def show(as_json: bool) -> None:
-    """Put the aliases, the converted checkpoints and what was fetched on stdout."""
+def print_models(as_json: bool) -> None:
+    """Print the aliases, the converted checkpoints and the downloads."""
     from mlx_smolvlm.cached import list_cached
     from mlx_smolvlm.convert.originals import list_originals
     from mlx_smolvlm.hub import ALIASES, cache_folder
@@ -55,83 +55,96 @@ def show(as_json: bool) -> None:
         values = {
             "aliases": ALIASES,
             "cache_folder": str(cache_folder()),
-            "converted": [_plain(model) for model in cached if model.state == "whole"],
-            "leftovers": [_plain(model) for model in cached if model.state != "whole"],
-            "fetched": [_plain(original) for original in originals],
+            "converted": [_to_dict(model) for model in cached if model.state == "whole"],
+            "leftovers": [_to_dict(model) for model in cached if model.state != "whole"],
+            "fetched": [_to_dict(original) for original in originals],
         }
         write_json(values)
         return
     rows = [("alias", "model"), ("demo", "bundled with this package"), *ALIASES.items()]
-    text = table(rows)
-    whole = [model for model in cached if model.state == "whole"]
-    rest = [model for model in cached if model.state != "whole"]
+    text = format_table(rows)
+    complete = [model for model in cached if model.state == "whole"]
+    unusable = [model for model in cached if model.state != "whole"]
     if cached:
         text += f"\nin {cache_folder()}\n"
-    if whole:
-        text += table([CONVERTED, *map(_converted_row, whole)])
-    if rest:
-        left = [(model.name, size(model.nbytes), model.state) for model in rest]
-        text += "\n" * bool(whole) + table([("not usable", "size", "state"), *left])
+    if complete:
+        text += format_table([CONVERTED_HEADINGS, *map(_make_converted_row, complete)])
+    if unusable:
+        states = [(model.name, format_size(model.nbytes), model.state) for model in unusable]
+        text += "\n" * bool(complete) + format_table([("not usable", "size", "state"), *states])
     if originals:
-        text += "\n" + table([FETCHED, *map(_fetched_row, originals)])
+        text += "\n" + format_table([FETCHED_HEADINGS, *map(_make_fetched_row, originals)])
     write(text)
 
 
-CONVERTED = ("converted", *("text", "vision", "connector", "embeddings"), "size", "used", "from")
-FETCHED = ("fetched from the hub", "commit", "size", "used", "")
+PARTS = ("text", "vision", "connector", "embeddings")
+CONVERTED_HEADINGS = (
+    "converted",
+    *PARTS,
+    "size",
+    "used",
+    "from",
+)
+FETCHED_HEADINGS = ("fetched from the hub", "commit", "size", "used", "")
 
 
-def _converted_row(model: CachedModel) -> tuple[str, ...]:
-    """A line of the table of conversions: bits by part, size, and where it comes from."""
+def _make_converted_row(model: CachedModel) -> tuple[str, ...]:
+    """Return a row of the table of conversions: bits of each part, size and source."""
     source = model.source + (f"@{model.revision[:12]}" if model.revision else "")
-    bits = tuple(str(model.parts[part]) for part in CONVERTED[1:5])
-    return (model.name, *bits, size(model.nbytes), _day(model.last_used_s), source)
+    bits = tuple(str(model.parts[part]) for part in PARTS)
+    return (model.name, *bits, format_size(model.nbytes), _format_day(model.last_used_s), source)
 
 
-def _fetched_row(one: Original) -> tuple[str, ...]:
-    """A line of the table of fetched checkpoints."""
+def _make_fetched_row(one: Original) -> tuple[str, ...]:
+    """Return a row of the table of downloads."""
     note = "used as it is" if one.is_own else ""
-    return (one.name, one.revision[:12], size(one.nbytes), _day(one.last_used_s), note)
+    return (
+        one.name,
+        one.revision[:12],
+        format_size(one.nbytes),
+        _format_day(one.last_used_s),
+        note,
+    )
 
 
-def _day(seconds: float | None) -> str:
-    """The local day at `seconds` since 1970."""
+def _format_day(seconds: float | None) -> str:
+    """Return the local date at `seconds` since 1970."""
     return "-" if seconds is None else time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
-def _plain(value: CachedModel | Original) -> dict[str, Any]:
-    """`value` as JSON can hold it."""
+def _to_dict(value: CachedModel | Original) -> dict[str, Any]:
+    """Return the fields of `value` for JSON."""
     return dataclasses.asdict(value) | {"path": str(value.path)}
 
 
-def remove_named(names: Sequence[str], yes: bool) -> None:
-    """Remove the conversions that `names` mean, after a question on a terminal.
+def remove_models(names: Sequence[str], yes: bool) -> None:
+    """Remove the conversions with these names, after asking on the terminal unless `yes`.
 
     Raises:
         typer.BadParameter: There is no terminal to ask on, and `yes` was not given.
-        CheckpointError: A name means nothing in the cache, or cannot be removed.
+        CheckpointError: A name is not in the cache, or cannot be removed.
     """
     from mlx_smolvlm.cached import find, list_cached, remove
 
     cached = list_cached()
-    wanted = {model.path: model for name in names for model in find(name, cached)}
-    total = size(sum(model.nbytes for model in wanted.values()))
+    selected = {model.path: model for name in names for model in find(name, cached)}
+    total = format_size(sum(model.nbytes for model in selected.values()))
     if not yes:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
             raise typer.BadParameter("it is needed where nobody can be asked", param_hint="--yes")
-        for model in wanted.values():
-            say(f"{model.name}  {size(model.nbytes)}")
-        say(f"remove {_count(len(wanted))}, {total}? [y/N] ", end="")
+        for model in selected.values():
+            say(f"{model.name}  {format_size(model.nbytes)}")
+        say(f"remove {_count_checkpoints(len(selected))}, {total}? [y/N] ", end="")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             say("nothing removed")
             raise typer.Exit(1)
-    for model in wanted.values():
+    for model in selected.values():
         is_link = os.path.islink(model.path)
         remove(model)
-        what = "a link" if is_link else size(model.nbytes)
+        what = "a link" if is_link else format_size(model.nbytes)
         say(f"removed {model.name}: {what}")
 
 
-def _count(number: int) -> str:
-    """How many checkpoints."""
+def _count_checkpoints(number: int) -> str:
+    """Return "1 checkpoint" or "N checkpoints"."""
     return f"{number} checkpoint" + ("" if number == 1 else "s")

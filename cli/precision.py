@@ -1,4 +1,4 @@
-"""Options of `convert` for more than rounding: recipes, mixed precision, GPTQ, tuned scales."""
+"""Options of `convert` beyond rounding: recipes, mixed precision, GPTQ, trained scales."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from mlx_smolvlm.cli.render import Bar, say
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.cli.output import ProgressBar, say
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.cli.convert import ConvertRequest
     from mlx_smolvlm.convert.quantize import ConvertOptions
     from mlx_smolvlm.convert.source import Source
 
@@ -22,16 +20,16 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
-class Better:
-    """What was asked for beyond bits.
+class PrecisionOptions:
+    """How precisions are chosen and rounding errors reduced.
 
     Attributes:
-        recipe: A name or a file.
-        target_size: Such as 150MB.
-        target_bits: Of a weight, its share of scales counted.
-        gptq: Whether errors of rounding are made up for.
-        dwq_steps: Of tuning; None does not tune.
-        calibration: Files to do all that on.
+        recipe: The name of a recipe or its file.
+        target_size: The size of the result, such as 150MB.
+        target_bits: Mean bits of a weight, including its share of the scales.
+        gptq: Whether to compensate rounding errors by GPTQ.
+        dwq_steps: Steps that scales and biases are trained; None does not train them.
+        calibration: Files to measure and train on.
     """
 
     recipe: str | None = None
@@ -42,18 +40,18 @@ class Better:
     calibration: tuple[Path, ...] = ()
 
     @property
-    def rounds(self) -> bool:
-        """Whether rounding is all there is to do, with nothing measured."""
-        return not (self.measured or self.gptq or self.dwq_steps is not None)
+    def only_rounds(self) -> bool:
+        """Whether weights are only rounded, without calibration."""
+        return not (self.has_target or self.gptq or self.dwq_steps is not None)
 
     @property
-    def measured(self) -> bool:
-        """Whether precisions are mixed by what is measured."""
+    def has_target(self) -> bool:
+        """Whether precisions are mixed to reach a size."""
         return self.target_size is not None or self.target_bits is not None
 
     @property
     def suffix(self) -> str | None:
-        """What the default destination is called after; None for the bits."""
+        """The suffix of the default destination; None if the bits are to name it."""
         if self.recipe is not None:
             name = Path(self.recipe).stem
         elif self.target_size is not None:
@@ -65,18 +63,18 @@ class Better:
         name = f"{name}-gptq" if self.gptq else name
         return name if self.dwq_steps is None else f"{name}-dwq"
 
-    def options(self, given: ConvertOptions) -> ConvertOptions:
-        """`given`, or what the recipe says with its dtype.
+    def apply_recipe(self, given: ConvertOptions) -> ConvertOptions:
+        """Return `given`, or the options of the recipe with the dtype of `given`.
 
         Raises:
-            typer.BadParameter: Options that exclude each other, or a size that is none.
+            typer.BadParameter: Options exclude each other, or the size cannot be parsed.
             CheckpointError: The recipe cannot be read.
         """
         from mlx_smolvlm.convert.quantize import ConvertOptions
         from mlx_smolvlm.convert.recipes import read_recipe
 
         self._check()
-        if self.recipe is None and not self.measured:
+        if self.recipe is None and not self.has_target:
             return given
         if replace(given, dtype=None) != ConvertOptions():
             way = "--recipe" if self.recipe is not None else "a target"
@@ -89,44 +87,44 @@ class Better:
         return options if given.dtype is None else replace(options, dtype=given.dtype)
 
     def _check(self) -> None:
-        """Refuse options that exclude each other, or a size that is none."""
+        """Refuse options that exclude each other, or a size that cannot be parsed."""
         ways = [self.recipe, self.target_size, self.target_bits]
         if sum(way is not None for way in ways) > 1:
             raise typer.BadParameter("give one of --recipe, --target-size and --target-bits")
         if self.target_size is not None:
             parse_size(self.target_size)
-        if self.calibration and self.rounds:
+        if self.calibration and self.only_rounds:
             raise typer.BadParameter(
                 "--calibration is for --target-size, --target-bits, --gptq and --dwq; give one of "
                 "them"
             )
 
-    def write(self, source: Source, dest: Path, request: ConvertRequest) -> None:
-        """Write the checkpoint, with what was asked for."""
+    def write(self, source: Source, dest: Path, options: ConvertOptions, *, force: bool) -> None:
+        """Convert `source` to the folder `dest`, and report the measured errors."""
         from mlx_smolvlm.convert.better import BetterOptions, convert_better
         from mlx_smolvlm.convert.compensate import GptqOptions
         from mlx_smolvlm.convert.learn import LearnOptions
 
-        options = BetterOptions(
+        better = BetterOptions(
             target_bytes=None if self.target_size is None else parse_size(self.target_size),
             target_bits=self.target_bits,
             gptq=GptqOptions() if self.gptq else None,
             learn=None if self.dwq_steps is None else LearnOptions(steps=self.dwq_steps),
             calibration=self.calibration,
-            force=request.force,
+            force=force,
         )
-        bar = Bar()
+        bar = ProgressBar()
         with contextlib.closing(bar):
-            found = convert_better(source, dest, request.options, options, bar.draw)
-        for line in found.lines():
+            report = convert_better(source, dest, options, better, bar.draw)
+        for line in report.lines():
             say(line)
 
 
 def parse_size(text: str) -> int:
-    """Bytes that `text`, such as 150MB, stands for.
+    """Parse a size such as 150MB, and return bytes.
 
     Raises:
-        typer.BadParameter: It is no size.
+        typer.BadParameter: `text` is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
     if match is None:
@@ -134,6 +132,3 @@ def parse_size(text: str) -> int:
             f"{text!r} is no size; write such as 150MB or 1.2GB", param_hint="--target-size"
         )
     return round(float(match[1]) * UNITS[match[2].upper()])
-
-
-__all__ = ["Better", "CheckpointError", "parse_size"]

@@ -1,4 +1,4 @@
-"""`mlx-smolvlm train`: a checkpoint trained further, as a file describes."""
+"""`mlx-smolvlm train`: train a checkpoint further, as a TOML file describes."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import contextlib
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from mlx_smolvlm.cli.render import Bar, say, write
+import typer
+
+from mlx_smolvlm.cli.args import OfflineOption
+from mlx_smolvlm.cli.output import ProgressBar, say, write
+from mlx_smolvlm.cli.printer import INTERRUPTED
 from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.files import expand_path
 
@@ -18,67 +21,71 @@ if TYPE_CHECKING:
     from mlx_smolvlm.train.settings import Settings
     from mlx_smolvlm.train.tuning import Event, Tuning
 
-INTERRUPTED = 130
+TRAIN_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm train receipts.toml
+  mlx-smolvlm train receipts.toml --out receipts-2 --fuse
+  mlx-smolvlm chat "Read it." -i receipt.jpg -m smolvlm2-256m --adapter receipts-trained/adapter"""
 
 
-@dataclass(frozen=True)
-class TrainOptions:
-    """What `train` was asked for."""
-
-    config: Path
-    out: Path | None
-    fuse: bool
-    offline: bool
-
-
-def train(options: TrainOptions) -> int:
-    """The exit status; the folder of what was made is put on stdout.
-
-    Raises:
-        TrainingError: The file, or the folder to write to, is not usable.
-        DatasetError: An example is not usable.
-        CheckpointError: The model is not.
-    """
+def train(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml", help="What to train, on which data, and how.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="Where to write, and where an earlier run goes on; default: as the file says, "
+            "or its name with -trained.",
+        ),
+    ] = None,
+    fuse: Annotated[
+        bool, typer.Option("--fuse", help="Write a checkpoint of model and adapter together, too.")
+    ] = False,
+    offline: OfflineOption = False,
+) -> None:
+    """Train a model further on your own pictures, videos and answers."""
     from mlx_smolvlm.train.settings import read_settings
     from mlx_smolvlm.train.tuning import Tuning
 
-    settings = read_settings(options.config)
-    if options.fuse and settings.method != "lora":
+    settings = read_settings(config)
+    if fuse and settings.method != "lora":
         raise TrainingError("--fuse needs method lora: a full training makes a whole model")
-    out = options.out or settings.path(settings.out or f"{options.config.stem}-trained")
-    with interruption() as interrupted:
-        tuning = Tuning(settings, expand_path(out, TrainingError), options.offline)
+    out = out or settings.path(settings.out or f"{config.stem}-trained")
+    with catch_interruption() as interruptions:
+        tuning = Tuning(settings, expand_path(out, TrainingError), offline)
         with contextlib.closing(tuning):
-            describe(tuning)
-            if not run(tuning, interrupted):
-                return INTERRUPTED
+            print_settings(tuning)
+            if not run_steps(tuning, interruptions):
+                raise typer.Exit(INTERRUPTED)
             result = tuning.result
-            if options.fuse or settings.fuse:
+            if fuse or settings.fuse:
                 result = tuning.fuse()
     write(f"{result}\n")
-    return 0
 
 
 @contextlib.contextmanager
-def interruption() -> Iterator[list[int]]:
-    """A list that Ctrl-C fills: the step at hand is finished. A second one stops at once."""
-    received: list[int] = []
+def catch_interruption() -> Iterator[list[int]]:
+    """Let Ctrl-C add to the list that is yielded; a second one raises KeyboardInterrupt."""
+    interruptions: list[int] = []
 
     def receive(number: int, frame: object) -> None:
-        if received:
+        if interruptions:
             raise KeyboardInterrupt
-        received.append(number)
+        interruptions.append(number)
         say("stopping after this step; Ctrl-C again stops now and loses what is not saved")
 
     before = signal.signal(signal.SIGINT, receive)
     try:
-        yield received
+        yield interruptions
     finally:
         signal.signal(signal.SIGINT, before)
 
 
-def describe(tuning: Tuning) -> None:
-    """Say what is trained, on how much, and where it goes on."""
+def print_settings(tuning: Tuning) -> None:
+    """Print what is trained, on how many examples, and after which step it continues."""
     settings, loop = tuning.settings, tuning.loop
     parts = ", ".join(settings.trained_parts)
     say(
@@ -92,16 +99,16 @@ def describe(tuning: Tuning) -> None:
         say(f"going on after step {loop.step}")
 
 
-def run(tuning: Tuning, interrupted: list[int]) -> bool:
-    """Makes the steps that are left; False if Ctrl-C ended them, what is done then saved."""
+def run_steps(tuning: Tuning, interruptions: list[int]) -> bool:
+    """Run the remaining steps; after Ctrl-C, save the state and return False."""
     pace = Pace(tuning.loop.step)
-    with contextlib.closing(Bar()) as bar:
+    with contextlib.closing(ProgressBar()) as bar:
         for event in tuning.run():
             if event.report is not None:
-                pace.count(event)
-                bar.draw(event.report.step, tuning.total, pace.line(tuning.total))
-            tell(event, tuning.settings, tuning.total, bar)
-            if interrupted and not tuning.loop.done:
+                pace.add(event)
+                bar.draw(event.report.step, tuning.total, pace.format(tuning.total))
+            print_losses(event, tuning.settings, tuning.total, bar)
+            if interruptions and not tuning.loop.done:
                 tuning.save()
                 bar.close()
                 say(f"stopped after step {tuning.loop.step}; the same command goes on from there")
@@ -109,8 +116,8 @@ def run(tuning: Tuning, interrupted: list[int]) -> bool:
     return True
 
 
-def tell(event: Event, settings: Settings, total: int, bar: Bar) -> None:
-    """Say the loss of held-out examples, and where there is no bar, that of some steps."""
+def print_losses(event: Event, settings: Settings, total: int, bar: ProgressBar) -> None:
+    """Print the loss of held-out examples and, where no bar is shown, that of some steps."""
     step = event.report.step if event.report is not None else 0
     if event.valid_loss is not None:
         bar.close()
@@ -120,14 +127,14 @@ def tell(event: Event, settings: Settings, total: int, bar: Bar) -> None:
 
 
 class Pace:
-    """How fast steps go: a running mean, so that the first slow ones are soon forgotten."""
+    """Running means of the speed and the loss; the slow first steps soon stop counting."""
 
     def __init__(self, step: int) -> None:
         self._step, self._at = step, time.monotonic()
         self._seconds = self._tokens = self._loss = 0.0
 
-    def count(self, event: Event) -> None:
-        """Take a step into account."""
+    def add(self, event: Event) -> None:
+        """Add a step to the means."""
         assert event.report is not None
         now = time.monotonic()
         share = 0.1 if self._seconds else 1.0
@@ -136,8 +143,8 @@ class Pace:
         self._loss += share * (event.report.loss - self._loss)
         self._step, self._at = event.report.step, now
 
-    def line(self, total: int) -> str:
-        """Step, loss, speed and time left."""
+    def format(self, total: int) -> str:
+        """Return step, loss, speed and remaining time in one line."""
         left = int(self._seconds * (total - self._step))
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         speed = self._tokens / max(self._seconds, 1e-9)

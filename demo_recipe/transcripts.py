@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlx_smolvlm as smolvlm
-from mlx_smolvlm.cli.media import cost_of, open_picture
+from mlx_smolvlm.cli.media import describe_cost, open_picture
 
 _BLOCK = re.compile(r"(?<=```console\n).*?(?=```)", re.DOTALL)
 _COMMAND = "$ mlx-smolvlm chat"
@@ -39,7 +39,7 @@ def _lines(shown: list[str], vlm: smolvlm.SmolVLM, root: Path) -> Iterator[str]:
             yield f"took back: {chat.undo()}\n"
         elif line[0] == ">" and (root / typed).is_file():
             pictures.append(root / typed)
-            yield f"{cost_of(vlm, open_picture(str(root / typed)), 'high')}\n"
+            yield f"{describe_cost(vlm, open_picture(str(root / typed)), 'high')}\n"
         elif line[0] == ">":
             yield f"{chat.ask(typed, images=pictures).text}\n"
             pictures = []

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from mlx_smolvlm import blas
-from mlx_smolvlm.cli import health
+from mlx_smolvlm.cli import doctor_checks
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have a fast BLAS")
 
@@ -58,12 +58,12 @@ def test_doctor_says_what_is_in_the_way(
     monkeypatch: pytest.MonkeyPatch, problem: str, advice: str
 ) -> None:
     monkeypatch.setattr(blas, "problem", problem)
-    finding = health._blas()
+    finding = doctor_checks._check_blas()
     assert finding.status == "note"
     assert problem in finding.text
     assert finding.advice.startswith(advice)
     monkeypatch.setattr(blas, "problem", None)
-    assert health._blas().status == "ok"
+    assert doctor_checks._check_blas().status == "ok"
 
 
 def test_a_library_that_is_missing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from mlx_smolvlm.cli.health import EXTRAS, NEEDED
+from mlx_smolvlm.cli.doctor_checks import EXTRAS, NEEDED
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "mlx_smolvlm"
@@ -208,7 +208,7 @@ def test_leaves_know_only_configuration_and_errors(name: str) -> None:
 
 
 def test_nothing_heavy_at_run_time() -> None:
-    for folder in ("mlx_smolvlm", "convert", "cli", "train"):
+    for folder in ("mlx_smolvlm", "convert", "cli", "cli/terminal", "train"):
         for path in (ROOT / folder).glob("*.py"):
             for module in imported(path, lazy=True):
                 assert module.split(".")[0] not in {"torch", "transformers"}, path
@@ -302,7 +302,7 @@ def test_folders_are_linked_into_the_package() -> None:
 
 
 def test_every_public_name_has_a_docstring() -> None:
-    for folder in ("mlx_smolvlm", "convert", "cli", "train"):
+    for folder in ("mlx_smolvlm", "convert", "cli", "cli/terminal", "train"):
         for path in (ROOT / folder).glob("*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for node in tree.body:
@@ -314,7 +314,7 @@ def test_every_public_name_has_a_docstring() -> None:
 def test_pictures_are_opened_in_listed_formats_alone() -> None:
     """Pillow would start Ghostscript for an EPS, whatever the file is called."""
     found = 0
-    for folder in ("mlx_smolvlm", "convert", "cli", "train", "demo_recipe"):
+    for folder in ("mlx_smolvlm", "convert", "cli", "cli/terminal", "train", "demo_recipe"):
         for path in (ROOT / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
@@ -327,7 +327,7 @@ def test_native_readers_see_no_file_that_was_not_checked() -> None:
     """`load_tensors` checks a header before `mx.load` reads the file; nothing else may call it."""
     readers = {("mx", "load"), ("np", "load"), ("numpy", "load"), ("torch", "load")}
     calls = set()
-    for folder in ("mlx_smolvlm", "convert", "cli", "train", "demo_recipe"):
+    for folder in ("mlx_smolvlm", "convert", "cli", "cli/terminal", "train", "demo_recipe"):
         for path in (ROOT / folder).glob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):

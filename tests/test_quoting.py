@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_smolvlm import errors, load
-from mlx_smolvlm.cli import app, render
-from mlx_smolvlm.cli.media import _name
+from mlx_smolvlm.cli import app, output
+from mlx_smolvlm.cli.media import _shorten_source
 from mlx_smolvlm.errors import CheckpointError, DatasetError, MediaError, SmolVLMWarning
 from mlx_smolvlm.fetch import open_bytes, short_name
 from mlx_smolvlm.quoting import MAX_MESSAGE, escape_controls, message_line, redact, redact_url
@@ -97,13 +97,13 @@ def test_usage_errors_keep_their_form(command):
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_all_that_is_said_is_escaped(monkeypatch, capsys, is_terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
-    render.say(HOSTILE)
-    render.warn(HOSTILE)
-    render.fail(f"{HOSTILE}\nerror: forged")
+    output.say(HOSTILE)
+    output.warn(HOSTILE)
+    output.fail(f"{HOSTILE}\nerror: forged")
     assert capsys.readouterr().err == (
         f"{ESCAPED}\nwarning: {ESCAPED}\nerror: {ESCAPED} error: forged\n"
     )
-    bar = render.Bar()
+    bar = output.ProgressBar()
     bar.draw(1, 2, HOSTILE)
     assert capsys.readouterr().err == (
         f"\r\x1b[K[{'#' * 12}{'.' * 12}] {ESCAPED}" if is_terminal else ""
@@ -113,9 +113,9 @@ def test_all_that_is_said_is_escaped(monkeypatch, capsys, is_terminal):
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_an_answer_is_escaped_on_a_terminal_alone(monkeypatch, capsys, is_terminal):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
-    render.write(HOSTILE + "\n\t")
+    output.write(HOSTILE + "\n\t")
     assert capsys.readouterr().out == (ESCAPED if is_terminal else HOSTILE) + "\n\t"
-    render.write_json({"text": HOSTILE})
+    output.write_json({"text": HOSTILE})
     line = capsys.readouterr().out
     assert json.loads(line) == {"text": HOSTILE}
     assert (escape_controls(line) == line) is is_terminal
@@ -152,7 +152,7 @@ def test_a_url_without_its_secrets(url, shown):
     assert redact_url(url) == shown
     assert redact(f"'{url}' and \"{url}\"") == f"'{shown}' and \"{shown}\""
     assert short_name(url) == repr(shown)
-    assert _name(url) == shown.rstrip("/").rpartition("/")[2]
+    assert _shorten_source(url) == shown.rstrip("/").rpartition("/")[2]
     if " " not in url:
         assert redact(f"see {url}, or ({url}).") == f"see {shown}, or ({shown})."
 
@@ -227,10 +227,10 @@ def test_secrets_reach_no_error_of_the_command_line(command):
 
 
 def test_the_environment_is_told_without_its_secrets(monkeypatch):
-    from mlx_smolvlm.cli.health import surroundings
+    from mlx_smolvlm.cli.doctor_checks import check_environment
 
     monkeypatch.setenv("HF_ENDPOINT", "https://user:topsecret@mirror/")
-    told = {finding.name: finding.text for finding in surroundings()}
+    told = {finding.name: finding.text for finding in check_environment()}
     assert "HF_ENDPOINT=https://mirror/" in told["environment"]
 
 
@@ -273,20 +273,20 @@ def test_a_message_is_not_changed_a_second_time(text):
 def test_an_answer_in_the_interactive_program_is_escaped(monkeypatch):
     """In text, code, tables and a fence's language alike, and as an HTML entity."""
     from mlx_smolvlm import Reply
-    from mlx_smolvlm.cli import live
-    from mlx_smolvlm.cli.markdown import Renderer
+    from mlx_smolvlm.cli.terminal import live
+    from mlx_smolvlm.cli.terminal.markdown import Renderer
 
     written = []
     monkeypatch.setattr(live, "write_raw", written.append)
     monkeypatch.setattr(live, "columns_and_rows", lambda: (200, 50))
-    monkeypatch.setattr(live, "unechoed", live.contextlib.nullcontext)
+    monkeypatch.setattr(live, "hide_typing", live.contextlib.nullcontext)
     monkeypatch.setattr(live.LiveScreen, "INTERVAL_S", -1.0)
-    reply = Reply()
-    screen = live.LiveScreen(reply, Renderer())
+    screen = live.LiveScreen(Renderer())
+    screen.begin("", Reply())
     code = f"```a{HOSTILE}\n{HOSTILE}\n```\n\n"
-    reply.text = f"{HOSTILE}\n\n{code}|a|\n|-|\n|{HOSTILE}|\n\n&#x1b;[31m &#27; &#8238;\n"
-    screen.update()
-    screen.finish()
+    answer = f"{HOSTILE}\n\n{code}|a|\n|-|\n|{HOSTILE}|\n\n&#x1b;[31m &#27; &#8238;\n"
+    screen.add(answer)
+    screen.finish(answer)
     screen.close()
     text = "".join(written)
     ours = r"\x1b\[[0-9;?]*[A-Za-z]|\r"  # colours, and the cursor's way
@@ -301,14 +301,14 @@ def test_names_in_the_interactive_program_are_escaped(tmp_path, monkeypatch):
     from prompt_toolkit.completion import CompleteEvent
     from prompt_toolkit.document import Document
 
-    from mlx_smolvlm.cli.editor import Completions
-    from mlx_smolvlm.cli.talk import Talk
+    from mlx_smolvlm.cli.terminal.editor import InputCompleter
+    from mlx_smolvlm.cli.terminal.talk import Talk
 
     monkeypatch.chdir(tmp_path)
     name = HOSTILE.replace("/", "") + ".png"
     (tmp_path / name).touch()
     event = CompleteEvent(completion_requested=True)
-    (found,) = Completions().get_completions(Document("/image "), event)
+    (found,) = InputCompleter().get_completions(Document("/image "), event)
     assert found.display_text == ESCAPED + ".png"
     assert name.encode()[:1] in found.text.encode()  # what is typed is the name itself
     conversation = SimpleNamespace(context_used=1, context_size=2)

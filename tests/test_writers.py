@@ -19,8 +19,8 @@ from mlx_smolvlm import CacheOptions, Progress, Sampling, SmolVLM, load
 from mlx_smolvlm.adapter import save_adapter
 from mlx_smolvlm.checkpoint import load_model, read_config
 from mlx_smolvlm.cli import compare as cli_compare
-from mlx_smolvlm.cli import history
 from mlx_smolvlm.cli.media import FrameWriter
+from mlx_smolvlm.cli.terminal import editor
 from mlx_smolvlm.convert import verify
 from mlx_smolvlm.convert.compare_options import CompareOptions
 from mlx_smolvlm.convert.comparison import Comparison
@@ -90,7 +90,7 @@ def write_frames(model: Path, out: Path) -> list[str]:
 def write_history(model: Path, out: Path) -> list[str]:
     """Typed lines, once they are too many."""
     (out / "history").write_bytes(b"\n# 1\n+line\n" * 200_000)
-    history._shorten(out / "history")
+    editor._shorten_history(out / "history")
     return ["history"]
 
 
@@ -103,10 +103,14 @@ def write_checkpoint(model: Path, out: Path) -> list[str]:
 
 def write_comparison(model: Path, out: Path) -> list[str]:
     """`compare --json FILE --plot FILE`."""
-    given: dict[str, Any] = {"samples": cli_compare.Samples(), "questions": (), "max_tokens": 1}
+    given: dict[str, Any] = {
+        "inputs": cli_compare.ComparisonInputs(),
+        "questions": (),
+        "max_tokens": 1,
+    }
     given |= {"reference": "a", "other": "b", "detail": "low", "offline": True}
     paths = {"json": out / "found.json", "plot": out / "found.png"}
-    cli_compare.compare(cli_compare.CompareRequest(**given, **paths))
+    cli_compare.print_comparison(cli_compare.CompareRequest(**given, **paths))
     return ["found.json", "found.png"]
 
 

@@ -18,7 +18,7 @@ from mlx_smolvlm.checkpoint import (
     tokenizer_path,
 )
 from mlx_smolvlm.checksums import check_sums
-from mlx_smolvlm.cli.trials import checkpoint as diagnose
+from mlx_smolvlm.cli.doctor_checks import check_checkpoint as diagnose
 from mlx_smolvlm.constrain import Constrainer
 from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint

@@ -237,7 +237,7 @@ def test_stdin_without_a_prompt(tiny_folder: Path, picture: Path) -> None:
         (("Hi", "--top-p", "1.5"), ("--top-p", "at most 1")),
         (("Hi", "--detail", "huge"), ("--detail", "huge")),
         (("Hi", "--on-full", "drop"), ("--on-full", "drop-oldest")),
-        (("Hi", "--bits", "5"), ("--bits", "4, 8, 16")),
+        (("Hi", "--bits", "5"), ("--bits", "'4', '8', '16'")),
         (("Hi", "--kv-bits", "3"), ("--kv-bits", "4 or 8")),
         (("Hi", "--max-kv-tokens", "9"), ("--max-kv-tokens", "72 or above")),
         (("Hi", "--kv-bits", "8", "--cache-dir", "x"), ("--cache-dir", "--kv-bits")),

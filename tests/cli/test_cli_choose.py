@@ -71,8 +71,8 @@ def test_a_file_that_is_no_picture(tmp_path: Path) -> None:
         (("What?", "-c", "a", "-c", " "), ("--choice", "choice 2 is empty")),
         (("What?", "-c", "a", "-c", b"\xff"), ("--choice", "UTF-8")),
         ((" ", "-c", "a", "-c", "b"), ("QUESTION", "empty")),
-        (("What?", "-c", "a", "-c", "b", "--normalize", "c"), ("--normalize", "none nor tokens")),
-        (("What?", "-c", "a", "-c", "b", "--bits", "5"), ("--bits", "4, 8, 16")),
+        (("What?", "-c", "a", "-c", "b", "--normalize", "c"), ("--normalize", "'none', 'tokens'")),
+        (("What?", "-c", "a", "-c", "b", "--bits", "5"), ("--bits", "'4', '8', '16'")),
         (("What?", "-c", "a", "-c", "b", "--detail", "x"), ("--detail", "'x'")),
         (("What?", "-c", "a", "-c", "b", "-i", "-", "-v", "-"), ("-i, -v", "twice")),
         (

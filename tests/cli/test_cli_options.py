@@ -5,13 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from mlx_smolvlm import CacheOptions, Sampling
 from mlx_smolvlm.checkpoint import read_config
 from mlx_smolvlm.cli.app import main
+from mlx_smolvlm.cli.args import ChatOptions
 from mlx_smolvlm.cli.choose import ChooseOptions
 from mlx_smolvlm.cli.evaluate import EvaluateRequest
-from mlx_smolvlm.cli.options import ChatOptions, VideoOptions
+from mlx_smolvlm.cli.media import VideoOptions
 from mlx_smolvlm.train.cases import EvaluationOptions
 
 
@@ -28,11 +30,11 @@ def chat_options(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> ChatOption
     """What `chat` is asked for; its status is that of the command."""
     seen: list[ChatOptions] = []
 
-    def chat(options: ChatOptions) -> int:
+    def read_question(options: ChatOptions) -> None:
         seen.append(options)
-        return 7
+        raise typer.Exit(7)
 
-    monkeypatch.setattr("mlx_smolvlm.cli.chat.chat", chat)
+    monkeypatch.setattr("mlx_smolvlm.cli.chat.read_question", read_question)
     assert run(monkeypatch, "chat", *arguments) == 7
     return seen[0]
 
@@ -80,7 +82,7 @@ def test_options_that_do_not_go_with_others_are_passed_on(monkeypatch: pytest.Mo
 
 def test_every_option_of_choose_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[ChooseOptions] = []
-    monkeypatch.setattr("mlx_smolvlm.cli.choose.choose", seen.append)
+    monkeypatch.setattr("mlx_smolvlm.cli.choose.print_choices", seen.append)
     arguments = (
         *("What?", "-c", "A.", "-c", "B.", "-i", "a.png", "-v", "b.mp4", "-m", "model"),
         *("--system", "Be.", "--normalize", "tokens", "--detail", "2", "--bits", "4"),
@@ -109,11 +111,11 @@ def test_every_option_of_choose_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
 def test_every_option_of_eval_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[EvaluateRequest] = []
 
-    def evaluate(request: EvaluateRequest) -> int:
+    def print_evaluation(request: EvaluateRequest) -> int:
         seen.append(request)
         return 0
 
-    monkeypatch.setattr("mlx_smolvlm.cli.evaluate.evaluate", evaluate)
+    monkeypatch.setattr("mlx_smolvlm.cli.evaluate.print_evaluation", print_evaluation)
     arguments = (
         *("model", "a.jsonl", "b.jsonl", "--metric", "anls", "--tasks", "x,y", "--limit", "5"),
         *("--max-tokens", "9", "--detail", "low", "--results", "r.jsonl", "--restart"),
@@ -196,7 +198,11 @@ def test_the_model_is_loaded_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_conversation_refuses_parts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("mlx_smolvlm.cli.chat.chat", lambda options: 0)
+
+    def read_question(options: ChatOptions) -> None:
+        raise typer.Exit(0)
+
+    monkeypatch.setattr("mlx_smolvlm.cli.chat.read_question", read_question)
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     assert run(monkeypatch, "chat", "-v", "a.mp4", "--chunk", "60") == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())

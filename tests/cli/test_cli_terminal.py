@@ -159,7 +159,7 @@ def test_answers_go_to_a_file_and_prompts_to_the_terminal(start: Start, tmp_path
 
 
 def test_split_sources(picture: Path) -> None:
-    from mlx_smolvlm.cli.paths import split_sources
+    from mlx_smolvlm.cli.terminal.paths import split_sources
 
     spaced = picture.with_name("a b.png")
     picture.rename(spaced)

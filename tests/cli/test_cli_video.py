@@ -14,7 +14,7 @@ import typer
 from PIL import Image
 
 import mlx_smolvlm as smolvlm
-from mlx_smolvlm.cli.options import parse_time
+from mlx_smolvlm.cli.media import parse_time
 from tests.helpers import video_cases as clips
 from tests.helpers.command import assert_one_error, environment, run
 from tests.helpers.dumb_terminal import Terminal
@@ -164,7 +164,7 @@ def test_what_is_no_time(text):
         (("--end", "1:2:3:4"), ("--end", "no time")),
         (("--end", "0"), ("--end", "after --start")),
         (("--start", "5", "--end", "5"), ("--end", "after --start")),
-        (("--sample", "odd"), ("--sample", "'even' or 'scene'")),
+        (("--sample", "odd"), ("--sample", "'even', 'scene'")),
         (("--chunk", "0"), ("--chunk", "above 0")),
         (("--chunk", "nan"), ("--chunk", "above 0")),
         (("--chunk", "5", "-v", "other.mp4"), ("--chunk", "one video")),

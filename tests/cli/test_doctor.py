@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from mlx_smolvlm.checkpoint import load_model
-from mlx_smolvlm.cli import health, trials
+from mlx_smolvlm.cli import doctor_checks
 from mlx_smolvlm.cli.doctor import doctor
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.hub import resolve
@@ -106,24 +106,24 @@ def test_leftovers_are_told_with_their_cure(tmp_path, capsys, cache):
     assert (status, found["cache"][2]["status"]) == (1, "broken")
 
 
-def broken(part) -> list[health.Finding]:
+def broken(part) -> list[doctor_checks.Finding]:
     return [finding for finding in part() if finding.status == "broken"]
 
 
 def test_a_decoder_that_fails_is_found(monkeypatch):
-    assert not broken(trials.videos)
+    assert not broken(doctor_checks.check_videos)
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "_clip", lambda: b"no clip")
-        assert broken(trials.videos)
+        patch.setattr(doctor_checks, "_make_clip", lambda: b"no clip")
+        assert broken(doctor_checks.check_videos)
     with monkeypatch.context() as patch:
-        patch.setattr(trials, "FRAMES", 9)
-        clip = trials._clip()
-        patch.setattr(trials, "FRAMES", 8)
-        patch.setattr(trials, "_clip", lambda: clip)
-        assert "9 of 8 frames" in broken(trials.videos)[0].text
-    assert not broken(trials.pictures)
-    monkeypatch.setattr(trials, "PICTURES", ("PNG", "NONE"))
-    assert "not read: NONE" in broken(trials.pictures)[0].text
+        patch.setattr(doctor_checks, "CLIP_FRAMES", 9)
+        clip = doctor_checks._make_clip()
+        patch.setattr(doctor_checks, "CLIP_FRAMES", 8)
+        patch.setattr(doctor_checks, "_make_clip", lambda: clip)
+        assert "9 of 8 frames" in broken(doctor_checks.check_videos)[0].text
+    assert not broken(doctor_checks.check_pictures)
+    monkeypatch.setattr(doctor_checks, "PICTURES", ("PNG", "NONE"))
+    assert "not read: NONE" in broken(doctor_checks.check_pictures)[0].text
 
 
 def test_a_demo_that_does_not_answer_is_found(monkeypatch):
@@ -131,31 +131,31 @@ def test_a_demo_that_does_not_answer_is_found(monkeypatch):
         raise RuntimeError("no kernel")
 
     monkeypatch.setattr("mlx_smolvlm.load", fail)
-    assert "no kernel" in broken(trials.demo)[0].text
+    assert "no kernel" in broken(doctor_checks.check_demo)[0].text
 
 
 def test_a_device_that_miscounts_is_found(monkeypatch):
     import mlx.core as mx
 
-    assert not broken(health.device)
+    assert not broken(doctor_checks.check_device)
     monkeypatch.setattr(mx, "eye", lambda n: mx.ones((n, n)))
-    assert "multiplies wrongly" in broken(health.device)[0].text
+    assert "multiplies wrongly" in broken(doctor_checks.check_device)[0].text
 
 
 def test_missing_packages_and_full_or_closed_disks_are_found(tmp_path, monkeypatch):
-    monkeypatch.setattr(health, "NEEDED", ("mlx", "no-such-package"))
-    assert broken(health.software)[0].advice == "pip install no-such-package"
+    monkeypatch.setattr(doctor_checks, "NEEDED", ("mlx", "no-such-package"))
+    assert broken(doctor_checks.check_software)[0].advice == "pip install no-such-package"
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
-    monkeypatch.setattr(health.shutil, "disk_usage", lambda _path: usage)
-    notes = [finding for finding in health.storage() if finding.status == "note"]
+    monkeypatch.setattr(doctor_checks.shutil, "disk_usage", lambda _path: usage)
+    notes = [finding for finding in doctor_checks.check_storage() if finding.status == "note"]
     assert {finding.name for finding in notes} == {"cache", "hub cache"}
-    monkeypatch.setattr(health.os, "access", lambda *_: False)
-    assert "not writable" in broken(health.storage)[0].text
+    monkeypatch.setattr(doctor_checks.os, "access", lambda *_: False)
+    assert "not writable" in broken(doctor_checks.check_storage)[0].text
 
 
 def test_a_locale_without_utf8_is_a_note(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
-    notes = [finding for finding in health.surroundings() if finding.name == "encoding"]
+    notes = [finding for finding in doctor_checks.check_environment() if finding.name == "encoding"]
     assert notes[0].status == "note"
 
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from mlx_smolvlm.cli import live, markdown
-from mlx_smolvlm.cli.markdown import Renderer, blocks
+from mlx_smolvlm.cli.terminal import live, markdown
+from mlx_smolvlm.cli.terminal.markdown import Renderer, split_blocks
 from mlx_smolvlm.quoting import escape_controls
 
 
@@ -22,7 +22,9 @@ def renderer() -> Renderer:
 
 def shown(text: str, columns: int = 60) -> list[str]:
     """The lines that a terminal shows of `text`."""
-    lines = [line for block in blocks(text) for line in renderer().lines(block.text, columns)]
+    lines = [
+        line for block in split_blocks(text) for line in renderer().render(block.text, columns)
+    ]
     screen = pyte.Screen(columns + 10, len(lines) + 1)
     pyte.Stream(screen).feed("".join(line + "\r\n" for line in lines))
     return [line.rstrip() for line in screen.display[: len(lines)]]
@@ -73,7 +75,7 @@ def test_a_table_is_aligned() -> None:
 
 
 def test_emphasis_is_drawn() -> None:
-    bold, em = renderer().lines("**bold**\n*em*", 60)
+    bold, em = renderer().render("**bold**\n*em*", 60)
     assert bold == "\x1b[1mbold\x1b[0m"
     assert em == "\x1b[3mem\x1b[0m"
 
@@ -105,7 +107,7 @@ PIECES = st.sampled_from(
 @settings(max_examples=400, deadline=None)
 def test_every_word_is_shown(pieces: list[str], columns: int) -> None:
     text = escape_controls("".join(pieces))
-    parts = blocks(text)
+    parts = split_blocks(text)
     assert "".join(block.text for block in parts) == text
     place, seen = 0, "".join("".join(shown(text, columns)).split())
     seen = re.sub("[▌•─]", "", seen)
@@ -122,22 +124,22 @@ def test_what_is_final_does_not_depend_on_when_it_was_drawn(
     """However the answer arrives, the terminal shows every word of it once, in order."""
     from mlx_smolvlm import Reply
 
-    text, reply = "".join(pieces), Reply()
+    text, length = "".join(pieces), 0
     terminal = pyte.HistoryScreen(60, 12, history=1000, ratio=0.5)
     stream = pyte.Stream(terminal)
     stream.feed("\x1b[20h")  # a line feed returns to the left, as terminals' drivers have it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live, "write_raw", stream.feed)
         patch.setattr(live, "columns_and_rows", lambda: (60, 12))
-        patch.setattr(live, "unechoed", live.contextlib.nullcontext)
+        patch.setattr(live, "hide_typing", live.contextlib.nullcontext)
         patch.setattr(live.LiveScreen, "INTERVAL_S", -1.0)
-        screen = live.LiveScreen(reply, renderer())
-        screen.begin("")
-        while len(reply.text) < len(text):
+        screen = live.LiveScreen(renderer())
+        screen.begin("", Reply())
+        while length < len(text):
             size = cut.draw(st.integers(1, 20))
-            reply.text = text[: len(reply.text) + size]
-            screen.update()
-        screen.finish()
+            screen.add(text[length : length + size])
+            length += size
+        screen.finish(text)
         screen.close()
     rows = ["".join(row[x].data for x in range(60)) for row in terminal.history.top]
     seen = re.sub("[▌•─]", "", "".join("".join([*rows, *terminal.display]).split()))

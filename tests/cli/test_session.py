@@ -553,5 +553,5 @@ def test_nothing_for_terminals_goes_to_pipes(picture: Path, tmp_path: Path) -> N
     assert result.stderr == b""
     loaded = (tmp_path / "m").read_text().split()
     assert "mlx_smolvlm.cli.chat" in loaded
-    for name in ("prompt_toolkit", "rich", "markdown_it", "mlx_smolvlm.cli.session"):
+    for name in ("prompt_toolkit", "rich", "markdown_it", "mlx_smolvlm.cli.terminal.session"):
         assert name not in loaded

@@ -14,11 +14,12 @@ import pytest
 import typer
 
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM
-from mlx_smolvlm.cli.chat import Printer
-from mlx_smolvlm.cli.options import ChatOptions, VideoOptions
-from mlx_smolvlm.cli.render import prepare_streams
-from mlx_smolvlm.cli.session import Session
-from mlx_smolvlm.cli.talk import Talk
+from mlx_smolvlm.cli.args import ChatOptions
+from mlx_smolvlm.cli.media import VideoOptions
+from mlx_smolvlm.cli.output import prepare_streams
+from mlx_smolvlm.cli.printer import Printer
+from mlx_smolvlm.cli.terminal.session import Session
+from mlx_smolvlm.cli.terminal.talk import Talk
 from mlx_smolvlm.errors import PromptError
 from tests.helpers import web_server as web
 
@@ -72,7 +73,7 @@ def converse(
     def run(*lines: str) -> str:
         sys.stderr.reconfigure(errors="replace")  # type: ignore[union-attr]  # as the program does
         script = Script(["First question", *lines, "Last question"])
-        monkeypatch.setattr("mlx_smolvlm.cli.session.make_lines", lambda: script)
+        monkeypatch.setattr("mlx_smolvlm.cli.terminal.session.make_line_reader", lambda: script)
         talk = Talk(tiny, OPTIONS, Printer(tiny, OPTIONS))
         assert Session(talk).run() == 0
         said = [one for one in talk._conversation.messages if one["role"] == "user"]
@@ -156,10 +157,10 @@ def test_any_command_that_raises_leaves_the_session(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    name = {"/help": "help_text", "/system x": "system"}.get(command, command[1:])
-    target = f"mlx_smolvlm.cli.talk.Talk.{name}"
+    name = {"/help": "format_help", "/system x": "system"}.get(command, command[1:])
+    target = f"mlx_smolvlm.cli.terminal.talk.Talk.{name}"
     if command == "/help":
-        target = "mlx_smolvlm.cli.session.help_text"
+        target = "mlx_smolvlm.cli.terminal.session.format_help"
     with monkeypatch.context() as patch:
         patch.setattr(target, fail)
         assert "error: ZeroDivisionError: by zero" in converse(command)
@@ -174,7 +175,7 @@ def test_a_status_that_fails_leaves_the_session(
     def refuse(_: Any) -> str:
         raise fault
 
-    monkeypatch.setattr("mlx_smolvlm.cli.talk.Talk.status", refuse)
+    monkeypatch.setattr("mlx_smolvlm.cli.terminal.talk.Talk.status", refuse)
     assert "error" not in converse()
 
 

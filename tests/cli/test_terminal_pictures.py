@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_smolvlm.cli import pictures, terminal
-from mlx_smolvlm.cli.pictures import COLUMNS, ROWS, Thumbnails, encoded, thumbnail
+from mlx_smolvlm.cli.terminal import device, pictures
+from mlx_smolvlm.cli.terminal.pictures import COLUMNS, ROWS, Thumbnails, encoded, thumbnail
 
 
 def decoded_sixel(text: str) -> np.ndarray:
@@ -124,10 +124,10 @@ def test_a_clip_shows_three_frames(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_how_a_terminal_shows_pictures(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], wanted: str
 ) -> None:
-    monkeypatch.setattr(terminal, "_attributes", list)
-    assert terminal.graphics(environ) == wanted
-    monkeypatch.setattr(terminal, "_attributes", lambda: [b"4", b"22"])
-    assert terminal.graphics(environ) == ("sixel" if wanted == "none" else wanted)
+    monkeypatch.setattr(device, "_attributes", list)
+    assert device.graphics(environ) == wanted
+    monkeypatch.setattr(device, "_attributes", lambda: [b"4", b"22"])
+    assert device.graphics(environ) == ("sixel" if wanted == "none" else wanted)
 
 
 def test_nothing_is_shown_where_stderr_is_no_terminal(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_smolvlm.cli.paths import completions, dropped, split_sources
+from mlx_smolvlm.cli.terminal.paths import complete_path, dropped, split_sources
 
 NAMES = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=("Cs",)), min_size=1)
 
@@ -49,8 +49,8 @@ def test_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / name).touch()
 
     def texts(argument: str, *suffixes: str) -> list[str]:
-        found = completions(argument, suffixes)
-        return [argument[: one.start] + one.text for one in found]
+        found = complete_path(argument, suffixes)
+        return [argument[: len(argument) + one.start_position] + one.text for one in found]
 
     assert texts("fo", ".png") == ["folder\\ one/", "four\\'s.png"]
     assert texts("fo") == ["folder\\ one/", "four\\'s.png", "four.txt"]
@@ -67,5 +67,5 @@ def test_a_completed_path_is_the_path(tmp_path_factory: pytest.TempPathFactory, 
     folder = tmp_path_factory.mktemp("names")
     (folder / name).touch()
     for quote in ("", "'", '"'):
-        (one,) = completions(f"{quote}{folder}/" + "." * name.startswith("."))
+        (one,) = complete_path(f"{quote}{folder}/" + "." * name.startswith("."))
         assert split_sources(one.text) == [str(folder / name)]

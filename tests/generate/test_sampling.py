@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import typer
 
-from mlx_smolvlm.cli.options import make_sampling
-from mlx_smolvlm.cli.talk import Talk
+from mlx_smolvlm.cli.args import make_sampling
+from mlx_smolvlm.cli.terminal.talk import Talk
 from mlx_smolvlm.sampling import (
     RandomStates,
     Sampling,
@@ -249,7 +249,7 @@ def test_a_retry_with_the_largest_seed(tiny: SmolVLM) -> None:
     options = SimpleNamespace(
         pictures=False, system=None, sampling=sampling, detail="high", on_full="error"
     )
-    printer = SimpleNamespace(show=lambda stream: bool(stream.finished()))
+    printer = SimpleNamespace(print_answer=lambda stream: bool(stream.finished()))
     talk = Talk(tiny, options, printer)  # type: ignore[arg-type]
     talk.ask("Hi")
     first = talk._reply

@@ -1,4 +1,4 @@
-"""What reaches the terminal: the answer on stdout, everything else on stderr."""
+"""Write to stdout (answers and results) and stderr (everything else)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 class OutputClosedError(Exception):
-    """Nobody reads stdout any more."""
+    """The reader of stdout has closed the pipe."""
 
 
 def prepare_streams() -> None:
-    """Make stdin, stdout and stderr usable whatever they are.
+    """Make stdin, stdout and stderr usable, whatever they are.
 
-    A closed one becomes the null device, and characters that the locale lacks
-    become "?" instead of an error. A warning of this package is one line on stderr.
+    A closed stream is replaced by the null device, and characters that the locale lacks are
+    written as "?" instead of raising an error. A warning of this package is one line on stderr.
     """
     warnings.showwarning = _show_warning
     # Python would show one that says the same as an earlier one only once.
@@ -34,7 +34,7 @@ def prepare_streams() -> None:
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError):  # replaced by a caller's own stream
+        with contextlib.suppress(AttributeError):  # a caller may have replaced it
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # see above
 
 
@@ -46,24 +46,24 @@ def _show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Put a warning on stderr; other packages' are of no use to who runs the command."""
+    """Write a warning of this package to stderr; a user cannot act on those of others."""
     if issubclass(category, SmolVLMWarning):
         warn(message)
 
 
 def write(text: str) -> None:
-    """Put `text` on stdout now; a terminal gets control characters as escapes.
+    """Write `text` to stdout and flush; on a terminal, control characters are escaped.
 
-    What a model says may come from a picture's author.
+    They would let the author of a picture control the terminal through the answer.
 
     Raises:
-        OutputClosedError: The reader of the pipe is gone.
+        OutputClosedError: The reader has closed the pipe.
     """
     write_raw(escape_controls(text) if sys.stdout.isatty() else text)
 
 
 def write_raw(text: str) -> None:
-    """Put `text` on stdout now as it is; errors as `write`."""
+    """Write `text` to stdout unchanged and flush; raises as `write` does."""
     try:
         sys.stdout.write(text)
         sys.stdout.flush()
@@ -71,12 +71,12 @@ def write_raw(text: str) -> None:
         discard(sys.stdout)
         raise OutputClosedError from None
     except OSError:
-        discard(sys.stdout)  # or the interpreter would complain once more at exit
+        discard(sys.stdout)  # or the interpreter reports the error again at exit
         raise
 
 
 def write_json(values: Any) -> None:
-    """Put `values` on stdout as one line of JSON, on a terminal too."""
+    """Write `values` to stdout as one line of JSON."""
     import json
 
     utf8 = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
@@ -87,7 +87,7 @@ def write_json(values: Any) -> None:
 
 
 def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
-    """Put `text` on stderr now, control characters as escapes; a terminal shows it dim if asked."""
+    """Write `text` to stderr with control characters escaped; `dim` applies to terminals."""
     text = escape_controls(text)
     if dim and sys.stderr.isatty():
         text = f"\x1b[2m{text}\x1b[0m"
@@ -99,23 +99,23 @@ def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
 
 
 def warn(message: object) -> None:
-    """Put "warning: ..." on stderr, in one line without secrets."""
+    """Write "warning: ..." to stderr, in one line without secrets."""
     say(f"warning: {message_line(str(message))}")
 
 
 def fail(message: object) -> None:
-    """Put "error: ..." on stderr, in one line without secrets."""
+    """Write "error: ..." to stderr, in one line without secrets."""
     say(f"error: {message_line(str(message))}")
 
 
-def os_fault(error: OSError) -> str:
-    """What the system could not do, and with which file."""
+def describe_os_error(error: OSError) -> str:
+    """Return the system's error message with the name of the file."""
     name = f": {error.filename}" if error.filename is not None else ""
     return f"{error.strerror or error}{name}"
 
 
-def out_of_memory(error: Exception) -> str | None:
-    """What to tell a user if `error` is a lack of memory, as MLX tells it or Python."""
+def describe_memory_error(error: Exception) -> str | None:
+    """Return an error message if `error` means that memory ran out in Python or MLX, else None."""
     advice = "try --detail low, or a smaller model or --bits 4"
     if isinstance(error, MemoryError):
         return f"out of memory; {advice}"
@@ -125,28 +125,28 @@ def out_of_memory(error: Exception) -> str | None:
 
 
 def discard(stream: TextIO) -> None:
-    """Let what `stream` still holds go nowhere."""
+    """Point `stream` at the null device, so that its buffer can be flushed."""
     with contextlib.suppress(OSError):
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, stream.fileno())
         os.close(null)
 
 
-def size(nbytes: int) -> str:
-    """`nbytes` in MB or GB, of 10**6 and 10**9 bytes."""
+def format_size(nbytes: int) -> str:
+    """Return `nbytes` in MB (10**6 bytes) or GB (10**9 bytes)."""
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
 
 
-def stats_line(reply: Reply) -> str:
-    """What `reply` cost, in one line."""
-    seen = [
+def format_stats(reply: Reply) -> str:
+    """Return the token counts, speeds and peak memory of `reply` in one line."""
+    notes = [
         f"{count} {noun}{'' if count == 1 else 's'}"
         for count, noun in ((reply.image_tiles, "tile"), (reply.video_frames, "frame"))
         if count
     ]
     if reply.cached_tokens:
-        seen.append(f"{reply.cached_tokens} from before")
-    media = f" ({', '.join(seen)})" if seen else ""
+        notes.append(f"{reply.cached_tokens} from before")
+    media = f" ({', '.join(notes)})" if notes else ""
     return (
         f"prompt: {reply.prompt_tokens} tokens{media}, {reply.prompt_tps:.1f} tokens/s; "
         f"answer: {reply.generation_tokens} tokens, {reply.generation_tps:.1f} tokens/s; "
@@ -155,36 +155,36 @@ def stats_line(reply: Reply) -> str:
     )
 
 
-def table(rows: Sequence[tuple[str, ...]]) -> str:
-    """`rows` with their columns aligned, control characters in them as escapes."""
+def format_table(rows: Sequence[tuple[str, ...]]) -> str:
+    """Return `rows` with aligned columns; control characters in cells are escaped."""
     cells = [[escape_controls(cell).replace("\n", " ") for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in cells)
     return "\n".join(lines) + "\n"
 
 
-class Bar:
-    """A line on stderr that shows how far something is; nothing if that is no terminal.
+class ProgressBar:
+    """A progress bar on stderr, shown if stderr is a terminal.
 
-    It appears after `delay_s` seconds, so that what is done sooner does not flicker.
+    It appears after `delay_s` seconds, so that short work does not make it flicker.
     """
 
     WIDTH, INTERVAL_S = 24, 0.1
 
     def __init__(self, delay_s: float = 0.0) -> None:
-        self._begins_at = time.monotonic() + delay_s
+        self._visible_from = time.monotonic() + delay_s
         self._drawn_at = 0.0
         self._drawn = False
 
     @property
     def is_shown(self) -> bool:
-        """Whether stderr is a terminal, where it can be drawn."""
+        """Whether the bar is shown, because stderr is a terminal."""
         return sys.stderr.isatty()
 
     def draw(self, done: float, total: float, text: str) -> None:
-        """Show `done` of `total`, at most ten times a second, and `text` beside it."""
+        """Show `done` of `total` with `text` beside the bar; redrawn ten times a second at most."""
         now = time.monotonic()
-        if not sys.stderr.isatty() or now < self._begins_at:
+        if not sys.stderr.isatty() or now < self._visible_from:
             return
         if now - self._drawn_at < self.INTERVAL_S and done < total:
             return
@@ -195,17 +195,17 @@ class Bar:
         sys.stderr.flush()
 
     def close(self) -> None:
-        """Remove the line."""
+        """Remove the bar."""
         if self._drawn:
             sys.stderr.write("\r\x1b[K")
             sys.stderr.flush()
             self._drawn = False
 
 
-class ConversionProgress(Bar):
-    """Called with bytes done, bytes in all and a name.
+class ConversionProgress(ProgressBar):
+    """The progress of a conversion; called with bytes done, total bytes and a tensor's name.
 
-    `announcement`, if there is one, is put on stderr when a conversion begins.
+    `announcement`, if given, is written to stderr when a conversion begins.
     """
 
     def __init__(self, announcement: str = "") -> None:
@@ -216,4 +216,4 @@ class ConversionProgress(Bar):
         if self._announcement:
             say(self._announcement, dim=True)
             self._announcement = ""
-        self.draw(done, total, f"{size(done)} of {size(total)}")
+        self.draw(done, total, f"{format_size(done)} of {format_size(total)}")

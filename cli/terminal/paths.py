@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from urllib.parse import unquote, urlsplit
 
-from mlx_smolvlm.cli.options import is_url
+from prompt_toolkit.completion import CompleteEvent, Completion, PathCompleter
+from prompt_toolkit.document import Document
+
+from mlx_smolvlm.cli.media import is_url
 from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.quoting import escape_controls
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
@@ -75,40 +78,31 @@ def is_video(path: str) -> bool:
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
-@dataclass(frozen=True)
-class Completion:
-    """A path that the last word of a line could become; the word begins at `start`."""
+def complete_path(argument: str, suffixes: Sequence[str] = ()) -> Iterator[Completion]:
+    """Yield what the last word of `argument` could become.
 
-    text: str
-    start: int
-    name: str
+    prompt_toolkit lists the folder. What it lacks is added: words in quotes or with escapes,
+    the choice of files, and names that would disturb the terminal.
 
-
-def completions(argument: str, suffixes: Sequence[str] = ()) -> list[Completion]:
-    """What the last word of `argument` could become: folders, and files with one of `suffixes`.
-
-    All files if `suffixes` is empty, or none has one. Spaces are escaped as they were begun.
+    Args:
+        argument: What was typed after a command, up to the cursor.
+        suffixes: Files with one of these and folders are offered; all files if this is empty
+            or no file has one.
     """
-    start, word, quote = _last_word(argument)
-    folder, typed = os.path.split(word)
-    try:
-        with os.scandir(_expanded(folder) or ".") as entries:
-            found = sorted((entry.name, entry.is_dir()) for entry in entries)
-    except (OSError, ValueError):
-        return []
-    found = [(name, is_dir) for name, is_dir in found if name.startswith(typed)]
-    if not typed.startswith("."):
-        found = [one for one in found if not one[0].startswith(".")]
-    wanted = [one for one in found if one[1] or one[0].lower().endswith(tuple(suffixes))]
-    if not any(not is_dir for _, is_dir in wanted):
-        wanted = found
-    return [
-        Completion(_quoted(os.path.join(folder, name), quote, is_dir), start, name + "/" * is_dir)
-        for name, is_dir in wanted
-    ]
+    start, word, quote = _parse_last_word(argument)
+    listed = PathCompleter(expanduser=True).get_completions(Document(word), CompleteEvent())
+    is_hidden_wanted = os.path.basename(word).startswith(".")
+    found = [(word + one.text, one.display_text) for one in listed]
+    found = [one for one in found if is_hidden_wanted or not one[1].startswith(".")]
+    wanted = [one for one in found if one[1].lower().endswith(("/", *suffixes))]
+    if any(not name.endswith("/") for _, name in wanted):
+        found = wanted
+    for path, name in found:
+        text = _quote(path, quote, name.endswith("/"))
+        yield Completion(text, start - len(argument), escape_controls(name))
 
 
-def _last_word(text: str) -> tuple[int, str, str]:
+def _parse_last_word(text: str) -> tuple[int, str, str]:
     """Where the last word of `text` begins, what it is, and the quote that it is in, if any."""
     start, word, quote, is_inside = len(text), "", "", False
     characters = iter(enumerate(text))
@@ -128,7 +122,7 @@ def _last_word(text: str) -> tuple[int, str, str]:
     return start, word, quote
 
 
-def _quoted(path: str, quote: str, is_dir: bool) -> str:
+def _quote(path: str, quote: str, is_dir: bool) -> str:
     """`path` as it is typed: in the quote that was begun, else with escapes."""
     if quote and quote not in path and "\\" not in path:
         return quote + path + ("/" if is_dir else quote)

@@ -7,24 +7,24 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.cli.media import (
-    Opened,
     OpenedImage,
+    OpenedMedium,
     OpenedVideo,
-    describe_image,
-    open_footage,
     open_picture,
-    sampled,
+    open_video_source,
+    print_cost,
+    sample_video,
 )
-from mlx_smolvlm.cli.paths import is_video, split_sources
-from mlx_smolvlm.cli.pictures import Thumbnails
-from mlx_smolvlm.cli.render import say, stats_line
+from mlx_smolvlm.cli.output import format_stats, say
+from mlx_smolvlm.cli.terminal.paths import is_video, split_sources
+from mlx_smolvlm.cli.terminal.pictures import Thumbnails
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.quoting import escape_controls
 
 if TYPE_CHECKING:
     from mlx_smolvlm import AnswerStream, Conversation, Reply, SmolVLM
-    from mlx_smolvlm.cli.chat import Printer
-    from mlx_smolvlm.cli.options import ChatOptions
+    from mlx_smolvlm.cli.args import ChatOptions
+    from mlx_smolvlm.cli.printer import Printer
     from mlx_smolvlm.video import Clip
 
 RETRY_TEMPERATURE, RETRY_TOP_P = 0.7, 0.95  # where the answers are greedy
@@ -68,24 +68,24 @@ class Talk:
 
     def add(self, sources: Sequence[str], is_footage: bool | None = None) -> None:
         """Keep pictures and videos for the next message; None tells them by their suffix."""
-        media: list[Opened] = []
+        media: list[OpenedMedium] = []
         for source in sources:
             if is_video(source) if is_footage is None else is_footage:
-                media.append(open_footage(source, self._options.frames))
+                media.append(open_video_source(source, self._options.frames))
             else:
                 media.append(open_picture(source))
         self.take(media)
 
-    def take(self, media: Sequence[Opened]) -> None:
+    def take(self, media: Sequence[OpenedMedium]) -> None:
         """Keep `media` for the next message; show them, and say what they cost."""
         images = [one for one in media if isinstance(one, OpenedImage)]
         clips = []
         for image in images:
             self._thumbnails.show(image.image)
-            describe_image(self._vlm, image, self._options.detail)
+            print_cost(self._vlm, image, self._options.detail)
         for one in media:
             if isinstance(one, OpenedVideo):
-                clips.append(sampled(self._vlm, one))
+                clips.append(sample_video(self._vlm, one))
                 self._thumbnails.show_clip(clips[-1])
         self._images += images
         self._clips += clips
@@ -105,7 +105,7 @@ class Talk:
     def _show(self, stream: AnswerStream) -> bool:
         """Show an answer; False if it was stopped before its first word."""
         try:
-            finished = self._printer.show(stream)
+            finished = self._printer.print_answer(stream)
         except Exception:
             self._conversation.undo()
             raise
@@ -180,7 +180,7 @@ class Talk:
     def stats(self) -> None:
         """Say what the last answer cost, and how full the context is."""
         conversation = self._conversation
-        say(stats_line(self._reply) if self._reply else "there is no answer yet")
+        say(format_stats(self._reply) if self._reply else "there is no answer yet")
         say(f"context: {conversation.context_used:,} of {conversation.context_size:,} tokens")
 
 

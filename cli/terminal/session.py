@@ -2,32 +2,45 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from mlx_smolvlm.cli.chat import INTERRUPTED
-from mlx_smolvlm.cli.commands import help_text, is_command, unknown
-from mlx_smolvlm.cli.lines import make_lines
-from mlx_smolvlm.cli.paths import dropped, split_sources
-from mlx_smolvlm.cli.render import OutputClosedError, fail, os_fault, out_of_memory, say
-from mlx_smolvlm.cli.talk import Talk
-from mlx_smolvlm.cli.terminal import can_draw, wants_plain
+from mlx_smolvlm.cli.output import (
+    OutputClosedError,
+    describe_memory_error,
+    describe_os_error,
+    fail,
+    say,
+)
+from mlx_smolvlm.cli.printer import INTERRUPTED, PlainScreen, Printer, Screen
+from mlx_smolvlm.cli.terminal.device import can_draw, wants_plain
+from mlx_smolvlm.cli.terminal.editor import (
+    describe_unknown_command,
+    format_help,
+    is_command,
+    make_line_reader,
+)
+from mlx_smolvlm.cli.terminal.paths import dropped, split_sources
+from mlx_smolvlm.cli.terminal.talk import Talk
 from mlx_smolvlm.errors import SmolVLMError
 
 if TYPE_CHECKING:
     from mlx_smolvlm import SmolVLM
-    from mlx_smolvlm.cli.chat import Printer
-    from mlx_smolvlm.cli.media import Opened
-    from mlx_smolvlm.cli.options import ChatOptions
+    from mlx_smolvlm.cli.args import ChatOptions
+    from mlx_smolvlm.cli.media import OpenedMedium
 
 
-def converse(vlm: SmolVLM, options: ChatOptions, printer: Printer, media: list[Opened]) -> int:
+def converse(vlm: SmolVLM, options: ChatOptions, media: list[OpenedMedium]) -> int:
     """The exit status of a conversation that begins with `media`, once the user leaves."""
+    make_screen: Callable[[], Screen] = PlainScreen
     if can_draw() and not (options.json or options.plain or wants_plain()):
-        from mlx_smolvlm.cli.live import LivePrinter
+        from mlx_smolvlm.cli.terminal.live import LiveScreen
+        from mlx_smolvlm.cli.terminal.markdown import Renderer
 
-        printer = LivePrinter(vlm, options)
+        make_screen = functools.partial(LiveScreen, Renderer())
     say(f"{options.model}: /help lists the commands, Ctrl-D leaves", dim=True)
-    talk = Talk(vlm, options, printer)
+    talk = Talk(vlm, options, Printer(vlm, options, make_screen))
     talk.take(media)
     return Session(talk).run()
 
@@ -37,7 +50,7 @@ class Session:
 
     def __init__(self, talk: Talk) -> None:
         self.talk = talk
-        self._lines = make_lines()
+        self._lines = make_line_reader()
 
     def run(self) -> int:
         """Exit status, once the user leaves."""
@@ -80,12 +93,12 @@ class Session:
         except SmolVLMError as error:
             fail(error)
         except OSError as error:
-            fail(os_fault(error))
+            fail(describe_os_error(error))
         except KeyboardInterrupt:  # while media are opened or drawn
             say("")
         except Exception as error:
             text = f"{type(error).__name__}: {error}; this is a defect, /save keeps what was said"
-            fail(out_of_memory(error) or text)
+            fail(describe_memory_error(error) or text)
         return True
 
     def _carry_out(self, line: str) -> bool:
@@ -116,7 +129,7 @@ class Session:
         elif word == "/load":
             talk.load(argument)
         elif word in ("/", "/help"):
-            say(help_text(self._lines.is_edited))
+            say(format_help(self._lines.is_edited))
         elif word == "/reset":
             talk.reset()
         elif word == "/undo":
@@ -126,7 +139,7 @@ class Session:
         elif word == "/stats":
             talk.stats()
         else:
-            fail(unknown(word))
+            fail(describe_unknown_command(word))
         return True
 
 

@@ -1,8 +1,8 @@
-r"""Markdown on a terminal, of which no word gets lost.
+r"""Render Markdown for a terminal without losing a word.
 
-CommonMark hides what a model means to say: HTML, link targets, the backslashes of formulas, the
-underscores of __init__. What hides text is therefore shown as it stands, and a block is shown
-as it stands if one of its words would still be missing.
+CommonMark hides text that belongs to an answer: HTML, link targets, the backslashes of formulas,
+the underscores of __init__. Markup that hides text is therefore shown as it is, and a block is
+shown unrendered if one of its words would still be missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _THEME = Theme(
         "markdown.item.number": "none",
     }
 )
-_CODE_THEME = "ansi_dark"  # the terminal's own colours, without a background
+_CODE_THEME = "ansi_dark"  # the terminal's own colors, without a background
 _FORMULA = re.compile(
     r"\$\$.+?\$\$|\$(?![\s$])[^$\n]+?(?<!\s)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL
 )
@@ -45,14 +45,14 @@ _DECORATION = re.compile(r"[\s\u2022\u258c\u2500\u2501\u2502]+")  # bullets, quo
 
 @dataclass(frozen=True)
 class Block:
-    """A part of an answer that is rendered by itself; `is_tight` if no line goes before it."""
+    """A part of an answer that is rendered alone; `is_tight` if no blank line precedes it."""
 
     text: str
     is_tight: bool
 
 
-def blocks(text: str) -> list[Block]:
-    """`text` cut into its blocks, the items of a list each by itself; joined, they are `text`."""
+def split_blocks(text: str) -> list[Block]:
+    """Split `text` into blocks, a block for each list item; joined, they are `text` again."""
     starts: list[tuple[int, bool]] = []
     for token in _PARSER.parse(text):
         is_item = token.type == "list_item_open" and token.level == 1
@@ -63,49 +63,50 @@ def blocks(text: str) -> list[Block]:
         return [Block(text, True)] if text else []
     lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     edges = [0, *(start for start, _ in starts[1:]), len(lines)]
-    found: list[Block] = []
+    parts: list[Block] = []
     for number, (start, end) in enumerate(itertools.pairwise(edges)):
         follows_item = number > 0 and starts[number][1] and starts[number - 1][1]
         is_tight = number == 0 or (follows_item and bool(lines[start - 1].strip()))
-        found.append(Block("".join(lines[start:end]), is_tight))
-    return found
+        parts.append(Block("".join(lines[start:end]), is_tight))
+    return parts
 
 
 class Renderer:
-    """Renders blocks for the terminal that stdout is."""
+    """Renders Markdown for the terminal that is stdout."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stdout, theme=_THEME, highlight=False, emoji=False)
 
-    def lines(self, text: str, columns: int) -> list[str]:
-        """`text`, free of control characters, in lines of at most so many columns."""
+    def render(self, text: str, columns: int) -> list[str]:
+        """Return `text`, free of control characters, as lines of at most `columns` columns."""
         text = text.strip("\n")
         if not text.strip():
             return []
-        rendered = self._rendered(_Answer(text), columns)
+        rendered = self._render_lines(_Answer(text), columns)
         if not _has_words(rendered, text):
-            rendered = self._rendered(Text(text, overflow="fold"), columns)
+            rendered = self._render_lines(Text(text, overflow="fold"), columns)
         while rendered and not any(part.text.strip() for part in rendered[0]):
             rendered = rendered[1:]
         while rendered and not any(part.text.strip() for part in rendered[-1]):
             rendered = rendered[:-1]
-        return [self._ansi(line) for line in rendered]
+        return [self._format_line(line) for line in rendered]
 
-    def _rendered(self, what: Markdown | Text, columns: int) -> list[list[Segment]]:
+    def _render_lines(self, what: Markdown | Text, columns: int) -> list[list[Segment]]:
         options = self._console.options.update(width=columns, height=None)
         lines = self._console.render_lines(what, options, pad=False)
-        return [_trimmed(line) for line in lines]
+        return [_trim(line) for line in lines]
 
-    def _ansi(self, line: Iterable[Segment]) -> str:
-        colours = COLOR_SYSTEMS.get(self._console.color_system or "")
+    def _format_line(self, line: Iterable[Segment]) -> str:
+        """Return `line` with escape sequences for its styles."""
+        colors = COLOR_SYSTEMS.get(self._console.color_system or "")
         return "".join(
-            part.style.render(part.text, color_system=colours) if part.style else part.text
+            part.style.render(part.text, color_system=colors) if part.style else part.text
             for part in line
         )
 
 
-def _trimmed(line: list[Segment]) -> list[Segment]:
-    """`line` without the blanks at its end."""
+def _trim(line: list[Segment]) -> list[Segment]:
+    """Return `line` without trailing blanks."""
     line = list(line)
     while line and not line[-1].text.strip():
         line.pop()
@@ -115,7 +116,7 @@ def _trimmed(line: list[Segment]) -> list[Segment]:
 
 
 def _has_words(lines: list[list[Segment]], text: str) -> bool:
-    """Whether every word of `text` is in `lines`, in order; a long one may go on in the next."""
+    """Return whether `lines` show every word of `text` in order; a line may break inside a word."""
     shown = _DECORATION.sub("", "".join(part.text for line in lines for part in line))
     place = 0
     for word in re.findall(r"\w+", text):
@@ -126,7 +127,7 @@ def _has_words(lines: list[list[Segment]], text: str) -> bool:
 
 
 class _Code(CodeBlock):
-    """A block of code under the name of its language."""
+    """A code block below the name of its language."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.lexer_name != "text":
@@ -136,13 +137,13 @@ class _Code(CodeBlock):
 
 
 class _Heading(Heading):
-    """A heading where the text begins."""
+    """A heading that is not centered."""
 
     LEVEL_ALIGN = {}  # noqa: RUF012 (as in the parent class)
 
 
 class _Numbers(ListElement):
-    """A numbered list, no wider than its numbers."""
+    """A numbered list whose numbers take no more columns than they need."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         first = self.list_start or 0
@@ -151,7 +152,7 @@ class _Numbers(ListElement):
 
 
 class _Table(TableElement):
-    """A table that folds what is too wide, and shortens nothing."""
+    """A table that wraps wide cells instead of cutting them."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         table = Table(box=box.SIMPLE, pad_edge=False, collapse_padding=True)
@@ -166,7 +167,7 @@ class _Table(TableElement):
 
 
 class _Answer(Markdown):
-    """Markdown by this module's rules."""
+    """An answer, parsed and rendered by the rules of this module."""
 
     elements = {  # noqa: RUF012 (as in the parent class)
         **Markdown.elements,
@@ -184,7 +185,7 @@ class _Answer(Markdown):
 
 
 def _keep_line_breaks(tokens: list[Token]) -> None:
-    """Let a line break be one, as in a text that was read from a picture."""
+    """Show every line break, as in text that was read from a picture."""
     for token in tokens:
         if token.type == "softbreak":
             token.type = "hardbreak"
@@ -192,7 +193,7 @@ def _keep_line_breaks(tokens: list[Token]) -> None:
 
 
 def _formula(state: StateInline, silent: bool) -> bool:
-    """$...$, $$...$$, \\(...\\) and \\[...\\] as they stand."""
+    """Leave $...$, $$...$$, \\(...\\) and \\[...\\] as they are."""
     match = _FORMULA.match(state.src, state.pos, state.posMax)
     if match is None:
         return False
@@ -203,7 +204,7 @@ def _formula(state: StateInline, silent: bool) -> bool:
 
 
 def _escape(state: StateInline, silent: bool) -> bool:
-    """A backslash and the sign that it takes the meaning from, as they stand."""
+    """Leave a backslash and the sign that it escapes as they are."""
     pair = state.src[state.pos : min(state.pos + 2, state.posMax)]
     if len(pair) < 2 or pair[0] != "\\" or pair[1].isalnum() or pair[1].isspace():
         return False
@@ -214,7 +215,7 @@ def _escape(state: StateInline, silent: bool) -> bool:
 
 
 def _stars(state: StateInline, silent: bool) -> bool:
-    """Emphasis by stars around words; within them a star is a product: 2*3*4."""
+    """Read stars around words as emphasis; a star inside a word is a product, as in 2*3*4."""
     marker = state.src[state.pos]
     if silent or marker not in "*_":
         return False
@@ -231,6 +232,7 @@ def _stars(state: StateInline, silent: bool) -> bool:
 
 
 def _make_parser() -> MarkdownIt:
+    """Return a CommonMark parser without the rules that hide text."""
     parser = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"])
     parser.disable(["reference", "entity", "autolink", "link", "image", "html_block"])
     parser.disable("html_inline")

@@ -99,7 +99,7 @@ def _attributes() -> list[bytes]:
 
 
 @contextlib.contextmanager
-def unechoed() -> Iterator[None]:
+def hide_typing() -> Iterator[None]:
     """Keep typed keys off the screen, but for the next line; Ctrl-C works as ever."""
     import termios
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_smolvlm.cli.terminal import Graphics, can_edit, cell_size, graphics
+from mlx_smolvlm.cli.terminal.device import Graphics, can_edit, cell_size, graphics
 
 if TYPE_CHECKING:
     from PIL import Image
