@@ -189,7 +189,10 @@ def test_the_data_is_read_before_the_model(folder: Path) -> None:
         (("d", "--limit", "0"), ("--limit", "1 or more")),
         (("d", "--max-tokens", "0"), ("--max-tokens", "1 or more")),
         (("d", "--detail", "x"), ("--detail", "'x'")),
-        (("d", "--bits", "5"), ("--bits", "4, 8, 16")),
+        (
+            ("d", "--bits", "5"),
+            ("--bits", "Error: Invalid value for '--bits': '5' is not one of '4', '8', '16'."),
+        ),
         (("d", "--show-errors", "-1"), ("--show-errors",)),
         (("d", "--json", "--markdown"), ("--json", "--markdown")),
     ],
