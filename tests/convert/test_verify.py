@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from mlx_smolvlm.checkpoint import load_model
 from mlx_smolvlm.cli import app
-from mlx_smolvlm.cli.compare import Samples
+from mlx_smolvlm.cli.compare import ComparisonInputs
 from mlx_smolvlm.convert import CompareOptions, Comparison
 from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
 from mlx_smolvlm.convert.quantize import ConvertOptions
