@@ -1,4 +1,4 @@
-"""The command table, and the one place that turns errors into exit statuses."""
+"""The commands, and the one place that turns errors into exit statuses."""
 
 from __future__ import annotations
 

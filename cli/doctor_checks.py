@@ -166,13 +166,13 @@ def _check_folder(name: str, path: Path, text: str) -> Finding:
 
 def check_environment() -> Iterator[Finding]:
     """Yield the terminal, the encoding, the network and the environment variables."""
-    from mlx_smolvlm.cli.terminal import device as terminal
+    from mlx_smolvlm.cli.terminal import device
     from mlx_smolvlm.offline import is_offline
 
-    if terminal.can_draw():
-        columns, rows = terminal.columns_and_rows()
-        shown = terminal.graphics(os.environ)
-        plain = ", plain (NO_COLOR)" if terminal.wants_plain() else ""
+    if device.can_draw():
+        columns, rows = device.columns_and_rows()
+        shown = device.detect_graphics(os.environ)
+        plain = ", plain (NO_COLOR)" if device.wants_plain() else ""
         text = f"{columns} by {rows}, pictures inline: {shown}{plain}"
     else:
         text = "none, or one that cannot be drawn on: lines are read and written as they are"

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 
-from mlx_smolvlm.cli.history import open_history
+from mlx_smolvlm.cli.terminal.editor import open_history
 from mlx_smolvlm.files import read_file
 from mlx_smolvlm.ownership import check_owner, make_private_folder
 

@@ -315,4 +315,4 @@ def test_names_in_the_interactive_program_are_escaped(tmp_path, monkeypatch):
     options = SimpleNamespace(model=HOSTILE, pictures=False, system=None)
     options.sampling = options.detail = options.on_full = None
     talk = Talk(SimpleNamespace(chat=lambda **_: conversation), options, None)
-    assert talk.status() == f"{ESCAPED} | 1 of 2 tokens"
+    assert talk.format_status() == f"{ESCAPED} | 1 of 2 tokens"

@@ -1,4 +1,4 @@
-"""What the terminal can do: edit lines, draw, show pictures."""
+"""The capabilities of the terminal: editing lines, drawing, showing pictures."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from typing import Literal
 
 Graphics = Literal["iterm", "kitty", "sixel", "none"]
 
-_REPLY_S = 0.5  # how long a terminal may take to say what it is
+_REPLY_S = 0.5  # how long to wait for the terminal's answer
 _ATTRIBUTES = re.compile(rb"\x1b\[\?([\d;]*)c")
-_SIXEL = b"4"  # among a terminal's attributes
+_SIXEL = b"4"  # the attribute of terminals that show Sixel pictures
 
 
 def can_draw() -> bool:
-    """Whether stdin, stdout and stderr are a terminal that moves its cursor."""
+    """Return whether stdin, stdout and stderr are a terminal that can move its cursor."""
     streams = (sys.stdin, sys.stdout, sys.stderr)
     return all(stream.isatty() for stream in streams) and can_edit()
 
 
 def can_edit() -> bool:
-    """Whether stdin is a terminal on which lines can be edited in place."""
+    """Return whether stdin is a terminal where lines can be edited in place."""
     return sys.stdin.isatty() and os.environ.get("TERM", "") not in ("", "dumb", "unknown")
 
 
 def wants_plain() -> bool:
-    """Whether the user asks programs for text without decoration (https://no-color.org)."""
+    """Return whether the user asks for undecorated text (https://no-color.org)."""
     return bool(os.environ.get("NO_COLOR"))
 
 
 def columns_and_rows() -> tuple[int, int]:
-    """The terminal's size now; 80 by 24 if it does not tell."""
+    """Return the current size of the terminal; 80 by 24 if it is unknown."""
     try:
         size = os.get_terminal_size(sys.stdout.fileno())
     except (OSError, ValueError):
@@ -44,7 +44,7 @@ def columns_and_rows() -> tuple[int, int]:
 
 
 def cell_size() -> tuple[int, int]:
-    """Width and height of a character in pixels; 8 by 16 if the terminal does not tell."""
+    """Return the width and height of a character in pixels; 8 by 16 if they are unknown."""
     import fcntl
     import struct
     import termios
@@ -57,11 +57,11 @@ def cell_size() -> tuple[int, int]:
     return 8, 16
 
 
-def graphics(environ: Mapping[str, str]) -> Graphics:
-    """How the terminal shows pictures inline.
+def detect_graphics(environ: Mapping[str, str]) -> Graphics:
+    """Return how the terminal shows pictures inline.
 
-    It is asked only if its variables do not tell. Within tmux and screen they tell of the
-    terminal outside, so there its answer alone counts.
+    Known terminals are recognized by environment variables; others are asked. Within tmux and
+    screen, the variables describe the outer terminal, so only the answer counts.
     """
     program, term = environ.get("TERM_PROGRAM", ""), environ.get("TERM", "")
     is_multiplexed = bool(environ.get("TMUX") or environ.get("STY"))
@@ -74,13 +74,13 @@ def graphics(environ: Mapping[str, str]) -> Graphics:
             or program == "ghostty"
         ):
             return "kitty"
-    return "sixel" if _SIXEL in _attributes() else "none"
+    return "sixel" if _SIXEL in _query_attributes() else "none"
 
 
-def _attributes() -> list[bytes]:
-    """What the terminal answers when it is asked for its attributes (DA1); nothing in time: none.
+def _query_attributes() -> list[bytes]:
+    """Ask the terminal for its attributes (DA1); return none if it does not answer in time.
 
-    It is not asked while typed keys wait to be read, since they would be lost.
+    It is not asked while typed keys are waiting to be read, since they would be lost.
     """
     import termios
 
@@ -88,7 +88,7 @@ def _attributes() -> list[bytes]:
     if select.select([fd], [], [], 0)[0]:
         return []
     reply, end = b"", time.monotonic() + _REPLY_S
-    with _changed(fd, termios.ECHO | termios.ICANON):
+    with _clear_modes(fd, termios.ECHO | termios.ICANON):
         os.write(sys.stderr.fileno(), b"\x1b[c")
         while not (found := _ATTRIBUTES.search(reply)):
             left = end - time.monotonic()
@@ -100,16 +100,16 @@ def _attributes() -> list[bytes]:
 
 @contextlib.contextmanager
 def hide_typing() -> Iterator[None]:
-    """Keep typed keys off the screen, but for the next line; Ctrl-C works as ever."""
+    """Do not show typed keys; they are read with the next line. Ctrl-C works as usual."""
     import termios
 
-    with _changed(sys.stdin.fileno(), termios.ECHO):
+    with _clear_modes(sys.stdin.fileno(), termios.ECHO):
         yield
 
 
 @contextlib.contextmanager
-def _changed(fd: int, without: int) -> Iterator[None]:
-    """A terminal without some of its local modes."""
+def _clear_modes(fd: int, without: int) -> Iterator[None]:
+    """Clear some of the terminal's local modes, and restore them at the end."""
     import termios
 
     before = termios.tcgetattr(fd)

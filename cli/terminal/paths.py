@@ -1,4 +1,4 @@
-"""Paths as a user types, completes or drops them: quoted, escaped, file:// URLs."""
+"""Paths that a user types, completes or drops: quoted, escaped, or file:// URLs."""
 
 from __future__ import annotations
 
@@ -23,41 +23,42 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv"),
     *(".ogv", ".3gp", ".mts"),
 )
-_LONGEST = 1 << 14  # a longer line is no list of paths
+_MAX_LINE = 1 << 14  # characters; a longer line is not a list of paths
 
 
 def split_sources(argument: str) -> list[str]:
-    """Paths and URLs in `argument`: one as it stands, or several quoted as for a shell."""
+    """Split `argument` into paths and URLs: one as it is, or several quoted as for a shell."""
     stripped = argument.strip()
-    if is_url(stripped) or os.path.exists(_expanded(stripped)):
+    if is_url(stripped) or os.path.exists(_expand_home(stripped)):
         return [stripped]
     try:
         words = shlex.split(argument)
-    except ValueError:  # an apostrophe in a name
+    except ValueError:  # an apostrophe in a file name
         words = [stripped]
-    return [local_path(word) for word in words]
+    return [decode_file_url(word) for word in words]
 
 
-def local_path(source: str) -> str:
-    """The path that a file:// URL names; anything else as it stands."""
+def decode_file_url(source: str) -> str:
+    """Return the path of a file:// URL; anything else unchanged."""
     if source[:7].lower() != "file://":
         return source
     return unquote(urlsplit(source).path, errors="surrogateescape")
 
 
-def dropped(line: str) -> list[str]:
-    """The pictures' and videos' paths that make up the whole of `line`; none if it is a message.
+def find_dropped_paths(line: str) -> list[str]:
+    """Return the paths of pictures and videos in `line`; none if it is a message.
 
-    Each has a picture's or video's suffix, and exists or begins at the root, at home or with file://.
+    Every word of the line must have the suffix of a picture or video, and be an existing file or
+    an absolute path.
     """
-    if len(line) > _LONGEST:
+    if len(line) > _MAX_LINE:
         return []
     sources = split_sources(line)
-    return sources if all(map(_is_medium, sources)) else []
+    return sources if all(map(_is_media_path, sources)) else []
 
 
-def _expanded(path: str) -> str:
-    """`path` with its home directory, if it begins with one that is known."""
+def _expand_home(path: str) -> str:
+    """Expand ~ at the beginning of `path`, if the user is known."""
     if not path.startswith("~"):
         return path
     try:
@@ -66,15 +67,16 @@ def _expanded(path: str) -> str:
         return path
 
 
-def _is_medium(path: str) -> bool:
-    expanded = _expanded(path)
+def _is_media_path(path: str) -> bool:
+    """Return whether `path` has a media suffix, and is absolute or an existing file."""
+    expanded = _expand_home(path)
     if not expanded.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES):
         return False
     return os.path.isabs(expanded) or os.path.isfile(expanded)
 
 
 def is_video(path: str) -> bool:
-    """Whether `path` has a video's suffix."""
+    """Return whether `path` has the suffix of a video."""
     return path.lower().endswith(VIDEO_SUFFIXES)
 
 
@@ -103,7 +105,7 @@ def complete_path(argument: str, suffixes: Sequence[str] = ()) -> Iterator[Compl
 
 
 def _parse_last_word(text: str) -> tuple[int, str, str]:
-    """Where the last word of `text` begins, what it is, and the quote that it is in, if any."""
+    """Return the start of the last word of `text`, the word, and the open quote around it."""
     start, word, quote, is_inside = len(text), "", "", False
     characters = iter(enumerate(text))
     for place, character in characters:
@@ -123,7 +125,7 @@ def _parse_last_word(text: str) -> tuple[int, str, str]:
 
 
 def _quote(path: str, quote: str, is_dir: bool) -> str:
-    """`path` as it is typed: in the quote that was begun, else with escapes."""
+    """Return `path` as it is typed: in the open quote, else with escapes."""
     if quote and quote not in path and "\\" not in path:
         return quote + path + ("/" if is_dir else quote)
     home, rest = ("~", path[1:]) if path.startswith("~") else ("", path)

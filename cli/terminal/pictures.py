@@ -1,4 +1,4 @@
-"""Pictures in terminals that show them: iTerm2's, Kitty's and the Sixel protocol."""
+"""Show pictures inline on a terminal, by the iTerm2, Kitty or Sixel protocol."""
 
 from __future__ import annotations
 
@@ -13,60 +13,61 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mlx_smolvlm.cli.terminal.device import Graphics, can_edit, cell_size, graphics
+from mlx_smolvlm.cli.terminal.device import Graphics, can_edit, cell_size, detect_graphics
 
 if TYPE_CHECKING:
     from PIL import Image
 
     from mlx_smolvlm.video import Clip
 
-COLUMNS, ROWS = 48, 10  # what a thumbnail takes at most
+COLUMNS, ROWS = 48, 10  # the largest thumbnail, in characters
 _KITTY_CHUNK = 4096  # characters of base64 in one escape sequence
-_COLOURS = 255  # of a Sixel picture
+_COLORS = 255  # of a Sixel picture
 
 
 class Thumbnails:
-    """Shows pictures on the terminal that stderr is; nothing where that is not possible."""
+    """Shows pictures on stderr, if it is a terminal that can show them."""
 
-    def __init__(self, wanted: bool) -> None:
-        self._graphics: Graphics | None = None if wanted else "none"
+    def __init__(self, is_enabled: bool) -> None:
+        self._graphics: Graphics | None = None if is_enabled else "none"
 
     def show(self, picture: Image.Image) -> None:
-        """Put a small `picture` on the terminal."""
+        """Show `picture`, made small."""
         self._show([picture])
 
     def show_clip(self, clip: Clip) -> None:
-        """Put the first, the middle and the last frame of `clip` there, side by side.
+        """Show the first, the middle and the last frame of `clip` side by side.
 
         Raises:
             MediaError: It cannot be decoded.
         """
-        if self._protocol() != "none":
+        if self._find_protocol() != "none":
             places = sorted({0, len(clip.indices) // 2, len(clip.indices) - 1})
             shown = replace(clip, indices=tuple(clip.indices[place] for place in places))
             self._show([frame.picture for frame in shown.frames()])
 
     def _show(self, pictures: Sequence[Image.Image]) -> None:
-        protocol = self._protocol()
+        """Show `pictures` side by side."""
+        protocol = self._find_protocol()
         if protocol != "none":
-            text = encoded(thumbnail(pictures), protocol)
+            text = encode_picture(make_thumbnail(pictures), protocol)
             sys.stderr.write(text + "\n")
             sys.stderr.flush()
 
-    def _protocol(self) -> Graphics:
-        """How the terminal shows pictures; found out when the first one is to be shown."""
+    def _find_protocol(self) -> Graphics:
+        """Return how the terminal shows pictures; it is asked when the first one is shown."""
         if self._graphics is None:
-            able = can_edit() and sys.stderr.isatty()
-            self._graphics = graphics(os.environ) if able else "none"
+            is_able = can_edit() and sys.stderr.isatty()
+            self._graphics = detect_graphics(os.environ) if is_able else "none"
         return self._graphics
 
 
-def thumbnail(pictures: Sequence[Image.Image]) -> Image.Image:
-    """`pictures` side by side, small enough for a few lines of the terminal; never enlarged."""
+def make_thumbnail(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Return `pictures` side by side, reduced to fit a few lines of the terminal."""
     from PIL import Image
 
     width, height = cell_size()
-    small = [_fitted(one, COLUMNS * width // len(pictures), ROWS * height) for one in pictures]
+    small = [_shrink(one, COLUMNS * width // len(pictures), ROWS * height) for one in pictures]
     sheet = Image.new("RGB", (sum(one.width for one in small), max(one.height for one in small)))
     edges = itertools.accumulate((one.width for one in small), initial=0)
     for edge, one in zip(edges, small, strict=False):
@@ -74,28 +75,28 @@ def thumbnail(pictures: Sequence[Image.Image]) -> Image.Image:
     return sheet
 
 
-def _fitted(picture: Image.Image, width: int, height: int) -> Image.Image:
-    """`picture`, which is RGB, no larger than that."""
+def _shrink(picture: Image.Image, width: int, height: int) -> Image.Image:
+    """Return the RGB image `picture`, reduced to `width` by `height` pixels if it is larger."""
     scale = min(1.0, width / picture.width, height / picture.height)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     return picture.resize(size, reducing_gap=2.0)
 
 
-def encoded(picture: Image.Image, protocol: Graphics) -> str:
-    """What makes a terminal show `picture`, which is RGB."""
+def encode_picture(picture: Image.Image, protocol: Graphics) -> str:
+    """Return the escape sequences that show the RGB image `picture`."""
     if protocol == "sixel":
-        return "".join(_sixel(picture))
+        return "".join(_encode_sixel(picture))
     file = io.BytesIO()
     picture.save(file, "PNG")
     data = base64.b64encode(file.getvalue()).decode()
     if protocol == "kitty":
-        return "".join(_kitty(data))
+        return "".join(_encode_kitty(data))
     size = f"width={picture.width}px;height={picture.height}px"
     return f"\x1b]1337;File=inline=1;size={len(file.getvalue())};{size}:{data}\x07"
 
 
-def _kitty(data: str) -> Iterator[str]:
-    """The escape sequences that carry a PNG in base64.
+def _encode_kitty(data: str) -> Iterator[str]:
+    """Yield the escape sequences that carry a PNG file in base64.
 
     Source: https://sw.kovidgoyal.net/kitty/graphics-protocol (a: transmit and show, f: PNG,
     q: no answer, m: more follows).
@@ -107,30 +108,30 @@ def _kitty(data: str) -> Iterator[str]:
         yield f"\x1b_G{keys}m={more};{data[start : start + _KITTY_CHUNK]}\x1b\\"
 
 
-def _sixel(picture: Image.Image) -> Iterator[str]:
-    """The Sixel form: bands of six rows, in each a pass for every colour in it.
+def _encode_sixel(picture: Image.Image) -> Iterator[str]:
+    """Yield the Sixel form: bands of six rows, each with a pass for every color in it.
 
     Source: VT330/VT340 Programmer Reference Manual, chapter 14.
     """
-    image = picture.quantize(_COLOURS)
+    image = picture.quantize(_COLORS)
     palette, pixels = image.getpalette() or [], np.asarray(image)
     height, width = pixels.shape
     yield f'\x1bP0;1q"1;1;{width};{height}'
-    for colour in np.unique(pixels).tolist():
-        red, green, blue = (round(v / 2.55) for v in palette[3 * colour : 3 * colour + 3])
-        yield f"#{colour};2;{red};{green};{blue}"
+    for color in np.unique(pixels).tolist():
+        red, green, blue = (round(v / 2.55) for v in palette[3 * color : 3 * color + 3])
+        yield f"#{color};2;{red};{green};{blue}"
     for top in range(0, height, 6):
         band = pixels[top : top + 6]
         weights = 1 << np.arange(len(band))[:, None]
-        for colour in np.unique(band).tolist():
-            bits = ((band == colour) * weights).sum(axis=0)
-            yield f"#{colour}{_runs(bits.tolist())}$"
+        for color in np.unique(band).tolist():
+            bits = ((band == color) * weights).sum(axis=0)
+            yield f"#{color}{_encode_runs(bits.tolist())}$"
         yield "-"
     yield "\x1b\\"
 
 
-def _runs(bits: list[int]) -> str:
-    """A pass over a band, six bits a column; four of a kind and more are counted."""
+def _encode_runs(bits: list[int]) -> str:
+    """Encode a pass over a band, six bits a column; runs of four and more are counted."""
     parts = []
     for value, group in itertools.groupby(bits):
         character, count = chr(63 + value), sum(1 for _ in group)

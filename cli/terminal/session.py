@@ -1,4 +1,4 @@
-"""The interactive program: reads lines, and carries them out until the user leaves."""
+"""The interactive program: read lines and execute them until the user leaves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mlx_smolvlm.cli.terminal.editor import (
     is_command,
     make_line_reader,
 )
-from mlx_smolvlm.cli.terminal.paths import dropped, split_sources
+from mlx_smolvlm.cli.terminal.paths import find_dropped_paths, split_sources
 from mlx_smolvlm.cli.terminal.talk import Talk
 from mlx_smolvlm.errors import SmolVLMError
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def converse(vlm: SmolVLM, options: ChatOptions, media: list[OpenedMedium]) -> int:
-    """The exit status of a conversation that begins with `media`, once the user leaves."""
+    """Hold a conversation that begins with `media`; return the exit status."""
     make_screen: Callable[[], Screen] = PlainScreen
     if can_draw() and not (options.json or options.plain or wants_plain()):
         from mlx_smolvlm.cli.terminal.live import LiveScreen
@@ -41,54 +41,54 @@ def converse(vlm: SmolVLM, options: ChatOptions, media: list[OpenedMedium]) -> i
         make_screen = functools.partial(LiveScreen, Renderer())
     say(f"{options.model}: /help lists the commands, Ctrl-D leaves", dim=True)
     talk = Talk(vlm, options, Printer(vlm, options, make_screen))
-    talk.take(media)
+    talk.add_media(media)
     return Session(talk).run()
 
 
 class Session:
-    """Reads lines, and carries them out."""
+    """Reads lines and executes them."""
 
     def __init__(self, talk: Talk) -> None:
         self.talk = talk
-        self._lines = make_line_reader()
+        self._reader = make_line_reader()
 
     def run(self) -> int:
-        """Exit status, once the user leaves."""
-        interrupted = False
+        """Read lines until the user leaves; return the exit status."""
+        was_interrupted = False
         while True:
             try:
-                line = self._lines.read(self._status())
-                interrupted = False
+                line = self._reader.read(self._format_status())
+                was_interrupted = False
             except EOFError:
-                if not self._lines.is_edited:
+                if not self._reader.is_edited:
                     say("")
                 return 0
             except KeyboardInterrupt:
-                if not self._lines.is_edited:
+                if not self._reader.is_edited:
                     say("")
-                if interrupted:
+                if was_interrupted:
                     return INTERRUPTED
-                interrupted = True
+                was_interrupted = True
                 say("Ctrl-C again or Ctrl-D leaves", dim=True)
                 continue
             if not self._handle(line.lstrip()):
                 return 0
 
-    def _status(self) -> str:
-        """What stands below the prompt; nothing if that fails, as the next question will say."""
+    def _format_status(self) -> str:
+        """Return the status below the prompt; if it fails, empty: the next question says why."""
         try:
-            return self.talk.status()
+            return self.talk.format_status()
         except Exception:
             return ""
 
     def _handle(self, line: str) -> bool:
-        """Carry out one line, and say what goes wrong; False to leave.
+        """Execute a line and print its error, if any; return False to leave.
 
-        No failure ends the session, since the conversation would be lost with it.
+        No error ends the session, since the conversation would be lost with it.
         """
         try:
-            return self._carry_out(line)
-        except OutputClosedError:  # nobody reads the answers
+            return self._execute(line)
+        except OutputClosedError:  # the answers are not read any more
             raise
         except SmolVLMError as error:
             fail(error)
@@ -101,19 +101,19 @@ class Session:
             fail(describe_memory_error(error) or text)
         return True
 
-    def _carry_out(self, line: str) -> bool:
-        """Carry out one line; False to leave."""
+    def _execute(self, line: str) -> bool:
+        """Execute a line; return False to leave."""
         if is_command(line):
             word, *rest = line.split(maxsplit=1)
-            return self._command(word, "".join(rest))
-        if paths := dropped(line):
-            self.talk.add(paths)
-        elif message := readable(line).rstrip():
+            return self._execute_command(word, "".join(rest))
+        if paths := find_dropped_paths(line):
+            self.talk.add_sources(paths)
+        elif message := replace_undecoded(line).rstrip():
             self.talk.ask(message.removeprefix("/") if message.startswith("//") else message)
         return True
 
-    def _command(self, word: str, argument: str) -> bool:
-        """Carry out a slash command; False to leave."""
+    def _execute_command(self, word: str, argument: str) -> bool:
+        """Execute a slash command; return False to leave."""
         talk = self.talk
         if word in ("/exit", "/quit"):
             return False
@@ -121,15 +121,15 @@ class Session:
             sources = split_sources(argument)
             if not sources:
                 fail(f"{word} needs a path")
-            talk.add(sources, word == "/video")
+            talk.add_sources(sources, word == "/video")
         elif word == "/system":
-            talk.system(readable(argument).rstrip())
+            talk.set_system(replace_undecoded(argument).rstrip())
         elif word == "/save":
             talk.save(argument)
         elif word == "/load":
             talk.load(argument)
         elif word in ("/", "/help"):
-            say(format_help(self._lines.is_edited))
+            say(format_help(self._reader.is_edited))
         elif word == "/reset":
             talk.reset()
         elif word == "/undo":
@@ -137,12 +137,12 @@ class Session:
         elif word == "/retry":
             talk.retry()
         elif word == "/stats":
-            talk.stats()
+            talk.print_stats()
         else:
             fail(describe_unknown_command(word))
         return True
 
 
-def readable(text: str) -> str:
-    """`text` with what was typed in another encoding than UTF-8 replaced."""
+def replace_undecoded(text: str) -> str:
+    """Replace bytes that were typed in another encoding than UTF-8."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")

@@ -1,4 +1,4 @@
-"""A conversation with what waits for its next message; each slash command is a method here."""
+"""A conversation and the media of its next message; each slash command is a method."""
 
 from __future__ import annotations
 
@@ -27,11 +27,14 @@ if TYPE_CHECKING:
     from mlx_smolvlm.cli.printer import Printer
     from mlx_smolvlm.video import Clip
 
-RETRY_TEMPERATURE, RETRY_TOP_P = 0.7, 0.95  # where the answers are greedy
+RETRY_TEMPERATURE, RETRY_TOP_P = 0.7, 0.95  # for /retry where answers are greedy
 
 
 class Talk:
-    """A conversation on a terminal. What goes wrong is a SmolVLMError, and changes nothing."""
+    """A conversation on a terminal.
+
+    A method that raises an error leaves the conversation as it was.
+    """
 
     def __init__(self, vlm: SmolVLM, options: ChatOptions, printer: Printer) -> None:
         self._vlm, self._options, self._printer = vlm, options, printer
@@ -40,9 +43,10 @@ class Talk:
         self._clips: list[Clip] = []
         self._reply: Reply | None = None
         self._retries = 0
-        self._conversation = self._begin(options.system)
+        self._conversation = self._start(options.system)
 
-    def _begin(self, system: str | None) -> Conversation:
+    def _start(self, system: str | None) -> Conversation:
+        """Start a conversation with the options of the command."""
         options = self._options
         return self._vlm.chat(
             system=system,
@@ -51,33 +55,34 @@ class Talk:
             on_full=options.on_full,
         )
 
-    def status(self) -> str:
-        """The model, the context, what waits, and the last answer's speed, in one line."""
+    def format_status(self) -> str:
+        """Return the model, the context, the media to send and the last speed in one line."""
         conversation, reply = self._conversation, self._reply
         parts = [self._options.model]
         parts.append(f"{conversation.context_used:,} of {conversation.context_size:,} tokens")
-        if waiting := self._waiting():
-            parts.append(f"{waiting} for the next message")
+        if media := self._count_media():
+            parts.append(f"{media} for the next message")
         if reply is not None and reply.generation_tps:
             parts.append(f"{reply.generation_tps:.1f} tokens/s")
         return escape_controls(" | ".join(parts))
 
-    def _waiting(self) -> str:
+    def _count_media(self) -> str:
+        """Return how many pictures and videos the next message has."""
         counts = ((len(self._images), "picture"), (len(self._clips), "video"))
         return ", ".join(f"{n} {noun}{'s' * (n > 1)}" for n, noun in counts if n)
 
-    def add(self, sources: Sequence[str], is_footage: bool | None = None) -> None:
-        """Keep pictures and videos for the next message; None tells them by their suffix."""
+    def add_sources(self, sources: Sequence[str], are_videos: bool | None = None) -> None:
+        """Open pictures and videos for the next message; None tells them apart by suffix."""
         media: list[OpenedMedium] = []
         for source in sources:
-            if is_video(source) if is_footage is None else is_footage:
+            if is_video(source) if are_videos is None else are_videos:
                 media.append(open_video_source(source, self._options.frames))
             else:
                 media.append(open_picture(source))
-        self.take(media)
+        self.add_media(media)
 
-    def take(self, media: Sequence[OpenedMedium]) -> None:
-        """Keep `media` for the next message; show them, and say what they cost."""
+    def add_media(self, media: Sequence[OpenedMedium]) -> None:
+        """Add `media` to the next message; show them, and print how many tokens they take."""
         images = [one for one in media if isinstance(one, OpenedImage)]
         clips = []
         for image in images:
@@ -91,19 +96,19 @@ class Talk:
         self._clips += clips
 
     def ask(self, text: str) -> None:
-        """Ask with the media at hand, and show the answer.
+        """Ask about the media of this message, and print the answer.
 
-        A question that fails, or is stopped before its answer begins, is taken back.
+        If the question fails, or is stopped before its answer begins, it is removed.
         """
         images, clips = self._images, self._clips
         stream = self._conversation.stream(text, images=[one.image for one in images], videos=clips)
         self._images, self._clips, self._retries = [], [], 0
-        if not self._show(stream):
+        if not self._print_answer(stream):
             self._conversation.undo()
             self._images, self._clips = images, clips
 
-    def _show(self, stream: AnswerStream) -> bool:
-        """Show an answer; False if it was stopped before its first word."""
+    def _print_answer(self, stream: AnswerStream) -> bool:
+        """Print an answer; return False if it was stopped before its first word."""
         try:
             finished = self._printer.print_answer(stream)
         except Exception:
@@ -116,10 +121,12 @@ class Talk:
         return False
 
     def retry(self) -> None:
-        """Ask the last question again, with sampling; stopped at once, the old answer stays.
+        """Ask the last question again, with sampling.
+
+        If it is stopped before the first word, the old answer stays.
 
         Raises:
-            PromptError: There is none.
+            PromptError: There is no question.
         """
         before, sampling = self._conversation.fork(), self._options.sampling
         self._retries += 1
@@ -128,22 +135,22 @@ class Talk:
         if sampling.seed is not None:
             sampling = replace(sampling, seed=(sampling.seed + self._retries) % 2**64)
         try:
-            kept = self._show(self._conversation.retry(sampling))
+            has_answer = self._print_answer(self._conversation.retry(sampling))
         except Exception:
             self._conversation = before
             raise
-        if not kept:
+        if not has_answer:
             self._conversation = before
 
     def undo(self) -> None:
-        """Let go of what waits, else take the last question and its answer back.
+        """Remove the media of the next message, else the last question and its answer.
 
         Raises:
-            PromptError: There is nothing.
+            PromptError: There is neither.
         """
-        if waiting := self._waiting():
+        if media := self._count_media():
             self._images, self._clips = [], []
-            say(f"let go of {waiting}", dim=True)
+            say(f"let go of {media}", dim=True)
             return
         question = self._conversation.undo()
         if question is None:
@@ -151,41 +158,41 @@ class Talk:
         say(f"took back: {' '.join(question.split())[:200]}", dim=True)
 
     def reset(self) -> None:
-        """Begin anew with the same system message."""
+        """Start over with the same system message."""
         self._images, self._clips = [], []
         self._conversation.reset()
 
-    def system(self, text: str) -> None:
-        """Begin anew with the system message `text`; an empty one shows which there is."""
+    def set_system(self, text: str) -> None:
+        """Start over with the system message `text`; if it is empty, print the current one."""
         if text:
-            self._conversation = self._begin(text)
+            self._conversation = self._start(text)
         else:
             say(self._conversation.system or "there is no system message", dim=True)
 
     def save(self, argument: str) -> None:
         """Write the conversation to the file that `argument` names."""
-        path = _one_path("/save", argument)
+        path = _parse_path("/save", argument)
         try:
             self._conversation.save(path)
-        except OSError as error:  # it names the file that is written first
+        except OSError as error:  # it names the temporary file
             raise OSError(error.errno, error.strerror or str(error), path) from None
         say(f"saved as {path}", dim=True)
 
     def load(self, argument: str) -> None:
-        """Go on with the conversation in the file that `argument` names."""
-        self._conversation.load(_one_path("/load", argument))
+        """Continue the conversation in the file that `argument` names."""
+        self._conversation.load(_parse_path("/load", argument))
         questions = sum(message["role"] == "user" for message in self._conversation.messages)
         say(f"{questions} question{'s' * (questions != 1)} and what was answered", dim=True)
 
-    def stats(self) -> None:
-        """Say what the last answer cost, and how full the context is."""
+    def print_stats(self) -> None:
+        """Print the counts and speed of the last answer, and the context used."""
         conversation = self._conversation
         say(format_stats(self._reply) if self._reply else "there is no answer yet")
         say(f"context: {conversation.context_used:,} of {conversation.context_size:,} tokens")
 
 
-def _one_path(command: str, argument: str) -> str:
-    """The path in `argument`."""
+def _parse_path(command: str, argument: str) -> str:
+    """Return the one path in `argument`."""
     sources = split_sources(argument)
     if len(sources) != 1:
         fault = "needs a path" if not sources else "takes one path; quote its spaces"

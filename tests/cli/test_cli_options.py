@@ -1,20 +1,27 @@
 """What is typed arrives: each option's value in the function that does the work."""
 
 import sys
+import typing
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import typer
 
-from mlx_smolvlm import CacheOptions, Sampling
+from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, Video
 from mlx_smolvlm.checkpoint import read_config
+from mlx_smolvlm.choose import Normalize
+from mlx_smolvlm.cli import chat, choose, convert, evaluate
 from mlx_smolvlm.cli.app import main
 from mlx_smolvlm.cli.args import ChatOptions
 from mlx_smolvlm.cli.choose import ChooseOptions
 from mlx_smolvlm.cli.evaluate import EvaluateRequest
 from mlx_smolvlm.cli.media import VideoOptions
+from mlx_smolvlm.config import DTYPES
+from mlx_smolvlm.convert.quantize import FLOAT_MODES
 from mlx_smolvlm.train.cases import EvaluationOptions
+from mlx_smolvlm.train.metrics import Metric
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
@@ -146,6 +153,24 @@ def test_every_option_of_eval_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
             markdown=True,
         )
     ]
+
+
+def list_choices(function: Callable[..., Any], name: str) -> set[Any]:
+    """The values that the parameter `name` of `function` may have."""
+    hint = eval(function.__annotations__[name], vars(sys.modules[function.__module__]))
+    while typing.get_origin(hint) is not Literal:  # within Annotated, and before "| None"
+        hint = typing.get_args(hint)[0]
+    return set(typing.get_args(hint))
+
+
+def test_the_choices_are_those_of_the_library() -> None:
+    """They stand in the signatures a second time, since the library is imported lazily."""
+    assert list_choices(chat.chat, "sample") == list_choices(Video, "sample")
+    assert list_choices(chat.chat, "on_full") == list_choices(SmolVLM.chat, "on_full")
+    assert list_choices(choose.choose, "normalize") == set(typing.get_args(Normalize))
+    assert list_choices(evaluate.evaluate, "metric") == set(typing.get_args(Metric))
+    assert list_choices(convert.convert, "mode") == {"affine", *FLOAT_MODES}
+    assert list_choices(convert.convert, "dtype") == set(DTYPES)
 
 
 def test_convert_replaces_a_checkpoint_by_force_alone(

@@ -157,7 +157,8 @@ def test_any_command_that_raises_leaves_the_session(
     def fail(*_: object) -> None:
         raise ZeroDivisionError("by zero")
 
-    name = {"/help": "format_help", "/system x": "system"}.get(command, command[1:])
+    names = {"/help": "format_help", "/system x": "set_system", "/stats": "print_stats"}
+    name = names.get(command, command[1:])
     target = f"mlx_smolvlm.cli.terminal.talk.Talk.{name}"
     if command == "/help":
         target = "mlx_smolvlm.cli.terminal.session.format_help"
@@ -175,7 +176,7 @@ def test_a_status_that_fails_leaves_the_session(
     def refuse(_: Any) -> str:
         raise fault
 
-    monkeypatch.setattr("mlx_smolvlm.cli.terminal.talk.Talk.status", refuse)
+    monkeypatch.setattr("mlx_smolvlm.cli.terminal.talk.Talk.format_status", refuse)
     assert "error" not in converse()
 
 

@@ -7,7 +7,13 @@ import pytest
 from PIL import Image
 
 from mlx_smolvlm.cli.terminal import device, pictures
-from mlx_smolvlm.cli.terminal.pictures import COLUMNS, ROWS, Thumbnails, encoded, thumbnail
+from mlx_smolvlm.cli.terminal.pictures import (
+    COLUMNS,
+    ROWS,
+    Thumbnails,
+    encode_picture,
+    make_thumbnail,
+)
 
 
 def decoded_sixel(text: str) -> np.ndarray:
@@ -46,21 +52,21 @@ def test_sixel_holds_the_picture(size: tuple[int, int]) -> None:
     colours = np.random.default_rng(0).integers(0, 255, (9, 3))
     places = np.random.default_rng(1).integers(0, 9, size[::-1])
     picture = Image.fromarray(colours[places].astype(np.uint8))
-    shown = decoded_sixel(encoded(picture, "sixel"))
+    shown = decoded_sixel(encode_picture(picture, "sixel"))
     assert np.abs(shown - np.asarray(picture, np.int16)).max() <= 2  # per cent, not 1 of 255
 
 
 def test_sixel_of_many_colours() -> None:
     ramp = np.add.outer(np.arange(60), np.arange(80)).astype(np.uint8)
     picture = Image.fromarray(np.stack([ramp, ramp[::-1], 255 - ramp], axis=2))
-    shown = decoded_sixel(encoded(picture, "sixel"))
+    shown = decoded_sixel(encode_picture(picture, "sixel"))
     assert (shown >= 0).all()
     assert np.abs(shown - np.asarray(picture, np.int16)).mean() < 8
 
 
 def test_kitty_is_sent_in_pieces() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (80, 80, 3)).astype(np.uint8)
-    text = encoded(Image.fromarray(noise), "kitty")
+    text = encode_picture(Image.fromarray(noise), "kitty")
     pieces = re.findall(r"\x1b_G([^;]*);([^\x1b]*)\x1b\\", text)
     assert "".join(f"\x1b_G{keys};{data}\x1b\\" for keys, data in pieces) == text
     assert len(pieces) > 2
@@ -72,12 +78,12 @@ def test_kitty_is_sent_in_pieces() -> None:
 def test_a_thumbnail_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pictures, "cell_size", lambda: (10, 20))
     for size in ((4000, 3000), (3000, 20), (20, 3000), (8, 6)):
-        small = thumbnail([Image.new("RGB", size)])
+        small = make_thumbnail([Image.new("RGB", size)])
         assert small.width <= min(10 * COLUMNS, size[0])
         assert small.height <= min(20 * ROWS, size[1])
         assert small.width in (size[0], 10 * COLUMNS) or small.height == 20 * ROWS
     three = [Image.new("RGB", (400, 100), colour) for colour in ("red", "lime", "blue")]
-    sheet = thumbnail(three)
+    sheet = make_thumbnail(three)
     assert sheet.size == (480, 40)
     colours = [sheet.getpixel((x, 20)) for x in (80, 240, 400)]
     assert colours == [(255, 0, 0), (0, 255, 0), (0, 0, 255)]
@@ -98,7 +104,7 @@ def test_a_clip_shows_three_frames(monkeypatch: pytest.MonkeyPatch) -> None:
         shown.append([np.asarray(sheet)[0, 0, 0] // 20 for sheet in sheets])
         return sheets[0]
 
-    monkeypatch.setattr(pictures, "thumbnail", take)
+    monkeypatch.setattr(pictures, "make_thumbnail", take)
     thumbnails = Thumbnails(True)
     thumbnails._graphics = "iterm"
     thumbnails.show_clip(clip)
@@ -124,10 +130,10 @@ def test_a_clip_shows_three_frames(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_how_a_terminal_shows_pictures(
     monkeypatch: pytest.MonkeyPatch, environ: dict[str, str], wanted: str
 ) -> None:
-    monkeypatch.setattr(device, "_attributes", list)
-    assert device.graphics(environ) == wanted
-    monkeypatch.setattr(device, "_attributes", lambda: [b"4", b"22"])
-    assert device.graphics(environ) == ("sixel" if wanted == "none" else wanted)
+    monkeypatch.setattr(device, "_query_attributes", list)
+    assert device.detect_graphics(environ) == wanted
+    monkeypatch.setattr(device, "_query_attributes", lambda: [b"4", b"22"])
+    assert device.detect_graphics(environ) == ("sixel" if wanted == "none" else wanted)
 
 
 def test_nothing_is_shown_where_stderr_is_no_terminal(

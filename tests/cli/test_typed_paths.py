@@ -1,4 +1,4 @@
-"""Paths that are typed, completed and dropped."""
+"""Paths that are typed, completed and find_dropped_paths."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_smolvlm.cli.terminal.paths import complete_path, dropped, split_sources
+from mlx_smolvlm.cli.terminal.paths import complete_path, find_dropped_paths, split_sources
 
 NAMES = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=("Cs",)), min_size=1)
 
@@ -28,9 +28,12 @@ def test_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a b.png", "clip.MP4", "notes.txt"):
         (tmp_path / name).touch()
-    assert dropped(f"'{tmp_path}/a b.png' clip.MP4") == [f"{tmp_path}/a b.png", "clip.MP4"]
-    assert dropped(f"{tmp_path}/a b.png") == [f"{tmp_path}/a b.png"]
-    assert dropped("/not/there.jpg") == ["/not/there.jpg"]  # an error then says so
+    assert find_dropped_paths(f"'{tmp_path}/a b.png' clip.MP4") == [
+        f"{tmp_path}/a b.png",
+        "clip.MP4",
+    ]
+    assert find_dropped_paths(f"{tmp_path}/a b.png") == [f"{tmp_path}/a b.png"]
+    assert find_dropped_paths("/not/there.jpg") == ["/not/there.jpg"]  # an error then says so
     for line in (
         "not-there.jpg",
         "notes.txt",
@@ -39,7 +42,7 @@ def test_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "",
         "x" * 9999,
     ):
-        assert dropped(line) == []
+        assert find_dropped_paths(line) == []
 
 
 def test_completions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
