@@ -220,21 +220,34 @@ class AnswerStream(Iterator[Chunk]):
         self.reply, self.state = self._answer.reply, prompt.state
         self._engine, self._prompt, self._sampling = engine, prompt, sampling
         self._preparation = self._prepare()
-        self._chunks = self._generate()
+        self._token_ids: Generator[int, None, None] | None = None
+        self._is_over = False
         self._lock = threading.Lock()
 
-    def __iter__(self) -> Iterator[Chunk]:
-        return self._chunks
-
     def __next__(self) -> Chunk:
+        """The next piece; no layer lies between this and the loop over tokens."""
+        answer = self._answer
         with self._one_thread():
-            return next(self._chunks)
+            if self._is_over:
+                raise StopIteration
+            try:
+                if self._token_ids is None:
+                    self._token_ids = self._start()
+                while not answer.ended and (token_id := next(self._token_ids, None)) is not None:
+                    if text := answer.add(token_id):
+                        return Chunk(text, token_id)
+            except BaseException:
+                self._end()
+                raise
+            self._end()
+            if text := self._complete():
+                return Chunk(text, None)
+            raise StopIteration
 
     def close(self) -> None:
         """Stop the answer here."""
         with self._one_thread():
-            self._preparation.close()
-            self._chunks.close()
+            self._end()
 
     @contextmanager
     def _one_thread(self) -> Iterator[None]:
@@ -277,38 +290,35 @@ class AnswerStream(Iterator[Chunk]):
     def _prepare(self) -> Generator[Progress, None, None]:
         self._ready = yield from preparing(self._engine, self._prompt, self.reply)
 
-    def _generate(self) -> Generator[Chunk, None, None]:
-        """Yields the chunks, with `reply` kept up to date before each.
-
-        However it ends, what has been computed is remembered.
-        """
+    def _start(self) -> Generator[int, None, None]:
+        """Prepare what is left to prepare, and start to generate token ids."""
         for _ in self._preparation:
             pass
-        content, embeds, cache = self._ready
-        answer, constraint = self._answer, self._constraint
-        answer.begin(embeds.shape[1])
-        try:
-            with closing(self._token_ids(embeds, cache)) as token_ids:
-                for token_id in token_ids:
-                    shown = answer.add(token_id)
-                    if shown:
-                        yield Chunk(shown, token_id)
-                    if answer.ended:
-                        break
-        finally:
-            self.state = State(content.followed_by(self.reply.token_ids), cache)
-            self._engine.memory.remember(self.state, content, self._prompt.is_turn)
-        whole = constraint is not None and constraint.ended and not answer.is_cut
-        rest = answer.finish("stop" if whole else "length")
-        if rest:
-            yield Chunk(rest, None)
-        if whole:
-            self.reply.parsed = value_of(self.reply.text, self._sampling.schema)
-
-    def _token_ids(self, embeds: mx.array, cache: KVCache) -> Generator[int, None, None]:
-        """Start to generate what follows `embeds` (1, L, D)."""
+        _, embeds, cache = self._ready
+        self._answer.begin(embeds.shape[1])
         model, sampler = self._engine.model, make_sampler(self._sampling)
         limit = self._prompt.room(self._engine.context_size, self._sampling.max_tokens)
         if self._constraint is None:
             return tokens(model, embeds, cache, sampler, limit)
         return constrained_tokens(model, embeds, cache, sampler, self._constraint, limit)
+
+    def _end(self) -> None:
+        """Generate no more; what has been computed is remembered."""
+        if self._is_over:
+            return
+        self._is_over = True
+        self._preparation.close()
+        if self._token_ids is not None:
+            self._token_ids.close()
+            content, _, cache = self._ready
+            self.state = State(content.followed_by(self.reply.token_ids), cache)
+            self._engine.memory.remember(self.state, content, self._prompt.is_turn)
+
+    def _complete(self) -> str:
+        """Set why the answer ended, and its value; the text that was held back until now."""
+        answer, constraint = self._answer, self._constraint
+        whole = constraint is not None and constraint.ended and not answer.is_cut
+        text = answer.finish("stop" if whole else "length")
+        if whole:
+            self.reply.parsed = value_of(self.reply.text, self._sampling.schema)
+        return text

@@ -34,7 +34,8 @@ PACKAGE = "mlx_smolvlm"
 # Lowest first. A module imports its own folder and those before it; a file directly in the
 # package stands for itself.
 LAYERS = (
-    *("quoting", "blas", "errors", "values", "files", "json_files", "records", "config"),
+    *("quoting", "blas", "ownership", "errors", "process"),
+    *("values", "files", "json_files", "records", "config"),
     *("kv", "model", "checkpoint", "media", "prompt", "reuse", "generate"),
     *("conversation", "smolvlm", "mlx_smolvlm"),
     *("train", "train/evaluate", "convert", "convert/compare", "convert/quant"),
