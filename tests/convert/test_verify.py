@@ -319,7 +319,7 @@ def test_a_conversion_opens_each_file_of_its_source_once(
     (folder / "README.md").write_text("---\nlicense: mit\n---\n")
     (tmp_path / "text.txt").write_text(TEXT)
     few = replace(FEW, pictures=(("grey", Image.new("RGB", (9, 9), "grey")),))
-    monkeypatch.setattr(Samples, "options", lambda _samples: few)
+    monkeypatch.setattr(ComparisonInputs, "make_options", lambda _samples: few)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["mlx-smolvlm", "convert", str(folder), "out", *options])
     opened.clear()
