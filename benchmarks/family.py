@@ -198,7 +198,7 @@ def step_write(name: str, keys: Path, folder: Path, files: Path | None) -> dict[
 
 def step_convert(source: Path, dest: Path, options: dict[str, Any]) -> dict[str, Any]:
     """Convert; peak memory, seconds, and the bytes of weights and of the folder."""
-    from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.run import convert_checkpoint
 
     began = time.perf_counter()
@@ -214,7 +214,7 @@ def step_convert(source: Path, dest: Path, options: dict[str, Any]) -> dict[str,
 def step_answer(folder: Path, detail: Literal["high", "low"]) -> dict[str, Any]:
     """Load strictly and answer one token about a picture; peak memory and seconds."""
     from mlx_smolvlm import Sampling
-    from mlx_smolvlm.convert.opened import OpenedFolder
+    from mlx_smolvlm.convert.open_model import OpenedFolder
 
     began = time.perf_counter()
     vlm = OpenedFolder(folder).load()

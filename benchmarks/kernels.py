@@ -23,8 +23,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm import CacheOptions, load
-from mlx_smolvlm.model import Model, compile_encoder
-from mlx_smolvlm.packing import Rows
+from mlx_smolvlm.generate.batch import Rows
+from mlx_smolvlm.model.model import Model, compile_encoder
 
 VIEWS = {
     "AsStrided",

@@ -24,11 +24,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm import CacheOptions, SmolVLM, load
-from mlx_smolvlm.bounded import BoundedKVCache
-from mlx_smolvlm.cache import KVCache
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.logprobs import log_softmax
-from mlx_smolvlm.storage import FLOAT, Held, Mask, PackedStorage
+from mlx_smolvlm.generate.sampling import log_softmax
+from mlx_smolvlm.kv.bounded import BoundedKVCache
+from mlx_smolvlm.kv.cache import FLOAT, Held, KVCache, Mask, PackedStorage
 from tests.helpers import smollm2
 
 ROOT = Path(__file__).parent.parent

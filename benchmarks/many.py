@@ -23,8 +23,8 @@ from PIL import Image
 
 from mlx_smolvlm import Reply, Sampling, SmolVLM, load
 from mlx_smolvlm.config import ImageConfig, TextConfig, VisionConfig
-from mlx_smolvlm.engine import Engine
-from mlx_smolvlm.model import Model
+from mlx_smolvlm.generate.engine import Engine
+from mlx_smolvlm.model.model import Model
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "three.png"
 QUESTIONS = [

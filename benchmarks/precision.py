@@ -24,16 +24,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_smolvlm.convert.better import BetterOptions, mix
-from mlx_smolvlm.convert.calibration import BUNDLED, Sample, read_samples
-from mlx_smolvlm.convert.comparison import token_loss
-from mlx_smolvlm.convert.compensate import GptqOptions
-from mlx_smolvlm.convert.gptq import compensate_model
-from mlx_smolvlm.convert.learn import LearnOptions, learn, make_targets
-from mlx_smolvlm.convert.losses import head_of, predictions
-from mlx_smolvlm.convert.observe import last_hidden, windows
-from mlx_smolvlm.convert.opened import OpenedSource, unpacked_weight
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.compare.observe import head_of, last_hidden, predictions, windows
+from mlx_smolvlm.convert.compare.report import token_loss
+from mlx_smolvlm.convert.open_model import OpenedSource, unpacked_weight
+from mlx_smolvlm.convert.options import ConvertOptions
+from mlx_smolvlm.convert.quant.calibration import BUNDLED, Sample, read_samples
+from mlx_smolvlm.convert.quant.dwq import LearnOptions, learn, make_targets
+from mlx_smolvlm.convert.quant.gptq import GptqOptions, compensate_model
+from mlx_smolvlm.convert.quant.improve import BetterOptions, mix
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint
 from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.smolvlm import SmolVLM

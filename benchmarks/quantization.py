@@ -28,10 +28,9 @@ import numpy as np
 
 from mlx_smolvlm import SmolVLM, load
 from mlx_smolvlm.config import Quantization
-from mlx_smolvlm.convert.comparison import token_loss
-from mlx_smolvlm.convert.losses import head_of, predictions
-from mlx_smolvlm.convert.observe import last_hidden, windows
-from mlx_smolvlm.convert.quantize import (
+from mlx_smolvlm.convert.compare.observe import head_of, last_hidden, predictions, windows
+from mlx_smolvlm.convert.compare.report import token_loss
+from mlx_smolvlm.convert.options import (
     AFFINE_BITS,
     AFFINE_GROUPS,
     FLOAT_MODES,

@@ -23,11 +23,11 @@ import numpy as np
 import mlx_smolvlm
 from mlx_smolvlm import Sampling
 from mlx_smolvlm.config import Config, ImageConfig, QuantizationConfig, TextConfig, VisionConfig
-from mlx_smolvlm.constrain import Constrainer, Constraint
-from mlx_smolvlm.generate import constrained_tokens, tokens
-from mlx_smolvlm.model import Model
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.sampling import make_sampler
+from mlx_smolvlm.generate.grammar import Constrainer, Constraint
+from mlx_smolvlm.generate.loop import constrained_tokens, tokens
+from mlx_smolvlm.generate.sampling import make_sampler
+from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 POINT = {
     "type": "object",

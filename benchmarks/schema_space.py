@@ -15,8 +15,8 @@ from typing import Any
 import mlx_smolvlm
 from demo_recipe.evaluate import cases
 from mlx_smolvlm import Sampling
-from mlx_smolvlm.constrain import Constraint
-from mlx_smolvlm.schema import grammar
+from mlx_smolvlm.generate.grammar import Constraint
+from mlx_smolvlm.generate.json_schema import grammar
 
 FAMILIES = ("color", "count", "where")
 LEADS = {"free": None, "space demanded": " ", "space left to the model": " ?", "no space": ""}

@@ -66,7 +66,8 @@ def clock(row: Row, name: str) -> Iterator[None]:
 @contextmanager
 def stages_timed(row: Row) -> Iterator[None]:
     """Within this, decoding and resizing add their seconds to `row`."""
-    from mlx_smolvlm import image, video
+    from mlx_smolvlm.media import tiles as image
+    from mlx_smolvlm.media import video
 
     frames, frame_tile = video.Clip.frames, image.frame_tile
 
@@ -96,9 +97,9 @@ def measure(path: Path, seconds: int, frames: int, model: str, media: bool) -> R
     `decode_s` has also what the encoder's batch before holds up; `encode_s` is the rest.
     """
     import mlx_smolvlm as smolvlm
-    from mlx_smolvlm.checkpoint import read_config
-    from mlx_smolvlm.hub import ResolveOptions, resolve
-    from mlx_smolvlm.video import open_video
+    from mlx_smolvlm.checkpoint.load import read_config
+    from mlx_smolvlm.convert.hub import ResolveOptions, resolve
+    from mlx_smolvlm.media.video import open_video
 
     vlm = None if media else smolvlm.load(model)
     config = read_config(resolve(model, ResolveOptions())) if vlm is None else vlm.config
@@ -120,7 +121,7 @@ def measure(path: Path, seconds: int, frames: int, model: str, media: bool) -> R
 
 def _resized(clip: Any, config: Any) -> int:
     """How many tiles `clip` has, each made as for the encoder and dropped."""
-    from mlx_smolvlm import image
+    from mlx_smolvlm.media import tiles as image
 
     edge = config.video.longest_edge if config.video else config.tile_size
     return sum(len(image.frame_tile(one.picture, edge, config)) for one in clip.frames())

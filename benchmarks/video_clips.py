@@ -18,8 +18,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from mlx_smolvlm.files import replace_file
-from mlx_smolvlm.ownership import make_private_folder
+from mlx_smolvlm.files import make_private_folder, replace_file
 
 SIZE = (1920, 1080)
 FPS = 30

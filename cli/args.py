@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal, Protocol
 import typer
 
 from mlx_smolvlm.cli.media import VideoOptions, is_url, name_video_option
+from mlx_smolvlm.errors import redact_url
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.quoting import redact_url
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions, Sampling
-    from mlx_smolvlm.image import Detail
+    from mlx_smolvlm.media.tiles import Detail
 
 ImagesOption = Annotated[
     list[str] | None,
@@ -157,7 +157,7 @@ def parse_detail(text: str) -> Detail:
     for level in levels:
         if text == level:
             return level
-    from mlx_smolvlm.image import MAX_TILES_PER_SIDE
+    from mlx_smolvlm.media.tiles import MAX_TILES_PER_SIDE
 
     if text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= MAX_TILES_PER_SIDE:
         return int(text)

@@ -35,7 +35,7 @@ from mlx_smolvlm.cli.output import format_table, write, write_json
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions
-    from mlx_smolvlm.image import Detail
+    from mlx_smolvlm.media.tiles import Detail
 
 CHOOSE_EPILOG = """\
 \b
@@ -146,7 +146,7 @@ def decode_choices(options: ChooseOptions) -> tuple[str, ...]:
     Raises:
         typer.BadParameter: There are too few choices, or one is empty, repeated or not text.
     """
-    from mlx_smolvlm.choose import checked_choices
+    from mlx_smolvlm.generate.choose import checked_choices
 
     texts = tuple(decode_text("--choice", choice) for choice in options.choices)
     try:

@@ -26,8 +26,7 @@ from mlx_smolvlm.cli.output import (
     write,
 )
 from mlx_smolvlm.cli.train import TRAIN_EPILOG, train
-from mlx_smolvlm.errors import SmolVLMError
-from mlx_smolvlm.quoting import message_line
+from mlx_smolvlm.errors import SmolVLMError, message_line
 
 OUTPUT_CLOSED = 141
 # Of Click or of the part of it in Typer, by version; Typer exports neither.

@@ -14,10 +14,10 @@ from mlx_smolvlm.cli.output import ProgressBar, format_table, say, write
 from mlx_smolvlm.files import expand_path, write_output
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.convert.compare_options import CompareOptions
-    from mlx_smolvlm.convert.comparison import Comparison
+    from mlx_smolvlm.convert.compare.measure import CompareOptions
+    from mlx_smolvlm.convert.compare.report import Comparison
     from mlx_smolvlm.convert.source import Source
-    from mlx_smolvlm.image import Detail
+    from mlx_smolvlm.media.tiles import Detail
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 COMPARE_EPILOG = """\
@@ -103,7 +103,7 @@ class ComparisonInputs:
             typer.BadParameter: A file is not text, a folder has no pictures, or a number is
                 out of range.
         """
-        from mlx_smolvlm.convert.compare_options import CompareOptions
+        from mlx_smolvlm.convert.compare.measure import CompareOptions
 
         try:
             return CompareOptions(
@@ -154,7 +154,7 @@ def print_comparison(request: CompareRequest) -> None:
         MediaError: A picture cannot be opened.
         DatasetError: A dataset cannot be used.
     """
-    from mlx_smolvlm.convert.measure import compare as measure
+    from mlx_smolvlm.convert.compare.measure import compare as measure
 
     options = request.inputs.make_options(request.questions, request.max_tokens, request.detail)
     bar = ProgressBar()
@@ -169,7 +169,7 @@ def print_comparison(request: CompareRequest) -> None:
         text = json.dumps(comparison.to_dict(), indent=2) + "\n"
         write_output(request.json, text)
     if request.plot is not None:
-        from mlx_smolvlm.convert.plot import draw_plot
+        from mlx_smolvlm.convert.compare.plot import draw_plot
 
         draw_plot(comparison, request.plot)
 
@@ -181,7 +181,7 @@ def verify(source: Source, dest: Path, inputs: ComparisonInputs) -> None:
         CheckpointError: One of the two cannot be used.
         MediaError: A picture cannot be opened.
     """
-    from mlx_smolvlm.convert.verify import VERIFY_FILE, VERIFY_PLOT, verify_conversion
+    from mlx_smolvlm.convert.compare.verify import VERIFY_FILE, VERIFY_PLOT, verify_conversion
 
     bar = ProgressBar()
     with contextlib.closing(bar):
@@ -192,7 +192,7 @@ def verify(source: Source, dest: Path, inputs: ComparisonInputs) -> None:
 
 def print_result(comparison: Comparison) -> None:
     """Print a table of differences, and the answers that differ."""
-    from mlx_smolvlm.convert.report import differing_answers, summary_rows
+    from mlx_smolvlm.convert.compare.report import differing_answers, summary_rows
 
     write(format_table(list(summary_rows(comparison))))
     if lines := list(differing_answers(comparison)):

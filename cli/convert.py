@@ -17,7 +17,7 @@ from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.source import Source
 
 
@@ -129,7 +129,7 @@ def convert(
     ] = False,
 ) -> None:
     """Convert a Hugging Face or mlx-community checkpoint."""
-    from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.convert.options import ConvertOptions
 
     try:
         options = ConvertOptions(
@@ -189,7 +189,7 @@ class ConvertRequest:
     @property
     def has_changes(self) -> bool:
         """Whether an option asks for a conversion, or for a comparison of its result."""
-        from mlx_smolvlm.convert.quantize import ConvertOptions
+        from mlx_smolvlm.convert.options import ConvertOptions
 
         is_precise = self.precision is not None and self.precision != PrecisionOptions()
         return is_precise or self.verify is not None or self.options != ConvertOptions()
@@ -209,8 +209,8 @@ def run_conversion(request: ConvertRequest) -> None:
         CheckpointError: The source cannot be used, the destination exists, or the hub
             refuses the upload.
     """
+    from mlx_smolvlm.checkpoint.writer import check_destination
     from mlx_smolvlm.convert.source import open_source
-    from mlx_smolvlm.staging import check_destination
 
     if request.verify is not None:
         request.verify.make_options()  # refuse wrong files before hours of work
@@ -246,7 +246,7 @@ def find_source(name: str) -> str | Path:
     Raises:
         CheckpointError: It begins with the home directory of an unknown user.
     """
-    from mlx_smolvlm.hub import ALIASES, DEMO, resolve
+    from mlx_smolvlm.convert.hub import ALIASES, DEMO, resolve
 
     path = expand_path(name, CheckpointError)
     if path.exists():
@@ -279,9 +279,9 @@ def write_converted(source: Source, dest: Path, request: ConvertRequest) -> None
 
 def publish(folder: Path, request: ConvertRequest) -> None:
     """Upload the checkpoint in `folder`, and print the URL of the commit."""
+    from mlx_smolvlm.checkpoint.provenance import read_origin
+    from mlx_smolvlm.convert.compare.verify import verification_section
     from mlx_smolvlm.convert.upload import upload
-    from mlx_smolvlm.convert.verify import verification_section
-    from mlx_smolvlm.origin import read_origin
 
     assert request.upload is not None
     origin = read_origin(folder)
@@ -308,7 +308,7 @@ def choose_dest(source: str, options: ConvertOptions, suffix: str | None = None)
 
 def summarize(folder: Path) -> str:
     """Return the bits and the size of the checkpoint in `folder`."""
-    from mlx_smolvlm.checkpoint import read_config
+    from mlx_smolvlm.checkpoint.load import read_config
 
     config = read_config(folder)
     text = config.quantization.text

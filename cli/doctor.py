@@ -41,9 +41,8 @@ def doctor(
 
 def _check_everything() -> Iterator[Finding]:
     """Yield the findings of all checks, the slowest last."""
-    from mlx_smolvlm.cached import list_cached
     from mlx_smolvlm.cli import doctor_checks as checks
-    from mlx_smolvlm.convert.originals import list_originals
+    from mlx_smolvlm.convert.model_cache import list_cached, list_originals
 
     yield from checks.check_software()
     yield from checks.check_device()
@@ -63,10 +62,9 @@ def _check_everything() -> Iterator[Finding]:
 
 def _check_models(names: Sequence[str]) -> Iterator[Finding]:
     """Yield a finding for each named model: a folder, a model in a cache, or the demo."""
-    from mlx_smolvlm.cached import find, list_cached
     from mlx_smolvlm.cli.doctor_checks import check_checkpoint
-    from mlx_smolvlm.convert.originals import list_originals
-    from mlx_smolvlm.hub import DEMO, find_folder, resolve
+    from mlx_smolvlm.convert.hub import DEMO, find_folder, resolve
+    from mlx_smolvlm.convert.model_cache import find, list_cached, list_originals
 
     for name in names:
         if name == DEMO:

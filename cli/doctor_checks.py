@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlx_smolvlm.cli.output import format_size
-from mlx_smolvlm.errors import SmolVLMError
-from mlx_smolvlm.quoting import one_line, redact
+from mlx_smolvlm.errors import SmolVLMError, one_line, redact
 
 if TYPE_CHECKING:
     from mlx_smolvlm.config import Config
@@ -132,8 +131,8 @@ def check_storage() -> Iterator[Finding]:
     """Yield the cache folders: path, size, free space, and whether they can be written to."""
     from huggingface_hub import constants
 
-    from mlx_smolvlm.cached import list_cached
-    from mlx_smolvlm.hub import cache_folder
+    from mlx_smolvlm.convert.hub import cache_folder
+    from mlx_smolvlm.convert.model_cache import list_cached
 
     ours, theirs = cache_folder(), Path(constants.HF_HUB_CACHE)
     models = list_cached()
@@ -167,7 +166,7 @@ def _check_folder(name: str, path: Path, text: str) -> Finding:
 def check_environment() -> Iterator[Finding]:
     """Yield the terminal, the encoding, the network and the environment variables."""
     from mlx_smolvlm.cli.terminal import device
-    from mlx_smolvlm.offline import is_offline
+    from mlx_smolvlm.media.fetch import is_offline
 
     if device.can_draw():
         columns, rows = device.columns_and_rows()
@@ -195,7 +194,7 @@ def check_pictures() -> Iterator[Finding]:
     """Yield which common image formats can be written and read back."""
     from PIL import Image
 
-    from mlx_smolvlm.picture import open_image
+    from mlx_smolvlm.media.picture import open_image
 
     readable: list[str] = []
     unreadable: list[str] = []
@@ -221,7 +220,7 @@ def check_videos() -> Iterator[Finding]:
     try:
         import av
 
-        from mlx_smolvlm.readers import open_reader
+        from mlx_smolvlm.media.readers import open_reader
 
         data = _make_clip()
         reader = open_reader(lambda: io.BytesIO(data), "the trial clip")
@@ -274,15 +273,15 @@ def check_demo() -> Iterator[Finding]:
 
 def check_checkpoint(name: str, folder: Path) -> Iterator[Finding]:
     """Yield whether the checkpoint in `folder` is complete: headers, tokenizer, template, sums."""
-    from mlx_smolvlm.checkpoint import (
+    from mlx_smolvlm.checkpoint.headers import read_headers
+    from mlx_smolvlm.checkpoint.load import (
         build_checked,
         chat_template,
         read_config,
         tokenizer_path,
     )
-    from mlx_smolvlm.checksums import check_sums, read_sums
-    from mlx_smolvlm.prompt import PromptBuilder
-    from mlx_smolvlm.safetensors import read_headers
+    from mlx_smolvlm.checkpoint.provenance import check_sums, read_sums
+    from mlx_smolvlm.prompt.builder import PromptBuilder
 
     advice = f"convert or fetch it again; {folder}"
     try:

@@ -22,17 +22,16 @@ from mlx_smolvlm.cli.args import (
 from mlx_smolvlm.cli.chat import load_model
 from mlx_smolvlm.cli.output import ProgressBar, format_table, say, warn, write, write_json
 from mlx_smolvlm.cli.printer import INTERRUPTED
+from mlx_smolvlm.errors import escape_controls
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.quoting import escape_controls
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions
-    from mlx_smolvlm.image import Detail
-    from mlx_smolvlm.train.cases import EvaluationOptions
-    from mlx_smolvlm.train.evaluation import Evaluation
-    from mlx_smolvlm.train.metrics import Metric
-    from mlx_smolvlm.train.report import Report, TaskScore
-    from mlx_smolvlm.train.results import Result
+    from mlx_smolvlm.media.tiles import Detail
+    from mlx_smolvlm.train.evaluate.cases import EvaluationOptions
+    from mlx_smolvlm.train.evaluate.metrics import Metric
+    from mlx_smolvlm.train.evaluate.report import Report, Result, TaskScore
+    from mlx_smolvlm.train.evaluate.run import Evaluation
 
 HEADINGS = ("task", "metric", "right", "share", "95 % interval")
 EVAL_EPILOG = """\
@@ -170,7 +169,7 @@ def make_evaluation_options(
     Raises:
         typer.BadParameter: A value is out of range; the message names the option.
     """
-    from mlx_smolvlm.train.cases import EvaluationOptions
+    from mlx_smolvlm.train.evaluate.cases import EvaluationOptions
 
     names = "" if tasks is None else decode_text("--tasks", tasks)
     try:
@@ -192,7 +191,7 @@ def print_evaluation(request: EvaluateRequest) -> int:
 
     Every line of the datasets is checked before the model is loaded.
     """
-    from mlx_smolvlm.train.evaluation import Evaluation, read_cases
+    from mlx_smolvlm.train.evaluate.run import Evaluation, read_cases
 
     dataset = read_cases(request.data, request.options)
     vlm = load_model(request)

@@ -15,15 +15,15 @@ import numpy as np
 import typer
 
 from mlx_smolvlm.cli.output import say
+from mlx_smolvlm.errors import redact_url
 from mlx_smolvlm.files import append_file, expand_path, replace_file, write_file
-from mlx_smolvlm.quoting import redact_url
 
 if TYPE_CHECKING:
     import PIL.Image
 
     from mlx_smolvlm import Progress, SmolVLM, Video
-    from mlx_smolvlm.image import Detail
-    from mlx_smolvlm.video import Clip
+    from mlx_smolvlm.media.tiles import Detail
+    from mlx_smolvlm.media.video import Clip
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ def open_picture(source: str) -> OpenedImage:
     Raises:
         MediaError: It cannot be opened.
     """
-    from mlx_smolvlm.image import open_image
+    from mlx_smolvlm.media.tiles import open_image
 
     return OpenedImage(_shorten_source(source), open_image(source))
 
@@ -169,7 +169,7 @@ def print_cost(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> None:
 
 def describe_cost(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> str:
     """Return the name of a picture, its tiles and its tokens in one line."""
-    from mlx_smolvlm.image import grid_of
+    from mlx_smolvlm.media.tiles import grid_of
 
     grid = grid_of(image.image.size, vlm.config, detail)
     tiles = "1 tile" if grid.num_tiles == 1 else f"{grid.rows} x {grid.cols} tiles + 1"
@@ -182,8 +182,8 @@ def sample_video(vlm: SmolVLM, video: OpenedVideo) -> Clip:
     Raises:
         MediaError: There is no frame between start and end, or the video cannot be decoded.
     """
-    from mlx_smolvlm.timeline import clock
-    from mlx_smolvlm.video import open_video
+    from mlx_smolvlm.media.timeline import clock
+    from mlx_smolvlm.media.video import open_video
 
     clip = open_video(video.video, vlm.config)
     if sys.stderr.isatty():

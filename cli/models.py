@@ -14,8 +14,7 @@ import typer
 from mlx_smolvlm.cli.output import format_size, format_table, say, write, write_json
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.cached import CachedModel
-    from mlx_smolvlm.convert.originals import Original
+    from mlx_smolvlm.convert.model_cache import CachedModel, Original
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
@@ -46,9 +45,8 @@ def rm(
 
 def print_models(as_json: bool) -> None:
     """Print the aliases, the converted checkpoints and the downloads."""
-    from mlx_smolvlm.cached import list_cached
-    from mlx_smolvlm.convert.originals import list_originals
-    from mlx_smolvlm.hub import ALIASES, cache_folder
+    from mlx_smolvlm.convert.hub import ALIASES, cache_folder
+    from mlx_smolvlm.convert.model_cache import list_cached, list_originals
 
     cached, originals = list_cached(), list_originals()
     if as_json:
@@ -124,7 +122,7 @@ def remove_models(names: Sequence[str], yes: bool) -> None:
         typer.BadParameter: There is no terminal to ask on, and `yes` was not given.
         CheckpointError: A name is not in the cache, or cannot be removed.
     """
-    from mlx_smolvlm.cached import find, list_cached, remove
+    from mlx_smolvlm.convert.model_cache import find, list_cached, remove
 
     cached = list_cached()
     selected = {model.path: model for name in names for model in find(name, cached)}

@@ -10,8 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlx_smolvlm.errors import SmolVLMWarning
-from mlx_smolvlm.quoting import escape_controls, message_line
+from mlx_smolvlm.errors import SmolVLMWarning, escape_controls, message_line
 
 if TYPE_CHECKING:
     from mlx_smolvlm import Reply

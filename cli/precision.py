@@ -13,7 +13,7 @@ import typer
 from mlx_smolvlm.cli.output import ProgressBar, say
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.source import Source
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -70,8 +70,8 @@ class PrecisionOptions:
             typer.BadParameter: Options exclude each other, or the size cannot be parsed.
             CheckpointError: The recipe cannot be read.
         """
-        from mlx_smolvlm.convert.quantize import ConvertOptions
-        from mlx_smolvlm.convert.recipes import read_recipe
+        from mlx_smolvlm.convert.options import ConvertOptions
+        from mlx_smolvlm.convert.quant.recipes import read_recipe
 
         self._check()
         if self.recipe is None and not self.has_target:
@@ -101,9 +101,9 @@ class PrecisionOptions:
 
     def write(self, source: Source, dest: Path, options: ConvertOptions, *, force: bool) -> None:
         """Convert `source` to the folder `dest`, and report the measured errors."""
-        from mlx_smolvlm.convert.better import BetterOptions, convert_better
-        from mlx_smolvlm.convert.compensate import GptqOptions
-        from mlx_smolvlm.convert.learn import LearnOptions
+        from mlx_smolvlm.convert.quant.dwq import LearnOptions
+        from mlx_smolvlm.convert.quant.gptq import GptqOptions
+        from mlx_smolvlm.convert.quant.improve import BetterOptions, convert_better
 
         better = BetterOptions(
             target_bytes=None if self.target_size is None else parse_size(self.target_size),

@@ -18,8 +18,8 @@ from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
+    from mlx_smolvlm.train.finetune import Event, Tuning
     from mlx_smolvlm.train.settings import Settings
-    from mlx_smolvlm.train.tuning import Event, Tuning
 
 TRAIN_EPILOG = """\
 \b
@@ -47,8 +47,8 @@ def train(
     offline: OfflineOption = False,
 ) -> None:
     """Train a model further on your own pictures, videos and answers."""
+    from mlx_smolvlm.train.finetune import Tuning
     from mlx_smolvlm.train.settings import read_settings
-    from mlx_smolvlm.train.tuning import Tuning
 
     settings = read_settings(config)
     if fuse and settings.method != "lora":

@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_smolvlm.checkpoint.headers import FLOATS, TensorInfo
 from mlx_smolvlm.config import Config, Quantization, part_of
-from mlx_smolvlm.convert.quantize import (
+from mlx_smolvlm.convert.names import Entry, canonical, entries
+from mlx_smolvlm.convert.options import (
     AFFINE_BITS,
     AFFINE_GROUPS,
     FLOAT_MODES,
@@ -22,9 +24,7 @@ from mlx_smolvlm.convert.quantize import (
     packed_shapes,
     summarize,
 )
-from mlx_smolvlm.convert.weights import Entry, canonical, entries
 from mlx_smolvlm.errors import CheckpointError, shorten
-from mlx_smolvlm.safetensors import FLOATS, TensorInfo
 
 Found = dict[str, tuple[str, TensorInfo]]  # canonical name -> name in the source, place
 

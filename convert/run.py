@@ -11,34 +11,85 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_smolvlm.checkpoint import (
+from mlx_smolvlm.checkpoint.headers import WeightFiles
+from mlx_smolvlm.checkpoint.load import (
     CONFIG_FILE,
     LARGEST_TEMPLATE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
 )
+from mlx_smolvlm.checkpoint.provenance import ORIGIN_FILE, Origin
+from mlx_smolvlm.checkpoint.writer import Outbox, ShardWriter, check_destination, staged
 from mlx_smolvlm.config import Config, Quantization
-from mlx_smolvlm.convert.arrays import build
-from mlx_smolvlm.convert.card_data import trace
+from mlx_smolvlm.convert.card import trace
+from mlx_smolvlm.convert.hf_config import read_settings
+from mlx_smolvlm.convert.hf_processor import read_template
+from mlx_smolvlm.convert.names import entries, own_entries
+from mlx_smolvlm.convert.options import ConvertOptions, pack, requested, unpack
 from mlx_smolvlm.convert.plan import (
     Found,
+    Member,
     Step,
     make_plan,
     match,
     source_quantization,
     usual_dtype,
 )
-from mlx_smolvlm.convert.preprocessing import read_template
-from mlx_smolvlm.convert.quantize import ConvertOptions, requested
-from mlx_smolvlm.convert.settings import read_settings
 from mlx_smolvlm.convert.source import Source, open_source
-from mlx_smolvlm.convert.weights import entries, own_entries
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.origin import ORIGIN_FILE, Origin
-from mlx_smolvlm.staging import check_destination, staged
-from mlx_smolvlm.tokenizer import LARGEST_FILE
-from mlx_smolvlm.writer import Outbox, ShardWriter
+from mlx_smolvlm.prompt.tokenizer import LARGEST_FILE
+
+
+def build(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The arrays of the module that `step` describes, by suffix, floats as `dtype`."""
+    bias = []
+    if step.entry.bias:
+        bias = [weights.read(member.tensors["bias"][0]).astype(dtype) for member in step.members]
+        bias += [mx.zeros((step.extra_rows,), dtype)] if step.extra_rows else []
+    target, packed = step.target, {member.packed for member in step.members}
+    if target is not None and packed == {target} and not step.extra_columns:
+        return _packed_rows(step, weights, dtype) | _bias(bias)
+    matrices = [_float_weight(member, weights, dtype) for member in step.members]
+    weight = matrices[0] if len(matrices) == 1 else mx.concatenate(matrices)
+    if weight.ndim == 4:  # the patch embedding
+        if weight.shape[1:] == step.entry.shapes[0][1:]:  # (V, 3, p, p), transformers' layout
+            weight = weight.transpose(0, 2, 3, 1)
+        weight = weight.reshape(weight.shape[0], -1)  # (V, p*p*3)
+    if step.extra_rows or step.extra_columns:
+        weight = mx.pad(weight, [(0, step.extra_rows), (0, step.extra_columns)])
+    arrays = {"weight": mx.contiguous(weight)} if target is None else pack(weight, target)
+    return arrays | _bias(bias)
+
+
+def _bias(parts: list[mx.array]) -> dict[str, mx.array]:
+    """`parts` joined, under the name that a module gives it; nothing if there are none."""
+    return {"bias": mx.concatenate(parts)} if parts else {}
+
+
+def _packed_rows(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The packed arrays of the step's members, one below the other, without unpacking them."""
+    assert step.target is not None
+    rows = [
+        {s: weights.read(name) for s, (name, _) in member.tensors.items() if s != "bias"}
+        for member in step.members
+    ]
+    if step.extra_rows:
+        rows.append(pack(mx.zeros((step.extra_rows, step.entry.width), dtype), step.target))
+    joined = {suffix: mx.concatenate([one[suffix] for one in rows]) for suffix in rows[0]}
+    return {
+        suffix: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+        for suffix, array in joined.items()
+    }
+
+
+def _float_weight(member: Member, weights: WeightFiles, dtype: mx.Dtype) -> mx.array:
+    """The member's weight as floats of type `dtype`."""
+    arrays = {s: weights.read(name) for s, (name, _) in member.tensors.items() if s != "bias"}
+    if member.packed is None:
+        return arrays["weight"].astype(dtype)
+    return unpack(arrays, member.packed, dtype)
+
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, module at hand
 

@@ -15,18 +15,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.checkpoint import CONFIG_FILE
-from mlx_smolvlm.config import FORMAT
-from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.json_files import LARGEST_JSON, parse_json, read_text
-from mlx_smolvlm.offline import is_offline
-from mlx_smolvlm.safetensors import (
+from mlx_smolvlm.checkpoint.headers import (
     INDEX_FILE,
     WEIGHTS_FILE,
     WeightFiles,
 )
-from mlx_smolvlm.staging import make_temporary
+from mlx_smolvlm.checkpoint.load import CONFIG_FILE
+from mlx_smolvlm.checkpoint.writer import make_temporary
+from mlx_smolvlm.config import FORMAT
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.media.fetch import is_offline
+from mlx_smolvlm.records import LARGEST_JSON, parse_json, read_text
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -7,21 +7,20 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_smolvlm.checkpoint import (
+from mlx_smolvlm.checkpoint.headers import INDEX_FILE, read_headers
+from mlx_smolvlm.checkpoint.load import (
     CARD_FILE,
     CONFIG_FILE,
     TEMPLATE_FILE,
     TOKENIZER_FILE,
     read_config,
 )
-from mlx_smolvlm.checksums import SUMS_FILE, read_sums, sums_text
+from mlx_smolvlm.checkpoint.provenance import ORIGIN_FILE, SUMS_FILE, read_sums, sums_text
 from mlx_smolvlm.convert.card import model_card
 from mlx_smolvlm.convert.source import is_hub_id
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import sha256_file
-from mlx_smolvlm.offline import is_offline
-from mlx_smolvlm.origin import ORIGIN_FILE
-from mlx_smolvlm.safetensors import INDEX_FILE, read_headers
+from mlx_smolvlm.media.fetch import is_offline
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -19,8 +19,8 @@ from demo_recipe.rows import Pointed, Row, make_row, padded
 from demo_recipe.tokenizer import token_id
 from demo_recipe.topics import NO_FOCUS, TOPICS, Focus, ask, ask_several, draw, talk
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.image import Detail, Grid, tiles
-from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.media.tiles import Detail, Grid, tiles
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,9 @@ from demo_recipe.sample_clips import SAMPLED, sample_clip
 from demo_recipe.tokenizer import token_id
 from demo_recipe.topics import shape_glyphs
 from mlx_smolvlm.config import VisionConfig
-from mlx_smolvlm.image import Grid, frame_tile
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.timeline import clock, stamp
+from mlx_smolvlm.media.tiles import Grid, frame_tile
+from mlx_smolvlm.media.timeline import clock, stamp
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 _SHORT_ROWS, _LONG_ROWS = 5, 2  # questions on a clip
 _SAMPLED_WEIGHTS = (0.1, 0.15, 0.19, 0.17, 0.14, 0.13, 0.12)

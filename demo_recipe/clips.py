@@ -16,7 +16,7 @@ from PIL import Image
 
 from demo_recipe.draw import RGB, Scene, Shape, render
 from mlx_smolvlm.config import VideoConfig
-from mlx_smolvlm.timeline import sample_indices
+from mlx_smolvlm.media.timeline import sample_indices
 
 # SmolVLM2's, but for half as many frames at most and the demo's tile.
 VIDEO = VideoConfig(fps=1.0, max_frames=32, longest_edge=96, skip_secs=1.0)

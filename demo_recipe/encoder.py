@@ -7,7 +7,7 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.vision import VisionModel
+from mlx_smolvlm.model.vision import VisionModel
 
 
 def start_encoder(model: VisionModel, pixel_values: np.ndarray) -> None:

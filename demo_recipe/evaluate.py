@@ -21,7 +21,7 @@ from demo_recipe.clips import Clip
 from demo_recipe.film import write_mp4
 from demo_recipe.heldout import collect
 from mlx_smolvlm import Reply, Sampling, SmolVLM
-from mlx_smolvlm.image import Detail
+from mlx_smolvlm.media.tiles import Detail
 
 LONGEST = Sampling(max_tokens=256)  # as `mlx-smolvlm eval` has it
 

@@ -12,7 +12,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_smolvlm import text, vision
+from mlx_smolvlm.model import text, vision
 
 
 def _tanh(x: mx.array) -> mx.array:

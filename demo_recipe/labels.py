@@ -17,7 +17,7 @@ from demo_recipe.draw import COLOR_NAMES
 from demo_recipe.items import Extent, Glyph
 from demo_recipe.kinds import GLYPHS
 from mlx_smolvlm.config import VisionConfig
-from mlx_smolvlm.image import Grid
+from mlx_smolvlm.media.tiles import Grid
 
 RANKS, TOTALS, VALUES = 8, 7, 11  # how many of each are told apart
 _SIZES = (len(GLYPHS) + 1, len(COLOR_NAMES), RANKS, TOTALS, VALUES)

@@ -21,8 +21,8 @@ from demo_recipe.motion import (
 )
 from demo_recipe.prefix import SharedPrefix, layer_states
 from mlx_smolvlm.config import Config, ImageConfig
-from mlx_smolvlm.image import scale_and_shift
-from mlx_smolvlm.model import Model
+from mlx_smolvlm.media.tiles import scale_and_shift
+from mlx_smolvlm.model.model import Model
 
 _DENSE_SHARE = 0.1  # of the dense loss, beside that of the answers
 _POINTER_SHARE = 0.25  # of the loss of where words look, in each of two layers

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.cache import KVCache
-from mlx_smolvlm.storage import Mask
-from mlx_smolvlm.text import TextModel
+from mlx_smolvlm.kv.cache import KVCache, Mask
+from mlx_smolvlm.model.text import TextModel
 
 ASKED_LAYER, ANSWERED_LAYER = 2, 4  # whose first head is told where to look
 

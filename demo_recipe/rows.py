@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from demo_recipe.items import Box, Turn, parts_of, text_of
-from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 Pointed = tuple[int, tuple[Box, ...]]  # a place in a row, and what it should look at
 

@@ -52,9 +52,9 @@ from demo_recipe.optimizer import Optimizer
 from demo_recipe.sample_clips import SAMPLED
 from demo_recipe.shapes import demo_config
 from demo_recipe.topics import Focus
-from mlx_smolvlm.hub import DEMO, resolve
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.safetensors import load_tensors, read_metadata, save_synced
+from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_synced
+from mlx_smolvlm.convert.hub import DEMO, resolve
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 SAVED_EVERY_S = 120
 CHAT_TEMPLATE = (

@@ -17,9 +17,6 @@ if sys.platform == "linux":
     load_openblas()  # only works before mlx.core is imported
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.answer import AnswerStream, Chunk, Reply
-    from mlx_smolvlm.cache_options import CacheOptions
-    from mlx_smolvlm.choose import Choice
     from mlx_smolvlm.conversation import Conversation
     from mlx_smolvlm.errors import (
         CheckpointError,
@@ -32,11 +29,14 @@ if TYPE_CHECKING:
         SmolVLMWarning,
         TrainingError,
     )
-    from mlx_smolvlm.media import Progress
-    from mlx_smolvlm.parts import Part
-    from mlx_smolvlm.sampling import Sampling, SamplingOptions
+    from mlx_smolvlm.generate.choose import Choice
+    from mlx_smolvlm.generate.long_video import Part
+    from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions
+    from mlx_smolvlm.generate.stream import AnswerStream, Chunk, Reply
+    from mlx_smolvlm.kv.options import CacheOptions
+    from mlx_smolvlm.media.encode import Progress
+    from mlx_smolvlm.media.video import Video
     from mlx_smolvlm.smolvlm import SmolVLM, load
-    from mlx_smolvlm.video import Video
 
 __version__ = "0.1.0"
 
@@ -66,27 +66,27 @@ __all__ = [
 ]
 
 _MODULES = {  # that define the public names
-    "AnswerStream": "mlx_smolvlm.answer",
-    "CacheOptions": "mlx_smolvlm.cache_options",
+    "AnswerStream": "mlx_smolvlm.generate.stream",
+    "CacheOptions": "mlx_smolvlm.kv.options",
     "CheckpointError": "mlx_smolvlm.errors",
-    "Choice": "mlx_smolvlm.choose",
-    "Chunk": "mlx_smolvlm.answer",
+    "Choice": "mlx_smolvlm.generate.choose",
+    "Chunk": "mlx_smolvlm.generate.stream",
     "ConstraintError": "mlx_smolvlm.errors",
     "ContextError": "mlx_smolvlm.errors",
     "Conversation": "mlx_smolvlm.conversation",
     "DatasetError": "mlx_smolvlm.errors",
     "MediaError": "mlx_smolvlm.errors",
-    "Part": "mlx_smolvlm.parts",
-    "Progress": "mlx_smolvlm.media",
+    "Part": "mlx_smolvlm.generate.long_video",
+    "Progress": "mlx_smolvlm.media.encode",
     "PromptError": "mlx_smolvlm.errors",
-    "Reply": "mlx_smolvlm.answer",
-    "Sampling": "mlx_smolvlm.sampling",
-    "SamplingOptions": "mlx_smolvlm.sampling",
+    "Reply": "mlx_smolvlm.generate.stream",
+    "Sampling": "mlx_smolvlm.generate.sampling",
+    "SamplingOptions": "mlx_smolvlm.generate.sampling",
     "SmolVLM": "mlx_smolvlm.smolvlm",
     "SmolVLMError": "mlx_smolvlm.errors",
     "SmolVLMWarning": "mlx_smolvlm.errors",
     "TrainingError": "mlx_smolvlm.errors",
-    "Video": "mlx_smolvlm.video",
+    "Video": "mlx_smolvlm.media.video",
     "load": "mlx_smolvlm.smolvlm",
 }
 

@@ -8,24 +8,24 @@ from typing import TYPE_CHECKING, Literal, Unpack
 
 import mlx.core as mx
 
-from mlx_smolvlm.answer import AnswerStream, Reply
-from mlx_smolvlm.batch import answer_all, checked_prompts
-from mlx_smolvlm.cache_options import CacheOptions
-from mlx_smolvlm.choose import Choice, Normalize, checked_choices, chosen
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
-from mlx_smolvlm.engine import Engine
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.messages import ImageSource, Message, VideoSource, read_request
-from mlx_smolvlm.parts import Part, answers_by_part
+from mlx_smolvlm.generate.batch import answer_all, checked_prompts
+from mlx_smolvlm.generate.choose import Choice, Normalize, checked_choices, chosen
+from mlx_smolvlm.generate.engine import Engine
+from mlx_smolvlm.generate.long_video import Part, answers_by_part
+from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
+from mlx_smolvlm.generate.stream import AnswerStream, Reply
+from mlx_smolvlm.kv.options import CacheOptions
 from mlx_smolvlm.process import check_process
-from mlx_smolvlm.sampling import Sampling, SamplingOptions, choose_sampling
+from mlx_smolvlm.prompt.messages import ImageSource, Message, VideoSource, read_request
 
 if TYPE_CHECKING:
     import PIL.Image
 
-    from mlx_smolvlm.image import Detail
+    from mlx_smolvlm.media.tiles import Detail
 
 
 _PUBLIC = (
@@ -280,9 +280,9 @@ def load(
         CheckpointError: It cannot be found, converted or read, or `cache` or `adapter` does
             not suit it.
     """
-    from mlx_smolvlm.checkpoint import chat_template, load_model, read_config, tokenizer_path
-    from mlx_smolvlm.hub import ResolveOptions, resolve
-    from mlx_smolvlm.prompt import PromptBuilder
+    from mlx_smolvlm.checkpoint.load import chat_template, load_model, read_config, tokenizer_path
+    from mlx_smolvlm.convert.hub import ResolveOptions, resolve
+    from mlx_smolvlm.prompt.builder import PromptBuilder
 
     check_process()
     path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
@@ -293,7 +293,7 @@ def load(
     network = load_model(path, dtype)
     if adapter is None:
         return SmolVLM(Engine(path, config, network, builder, cache))
-    from mlx_smolvlm.adapter import load_adapter
+    from mlx_smolvlm.checkpoint.lora import load_adapter
 
     folder = expand_path(adapter, CheckpointError)
     load_adapter(network, folder, config.source)

@@ -23,9 +23,9 @@ from mlx_smolvlm.config import (
     VideoConfig,
     VisionConfig,
 )
-from mlx_smolvlm.hub import DEMO, resolve
-from mlx_smolvlm.model import Model
-from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.convert.hub import DEMO, resolve
+from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.prompt.builder import PromptBuilder
 from mlx_smolvlm.smolvlm import SmolVLM, load
 
 TEMPLATE = (

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import mlx_smolvlm.answer
+import mlx_smolvlm.generate.stream
 from mlx_smolvlm import (
     CacheOptions,
     CheckpointError,
@@ -26,11 +26,11 @@ from mlx_smolvlm import (
     Video,
     load,
 )
-from mlx_smolvlm.content import Content, Span
-from mlx_smolvlm.image import Grid, grid_of, open_image
-from mlx_smolvlm.media import Picture
-from mlx_smolvlm.reuse import Memory
-from mlx_smolvlm.sampling import make_sampler
+from mlx_smolvlm.generate.sampling import make_sampler
+from mlx_smolvlm.media.encode import Picture
+from mlx_smolvlm.media.tiles import Grid, grid_of, open_image
+from mlx_smolvlm.reuse.content import Content, Span
+from mlx_smolvlm.reuse.memory import Memory
 
 SHORT = Sampling(max_tokens=5)
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -83,7 +83,7 @@ def logits(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
 
         return sample
 
-    monkeypatch.setattr(mlx_smolvlm.answer, "make_sampler", recording)
+    monkeypatch.setattr(mlx_smolvlm.generate.stream, "make_sampler", recording)
     return seen
 
 
@@ -224,13 +224,13 @@ def encoded(vlm: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the prompts that go through the decoder from now on."""
     lengths: list[int] = []
-    original = mlx_smolvlm.answer.tokens
+    original = mlx_smolvlm.generate.stream.tokens
 
     def counting(model: Any, inputs_embeds: mx.array, *rest: Any) -> Iterator[int]:
         lengths.append(inputs_embeds.shape[1])
         return original(model, inputs_embeds, *rest)
 
-    monkeypatch.setattr(mlx_smolvlm.answer, "tokens", counting)
+    monkeypatch.setattr(mlx_smolvlm.generate.stream, "tokens", counting)
     return lengths
 
 
@@ -536,7 +536,7 @@ def test_encoded_pictures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     pictures = [Picture(None, Grid(0, 0), "high", name) for name in "abc"]
     for picture in pictures:
         picture.image_embeds = mx.zeros((1, 4, 64))
-    monkeypatch.setattr("mlx_smolvlm.reuse.FEATURE_BYTES", int(2.5 * 4 * 4 * 64))
+    monkeypatch.setattr("mlx_smolvlm.reuse.memory.FEATURE_BYTES", int(2.5 * 4 * 4 * 64))
     memory = Memory(CacheOptions())
     memory.keep_features(pictures[:2])
     memory.lend_features([Picture(None, pictures[0].grid, "high", "a")])  # so it goes later

@@ -15,8 +15,8 @@ from demo_recipe.items import text_of
 from demo_recipe.run import CHAT_TEMPLATE
 from demo_recipe.shapes import demo_config
 from demo_recipe.transcripts import retell
-from mlx_smolvlm.image import Detail
-from mlx_smolvlm.video import open_video
+from mlx_smolvlm.media.tiles import Detail
+from mlx_smolvlm.media.video import open_video
 
 FOLDER = Path(mlx_smolvlm.__file__).parent / "demo"
 ROOT = Path(__file__).parents[1]

@@ -17,9 +17,9 @@ from demo_recipe.draw import COLOR_NAMES, render
 from demo_recipe.evaluate import Case, ask, cases
 from demo_recipe.questions import BACKGROUND
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, SmolVLMWarning, Video
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.image import Detail, Grid, grid_of
+from mlx_smolvlm.media.tiles import Detail, Grid, grid_of
 
 SEED = 5  # of the cases here; test_demo.py's is 0
 DEMO = Path(mlx_smolvlm.__file__).parent / "demo"

@@ -18,18 +18,17 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 
-from mlx_smolvlm.adapter import AdapterConfig, adaptable, attach, load_adapter, save_adapter
-from mlx_smolvlm.adapter import signature as signature_of
-from mlx_smolvlm.checkpoint import load_model
-from mlx_smolvlm.convert.recipes import read_recipe
-from mlx_smolvlm.convert.verify import VERIFY_FILE, verification_section
+from mlx_smolvlm.checkpoint.load import load_model
+from mlx_smolvlm.checkpoint.lora import AdapterConfig, adaptable, attach, load_adapter, save_adapter
+from mlx_smolvlm.checkpoint.lora import signature as signature_of
+from mlx_smolvlm.convert.compare.verify import VERIFY_FILE, verification_section
+from mlx_smolvlm.convert.quant.recipes import read_recipe
 from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMError, TrainingError, shorten
-from mlx_smolvlm.train.cases import EvaluationOptions, read_cases
 from mlx_smolvlm.train.dataset import read_dataset
-from mlx_smolvlm.train.folder import check_folder, check_same, rewind
+from mlx_smolvlm.train.evaluate.cases import EvaluationOptions, read_cases
+from mlx_smolvlm.train.evaluate.report import Result, ResultsFile, scores_of
+from mlx_smolvlm.train.finetune import check_folder, check_same, rewind
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule, read_notes
-from mlx_smolvlm.train.report import scores_of
-from mlx_smolvlm.train.results import Result, ResultsFile
 from mlx_smolvlm.train.settings import read_settings
 from tests.helpers import file_damage
 

@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks import family
 from mlx_smolvlm import Sampling, load
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from tests.helpers import hf_folder as hf
 

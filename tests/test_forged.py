@@ -25,8 +25,8 @@ from mlx_smolvlm import (
     Video,
     load,
 )
-from mlx_smolvlm.saved import KIND
-from mlx_smolvlm.store import OWN_FOLDER, read, write
+from mlx_smolvlm.conversation import KIND
+from mlx_smolvlm.reuse.disk import OWN_FOLDER, read, write
 
 SHORT = Sampling(max_tokens=2)
 PICTURE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)

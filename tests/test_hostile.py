@@ -10,10 +10,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_smolvlm.checkpoint import load_model
+from mlx_smolvlm.checkpoint.headers import load_tensors, read_header, read_headers
+from mlx_smolvlm.checkpoint.load import load_model
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.safetensors import load_tensors, read_header, read_headers
 from tests.helpers import hf_folder as hf
 
 # As they stand in a file, since some are no values of Python's.
@@ -68,7 +68,7 @@ def assert_refused_or_fine(file: Path, run: Any) -> int:
 )  # fmt: skip
 def test_no_value_of_a_source_does_more_than_be_refused(tmp_path, monkeypatch, name, least):
     from mlx_smolvlm.convert import run
-    from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.source import Source
 
     source = hf.make(tmp_path / "s")

@@ -24,49 +24,27 @@ PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(en
 # Declared, but never imported.
 LOADED_OTHERWISE = {"cmeel-openblas"}  # a shared library that blas.py opens by its path
 LEAVES = {
-    "vision", "connector", "text", "cache", "storage", "bounded", "offline",
-    "cache_options", "sampling", "picture", "fetch", "image", "decode",
-    "readers", "scenes", "frames", "video", "schema", "files", "blas", "logprobs",
-    "values", "budget", "animation", "timeline", "download", "quoting", "ownership", "process",
+    "blas", "files", "process", "records",
+    "kv.bounded", "kv.cache", "kv.options", "model.connector", "model.text", "model.vision",
+    "media.animation", "media.budget", "media.decode", "media.download", "media.fetch",
+    "media.picture", "media.readers", "media.tiles", "media.timeline", "media.video",
+    "generate.json_schema", "generate.sampling",
 }  # fmt: skip
 PACKAGE = "mlx_smolvlm"
 
 # Lowest first. A module imports its own folder and those before it; a file directly in the
 # package stands for itself.
 LAYERS = (
-    *("quoting", "blas", "ownership", "errors", "process"),
-    *("values", "files", "json_files", "records", "config"),
+    *("blas", "errors", "process", "files", "records", "config"),
     *("kv", "model", "checkpoint", "media", "prompt", "reuse", "generate"),
     *("conversation", "smolvlm", "mlx_smolvlm"),
     *("train", "train/evaluate", "convert", "convert/compare", "convert/quant"),
-    *("convert/__init__", "cli"),
+    *("convert/compare/__init__", "convert/__init__", "cli"),
 )
 # Reading pictures and wording prompts needs no network and no checkpoint.
 APART = {(above, below) for above in ("media", "prompt") for below in ("kv", "model", "checkpoint")}
 # `load` converts a checkpoint on first use: the one arrow up, and a lazy one.
-EXCEPTIONS = [("mlx_smolvlm.smolvlm", f"mlx_smolvlm.{name}") for name in ("hub", "convert.hub")]
-
-# Where the files that still lie flat belong.
-FOLDERS = {
-    "kv": "storage cache bounded cache_options",
-    "model": "vision connector text model",
-    "checkpoint": "checkpoint safetensors checksums origin contents adapter staging writer",
-    "media": "download budget timeline animation offline fetch picture image video readers decode "
-    "scenes media",
-    "prompt": "messages template sandbox tokenizer prompt frames",
-    "reuse": "content reuse store",
-    "generate": "context logprobs engine generate sampling constrain schema answer packing batch "
-    "choose parts",
-    "conversation": "saved",
-    "convert": "hub cached",
-    "convert/quant": "convert.recipes convert.better convert.mixture convert.sensitivity "
-    "convert.compensate convert.gptq convert.learn convert.calibration",
-    "convert/compare": "convert.samples convert.losses convert.observe convert.differences "
-    "convert.comparison convert.report convert.plot convert.verify convert.compare_options "
-    "convert.scoring convert.measure",
-    "train/evaluate": "train.cases train.metrics train.results train.report train.evaluation",
-}
-MOVES = {f"{PACKAGE}.{name}": folder for folder, names in FOLDERS.items() for name in names.split()}
+EXCEPTION = ("mlx_smolvlm.smolvlm", "mlx_smolvlm.convert.hub")
 
 
 def modules() -> dict[str, Path]:
@@ -86,8 +64,6 @@ def folder_of(module: str, path: Path) -> str:
     `cli` counts as one: the command `chat` starts the interactive program, which is made of
     the commands' parts.
     """
-    if module in MOVES:
-        return MOVES[module]
     parts = module.split(".")[1:]
     if parts[:1] == ["cli"]:
         return "cli"
@@ -123,7 +99,7 @@ def arrows() -> dict[tuple[str, str], bool]:
     for module, path in known.items():
         for other, is_lazy in imports(path, known):
             found[module, other] = found.get((module, other), True) and is_lazy
-    assert [found.pop(pair) for pair in EXCEPTIONS if pair in found] == [True]
+    assert found.pop(EXCEPTION), "load imports the converter before it is needed"
     return found
 
 
@@ -183,10 +159,12 @@ def imported(path: Path, lazy: bool) -> frozenset[str]:
     return frozenset(names)
 
 
-@pytest.mark.parametrize("path", sorted(LIBRARY.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted(LIBRARY.rglob("*.py")), ids=lambda path: str(path.relative_to(LIBRARY))
+)
 def test_the_library_does_not_know_its_users(path: Path) -> None:
-    # hub.py converts on first use: the one arrow from the library to the converter.
-    allowed = ("mlx_smolvlm.convert",) if path.name == "hub.py" else ()
+    # `load` converts on first use: the one arrow from the library to the converter.
+    allowed = ("mlx_smolvlm.convert.hub",) if path == LIBRARY / "smolvlm.py" else ()
     for name in imported(path, lazy=True):
         for part in ("convert", "cli", "train"):
             if name.startswith(f"mlx_smolvlm.{part}"):
@@ -197,20 +175,24 @@ def test_the_library_does_not_know_its_users(path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["convert", "train"])
 def test_the_converter_and_training_do_not_know_the_command_line(folder: str) -> None:
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (ROOT / folder).rglob("*.py"):
         assert not any(n.startswith("mlx_smolvlm.cli") for n in imported(path, lazy=True))
 
 
 @pytest.mark.parametrize("name", sorted(LEAVES))
 def test_leaves_know_only_configuration_and_errors(name: str) -> None:
     known = {f"mlx_smolvlm.{other}" for other in ("config", "errors", *LEAVES)}
-    own = {n for n in imported(LIBRARY / f"{name}.py", lazy=True) if n.startswith("mlx_smolvlm")}
+    own = {
+        n
+        for n in imported(LIBRARY / f"{name.replace('.', '/')}.py", lazy=True)
+        if n.startswith("mlx_smolvlm")
+    }
     assert own <= known
 
 
 def test_nothing_heavy_at_run_time() -> None:
-    for folder in ("mlx_smolvlm", "convert", "cli", "cli/terminal", "train"):
-        for path in (ROOT / folder).glob("*.py"):
+    for folder in PACKAGE_FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
             for module in imported(path, lazy=True):
                 assert module.split(".")[0] not in {"torch", "transformers"}, path
 
@@ -303,8 +285,8 @@ def test_folders_are_linked_into_the_package() -> None:
 
 
 def test_every_public_name_has_a_docstring() -> None:
-    for folder in ("mlx_smolvlm", "convert", "cli", "cli/terminal", "train"):
-        for path in (ROOT / folder).glob("*.py"):
+    for folder in PACKAGE_FOLDERS:
+        for path in (ROOT / folder).rglob("*.py"):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for node in tree.body:
                 if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_":
@@ -315,8 +297,8 @@ def test_every_public_name_has_a_docstring() -> None:
 def test_pictures_are_opened_in_listed_formats_alone() -> None:
     """Pillow would start Ghostscript for an EPS, whatever the file is called."""
     found = 0
-    for folder in ("mlx_smolvlm", "convert", "cli", "cli/terminal", "train", "demo_recipe"):
-        for path in (ROOT / folder).glob("*.py"):
+    for folder in (*PACKAGE_FOLDERS, "demo_recipe"):
+        for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Image.open"):
                     assert "formats" in {word.arg for word in node.keywords}, path
@@ -328,16 +310,16 @@ def test_native_readers_see_no_file_that_was_not_checked() -> None:
     """`load_tensors` checks a header before `mx.load` reads the file; nothing else may call it."""
     readers = {("mx", "load"), ("np", "load"), ("numpy", "load"), ("torch", "load")}
     calls = set()
-    for folder in ("mlx_smolvlm", "convert", "cli", "cli/terminal", "train", "demo_recipe"):
-        for path in (ROOT / folder).glob("*.py"):
+    for folder in (*PACKAGE_FOLDERS, "demo_recipe"):
+        for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                     if (node.value.id, node.attr) in readers:
-                        calls.add(f"{folder}/{path.name}")
+                        calls.add(str(path.relative_to(ROOT)))
                 elif isinstance(node, ast.Name | ast.alias):
                     name = node.id if isinstance(node, ast.Name) else node.name
                     assert name not in ("safe_open", "load_file", "memmap"), path
-    assert calls == {"mlx_smolvlm/safetensors.py"}
+    assert calls == {"mlx_smolvlm/checkpoint/headers.py"}
 
 
 def test_few_frames_between_the_command_and_the_model(
@@ -345,7 +327,7 @@ def test_few_frames_between_the_command_and_the_model(
 ) -> None:
     """At most five of our own functions lie between `main` and `Model.step`."""
     from mlx_smolvlm.cli import app
-    from mlx_smolvlm.model import Model
+    from mlx_smolvlm.model.model import Model
 
     stacks, step = [], Model.step
 

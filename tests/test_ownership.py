@@ -9,8 +9,7 @@ import pytest
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 
 from mlx_smolvlm.cli.terminal.editor import open_history
-from mlx_smolvlm.files import read_file
-from mlx_smolvlm.ownership import check_owner, make_private_folder
+from mlx_smolvlm.files import check_owner, make_private_folder, read_file
 
 ME, OTHER, ROOT = 1000, 1001, 0
 

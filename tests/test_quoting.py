@@ -13,9 +13,18 @@ from hypothesis import strategies as st
 from mlx_smolvlm import errors, load
 from mlx_smolvlm.cli import app, output
 from mlx_smolvlm.cli.media import _shorten_source
-from mlx_smolvlm.errors import CheckpointError, DatasetError, MediaError, SmolVLMWarning
-from mlx_smolvlm.fetch import open_bytes, short_name
-from mlx_smolvlm.quoting import MAX_MESSAGE, escape_controls, message_line, redact, redact_url
+from mlx_smolvlm.errors import (
+    MAX_MESSAGE,
+    CheckpointError,
+    DatasetError,
+    MediaError,
+    SmolVLMWarning,
+    escape_controls,
+    message_line,
+    redact,
+    redact_url,
+)
+from mlx_smolvlm.media.fetch import open_bytes, short_name
 
 HOSTILE = "\x1b]52;c;aGk=\x07\x9b31m\x7f\u202eabc\u2066\u200f\u061c\r"
 ESCAPED = r"\x1b]52;c;aGk=\x07\x9b31m\x7f\u202eabc\u2066\u200f\u061c\x0d"

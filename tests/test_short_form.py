@@ -9,7 +9,7 @@ from PIL import Image
 
 import mlx_smolvlm
 from mlx_smolvlm import MediaError, Sampling, SamplingOptions, SmolVLM
-from mlx_smolvlm.picture import open_image
+from mlx_smolvlm.media.picture import open_image
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
 PICTURE = Image.fromarray(PIXELS)

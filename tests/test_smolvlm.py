@@ -12,8 +12,8 @@ from PIL import Image
 
 import mlx_smolvlm
 from mlx_smolvlm import MediaError, PromptError, Sampling, SmolVLM
-from mlx_smolvlm.answer import Answer
-from mlx_smolvlm.engine import Prompt
+from mlx_smolvlm.generate.engine import Prompt
+from mlx_smolvlm.generate.stream import Answer
 from mlx_smolvlm.smolvlm import _usual_dtype
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -42,7 +42,7 @@ def test_stream_and_ask_agree(tiny: SmolVLM) -> None:
 
 
 def tiny_grid(vlm: SmolVLM) -> object:
-    from mlx_smolvlm.image import grid_of
+    from mlx_smolvlm.media.tiles import grid_of
 
     return grid_of(PICTURE.size, vlm.config)
 
@@ -86,7 +86,7 @@ def test_pictures_and_image_items_must_match(tiny: SmolVLM, count: int) -> None:
 def test_context_guard_comes_before_any_work(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_smolvlm.answer.encode", None)
+    monkeypatch.setattr("mlx_smolvlm.generate.stream.encode", None)
     with pytest.raises(PromptError, match=r"context is 512.*fewer pictures"):
         tiny.stream("What?", images=[PICTURE] * 20)
     with pytest.raises(PromptError, match="shorten the text"):
@@ -179,7 +179,7 @@ def test_tile_batches_do_not_change_the_embeddings(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = np.array(tiny.encode_images([PICTURE, PICTURE.rotate(90, expand=True)]))
-    monkeypatch.setattr("mlx_smolvlm.media.TILE_BATCH", 2)
+    monkeypatch.setattr("mlx_smolvlm.media.encode.TILE_BATCH", 2)
     parts = np.array(tiny.encode_images([PICTURE, PICTURE.rotate(90, expand=True)]))
     assert whole.shape == (10, 4, 64)
     np.testing.assert_allclose(parts, whole, atol=1e-5)

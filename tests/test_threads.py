@@ -17,11 +17,11 @@ import pytest
 from PIL import Image
 
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, SmolVLMError, load, process
-from mlx_smolvlm.answer import Answer
-from mlx_smolvlm.cache import NONE
-from mlx_smolvlm.content import Content, State
-from mlx_smolvlm.model import compile_encoder
-from mlx_smolvlm.reuse import Memory
+from mlx_smolvlm.generate.stream import Answer
+from mlx_smolvlm.kv.cache import NONE
+from mlx_smolvlm.model.model import compile_encoder
+from mlx_smolvlm.reuse.content import Content, State
+from mlx_smolvlm.reuse.memory import Memory
 
 SHORT = Sampling(max_tokens=4)
 PICTURES = [

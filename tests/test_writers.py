@@ -16,23 +16,22 @@ import pytest
 from PIL import Image
 
 from mlx_smolvlm import CacheOptions, Progress, Sampling, SmolVLM, load
-from mlx_smolvlm.adapter import save_adapter
-from mlx_smolvlm.checkpoint import load_model, read_config
+from mlx_smolvlm.checkpoint.load import load_model, read_config
+from mlx_smolvlm.checkpoint.lora import save_adapter
 from mlx_smolvlm.cli import compare as cli_compare
 from mlx_smolvlm.cli.media import FrameWriter
 from mlx_smolvlm.cli.terminal import editor
-from mlx_smolvlm.convert import verify
-from mlx_smolvlm.convert.compare_options import CompareOptions
-from mlx_smolvlm.convert.comparison import Comparison
-from mlx_smolvlm.convert.measure import compare
+from mlx_smolvlm.convert.compare import verify
+from mlx_smolvlm.convert.compare.measure import CompareOptions, compare
+from mlx_smolvlm.convert.compare.report import Comparison
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import write_file
-from mlx_smolvlm.store import OWN_FOLDER
-from mlx_smolvlm.train.folder import lock_folder, rewind
+from mlx_smolvlm.media.video import Frame
+from mlx_smolvlm.reuse.disk import OWN_FOLDER
+from mlx_smolvlm.train.finetune import lock_folder, rewind
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule
+from mlx_smolvlm.train.parameters import start_adapter, write_model
 from mlx_smolvlm.train.settings import LoraSettings
-from mlx_smolvlm.train.trainee import start_adapter, write_model
-from mlx_smolvlm.video import Frame
 
 SHORT = Sampling(max_tokens=2)
 Writer = Callable[[Path, Path], list[str]]
@@ -168,7 +167,7 @@ class Disk:
 @pytest.fixture
 def out(tmp_path: Path, found: Comparison, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to write into; nothing is measured."""
-    monkeypatch.setattr("mlx_smolvlm.convert.measure.compare", lambda *_, **__: found)
+    monkeypatch.setattr("mlx_smolvlm.convert.compare.measure.compare", lambda *_, **__: found)
     monkeypatch.setattr(verify, "compare_opened", lambda *_: found)
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
@@ -235,7 +234,7 @@ def test_comparisons_go_into_devices(tiny_folder: Path, out: Path) -> None:
 
 def test_results_go_into_regular_files(tmp_path: Path) -> None:
     from mlx_smolvlm.errors import DatasetError
-    from mlx_smolvlm.train.results import ResultsFile
+    from mlx_smolvlm.train.evaluate.report import ResultsFile
 
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", Path("/dev/null"), tmp_path):
@@ -254,7 +253,7 @@ def test_a_training_removes_what_a_killed_one_left(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_smolvlm.safetensors import save_synced
+    from mlx_smolvlm.checkpoint.headers import save_synced
 
     def fail(*_: object) -> None:
         raise RuntimeError("[write] Unable to write\n4 bytes")
@@ -270,7 +269,7 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_arrays_that_do_not_fit_name_the_reason_and_the_file(
     tmp_path: Path, file_limit: Callable[[int], None]
 ) -> None:
-    from mlx_smolvlm.safetensors import save_synced
+    from mlx_smolvlm.checkpoint.headers import save_synced
 
     (tmp_path / "a").write_text("old")
     file_limit(100_000)

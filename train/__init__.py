@@ -1,0 +1,1 @@
+"""Trains on a dataset and evaluates the result."""

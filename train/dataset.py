@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_smolvlm.errors import DatasetError, PromptError, shorten
 from mlx_smolvlm.files import expand_path, read_file
-from mlx_smolvlm.template import checked
+from mlx_smolvlm.prompt.template import checked
 
 Message = dict[str, Any]
 

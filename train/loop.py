@@ -21,8 +21,8 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
+from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_synced
 from mlx_smolvlm.errors import CheckpointError, TrainingError
-from mlx_smolvlm.safetensors import load_tensors, read_metadata, save_synced
 
 Kind = Literal["cosine", "linear", "constant"]
 # From the trainee and a batch to a sum of losses and what they count together: the loss of a

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.adapter import LARGEST_RANK, LARGEST_SCALE
+from mlx_smolvlm.checkpoint.lora import LARGEST_RANK, LARGEST_SCALE
 from mlx_smolvlm.config import DTYPES, PARTS
 from mlx_smolvlm.errors import TrainingError, shorten
 from mlx_smolvlm.files import expand_path, read_toml

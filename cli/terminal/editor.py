@@ -26,10 +26,9 @@ from prompt_toolkit.styles import Style
 from mlx_smolvlm.cli.output import say
 from mlx_smolvlm.cli.terminal.device import can_edit, columns_and_rows
 from mlx_smolvlm.cli.terminal.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, complete_path
+from mlx_smolvlm.convert.hub import cache_folder
 from mlx_smolvlm.errors import SmolVLMError
-from mlx_smolvlm.files import expand_path, open_file, write_file
-from mlx_smolvlm.hub import cache_folder
-from mlx_smolvlm.ownership import make_private_folder
+from mlx_smolvlm.files import expand_path, make_private_folder, open_file, write_file
 
 HISTORY_VARIABLE = "MLX_SMOLVLM_HISTORY"
 MAX_HISTORY_BYTES = 1 << 20  # a longer file loses its older half

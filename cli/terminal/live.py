@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from mlx_smolvlm.cli.output import write_raw
 from mlx_smolvlm.cli.terminal.device import columns_and_rows, hide_typing
 from mlx_smolvlm.cli.terminal.markdown import Block, Renderer, split_blocks
-from mlx_smolvlm.quoting import escape_controls
+from mlx_smolvlm.errors import escape_controls
 
 if TYPE_CHECKING:
     from mlx_smolvlm import Reply

@@ -12,8 +12,8 @@ from prompt_toolkit.completion import CompleteEvent, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
 from mlx_smolvlm.cli.media import is_url
+from mlx_smolvlm.errors import escape_controls
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.quoting import escape_controls
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"),

@@ -18,7 +18,7 @@ from mlx_smolvlm.cli.terminal.device import Graphics, can_edit, cell_size, detec
 if TYPE_CHECKING:
     from PIL import Image
 
-    from mlx_smolvlm.video import Clip
+    from mlx_smolvlm.media.video import Clip
 
 COLUMNS, ROWS = 48, 10  # the largest thumbnail, in characters
 _KITTY_CHUNK = 4096  # characters of base64 in one escape sequence

@@ -18,14 +18,13 @@ from mlx_smolvlm.cli.media import (
 from mlx_smolvlm.cli.output import format_stats, say
 from mlx_smolvlm.cli.terminal.paths import is_video, split_sources
 from mlx_smolvlm.cli.terminal.pictures import Thumbnails
-from mlx_smolvlm.errors import PromptError
-from mlx_smolvlm.quoting import escape_controls
+from mlx_smolvlm.errors import PromptError, escape_controls
 
 if TYPE_CHECKING:
     from mlx_smolvlm import AnswerStream, Conversation, Reply, SmolVLM
     from mlx_smolvlm.cli.args import ChatOptions
     from mlx_smolvlm.cli.printer import Printer
-    from mlx_smolvlm.video import Clip
+    from mlx_smolvlm.media.video import Clip
 
 RETRY_TEMPERATURE, RETRY_TOP_P = 0.7, 0.95  # for /retry where answers are greedy
 

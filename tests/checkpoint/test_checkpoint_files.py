@@ -9,28 +9,27 @@ from pathlib import Path
 
 import pytest
 
-from mlx_smolvlm.adapter import AdapterConfig, read_adapter_config
-from mlx_smolvlm.checkpoint import (
+from mlx_smolvlm.checkpoint.headers import read_headers
+from mlx_smolvlm.checkpoint.load import (
     build_checked,
     chat_template,
     load_model,
     read_config,
     tokenizer_path,
 )
-from mlx_smolvlm.checksums import check_sums
+from mlx_smolvlm.checkpoint.lora import AdapterConfig, read_adapter_config
+from mlx_smolvlm.checkpoint.provenance import check_sums, read_origin
 from mlx_smolvlm.cli.doctor_checks import check_checkpoint as diagnose
-from mlx_smolvlm.constrain import Constrainer
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.hub import resolve
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError, PromptError, SmolVLMError, shorten
-from mlx_smolvlm.hub import resolve
-from mlx_smolvlm.json_files import read_json
-from mlx_smolvlm.origin import read_origin
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.safetensors import read_headers
-from mlx_smolvlm.sampling import Sampling
-from mlx_smolvlm.tokenizer import native_errors, read_tokenizer
+from mlx_smolvlm.generate.grammar import Constrainer
+from mlx_smolvlm.generate.sampling import Sampling
+from mlx_smolvlm.prompt.builder import PromptBuilder
+from mlx_smolvlm.prompt.tokenizer import native_errors, read_tokenizer
+from mlx_smolvlm.records import read_json
 from tests.helpers import hf_folder as hf
 
 HUGE = "1" + "0" * 400  # more than a float holds

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_smolvlm import writer
-from mlx_smolvlm.checkpoint import load_model
-from mlx_smolvlm.checksums import check_sums, read_sums, sums_text
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.checkpoint import writer
+from mlx_smolvlm.checkpoint.load import load_model
+from mlx_smolvlm.checkpoint.provenance import check_sums, read_sums, sums_text
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import hf_folder as hf

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_smolvlm import writer
-from mlx_smolvlm.checkpoint import chat_template, load_model, read_config, tokenizer_path
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.checkpoint import writer
+from mlx_smolvlm.checkpoint.load import chat_template, load_model, read_config, tokenizer_path
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import hf_folder as hf

@@ -20,12 +20,12 @@ from tests.helpers.command import COMMAND, assert_one_error, environment, run
 # The command with an answer that takes its time and never ends by itself.
 SLOW = """
 import itertools, time
-import mlx_smolvlm.answer
+import mlx_smolvlm.generate.stream
 def tokens(*arguments):
     for i in itertools.count():
         time.sleep(0.02)
         yield 40 + i % 20
-mlx_smolvlm.answer.tokens = tokens
+mlx_smolvlm.generate.stream.tokens = tokens
 from mlx_smolvlm.cli.app import main
 main()
 """

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mlx_smolvlm import load
-from mlx_smolvlm.adapter import (
+from mlx_smolvlm.checkpoint.lora import (
     AdapterConfig,
     adaptable,
     adapter_arrays,

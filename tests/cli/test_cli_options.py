@@ -10,8 +10,7 @@ import pytest
 import typer
 
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, Video
-from mlx_smolvlm.checkpoint import read_config
-from mlx_smolvlm.choose import Normalize
+from mlx_smolvlm.checkpoint.load import read_config
 from mlx_smolvlm.cli import chat, choose, convert, evaluate
 from mlx_smolvlm.cli.app import main
 from mlx_smolvlm.cli.args import ChatOptions
@@ -19,9 +18,10 @@ from mlx_smolvlm.cli.choose import ChooseOptions
 from mlx_smolvlm.cli.evaluate import EvaluateRequest
 from mlx_smolvlm.cli.media import VideoOptions
 from mlx_smolvlm.config import DTYPES
-from mlx_smolvlm.convert.quantize import FLOAT_MODES
-from mlx_smolvlm.train.cases import EvaluationOptions
-from mlx_smolvlm.train.metrics import Metric
+from mlx_smolvlm.convert.options import FLOAT_MODES
+from mlx_smolvlm.generate.choose import Normalize
+from mlx_smolvlm.train.evaluate.cases import EvaluationOptions
+from mlx_smolvlm.train.evaluate.metrics import Metric
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

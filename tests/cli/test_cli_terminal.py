@@ -12,14 +12,14 @@ from tests.helpers.dumb_terminal import Terminal
 FAKE = r"""
 import fcntl, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C reaches this process
-import mlx_smolvlm.answer
-from mlx_smolvlm.engine import Engine
+import mlx_smolvlm.generate.stream
+from mlx_smolvlm.generate.engine import Engine
 def tokens(model, inputs_embeds, cache, sampler, limit):
     for i in range(limit):
         if limit > 50:
             time.sleep(0.02)
         yield TOKENS[i % len(TOKENS)]
-mlx_smolvlm.answer.tokens = tokens
+mlx_smolvlm.generate.stream.tokens = tokens
 old = Engine.make_prompt
 def make_prompt(self, messages, *rest):
     users = [m for m in messages if m["role"] == "user"]

@@ -22,7 +22,7 @@ from tests.helpers.dumb_terminal import Terminal
 # The command with a decoder that takes its time.
 SLOW = """
 import time
-import mlx_smolvlm.readers as readers
+import mlx_smolvlm.media.readers as readers
 original = readers._upright
 def upright(*arguments):
     time.sleep(0.1)
@@ -285,7 +285,9 @@ def test_ctrl_c_while_decoding(tiny_video_folder, path):
 
 # On a terminal
 
-SLOWLY = "import time\nimport mlx_smolvlm.readers as readers\n" + SLOW.split("readers\n", 1)[1]
+SLOWLY = (
+    "import time\nimport mlx_smolvlm.media.readers as readers\n" + SLOW.split("readers\n", 1)[1]
+)
 
 
 @pytest.fixture

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import typer
 
-from mlx_smolvlm.checkpoint import load_model
+from mlx_smolvlm.checkpoint.load import load_model
 from mlx_smolvlm.cli import doctor_checks
 from mlx_smolvlm.cli.doctor import doctor
+from mlx_smolvlm.convert.hub import resolve
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.hub import resolve
 from tests.helpers import hf_folder as hf
 
 hf.TEMPLATE = (  # one that renders a question, which the demo's does

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from mlx_smolvlm.cli.terminal import live, markdown
 from mlx_smolvlm.cli.terminal.markdown import Renderer, split_blocks
-from mlx_smolvlm.quoting import escape_controls
+from mlx_smolvlm.errors import escape_controls
 
 
 def renderer() -> Renderer:

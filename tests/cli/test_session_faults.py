@@ -200,11 +200,11 @@ def test_whatever_a_source_raises_the_session_goes_on(
             raise fault
         yield from ()
 
-    monkeypatch.setattr("mlx_smolvlm.answer.encode", fail)
-    monkeypatch.setattr("mlx_smolvlm.video.Video.opened", lambda _: list(fail(True)))
+    monkeypatch.setattr("mlx_smolvlm.generate.stream.encode", fail)
+    monkeypatch.setattr("mlx_smolvlm.media.video.Video.opened", lambda _: list(fail(True)))
     lines = (f"/image {PICTURE}", "What is seen?", f"/video {PICTURE}")
     assert converse(*lines).count("error: ") == 2
-    monkeypatch.setattr("mlx_smolvlm.image.open_image", lambda _: list(fail(True)))
+    monkeypatch.setattr("mlx_smolvlm.media.tiles.open_image", lambda _: list(fail(True)))
     assert converse(lines[0]).count("error: ") == 1
 
 

@@ -92,7 +92,7 @@ def test_a_thumbnail_fits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_clip_shows_three_frames(monkeypatch: pytest.MonkeyPatch) -> None:
     import mlx_smolvlm as smolvlm
     from mlx_smolvlm.config import Config
-    from mlx_smolvlm.video import Video, open_video
+    from mlx_smolvlm.media.video import Video, open_video
 
     frames = np.zeros((9, 8, 8, 3), np.uint8)
     frames[:, :, :, 0] = 20 * np.arange(9)[:, None, None]

@@ -17,28 +17,35 @@ import pytest
 from mlx.utils import tree_flatten
 from PIL import Image
 
-from mlx_smolvlm.checkpoint import build_model
+from mlx_smolvlm.checkpoint.load import build_model
 from mlx_smolvlm.config import Config, Quantization
-from mlx_smolvlm.convert import CompareOptions, Comparison, compare
-from mlx_smolvlm.convert.comparison import KL_EDGES_NATS, token_loss
-from mlx_smolvlm.convert.differences import answer_pairs
-from mlx_smolvlm.convert.losses import (
+from mlx_smolvlm.convert.compare import CompareOptions, Comparison, compare
+from mlx_smolvlm.convert.compare.differences import answer_pairs
+from mlx_smolvlm.convert.compare.observe import (
     BLOCK,
     HEAD_ROWS,
+    Answered,
     Predictions,
     cosines,
     predictions,
+    recorded,
     relative_errors,
     relative_frobenius,
+    windows,
 )
-from mlx_smolvlm.convert.observe import Answered, recorded, windows
-from mlx_smolvlm.convert.opened import Matrix, OpenedFolder, UnpackingLinear
-from mlx_smolvlm.convert.plot import HIGH, draw_plot
-from mlx_smolvlm.convert.quantize import pack
-from mlx_smolvlm.convert.report import card_section, differing_answers, summary_rows
-from mlx_smolvlm.convert.samples import TEXTS, Asked, drawn_pictures
+from mlx_smolvlm.convert.compare.plot import HIGH, draw_plot
+from mlx_smolvlm.convert.compare.report import (
+    KL_EDGES_NATS,
+    card_section,
+    differing_answers,
+    summary_rows,
+    token_loss,
+)
+from mlx_smolvlm.convert.compare.samples import TEXTS, Asked, drawn_pictures
+from mlx_smolvlm.convert.open_model import Matrix, OpenedFolder, UnpackingLinear
+from mlx_smolvlm.convert.options import pack
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.sampling import Sampling
+from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.smolvlm import SmolVLM, load
 
 TEXT = "The ferry leaves the island at seven, long before the shops open."

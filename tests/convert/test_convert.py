@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_smolvlm import writer
-from mlx_smolvlm.checkpoint import build_model, load_model, read_config
+from mlx_smolvlm.checkpoint import writer
+from mlx_smolvlm.checkpoint.headers import TensorInfo, read_headers
+from mlx_smolvlm.checkpoint.load import build_model, load_model, read_config
+from mlx_smolvlm.convert.hf_config import read_settings
+from mlx_smolvlm.convert.names import entries
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.plan import make_plan, match
-from mlx_smolvlm.convert.quantize import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.convert.settings import read_settings
 from mlx_smolvlm.convert.source import Source
-from mlx_smolvlm.convert.weights import entries
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.safetensors import TensorInfo, read_headers
 from tests.helpers import hf_folder as hf
 
 

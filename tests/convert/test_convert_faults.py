@@ -16,10 +16,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_smolvlm import writer
-from mlx_smolvlm.checkpoint import load_model, read_config
-from mlx_smolvlm.checksums import check_sums
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.checkpoint import writer
+from mlx_smolvlm.checkpoint.load import load_model, read_config
+from mlx_smolvlm.checkpoint.provenance import check_sums
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import hf_folder as hf

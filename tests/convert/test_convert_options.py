@@ -7,12 +7,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_smolvlm.checkpoint import load_model, read_config
+from mlx_smolvlm.checkpoint.headers import read_headers
+from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.config import Quantization, QuantizationConfig
-from mlx_smolvlm.convert.quantize import ConvertOptions, requested
+from mlx_smolvlm.convert.options import ConvertOptions, requested
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.safetensors import read_headers
 from tests.helpers import hf_folder as hf
 
 FOUR, EIGHT = Quantization(4, 64, "affine"), Quantization(8, 64, "affine")

@@ -16,8 +16,7 @@ import pytest
 
 from mlx_smolvlm.convert import gguf_file
 from mlx_smolvlm.convert.gguf import _in_halves, unpack_gguf
-from mlx_smolvlm.convert.gguf_blocks import arrays_of
-from mlx_smolvlm.convert.gguf_file import open_gguf
+from mlx_smolvlm.convert.gguf_file import arrays_of, open_gguf
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError

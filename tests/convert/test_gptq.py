@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from mlx_smolvlm import Sampling, load
-from mlx_smolvlm.convert.better import BetterOptions, convert_better
-from mlx_smolvlm.convert.calibration import BUNDLED, read_samples
-from mlx_smolvlm.convert.compensate import GptqOptions, compensate
-from mlx_smolvlm.convert.gptq import EMBEDDINGS, compensate_model
-from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.options import ConvertOptions
+from mlx_smolvlm.convert.quant.calibration import BUNDLED, read_samples
+from mlx_smolvlm.convert.quant.gptq import EMBEDDINGS, GptqOptions, compensate, compensate_model
+from mlx_smolvlm.convert.quant.improve import BetterOptions, convert_better
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from mlx_smolvlm.config import Quantization
-from mlx_smolvlm.convert.compensate import GptqOptions, compensate, pack_levels
-from mlx_smolvlm.convert.quantize import AFFINE_BITS, pack, unpack
+from mlx_smolvlm.convert.options import AFFINE_BITS, pack, unpack
+from mlx_smolvlm.convert.quant.gptq import GptqOptions, compensate, pack_levels
 
 UNCUT = GptqOptions(shrinks=(1.0,))
 
@@ -125,7 +125,7 @@ def test_chunks_of_rows_change_nothing(monkeypatch):
     quantization = Quantization(4, 64, "affine")
     weight, inputs = make_case()
     whole = compensate(weight, moment_of(inputs), quantization, mx.float32)
-    monkeypatch.setattr("mlx_smolvlm.convert.compensate.ROWS", 20)
+    monkeypatch.setattr("mlx_smolvlm.convert.quant.gptq.ROWS", 20)
     parts = compensate(weight, moment_of(inputs), quantization, mx.float32)
     same = levels_of(whole, quantization) == levels_of(parts, quantization)
     assert same.mean() > 0.999  # a product of other sizes may round its last bit differently

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mlx_smolvlm.config import Config, VideoConfig
-from mlx_smolvlm.convert.preprocessing import read_template
-from mlx_smolvlm.convert.settings import read_settings
+from mlx_smolvlm.convert.hf_config import read_settings
+from mlx_smolvlm.convert.hf_processor import read_template
 from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import hf_folder as hf

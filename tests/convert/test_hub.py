@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from mlx_smolvlm import hub
-from mlx_smolvlm.checkpoint import load_model, read_config
+from mlx_smolvlm.checkpoint.load import load_model, read_config
+from mlx_smolvlm.convert import hub
 from mlx_smolvlm.convert import source as convert_source
+from mlx_smolvlm.convert.hub import ResolveOptions, resolve
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.hub import ResolveOptions, resolve
 from tests.helpers import hf_folder as hf
 
 REPO = "HuggingFaceTB/SmolVLM-256M-Instruct"
@@ -256,7 +256,7 @@ def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 
 RESOLVE = """
     import sys
-    from mlx_smolvlm.hub import ResolveOptions, resolve
+    from mlx_smolvlm.convert.hub import ResolveOptions, resolve
     print("ready", flush=True)
     sys.stdin.readline()
     calls = []
@@ -285,7 +285,7 @@ def test_two_processes_convert_once_between_them(tmp_path):
 def test_the_converter_is_not_imported_for_a_folder_of_ours(tmp_path):
     out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
     code = (
-        "import sys; from mlx_smolvlm.hub import resolve; resolve(sys.argv[1]);"
+        "import sys; from mlx_smolvlm.convert.hub import resolve; resolve(sys.argv[1]);"
         "print([m for m in sys.modules if m == 'huggingface_hub' or '.convert.' in m])"
     )
     run = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from mlx_smolvlm import Sampling, load
-from mlx_smolvlm.checkpoint import read_config
+from mlx_smolvlm.checkpoint.load import read_config
 from mlx_smolvlm.config import Quantization
-from mlx_smolvlm.convert.better import BetterOptions, convert_better, measure
-from mlx_smolvlm.convert.calibration import BUNDLED, read_samples
-from mlx_smolvlm.convert.learn import (
+from mlx_smolvlm.convert.compare.observe import head_of, predictions
+from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.options import ConvertOptions
+from mlx_smolvlm.convert.quant.calibration import BUNDLED, read_samples
+from mlx_smolvlm.convert.quant.dwq import (
     LearnOptions,
     Tunable,
     hold_back,
@@ -25,12 +27,9 @@ from mlx_smolvlm.convert.learn import (
     make_tunable,
     text_loss,
 )
-from mlx_smolvlm.convert.losses import head_of, predictions
-from mlx_smolvlm.convert.mixture import Choice, choose
-from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.quant.improve import BetterOptions, convert_better, measure
+from mlx_smolvlm.convert.quant.mixed import Choice, choose, importance
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
-from mlx_smolvlm.convert.sensitivity import importance
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import better_cases as cases

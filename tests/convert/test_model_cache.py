@@ -9,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_smolvlm import cached
-from mlx_smolvlm.cached import find, list_cached, remove
-from mlx_smolvlm.checkpoint import is_own, load_model
+from mlx_smolvlm.checkpoint.load import is_own, load_model
+from mlx_smolvlm.convert import model_cache as cached
 from mlx_smolvlm.convert import source as convert_source
-from mlx_smolvlm.convert.originals import list_originals
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.hub import ResolveOptions, resolve
+from mlx_smolvlm.convert.model_cache import find, list_cached, list_originals, remove
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.hub import ResolveOptions, resolve
 from tests.helpers import hf_folder as hf
 
 REPO = "HuggingFaceTB/SmolVLM-256M-Instruct"

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mlx_smolvlm import staging, writer
-from mlx_smolvlm.checkpoint import load_model, read_config
+from mlx_smolvlm.checkpoint import writer
+from mlx_smolvlm.checkpoint import writer as staging
+from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.convert import run
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import hf_folder as hf
@@ -61,7 +62,7 @@ KILLED = """
     import mlx.core as mx
     from mlx_smolvlm import staging, writer
     from mlx_smolvlm.convert.run import convert_checkpoint
-    from mlx_smolvlm.writer import Outbox
+    from mlx_smolvlm.checkpoint.writer import Outbox
 
     source, dest, n, force = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
     writer.SHARD_BYTES = 150_000
@@ -281,7 +282,7 @@ MEASURE = """
     import json, resource, sys
     import mlx.core as mx
     from mlx_smolvlm import writer
-    from mlx_smolvlm.convert.quantize import ConvertOptions
+    from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.run import convert_checkpoint
     writer.SHARD_BYTES = 32 * 10**6
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss in bytes

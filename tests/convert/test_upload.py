@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from mlx_smolvlm.checkpoint import load_model
-from mlx_smolvlm.checksums import check_sums
-from mlx_smolvlm.contents import PartSize, part_sizes
+from mlx_smolvlm.checkpoint.load import load_model
+from mlx_smolvlm.checkpoint.provenance import PartSize, check_sums, part_sizes
 from mlx_smolvlm.convert.card import model_card
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from tests.helpers import fake_hub
 from tests.helpers import hf_folder as hf

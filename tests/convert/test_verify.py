@@ -13,21 +13,21 @@ import pytest
 from PIL import Image
 from tokenizers import Tokenizer
 
-from mlx_smolvlm.checkpoint import load_model
+from mlx_smolvlm.checkpoint.load import load_model
 from mlx_smolvlm.cli import app
 from mlx_smolvlm.cli.compare import ComparisonInputs
-from mlx_smolvlm.convert import CompareOptions, Comparison
-from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource
-from mlx_smolvlm.convert.quantize import ConvertOptions
-from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.convert.source import open_source
-from mlx_smolvlm.convert.verify import (
+from mlx_smolvlm.convert.compare import CompareOptions, Comparison
+from mlx_smolvlm.convert.compare.verify import (
     VERIFY_FILE,
     VERIFY_PLOT,
     read_verification,
     verification_section,
     verify_conversion,
 )
+from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.options import ConvertOptions
+from mlx_smolvlm.convert.run import convert_checkpoint
+from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import hf_folder as hf
 

@@ -44,11 +44,11 @@ from demo_recipe.run import Run, Stage, make_batch, save_checkpoint, start
 from demo_recipe.shapes import demo_config
 from demo_recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokenizer
 from demo_recipe.topics import ORDINALS, ask_several, shape_glyphs, shapes
-from mlx_smolvlm import text, vision
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.hub import DEMO, resolve
-from mlx_smolvlm.image import Grid, tiles
-from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.convert.hub import DEMO, resolve
+from mlx_smolvlm.media.tiles import Grid, tiles
+from mlx_smolvlm.model import text, vision
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 STAGES = (
     Stage("encoder", steps=3, size=4, rate=0.01),

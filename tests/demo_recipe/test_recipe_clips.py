@@ -26,8 +26,8 @@ from demo_recipe.motion import frame_labels, token_labels, word_labels
 from demo_recipe.prefix import ANSWERED_LAYER, ASKED_LAYER
 from demo_recipe.rows import make_row
 from demo_recipe.sample_clips import SAMPLED, sample_clip
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.video import open_video
+from mlx_smolvlm.media.video import open_video
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 
 def clips(event: Event, count: int) -> list[Clip]:

@@ -23,12 +23,12 @@ from mlx_smolvlm import (
     SmolVLMWarning,
     load,
 )
-from mlx_smolvlm.checkpoint import tokenizer_path
-from mlx_smolvlm.engine import Engine
-from mlx_smolvlm.image import grid_of, open_image
-from mlx_smolvlm.packing import Rows, groups
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.text import TextModel
+from mlx_smolvlm.checkpoint.load import tokenizer_path
+from mlx_smolvlm.generate.batch import Rows, groups
+from mlx_smolvlm.generate.engine import Engine
+from mlx_smolvlm.media.tiles import grid_of, open_image
+from mlx_smolvlm.model.text import TextModel
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
 OTHER = Image.new("RGB", (64, 64), "teal")
@@ -239,9 +239,9 @@ def test_groups_and_moves_change_nothing(
         return largest[-1]
 
     # A cache of a hundred tokens, in which each answer is expected to take three.
-    monkeypatch.setattr("mlx_smolvlm.batch.GROWTH", 3)
-    monkeypatch.setattr("mlx_smolvlm.batch.CONTEXTS", 100 / 512)
-    monkeypatch.setattr("mlx_smolvlm.packing.CONTEXTS", 100 / 512)
+    monkeypatch.setattr("mlx_smolvlm.generate.batch.GROWTH", 3)
+    monkeypatch.setattr("mlx_smolvlm.generate.batch.CONTEXTS", 100 / 512)
+    monkeypatch.setattr("mlx_smolvlm.generate.batch.CONTEXTS", 100 / 512)
     monkeypatch.setattr(Rows, "columns", property(recording))
     fed.clear()
     assert_same(tiny.ask_many([OTHER], QUESTIONS, sampling=sampling), whole)
@@ -260,7 +260,7 @@ def test_groups() -> None:
 def test_a_long_beginning_and_long_questions(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_smolvlm.packing.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("mlx_smolvlm.generate.batch.PREFILL_CHUNK", 7)
     system = "wool " * 40
     questions = ["long " * 30, "x", "longer " * 20]
     many = tiny.ask_many(None, questions, system=system, sampling=SHORT)

@@ -15,12 +15,12 @@ from PIL import Image
 import mlx_smolvlm
 from demo_recipe.examples import example
 from mlx_smolvlm import Choice, MediaError, PromptError, Sampling, SmolVLM
-from mlx_smolvlm.checkpoint import tokenizer_path
-from mlx_smolvlm.choose import rated
-from mlx_smolvlm.engine import Engine
-from mlx_smolvlm.messages import read_request
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.text import TextModel
+from mlx_smolvlm.checkpoint.load import tokenizer_path
+from mlx_smolvlm.generate.choose import rated
+from mlx_smolvlm.generate.engine import Engine
+from mlx_smolvlm.model.text import TextModel
+from mlx_smolvlm.prompt.builder import PromptBuilder
+from mlx_smolvlm.prompt.messages import read_request
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
 EXAMPLE = Path(__file__).parents[2] / "examples" / "three.png"
@@ -84,10 +84,10 @@ def test_where_the_work_is_cut_changes_nothing(
     tiny.engine.memory.clear()
     whole = tiny.choose("Which?", choices, images=[PICTURE])
     if memory == "small groups":
-        monkeypatch.setattr("mlx_smolvlm.packing.MAX_ROWS", 1)
+        monkeypatch.setattr("mlx_smolvlm.generate.batch.MAX_ROWS", 1)
     if memory == "small parts":
-        monkeypatch.setattr("mlx_smolvlm.packing.PREFILL_CHUNK", 3)
-        monkeypatch.setattr("mlx_smolvlm.choose.SCORED", 2)
+        monkeypatch.setattr("mlx_smolvlm.generate.batch.PREFILL_CHUNK", 3)
+        monkeypatch.setattr("mlx_smolvlm.generate.choose.SCORED", 2)
     again = tiny.choose("Which?", choices, images=[PICTURE])
     np.testing.assert_allclose(again.logprobs, whole.logprobs, atol=1e-4)
     assert again.token_counts == whole.token_counts

@@ -20,17 +20,17 @@ import pydantic
 import pytest
 
 import mlx_smolvlm
-import mlx_smolvlm.generate
+import mlx_smolvlm.generate.loop
 from demo_recipe.examples import example
 from mlx_smolvlm import ConstraintError, Sampling, SmolVLM, SmolVLMWarning
-from mlx_smolvlm.constrain import Constrainer, Constraint
-from mlx_smolvlm.engine import Engine
-from mlx_smolvlm.generate import constrained_tokens
-from mlx_smolvlm.model import Model
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.sampling import make_sampler
-from mlx_smolvlm.schema import check, closed
-from mlx_smolvlm.template import ChatTemplate
+from mlx_smolvlm.generate.engine import Engine
+from mlx_smolvlm.generate.grammar import Constrainer, Constraint
+from mlx_smolvlm.generate.json_schema import check, closed
+from mlx_smolvlm.generate.loop import constrained_tokens
+from mlx_smolvlm.generate.sampling import make_sampler
+from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.prompt.builder import PromptBuilder
+from mlx_smolvlm.prompt.template import ChatTemplate
 from tests.helpers import random_schemas
 
 FORMATS = jsonschema.FormatChecker(["ipv4", "uuid"])
@@ -171,7 +171,7 @@ class Run:
     def __init__(self, vlm: SmolVLM, kind: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
         self.forwards, self.logits = 0, list[np.ndarray]()
         self.vlm, model = vlm, vlm.model
-        prefill = mlx_smolvlm.generate.prefill
+        prefill = mlx_smolvlm.generate.loop.prefill
 
         def counted(*arguments: Any) -> mx.array:
             self.forwards += 1
@@ -181,21 +181,21 @@ class Run:
             self.logits.append(np.array(logits))
             return mx.argmax(logits, keepdims=True)
 
-        monkeypatch.setattr(mlx_smolvlm.generate, "prefill", counted)
+        monkeypatch.setattr(mlx_smolvlm.generate.loop, "prefill", counted)
         constrainer = vlm.engine.constrainer
         schema = {
             "type": "object",
             "properties": {"colour": {"enum": ["red", "green"]}, "shape": {"type": "boolean"}},
             "required": ["colour", "shape"],
         }
-        text = mlx_smolvlm.schema.grammar(schema, None, " ")
+        text = mlx_smolvlm.generate.json_schema.grammar(schema, None, " ")
         self.constraint = kind(constrainer._tokenizer, text, " ")
         embeds = model.embed(np.arange(40, 60))
         cache = model.make_cache()
         self.token_ids = list(
             constrained_tokens(model, embeds, cache, greedy, self.constraint, 100)
         )
-        monkeypatch.setattr(mlx_smolvlm.generate, "prefill", prefill)
+        monkeypatch.setattr(mlx_smolvlm.generate.loop, "prefill", prefill)
 
 
 def test_forced_tokens_go_together_and_change_nothing(
@@ -395,9 +395,9 @@ def test_a_model_that_refuses_what_fits_its_schema(tiny: SmolVLM) -> None:
 
 def test_a_number_longer_than_python_reads(tiny: SmolVLM) -> None:
     with pytest.warns(SmolVLMWarning, match="not parsed"):
-        assert mlx_smolvlm.schema.value_of("1" * 5000, {}) is None
+        assert mlx_smolvlm.generate.json_schema.value_of("1" * 5000, {}) is None
     with pytest.warns(SmolVLMWarning, match="not parsed"):
-        assert mlx_smolvlm.schema.value_of("[" * 100_000, {}) is None
+        assert mlx_smolvlm.generate.json_schema.value_of("[" * 100_000, {}) is None
 
 
 @pytest.mark.parametrize(

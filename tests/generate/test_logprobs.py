@@ -9,14 +9,19 @@ import mlx_lm.sample_utils
 import numpy as np
 import pytest
 
-from mlx_smolvlm.choose import _of_tokens
-from mlx_smolvlm.convert.learn import _divergence
-from mlx_smolvlm.convert.losses import predictions
-from mlx_smolvlm.logprobs import cross_entropy, log_softmax, sum_last
-from mlx_smolvlm.model import Model
-from mlx_smolvlm.sampling import Sampling, make_sampler
+from mlx_smolvlm.convert.compare.observe import predictions
+from mlx_smolvlm.convert.quant.dwq import _divergence
+from mlx_smolvlm.generate.choose import _of_tokens
+from mlx_smolvlm.generate.sampling import (
+    Sampling,
+    cross_entropy,
+    log_softmax,
+    make_sampler,
+    sum_last,
+)
+from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.smolvlm import SmolVLM
-from mlx_smolvlm.train.answer_loss import Batch, answer_loss
+from mlx_smolvlm.train.loss import Batch, answer_loss
 
 VOCABULARY = 49_280
 ROWS = 3

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_smolvlm.generate import PREFILL_CHUNK, StopText, prefill, tokens
-from mlx_smolvlm.sampling import Sampling, make_sampler
+from mlx_smolvlm.generate.loop import PREFILL_CHUNK, StopText, prefill, tokens
+from mlx_smolvlm.generate.sampling import Sampling, make_sampler
 from mlx_smolvlm.smolvlm import SmolVLM
 
 

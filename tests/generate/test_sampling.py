@@ -10,7 +10,7 @@ import typer
 
 from mlx_smolvlm.cli.args import make_sampling
 from mlx_smolvlm.cli.terminal.talk import Talk
-from mlx_smolvlm.sampling import (
+from mlx_smolvlm.generate.sampling import (
     RandomStates,
     Sampling,
     intact_random_state,

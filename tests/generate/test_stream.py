@@ -12,12 +12,12 @@ import pytest
 from mlx_lm.tuner.lora import LoRALinear
 from PIL import Image
 
-import mlx_smolvlm.answer
-import mlx_smolvlm.batch
+import mlx_smolvlm.generate.batch
+import mlx_smolvlm.generate.stream
 from mlx_smolvlm import PromptError, Reply, Sampling, SmolVLM, load
-from mlx_smolvlm.answer import Answer, AnswerStream, Chunk
-from mlx_smolvlm.connector import Connector
-from mlx_smolvlm.engine import Engine
+from mlx_smolvlm.generate.engine import Engine
+from mlx_smolvlm.generate.stream import Answer, AnswerStream, Chunk
+from mlx_smolvlm.model.connector import Connector
 
 LONG = Sampling(max_tokens=12)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -149,8 +149,8 @@ def script(endless: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> Script:
             left = [*said, 3, 3]
             return lambda logits, counts: mx.array([left[count] for count in counts.tolist()])
 
-        monkeypatch.setattr(mlx_smolvlm.answer, "make_sampler", sampler)
-        monkeypatch.setattr(mlx_smolvlm.batch, "make_row_sampler", row_sampler)
+        monkeypatch.setattr(mlx_smolvlm.generate.stream, "make_sampler", sampler)
+        monkeypatch.setattr(mlx_smolvlm.generate.batch, "make_row_sampler", row_sampler)
         return ending_with(endless, *ends)
 
     return answering
@@ -203,13 +203,13 @@ def generators(monkeypatch: pytest.MonkeyPatch) -> list[Generator[Any, None, Non
     made: list[Generator[Any, None, None]] = []
 
     def recorded(name: str) -> None:
-        original = getattr(mlx_smolvlm.answer, name)
+        original = getattr(mlx_smolvlm.generate.stream, name)
 
         def record(*arguments: Any) -> Generator[Any, None, None]:
             made.append(original(*arguments))
             return made[-1]
 
-        monkeypatch.setattr(mlx_smolvlm.answer, name, record)
+        monkeypatch.setattr(mlx_smolvlm.generate.stream, name, record)
 
     for name in ("tokens", "constrained_tokens", "encode"):
         recorded(name)

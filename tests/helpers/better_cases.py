@@ -3,9 +3,8 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.convert.losses import head_of, predictions
-from mlx_smolvlm.convert.observe import last_hidden, windows
-from mlx_smolvlm.convert.samples import TEXTS
+from mlx_smolvlm.convert.compare.observe import head_of, last_hidden, predictions, windows
+from mlx_smolvlm.convert.compare.samples import TEXTS
 from tests.helpers import hf_folder as hf
 
 HELD_OUT = " ".join(TEXTS)

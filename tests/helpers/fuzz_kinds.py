@@ -25,10 +25,10 @@ from PIL import Image
 
 from mlx_smolvlm import CacheOptions, Sampling, Video, load
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.image import open_image, tiles
-from mlx_smolvlm.model import Model
+from mlx_smolvlm.media.tiles import open_image, tiles
+from mlx_smolvlm.media.video import open_video
+from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.smolvlm import SmolVLM
-from mlx_smolvlm.video import open_video
 from tests import conftest
 from tests.helpers import file_damage, gguf_cases, hf_folder, video_cases
 

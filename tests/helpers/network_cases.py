@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.generate import tokens
-from mlx_smolvlm.model import Model
+from mlx_smolvlm.generate.loop import tokens
+from mlx_smolvlm.model.model import Model
 from tests.helpers import hf_folder
 
 SAMPLES = 48  # values kept of each stage

@@ -22,8 +22,8 @@ import pyte
 PROGRAM = r"""
 import fcntl, json, os, sys, termios, time
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C and resizing reach this process
-import mlx_smolvlm.answer as answers
-from mlx_smolvlm.engine import Engine
+import mlx_smolvlm.generate.stream as answers
+from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.errors import MediaError
 ANSWERS, GO = json.loads(os.environ["ANSWERS"]), os.environ["GO"]
 asked, real_tokens = [], answers.tokens

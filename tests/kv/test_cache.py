@@ -7,14 +7,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_smolvlm.bounded import RECENT, SINKS, BoundedKVCache
-from mlx_smolvlm.cache import STEP, KVCache
-from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.config import TextConfig
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.generate import PREFILL_CHUNK, prefill
-from mlx_smolvlm.model import Model
-from mlx_smolvlm.storage import FLOAT, Held, Mask, PackedStorage
+from mlx_smolvlm.generate.loop import PREFILL_CHUNK, prefill
+from mlx_smolvlm.kv.bounded import RECENT, SINKS, BoundedKVCache
+from mlx_smolvlm.kv.cache import FLOAT, STEP, Held, KVCache, Mask, PackedStorage
+from mlx_smolvlm.kv.options import CacheOptions
+from mlx_smolvlm.model.model import Model
 
 LIMIT = 96  # tokens of the bounded caches here
 PACKED = [(bits, group) for bits in (8, 4) for group in (32, 64)]

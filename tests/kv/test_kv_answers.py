@@ -17,11 +17,11 @@ from mlx_smolvlm import (
     SmolVLMWarning,
     load,
 )
-from mlx_smolvlm.bounded import RECENT, SINKS, BoundedKVCache
-from mlx_smolvlm.content import Content, Span
-from mlx_smolvlm.context import pinned_tokens
-from mlx_smolvlm.engine import Engine
-from mlx_smolvlm.storage import PackedStorage
+from mlx_smolvlm.generate.engine import Engine
+from mlx_smolvlm.generate.limits import pinned_tokens
+from mlx_smolvlm.kv.bounded import RECENT, SINKS, BoundedKVCache
+from mlx_smolvlm.kv.cache import PackedStorage
+from mlx_smolvlm.reuse.content import Content, Span
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 QUESTION = "What is in this picture?"

@@ -5,9 +5,9 @@ import socket
 
 import pytest
 
-from mlx_smolvlm import download
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.fetch import open_bytes
+from mlx_smolvlm.media import download
+from mlx_smolvlm.media.fetch import open_bytes
 from tests.helpers import web_server as web
 
 PUBLIC, PRIVATE = "127.0.0.1", "127.0.0.9"  # as `server` lets them be

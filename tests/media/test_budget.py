@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image, MspImagePlugin
 
-from mlx_smolvlm import budget, decode, picture
-from mlx_smolvlm.animation import AnimationReader
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.picture import FORMATS, open_image
-from mlx_smolvlm.readers import open_reader
-from mlx_smolvlm.video import open_parts, open_video
+from mlx_smolvlm.media import budget, decode, picture
+from mlx_smolvlm.media.animation import AnimationReader
+from mlx_smolvlm.media.picture import FORMATS, open_image
+from mlx_smolvlm.media.readers import open_reader
+from mlx_smolvlm.media.video import open_parts, open_video
 from tests.helpers import media_cases as cases
 from tests.helpers import video_cases as clips
 

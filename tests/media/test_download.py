@@ -7,9 +7,9 @@ import re
 
 import pytest
 
-from mlx_smolvlm import download, fetch
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.fetch import open_bytes
+from mlx_smolvlm.media import download, fetch
+from mlx_smolvlm.media.fetch import open_bytes
 from tests.helpers import web_server as web
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.offline import is_offline
+from mlx_smolvlm.media.fetch import is_offline
 from tests.helpers import hf_folder as hf
 
 # Runs the command line in a process that ends where a socket is made or a name looked up.

@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from mlx_smolvlm import fetch
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.image import open_image
+from mlx_smolvlm.media import fetch
+from mlx_smolvlm.media.tiles import open_image
 from tests.helpers import media_cases as cases
 
 PICTURE = cases.picture((37, 23))

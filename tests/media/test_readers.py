@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageSequence
 
-from mlx_smolvlm import decode
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.readers import AnimationReader, FileReader, FramesReader, open_reader
+from mlx_smolvlm.media import decode
+from mlx_smolvlm.media.readers import AnimationReader, FileReader, FramesReader, open_reader
 from tests.helpers import video_cases as cases
 
 

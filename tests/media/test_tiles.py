@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.image import Grid, grid_of, open_image, tiles
+from mlx_smolvlm.media.tiles import Grid, grid_of, open_image, tiles
 from tests.helpers import media_cases as cases
 
 GOLDENS = cases.load_golden("images")

@@ -12,16 +12,16 @@ from PIL import Image
 
 from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.fetch import Rereading
-from mlx_smolvlm.readers import _QuietFile, open_reader
-from mlx_smolvlm.timeline import (
+from mlx_smolvlm.media.fetch import Rereading
+from mlx_smolvlm.media.readers import _QuietFile, open_reader
+from mlx_smolvlm.media.timeline import (
     Timeline,
     delays_timeline,
     even_timeline,
     measured_timeline,
     sample_indices,
 )
-from mlx_smolvlm.video import Video, open_parts, open_video
+from mlx_smolvlm.media.video import Video, open_parts, open_video
 from tests.helpers import media_cases as cases
 from tests.helpers import video_cases as clips
 

@@ -22,15 +22,16 @@ import pytest
 from PIL import Image
 
 import mlx_smolvlm
-from mlx_smolvlm import MediaError, PromptError, Sampling, SmolVLMWarning, fetch, image, readers
+from mlx_smolvlm import MediaError, PromptError, Sampling, SmolVLMWarning
 from mlx_smolvlm.config import VideoConfig
-from mlx_smolvlm.image import frame_tile
-from mlx_smolvlm.media import TILE_BATCH
-from mlx_smolvlm.messages import read_request
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.scenes import scene_scores
-from mlx_smolvlm.timeline import sample_indices
-from mlx_smolvlm.video import Clip, Video, open_parts, open_video
+from mlx_smolvlm.media import fetch, readers
+from mlx_smolvlm.media import tiles as image
+from mlx_smolvlm.media.encode import TILE_BATCH
+from mlx_smolvlm.media.tiles import frame_tile
+from mlx_smolvlm.media.timeline import sample_indices, scene_scores
+from mlx_smolvlm.media.video import Clip, Video, open_parts, open_video
+from mlx_smolvlm.prompt.builder import PromptBuilder
+from mlx_smolvlm.prompt.messages import read_request
 from tests.helpers import media_cases as cases
 from tests.helpers import video_cases as clips
 
@@ -421,7 +422,7 @@ def test_sources_that_are_none(config):
 
 def test_an_opened_video_is_opened_once(path, config, expected, monkeypatch):
     opened = Video(path).opened()
-    monkeypatch.setattr("mlx_smolvlm.decode.read_index", None)
+    monkeypatch.setattr("mlx_smolvlm.media.decode.read_index", None)
     clip = open_video(opened, config)
     assert isinstance(clip, Clip)
     assert open_video(clip, config) is clip

@@ -12,9 +12,9 @@ import mlx_smolvlm as smolvlm
 from benchmarks import video as bench
 from benchmarks import video_clips
 from mlx_smolvlm import Sampling, Video
-from mlx_smolvlm.checkpoint import read_config
-from mlx_smolvlm.hub import ResolveOptions, resolve
-from mlx_smolvlm.video import open_video
+from mlx_smolvlm.checkpoint.load import read_config
+from mlx_smolvlm.convert.hub import ResolveOptions, resolve
+from mlx_smolvlm.media.video import open_video
 
 SIZE = (64, 48)
 

@@ -18,9 +18,9 @@ from PIL import Image
 
 from mlx_smolvlm import MediaError, SmolVLMWarning
 from mlx_smolvlm.config import VideoConfig
-from mlx_smolvlm.readers import AnimationReader
-from mlx_smolvlm.timeline import clock, sample_indices
-from mlx_smolvlm.video import Video, open_video
+from mlx_smolvlm.media.readers import AnimationReader
+from mlx_smolvlm.media.timeline import clock, sample_indices
+from mlx_smolvlm.media.video import Video, open_video
 from tests.helpers import media_cases as cases
 from tests.helpers import video_cases as clips
 

@@ -5,7 +5,6 @@ import mlx.nn as nn
 import pytest
 
 from benchmarks import kernels as bench
-from mlx_smolvlm.cache_options import CacheOptions
 from mlx_smolvlm.config import (
     Config,
     ImageConfig,
@@ -13,7 +12,8 @@ from mlx_smolvlm.config import (
     TextConfig,
     VisionConfig,
 )
-from mlx_smolvlm.model import Model
+from mlx_smolvlm.kv.options import CacheOptions
+from mlx_smolvlm.model.model import Model
 
 LAYERS = 3
 

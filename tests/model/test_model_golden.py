@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_smolvlm.checkpoint import load_model
+from mlx_smolvlm.checkpoint.load import load_model
 from mlx_smolvlm.convert.run import convert_checkpoint
 from tests.helpers import network_cases as cases
 

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_smolvlm.errors import CheckpointError, PromptError
-from mlx_smolvlm.image import Grid
-from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.media.tiles import Grid
+from mlx_smolvlm.prompt.builder import PromptBuilder
 from tests.helpers import media_cases as cases
 
 GOLDEN = cases.load_golden("prompts")

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mlx_smolvlm import PromptError, Sampling, SmolVLM
-from mlx_smolvlm.messages import read_request
+from mlx_smolvlm.prompt.messages import read_request
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
 SHORT = Sampling(max_tokens=3)

@@ -5,9 +5,9 @@ import signal
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mlx_smolvlm import sandbox
 from mlx_smolvlm.errors import CheckpointError, PromptError
-from mlx_smolvlm.template import ChatTemplate
+from mlx_smolvlm.prompt import sandbox
+from mlx_smolvlm.prompt.template import ChatTemplate
 
 QUESTION = "{{ messages[0].content[0].text }}"
 DOUBLING = (

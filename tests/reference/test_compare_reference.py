@@ -24,17 +24,17 @@ from transformers import (  # noqa: E402
     Idefics3ImageProcessorPil,
 )
 
-from mlx_smolvlm.convert import CompareOptions, Comparison, compare  # noqa: E402
-from mlx_smolvlm.convert.measure import compare_opened  # noqa: E402
-from mlx_smolvlm.convert.opened import OpenedFolder, OpenedSource  # noqa: E402
-from mlx_smolvlm.convert.quantize import ConvertOptions  # noqa: E402
+from mlx_smolvlm.convert.compare import CompareOptions, Comparison, compare  # noqa: E402
+from mlx_smolvlm.convert.compare.measure import compare_opened  # noqa: E402
+from mlx_smolvlm.convert.compare.samples import PLAIN_QUESTION  # noqa: E402
+from mlx_smolvlm.convert.names import entries  # noqa: E402
+from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource  # noqa: E402
+from mlx_smolvlm.convert.options import ConvertOptions  # noqa: E402
 from mlx_smolvlm.convert.run import convert_checkpoint  # noqa: E402
-from mlx_smolvlm.convert.samples import PLAIN_QUESTION  # noqa: E402
 from mlx_smolvlm.convert.source import open_source  # noqa: E402
-from mlx_smolvlm.convert.weights import entries  # noqa: E402
-from mlx_smolvlm.image import tiles  # noqa: E402
-from mlx_smolvlm.messages import read_request  # noqa: E402
-from mlx_smolvlm.sampling import Sampling  # noqa: E402
+from mlx_smolvlm.generate.sampling import Sampling  # noqa: E402
+from mlx_smolvlm.media.tiles import tiles  # noqa: E402
+from mlx_smolvlm.prompt.messages import read_request  # noqa: E402
 from mlx_smolvlm.smolvlm import load  # noqa: E402
 
 TOKENIZER = str(Path(__file__).parents[1] / "helpers" / "tiny_tokenizer.json")

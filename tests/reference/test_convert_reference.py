@@ -18,7 +18,7 @@ from transformers import (
     SmolVLMForConditionalGeneration,
 )
 
-from mlx_smolvlm.checkpoint import load_model, read_config
+from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.convert.run import convert_checkpoint
 
 torch.set_num_threads(1)
@@ -136,7 +136,7 @@ def test_defaults_that_transformers_fills_in_are_ours(tmp_path, kind):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    from mlx_smolvlm.convert.settings import read_settings
+    from mlx_smolvlm.convert.hf_config import read_settings
 
     theirs = config_class.from_pretrained(tmp_path)
     values["scale_factor"] = 1  # the default of 2 does not divide the default grid of 7
@@ -166,7 +166,7 @@ def test_defaults_that_transformers_fills_in_are_ours(tmp_path, kind):
 
 
 def test_the_default_scale_and_image_token_are_ours():
-    from mlx_smolvlm.convert.settings import IMAGE_TOKEN_ID, SCALE_FACTOR
+    from mlx_smolvlm.convert.hf_config import IMAGE_TOKEN_ID, SCALE_FACTOR
 
     for config_class, _ in KINDS.values():
         config = config_class()

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from mlx_smolvlm.image import Grid, grid_of, open_image, tiles
+from mlx_smolvlm.media.tiles import Grid, grid_of, open_image, tiles
 from tests.helpers import media_cases as cases
 from tests.helpers import oracle
 

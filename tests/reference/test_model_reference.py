@@ -14,9 +14,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from mlx_smolvlm.generate import prefill  # noqa: E402
-from mlx_smolvlm.image import open_image, tiles  # noqa: E402
-from mlx_smolvlm.sampling import Sampling  # noqa: E402
+from mlx_smolvlm.generate.loop import prefill  # noqa: E402
+from mlx_smolvlm.generate.sampling import Sampling  # noqa: E402
+from mlx_smolvlm.media.tiles import open_image, tiles  # noqa: E402
 from tests.helpers import recorder  # noqa: E402
 from tests.helpers.model_pairs import (  # noqa: E402
     CASES,

@@ -7,8 +7,8 @@ pytest.importorskip("torch")  # transformers comes with mlx-lm, torch only as an
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_smolvlm.image import Grid
-from mlx_smolvlm.prompt import PromptBuilder
+from mlx_smolvlm.media.tiles import Grid
+from mlx_smolvlm.prompt.builder import PromptBuilder
 from tests.helpers import media_cases as cases
 from tests.helpers import oracle
 

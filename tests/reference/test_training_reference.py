@@ -12,11 +12,10 @@ from mlx.utils import tree_flatten
 torch = pytest.importorskip("torch")
 
 from mlx_smolvlm.smolvlm import SmolVLM  # noqa: E402
-from mlx_smolvlm.train.answer_loss import Batch, answer_loss, checkpointed_loss  # noqa: E402
+from mlx_smolvlm.train.batches import Features, Loader, Sight, row_of, sized  # noqa: E402  # noqa: E402
 from mlx_smolvlm.train.dataset import read_dataset  # noqa: E402
-from mlx_smolvlm.train.loader import Features, Loader  # noqa: E402
-from mlx_smolvlm.train.rows import Sight, row_of, sized  # noqa: E402
-from mlx_smolvlm.train.trainee import leave_parts  # noqa: E402
+from mlx_smolvlm.train.loss import Batch, answer_loss, checkpointed_loss  # noqa: E402
+from mlx_smolvlm.train.parameters import leave_parts  # noqa: E402
 from tests.helpers import model_pairs as models  # noqa: E402
 from tests.helpers import tuning_cases as cases  # noqa: E402
 

@@ -10,9 +10,9 @@ from PIL import Image
 torch = pytest.importorskip("torch")
 
 from mlx_smolvlm.convert.run import convert_checkpoint  # noqa: E402
-from mlx_smolvlm.media import encode, joined  # noqa: E402
-from mlx_smolvlm.messages import read_request  # noqa: E402
-from mlx_smolvlm.sampling import Sampling  # noqa: E402
+from mlx_smolvlm.generate.sampling import Sampling  # noqa: E402
+from mlx_smolvlm.media.encode import encode, joined  # noqa: E402
+from mlx_smolvlm.prompt.messages import read_request  # noqa: E402
 from mlx_smolvlm.smolvlm import load  # noqa: E402
 from tests.helpers import model_pairs  # noqa: E402
 from tests.helpers import video_cases as clips  # noqa: E402

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from transformers.video_utils import VideoMetadata
 
 from mlx_smolvlm.config import VideoConfig
-from mlx_smolvlm.convert.preprocessing import processors, video_config
-from mlx_smolvlm.image import Grid, frame_tile
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.timeline import sample_indices
-from mlx_smolvlm.video import Video, open_video
+from mlx_smolvlm.convert.hf_processor import processors, video_config
+from mlx_smolvlm.media.tiles import Grid, frame_tile
+from mlx_smolvlm.media.timeline import sample_indices
+from mlx_smolvlm.media.video import Video, open_video
+from mlx_smolvlm.prompt.builder import PromptBuilder
 from tests.helpers import media_cases as cases
 from tests.helpers import oracle
 from tests.helpers import video_cases as clips

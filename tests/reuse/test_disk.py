@@ -21,7 +21,7 @@ from mlx_smolvlm import (
     SmolVLMWarning,
     load,
 )
-from mlx_smolvlm.store import OWN_FOLDER, checkpoint_digest, write
+from mlx_smolvlm.reuse.disk import OWN_FOLDER, checkpoint_digest, write
 
 SHORT = Sampling(max_tokens=4)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -165,7 +165,7 @@ def test_spoilt_files_are_passed_over_with_one_warning(tiny_folder: Path, folder
 def test_a_foreign_file_of_another_shape_is_passed_over(tiny_folder: Path, folder: Path) -> None:
     run(tiny_folder, folder)
     [path] = files(folder)
-    from mlx_smolvlm.store import read
+    from mlx_smolvlm.reuse.disk import read
 
     digest = checkpoint_digest(tiny_folder)
     _, values = read(path, "prefix", digest)
@@ -262,7 +262,7 @@ def test_no_room_stops_no_answer(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlx_smolvlm.store.os.replace", full)
+    monkeypatch.setattr("mlx_smolvlm.reuse.disk.os.replace", full)
     with pytest.warns(SmolVLMWarning, match="No space left"):
         reply = run(tiny_folder, folder)
     assert reply.generation_tokens == 4

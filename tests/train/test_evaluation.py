@@ -15,10 +15,9 @@ from PIL import Image
 
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, load
 from mlx_smolvlm.errors import DatasetError, MediaError, PromptError
-from mlx_smolvlm.train.cases import EvaluationOptions, read_cases
-from mlx_smolvlm.train.evaluation import Evaluation, evaluate
-from mlx_smolvlm.train.report import scores_of, wilson
-from mlx_smolvlm.train.results import Result
+from mlx_smolvlm.train.evaluate.cases import EvaluationOptions, read_cases
+from mlx_smolvlm.train.evaluate.report import Result, scores_of, wilson
+from mlx_smolvlm.train.evaluate.run import Evaluation, evaluate
 
 SHORT = EvaluationOptions(max_tokens=6)
 

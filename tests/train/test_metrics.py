@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rapidfuzz.distance import Levenshtein
 
-from mlx_smolvlm.train.metrics import (
+from mlx_smolvlm.train.evaluate.metrics import (
     METRICS,
     Metric,
     anls,

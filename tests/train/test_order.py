@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mlx_smolvlm.train.order import WINDOW, Order, padded
+from mlx_smolvlm.train.batches import WINDOW, Order, padded
 
 
 def drawn(order: Order, batches: int) -> list[tuple[int, int]]:

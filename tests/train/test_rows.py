@@ -29,10 +29,10 @@ from demo_recipe.prefix import (
 from demo_recipe.rows import make_row
 from demo_recipe.sample_clips import sample_clip
 from demo_recipe.topics import TOPICS, Focus, ask, ask_several, draw, shapes, talk
-from mlx_smolvlm.image import Detail, Grid, tiles
-from mlx_smolvlm.model import Model
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.storage import Mask
+from mlx_smolvlm.kv.cache import Mask
+from mlx_smolvlm.media.tiles import Detail, Grid, tiles
+from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.prompt.builder import PromptBuilder
 
 
 def messages_of(turns: list[Turn], pictures: int, system: str | None) -> list[dict[str, Any]]:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_smolvlm.checkpoint.headers import load_tensors
 from mlx_smolvlm.errors import TrainingError
-from mlx_smolvlm.safetensors import load_tensors
 from mlx_smolvlm.train.loop import Kind, Loop, LoopOptions, Schedule, read_notes
 
 Rows = tuple[mx.array, mx.array]

@@ -15,19 +15,18 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_smolvlm.adapter import read_adapter_config, save_adapter
-from mlx_smolvlm.checkpoint import build_model, load_model, read_config
+from mlx_smolvlm.checkpoint.load import build_model, load_model, read_config
+from mlx_smolvlm.checkpoint.lora import read_adapter_config, save_adapter
 from mlx_smolvlm.config import Quantization, QuantizationConfig
 from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.smolvlm import load
-from mlx_smolvlm.train.answer_loss import answer_loss, checkpointed_loss
+from mlx_smolvlm.train.batches import Features, Loader, Sight
 from mlx_smolvlm.train.dataset import Example
-from mlx_smolvlm.train.loader import Features, Loader
+from mlx_smolvlm.train.finetune import Tuning
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule
-from mlx_smolvlm.train.rows import Sight
+from mlx_smolvlm.train.loss import answer_loss, checkpointed_loss
+from mlx_smolvlm.train.parameters import fuse, start_adapter
 from mlx_smolvlm.train.settings import LoraSettings, read_settings
-from mlx_smolvlm.train.trainee import fuse, start_adapter
-from mlx_smolvlm.train.tuning import Tuning
 from tests.helpers import tuning_cases as cases
 
 

@@ -8,14 +8,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_smolvlm.sampling import Sampling
+from mlx_smolvlm.generate.sampling import Sampling
+from mlx_smolvlm.media.video import Video
 from mlx_smolvlm.smolvlm import SmolVLM, load
+from mlx_smolvlm.train.batches import Features, Loader, Sight, opened, row_of, sized
 from mlx_smolvlm.train.dataset import Example, read_dataset
-from mlx_smolvlm.train.loader import Features, Loader
-from mlx_smolvlm.train.rows import Sight, opened, row_of, sized
+from mlx_smolvlm.train.finetune import Tuning
 from mlx_smolvlm.train.settings import read_settings
-from mlx_smolvlm.train.tuning import Tuning
-from mlx_smolvlm.video import Video
 from tests.helpers import tuning_cases as cases
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

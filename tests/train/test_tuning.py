@@ -15,20 +15,19 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_smolvlm.adapter import load_adapter, read_adapter_config
-from mlx_smolvlm.checkpoint import build_model, load_model, read_config
+from mlx_smolvlm.checkpoint.load import build_model, load_model, read_config
+from mlx_smolvlm.checkpoint.lora import load_adapter, read_adapter_config
 from mlx_smolvlm.config import Quantization, QuantizationConfig
 from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMWarning, TrainingError
-from mlx_smolvlm.prompt import PromptBuilder
-from mlx_smolvlm.sampling import Sampling
+from mlx_smolvlm.generate.sampling import Sampling
+from mlx_smolvlm.prompt.builder import PromptBuilder
 from mlx_smolvlm.smolvlm import SmolVLM, load
-from mlx_smolvlm.train.answer_loss import Batch, answer_loss, checkpointed_loss, hidden_states
+from mlx_smolvlm.train.batches import Features, Loader, Sight, opened, row_of, sized
 from mlx_smolvlm.train.dataset import read_dataset
-from mlx_smolvlm.train.loader import Features, Loader
-from mlx_smolvlm.train.rows import Sight, opened, row_of, sized
+from mlx_smolvlm.train.finetune import Tuning
+from mlx_smolvlm.train.loss import Batch, answer_loss, checkpointed_loss, hidden_states
+from mlx_smolvlm.train.parameters import leave_parts, start_adapter
 from mlx_smolvlm.train.settings import LoraSettings, read_settings
-from mlx_smolvlm.train.trainee import leave_parts, start_adapter
-from mlx_smolvlm.train.tuning import Tuning
 from tests.helpers import tuning_cases as cases
 
 
@@ -140,7 +139,7 @@ def test_embeddings_are_kept_within_a_bound(
     loader.close()
     assert expected.image_embeds is not None
     limit = expected.image_embeds.nbytes // 2
-    monkeypatch.setattr("mlx_smolvlm.train.loader.FEATURE_BYTES", limit)
+    monkeypatch.setattr("mlx_smolvlm.train.batches.FEATURE_BYTES", limit)
     bounded = Features(tiny)
     loader = Loader(tiny, lambda number: examples, 3, Sight(), bounded)
     for number in range(3):  # some known, some forgotten since

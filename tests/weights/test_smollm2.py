@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_smolvlm import Sampling, SmolVLM, load
-from mlx_smolvlm.convert.quantize import ConvertOptions
+from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError, PromptError
 from tests.helpers import smollm2

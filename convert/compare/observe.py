@@ -1,0 +1,314 @@
+"""What one loaded checkpoint does with texts and questions, kept in little memory.
+
+Of a text or an answer its last hidden states are kept, of the model its output head and
+encoder; so two models are compared without being in memory together, and logits of a
+whole text never exist.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.convert.compare.samples import Asked
+from mlx_smolvlm.convert.open_model import Matrix
+from mlx_smolvlm.generate.sampling import Sampling, log_softmax, sum_last
+from mlx_smolvlm.generate.stream import AnswerStream
+from mlx_smolvlm.media.encode import joined
+from mlx_smolvlm.media.tiles import Detail
+from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.prompt.messages import read_request
+from mlx_smolvlm.smolvlm import SmolVLM
+
+HEAD_ROWS = 128  # tokens whose logits are held at once
+BLOCK = 2**22  # elements of a matrix that are compared at once
+
+Head = Callable[[mx.array], mx.array]
+
+
+def head_of(model: Model) -> Head:
+    """The output head of `model`, which needs nothing else of it."""
+    if "lm_head" in model:
+        head: Head = model.lm_head
+    else:
+        head = model.text_model.embed_tokens.as_linear
+    return head
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What two models say about the same tokens (L,), the reference first.
+
+    Attributes:
+        kl_nats: KL divergence of the second from the reference.
+        nll_nats: Negative log-likelihoods of the true tokens, (2, L).
+        likeliest: Token ids, (2, L).
+    """
+
+    kl_nats: np.ndarray
+    nll_nats: np.ndarray
+    likeliest: np.ndarray
+
+
+def predictions(
+    hidden: tuple[mx.array, mx.array], heads: tuple[Head, Head], targets: np.ndarray
+) -> Predictions:
+    """What two models say about `targets` (L,), from their last hidden states (L, D).
+
+    Logits are computed for `HEAD_ROWS` tokens at a time.
+    """
+    divergences, nlls, likeliest = [], [], []
+    for start in range(0, targets.size, HEAD_ROWS):
+        part = slice(start, start + HEAD_ROWS)
+        true = mx.array(targets[part])[:, None]
+        logs = [log_softmax(head(states[part])) for states, head in zip(hidden, heads, strict=True)]
+        divergence = sum_last(mx.exp(logs[0]) * (logs[0] - logs[1]))[:, 0]
+        nll = mx.stack([-mx.take_along_axis(log, true, -1)[:, 0] for log in logs])
+        best = mx.stack([mx.argmax(log, -1) for log in logs])
+        mx.eval(divergence, nll, best)
+        divergences.append(np.array(divergence))
+        nlls.append(np.array(nll))
+        likeliest.append(np.array(best))
+    return Predictions(
+        np.maximum(np.concatenate(divergences), 0),  # rounding can make 0 a little less
+        np.concatenate(nlls, 1),
+        np.concatenate(likeliest, 1),
+    )
+
+
+def cosines(a: mx.array, b: mx.array) -> np.ndarray:
+    """Cosines of the angles between vectors of `a` and `b`, along the last axis, flat."""
+    one, other = _vectors(a), _vectors(b)
+    lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+    result: np.ndarray = np.minimum((one * other).sum(-1) / np.maximum(lengths, 1e-30), 1)
+    return result
+
+
+def relative_errors(a: mx.array, b: mx.array) -> np.ndarray:
+    """Length of each vector of `b - a` over that of `a`, along the last axis, flat.
+
+    Vectors are taken one by one since a few are very much longer than the others.
+    """
+    one, other = _vectors(a), _vectors(b)
+    lengths = np.maximum(np.linalg.norm(one, axis=-1), 1e-30)
+    errors: np.ndarray = np.linalg.norm(other - one, axis=-1) / lengths
+    return errors
+
+
+def _vectors(x: mx.array) -> np.ndarray:
+    """The vectors along the last axis of `x`, in float64: near 1 a cosine needs the digits."""
+    vectors: np.ndarray = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
+    return vectors.astype(np.float64)
+
+
+def relative_frobenius(a: Matrix, b: Matrix) -> float:
+    """|b - a| / |a| in the Frobenius norm, over the rows and columns that both have.
+
+    If `a` is all zeros, it is |b|.
+    """
+    total = difference = 0.0
+    for one, other in _blocks(a, b):
+        total += _squares(one)
+        difference += _squares(other - one)
+    return math.sqrt(difference / total) if total else math.sqrt(difference)
+
+
+def _squares(x: mx.array) -> float:
+    """The sum of the squares of `x`; millions of them lose digits in float32, a row does not."""
+    return float(np.array((x * x).sum(-1)).sum(dtype=np.float64))
+
+
+def _blocks(a: Matrix, b: Matrix) -> Iterator[tuple[mx.array, mx.array]]:
+    """Rows of both in float32, some at a time."""
+    rows, width = min(a.shape[0], b.shape[0]), min(a.shape[1], b.shape[1])
+    step = max(1, BLOCK // width)
+    for start in range(0, rows, step):
+        stop = min(rows, start + step)
+        yield a.rows(start, stop)[:, :width], b.rows(start, stop)[:, :width]
+
+
+WINDOW = 512  # tokens of a text that are read at once
+LAYER_TOKENS = 256  # tokens whose states are kept after every layer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a model is given.
+
+    Attributes:
+        texts: To predict, token by token.
+        text_tokens: The most of their tokens that are read, in all.
+        asked: Questions to answer greedily.
+        max_tokens: The longest answer, in tokens.
+        detail: How pictures are cut into tiles, see `SmolVLM.ask`.
+    """
+
+    texts: tuple[str, ...]
+    text_tokens: int
+    asked: tuple[Asked, ...]
+    max_tokens: int
+    detail: Detail
+
+    @property
+    def steps(self) -> int:
+        """How often `observe` reports."""
+        return len(self.asked) + 1
+
+
+@dataclass(frozen=True)
+class Passage:
+    """Tokens to predict: those of `input_ids` (L,) from `start` on."""
+
+    input_ids: np.ndarray
+    start: int = 1
+    image_embeds: mx.array | None = None
+
+    @property
+    def targets(self) -> np.ndarray:
+        """Ids of the tokens to predict."""
+        return self.input_ids[self.start :]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A greedy answer."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is kept of a model.
+
+    Attributes:
+        config: Of the checkpoint.
+        head: Its output head.
+        encoder: The modules that pictures pass, vision encoder and connector.
+        passages: The texts, `num_texts` of them, then prompts with the reference's answers.
+        hidden: Last hidden states of each passage, of the tokens before its targets.
+        layers: States (L, D) of the first text's first tokens after every decoder layer.
+        answers: Its greedy answers.
+    """
+
+    config: Config
+    head: Head
+    encoder: tuple[nn.Module, nn.Module]
+    passages: list[Passage]
+    num_texts: int
+    hidden: list[mx.array]
+    layers: list[mx.array]
+    answers: list[Answered]
+
+
+def windows(vlm: SmolVLM, texts: Sequence[str], most: int) -> list[Passage]:
+    """The tokens of `texts`, at most `WINDOW` at once and `most` in all."""
+    passages: list[Passage] = []
+    for text in texts:
+        ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids[:most], dtype=np.int64)
+        most -= ids.size
+        parts = [ids[start : start + WINDOW] for start in range(0, ids.size, WINDOW)]
+        passages += [Passage(part) for part in parts if part.size > 1]
+    return passages
+
+
+def observe(
+    vlm: SmolVLM,
+    work: Work,
+    step: Callable[[str], None],
+    expected: Sequence[Answered] | None = None,
+) -> Observation:
+    """What `vlm` does.
+
+    Args:
+        vlm: The model.
+        work: Texts and questions.
+        step: Called with the name of what begins, `work.steps` times.
+        expected: The reference's answers, whose tokens are then predicted; None if `vlm`
+            is the reference.
+
+    Raises:
+        MediaError: A picture cannot be opened.
+        PromptError: A question is longer than the context.
+    """
+    passages = texts = windows(vlm, work.texts, work.text_tokens)
+    answers: list[Answered] = []
+    for number, one in enumerate(work.asked):
+        step(f"answer {number + 1}")
+        prompt, answer = _answer(vlm, one, work)
+        answers.append(answer)
+        told = answer if expected is None else expected[number]
+        ids = np.concatenate([prompt.input_ids, np.array(told.token_ids, dtype=np.int64)])
+        passages = [*passages, Passage(ids, prompt.input_ids.size, prompt.image_embeds)]
+    step("texts")
+    model = vlm.model
+    return Observation(
+        config=vlm.config,
+        head=head_of(model),
+        encoder=(model.vision_model, model.connector),
+        passages=passages,
+        num_texts=len(texts),
+        hidden=[last_hidden(model, passage) for passage in passages],
+        layers=layer_states(model, texts[0].input_ids[:LAYER_TOKENS]) if texts else [],
+        answers=answers,
+    )
+
+
+def _answer(vlm: SmolVLM, asked: Asked, work: Work) -> tuple[Passage, Answered]:
+    """The prompt of a question, and the answer to it."""
+    pictures = () if asked.picture is None else (asked.picture,)
+    request = read_request(asked.text, pictures, (), None)
+    media = vlm.engine.open_media(request, work.detail)
+    prompt = vlm.engine.make_prompt(request.messages, media)
+    reply = AnswerStream(vlm.engine, prompt, Sampling(max_tokens=work.max_tokens)).finished()
+    answer = Answered(reply.text, tuple(reply.token_ids))
+    return Passage(prompt.input_ids, prompt.input_ids.size, joined(media)), answer
+
+
+def last_hidden(model: Model, passage: Passage) -> mx.array:
+    """Hidden states (L, D) from which the head predicts the passage's targets."""
+    embeds = model.embed(passage.input_ids, passage.image_embeds)
+    hidden: mx.array = model.text_model(embeds)[0, passage.start - 1 : -1]
+    mx.eval(hidden)
+    return hidden
+
+
+def layer_states(model: Model, input_ids: np.ndarray) -> list[mx.array]:
+    """States (L, D) after every decoder layer, for the text `input_ids` (L,)."""
+    with recorded(model.text_model.layers) as states:
+        mx.eval(model.text_model(model.embed(input_ids)))
+    return [state[0] for state in states]
+
+
+@contextlib.contextmanager
+def recorded(layers: list[Any]) -> Iterator[list[mx.array]]:
+    """What the `layers` of a model give in this block, in the order they are called."""
+    states: list[mx.array] = []
+    originals = list(layers)
+    layers[:] = [_Recorder(layer, states) for layer in originals]
+    try:
+        yield states
+    finally:
+        layers[:] = originals
+
+
+class _Recorder(nn.Module):
+    """A layer that notes what it gives."""
+
+    def __init__(self, layer: nn.Module, states: list[mx.array]) -> None:
+        super().__init__()
+        self.layer = layer
+        self._states = states
+
+    def __call__(self, *arguments: Any) -> mx.array:
+        state: mx.array = self.layer(*arguments)
+        self._states.append(state)
+        return state

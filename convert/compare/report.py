@@ -1,0 +1,331 @@
+"""A comparison told to people: a table for a terminal, and a section of a model card."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from mlx_smolvlm.config import PARTS, part_of
+from mlx_smolvlm.convert.compare.observe import Predictions
+
+# Counts of tokens are given by KL divergence: below the first edge, between two, above the last.
+KL_EDGES_NATS = tuple(10.0 ** (power / 2) for power in range(-12, 3))
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the two: its name, bytes of its weights, and bits of each number in its matrices."""
+
+    name: str
+    nbytes: int
+    bits_per_weight: float
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """How far two models' predictions of the same tokens lie apart.
+
+    Attributes:
+        tokens: How many were predicted.
+        top_1_agreement: Share of tokens for which both find the same one likeliest.
+        kl_nats: Mean KL divergence of the other's distribution from the reference's.
+        kl_nats_median: Its median over the tokens.
+        kl_nats_p99: What 99 % of the tokens stay below.
+        kl_nats_max: Its greatest value.
+        perplexity_reference: exp of the mean negative log-likelihood of the true tokens.
+        perplexity_other: The same of the other.
+        kl_counts: Tokens by divergence, see `KL_EDGES_NATS`; one more than there are edges.
+    """
+
+    tokens: int
+    top_1_agreement: float
+    kl_nats: float
+    kl_nats_median: float
+    kl_nats_p99: float
+    kl_nats_max: float
+    perplexity_reference: float
+    perplexity_other: float
+    kl_counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FeatureLoss:
+    """How far vectors of pictures lie apart: "patch_features" of the encoder, or "image_embeds".
+
+    Attributes:
+        vectors: How many were compared.
+        cosine: Mean cosine of the angle between a vector and its counterpart.
+        cosine_least: The least of them.
+        relative_error: Mean length of the difference over the length of the reference's.
+    """
+
+    name: Literal["patch_features", "image_embeds"]
+    vectors: int
+    cosine: float
+    cosine_least: float
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class LayerLoss:
+    """Mean relative error of what leaves the layer at `path`, over tokens or patches."""
+
+    path: str
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class MatrixLoss:
+    """Relative Frobenius error of the matrix of the module at `path`.
+
+    Attributes:
+        path: As in the checkpoint, such as "text_model.layers.0.mlp.down_proj".
+        bits: Of the other's numbers; None is float.
+        parameters: How many numbers the reference's has.
+        relative_error: |other - reference| / |reference|.
+    """
+
+    path: str
+    bits: int | None
+    parameters: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """Greedy answers of both to a question.
+
+    `equal_tokens` counts from the beginning up to the first difference, `tokens` is the
+    length of the longer answer; `picture` is None if there is none.
+    """
+
+    question: str
+    picture: str | None
+    reference: str
+    other: str
+    tokens: int
+    equal_tokens: int
+
+
+@dataclass(frozen=True)
+class Surprise:
+    """A token of the texts where the two disagree most: what each finds likeliest there."""
+
+    context: str
+    true: str
+    reference: str
+    other: str
+    kl_nats: float
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Mean scores of both on a task of a dataset, 0 to 1, and how many answers are the same."""
+
+    task: str
+    metric: str
+    examples: int
+    reference: float
+    other: float
+    same_answers: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What was found; a part that could not be compared is None or empty.
+
+    Attributes:
+        reference: What is compared with.
+        other: What it became.
+        texts: Predictions of the next token of texts.
+        answers_forced: Predictions of the tokens of the reference's answers.
+        features: Of pictures, as they leave the encoder and the connector.
+        layers: Of decoder and encoder, in order.
+        matrices: Every matrix that has a counterpart of its shape.
+        answers: Greedy answers side by side.
+        surprises: Where the texts' predictions differ most.
+        tasks: Accuracy on a dataset, if one was given.
+        peak_memory_gb: The most memory that MLX held, in 10**9 bytes.
+    """
+
+    reference: Side
+    other: Side
+    texts: TokenLoss | None
+    answers_forced: TokenLoss | None
+    features: tuple[FeatureLoss, ...]
+    layers: tuple[LayerLoss, ...]
+    matrices: tuple[MatrixLoss, ...]
+    answers: tuple[AnswerPair, ...]
+    surprises: tuple[Surprise, ...]
+    tasks: tuple[TaskScore, ...]
+    peak_memory_gb: float
+
+    @property
+    def equal_answers(self) -> int:
+        """Answers that are the same to the last token."""
+        return sum(pair.equal_tokens == pair.tokens for pair in self.answers)
+
+    @property
+    def equal_share(self) -> float:
+        """Mean share of an answer's tokens up to the first difference; 1 without answers."""
+        shares = [pair.equal_tokens / pair.tokens if pair.tokens else 1.0 for pair in self.answers]
+        return sum(shares) / len(shares) if shares else 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, with `kl_edges_nats`, as JSON can hold it."""
+        return {**dataclasses.asdict(self), "kl_edges_nats": list(KL_EDGES_NATS)}
+
+
+def token_loss(parts: Sequence[Predictions]) -> TokenLoss | None:
+    """`parts` summed up; None without any token."""
+    if not sum(part.kl_nats.size for part in parts):
+        return None
+    kl = np.concatenate([part.kl_nats for part in parts]).astype(np.float64)
+    nll = np.concatenate([part.nll_nats for part in parts], 1).astype(np.float64).mean(1)
+    likeliest = np.concatenate([part.likeliest for part in parts], 1)
+    counts = np.bincount(np.digitize(kl, KL_EDGES_NATS), minlength=len(KL_EDGES_NATS) + 1)
+    return TokenLoss(
+        tokens=kl.size,
+        top_1_agreement=float((likeliest[0] == likeliest[1]).mean()),
+        kl_nats=float(kl.mean()),
+        kl_nats_median=float(np.median(kl)),
+        kl_nats_p99=float(np.percentile(kl, 99)),
+        kl_nats_max=float(kl.max()),
+        perplexity_reference=math.exp(min(nll[0], 700)),
+        perplexity_other=math.exp(min(nll[1], 700)),
+        kl_counts=tuple(counts.tolist()),
+    )
+
+
+def feature_loss(
+    name: Literal["patch_features", "image_embeds"], cosines: np.ndarray, errors: np.ndarray
+) -> FeatureLoss:
+    """Cosines and relative errors of vectors summed up."""
+    return FeatureLoss(
+        name=name,
+        vectors=cosines.size,
+        cosine=float(cosines.mean()),
+        cosine_least=float(cosines.min()),
+        relative_error=float(errors.mean()),
+    )
+
+
+FEATURE_NAMES = {
+    "patch_features": "after the encoder",
+    "image_embeds": "after the connector",
+}
+WORST = 5  # matrices that are named
+
+
+def summary_rows(found: Comparison) -> Iterator[tuple[str, str]]:
+    """Pairs of what was measured and the number, for every part that could be compared."""
+    yield "reference", _side(found.reference)
+    yield "compared", _side(found.other)
+    if found.texts is not None:
+        yield from _token_rows("texts", found.texts)
+    if found.answers_forced is not None:
+        yield from _token_rows("reference's answers", found.answers_forced)
+    for feature in found.features:
+        yield (
+            f"pictures, {FEATURE_NAMES[feature.name]}",
+            f"cosine {feature.cosine:.6f}, least {feature.cosine_least:.6f} of "
+            f"{feature.vectors} vectors; relative error {feature.relative_error:.4f}",
+        )
+    if found.answers:
+        share = f"{found.equal_share:.1%} of tokens up to the first difference"
+        yield "answers", f"{found.equal_answers} of {len(found.answers)} the same; {share}"
+    for part, error, worst in part_errors(found.matrices):
+        text = f"relative error {error:.4f}, greatest {worst.relative_error:.4f}"
+        yield f"weights, {part}", f"{text} ({worst.path})" if worst.relative_error else text
+    for task in found.tasks:
+        yield (
+            f"task {task.task}",
+            f"{task.reference:.1%} -> {task.other:.1%} ({task.metric}); "
+            f"{task.same_answers} of {task.examples} answers the same",
+        )
+
+
+def _side(side: Side) -> str:
+    """Name and size."""
+    megabytes = side.nbytes / 1e6
+    return f"{side.name}, {megabytes:,.1f} MB, {side.bits_per_weight:.2f} bits a weight"
+
+
+def _token_rows(name: str, loss: TokenLoss) -> Iterator[tuple[str, str]]:
+    """What was found of tokens."""
+    yield f"{name}, top-1 agreement", f"{loss.top_1_agreement:.2%} of {loss.tokens} tokens"
+    yield (
+        f"{name}, KL",
+        f"{loss.kl_nats:.3g} nats a token (median {loss.kl_nats_median:.3g}, "
+        f"99 % below {loss.kl_nats_p99:.3g}, greatest {loss.kl_nats_max:.3g})",
+    )
+    change = loss.perplexity_other / loss.perplexity_reference - 1
+    yield (
+        f"{name}, perplexity",
+        f"{loss.perplexity_reference:.4g} -> {loss.perplexity_other:.4g} ({change:+.2%})",
+    )
+
+
+def part_errors(matrices: Sequence[MatrixLoss]) -> Iterator[tuple[str, float, MatrixLoss]]:
+    """Each part with its relative errors' mean, weighed by parameters, and its worst matrix."""
+    for part in PARTS:
+        own = [one for one in matrices if part_of(one.path) == part]
+        if own:
+            total = sum(one.parameters for one in own)
+            mean = sum(one.relative_error * one.parameters for one in own) / total
+            yield part, mean, max(own, key=lambda one: one.relative_error)
+
+
+def differing_answers(found: Comparison) -> Iterator[str]:
+    """Lines that show the answers that differ, and the tokens of the texts that differ most."""
+    for pair in found.answers:
+        if pair.equal_tokens == pair.tokens:
+            continue
+        about = f" ({pair.picture})" if pair.picture else ""
+        yield f"{pair.question}{about}: {pair.equal_tokens} of {pair.tokens} tokens the same"
+        yield f"  reference: {one_line(pair.reference)}"
+        yield f"  compared:  {one_line(pair.other)}"
+    for one in found.surprises:
+        yield (
+            f"...{one_line(one.context)} [{one_line(one.true)}]: reference says "
+            f"{one.reference!r}, compared {one.other!r}, KL {one.kl_nats:.3g} nats"
+        )
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks."""
+    return " ".join(text.split())
+
+
+def card_section(found: Comparison, plot: str | None = None) -> str:
+    """Markdown that says what the conversion lost, for a model card; `plot` is its picture's name.
+
+    It begins with a heading of the second level.
+    """
+    lines = [
+        "## What the conversion lost",
+        "",
+        "Measured against the weights it was made from, activations in float32.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {name} | {_cell(text)} |" for name, text in summary_rows(found)),
+    ]
+    worst = sorted(found.matrices, key=lambda one: -one.relative_error)[:WORST]
+    if worst and worst[0].relative_error:
+        lines += ["", "The matrices with the greatest relative error:", ""]
+        lines += ["| matrix | bits | relative error |", "| --- | --- | --- |"]
+        lines += [f"| `{m.path}` | {m.bits or 'float'} | {m.relative_error:.4f} |" for m in worst]
+    if plot:
+        lines += ["", f"![Errors by matrix, by layer and by token]({plot})"]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """`text` as a cell of a Markdown table."""
+    return one_line(text).replace("|", "\\|")

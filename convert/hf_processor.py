@@ -1,0 +1,262 @@
+"""A Hugging Face checkpoint's processor, tokenizer and generation files.
+
+Source: transformers 5.23, Idefics3ImageProcessor, SmolVLMVideoProcessor, ProcessorMixin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_smolvlm.checkpoint.load import LARGEST_TEMPLATE, TEMPLATE_FILE, TOKENIZER_FILE
+from mlx_smolvlm.config import LARGEST, ImageConfig, VideoConfig
+from mlx_smolvlm.convert.source import Source
+from mlx_smolvlm.errors import CheckpointError, shorten
+from mlx_smolvlm.prompt.tokenizer import LARGEST_FILE
+
+
+@dataclass(frozen=True)
+class Section:
+    """A JSON object and the name by which errors call it."""
+
+    values: Mapping[str, Any]
+    name: str
+
+    def error(self, key: str, advice: str) -> CheckpointError:
+        """An error about the value at `key`."""
+        return CheckpointError(f"{self.name}: {key} is {shorten(self.values.get(key))}; {advice}")
+
+    def child(self, key: str) -> Section | None:
+        """The object at `key`; None if it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.error(key, "it must be an object")
+        return Section(value, f"{self.name}, {key}")
+
+    def integer(self, key: str, default: int | None, largest: int = LARGEST) -> int:
+        """The positive integer at `key`; `default` if it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        if type(value) is not int or not 0 < value <= largest:
+            raise self.error(key, f"it must be an integer from 1 to {largest}")
+        return value
+
+    def number(self, key: str, default: float | None, *, zero: bool = False) -> float:
+        """The positive number at `key`, or 0 if `zero`; `default` if it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            value = default
+        usable = type(value) in (int, float) and 0 <= value < float("inf")  # type: ignore[operator]
+        if not usable or not (value or zero):
+            raise self.error(key, f"it must be a number {'from' if zero else 'above'} 0")
+        return float(value)  # type: ignore[arg-type]
+
+    def flag(self, key: str, default: bool) -> bool:
+        """The boolean at `key`; `default` if it is absent or null."""
+        value = self.values.get(key)
+        if value is None:
+            return default
+        if type(value) is not bool:
+            raise self.error(key, "it must be true or false")
+        return value
+
+    def fixed(self, supported: Mapping[str, Any]) -> None:
+        """Refuse a value other than the `supported` one of its key."""
+        for key, wanted in supported.items():
+            value = self.values.get(key)
+            same = value == wanted or (
+                isinstance(wanted, float)
+                and isinstance(value, (int, float))
+                and abs(value - wanted) < 1e-9
+            )
+            if value is not None and not same:
+                raise self.error(key, f"mlx-smolvlm supports {wanted!r}")
+
+
+LONGEST_EDGE, TILE = 4 * 364, 364  # the image processors' defaults, in pixels
+LANCZOS = 1
+SKIP_SECS = 1.0  # the default of SmolVLMVideoProcessor.sample_frames
+END_OF_UTTERANCE = "<end_of_utterance>"
+
+FIXED_IMAGE = {
+    "resample": LANCZOS,
+    "do_resize": True,
+    "do_rescale": True,
+    "do_normalize": True,
+    "rescale_factor": 1 / 255,
+}
+
+
+def processors(source: Source) -> tuple[Section, Section | None]:
+    """The settings of the image processor and, where they are apart, of the video processor.
+
+    transformers 5 nests both in processor_config.json, and prefers that to the files
+    that older versions wrote.
+    """
+    images, videos = None, None
+    if source.has("processor_config.json"):
+        nested = Section(source.json("processor_config.json"), "processor_config.json")
+        images, videos = nested.child("image_processor"), nested.child("video_processor")
+    if images is None:
+        if not source.has("preprocessor_config.json"):
+            raise CheckpointError(
+                f"{source.folder} has no preprocessor_config.json, so the size of pictures is "
+                "unknown; copy it from the checkpoint that this one was made from"
+            )
+        images = Section(source.json("preprocessor_config.json"), "preprocessor_config.json")
+    name = "video_preprocessor_config.json"
+    if videos is None and source.has(name):
+        videos = Section(source.json(name), name)
+    return images, videos
+
+
+def image_config(section: Section, tile: int) -> ImageConfig:
+    """How pictures are cut into tiles of side `tile`."""
+    section.fixed(FIXED_IMAGE)
+    largest = _longest_edge(section, "max_image_size", TILE)
+    if largest != tile:
+        raise section.error(
+            "max_image_size", f"vision_config's image_size is {tile}, and the two must agree"
+        )
+    return ImageConfig(
+        longest_edge=_longest_edge(section, "size", LONGEST_EDGE),
+        mean=_channels(section, "image_mean"),
+        std=_channels(section, "image_std"),
+        do_image_splitting=section.flag("do_image_splitting", True),
+    )
+
+
+def _longest_edge(section: Section, key: str, default: int) -> int:
+    """`longest_edge` of the object at `key`."""
+    size = section.child(key)
+    return default if size is None else size.integer("longest_edge", None)
+
+
+def _channels(section: Section, key: str) -> tuple[float, float, float]:
+    """Three numbers at `key`, one a channel."""
+    value = section.values.get(key)
+    if value is None:
+        return (0.5, 0.5, 0.5)
+    if (
+        not isinstance(value, list)
+        or len(value) != 3
+        or any(type(one) not in (int, float) for one in value)
+    ):
+        raise section.error(key, "it must be three numbers")
+    return (float(value[0]), float(value[1]), float(value[2]))
+
+
+def video_config(images: Section, videos: Section | None) -> VideoConfig | None:
+    """How frames are sampled; None where the checkpoint says nothing of videos.
+
+    SmolVLM2 keeps it as `video_sampling` with the image settings; transformers 5
+    saves the same three values as fields of the video processor.
+    """
+    for section in (videos, images):
+        sampling = section and section.child("video_sampling")
+        if sampling is not None:
+            return VideoConfig(
+                fps=sampling.number("fps", None),
+                max_frames=sampling.integer("max_frames", None),
+                longest_edge=_longest_edge(sampling, "video_size", LONGEST_EDGE),
+                skip_secs=sampling.number("skip_secs", SKIP_SECS, zero=True),
+            )
+    if videos is None or videos.values.get("fps") is None:
+        return None
+    return VideoConfig(
+        fps=videos.number("fps", None),
+        max_frames=videos.integer("num_frames", None),
+        longest_edge=_longest_edge(videos, "size", LONGEST_EDGE),
+        skip_secs=videos.number("skip_secs", SKIP_SECS, zero=True),
+    )
+
+
+def eos_token_ids(
+    source: Source, top: Section, text: Section, tokens: Mapping[str, int], vocab_size: int
+) -> tuple[int, ...]:
+    """The ids that end an answer.
+
+    generation_config.json's, else config.json's, and `<end_of_utterance>` where the
+    tokenizer has it, since that ends a turn in the chat format.
+    """
+    sections = [text, top]
+    if source.has("generation_config.json"):
+        generation = Section(source.json("generation_config.json"), "generation_config.json")
+        sections.insert(0, generation)
+    ids: list[int] = []
+    for section in sections:
+        value = section.values.get("eos_token_id")
+        if value is None:
+            continue
+        ids = value if isinstance(value, list) else [value]
+        if any(type(one) is not int for one in ids):
+            raise section.error("eos_token_id", "it must be an integer or a list of them")
+        break
+    if END_OF_UTTERANCE in tokens:
+        ids = [*ids, tokens[END_OF_UTTERANCE]]
+    usable = tuple(dict.fromkeys(one for one in ids if 0 <= one < vocab_size))
+    if not usable:
+        raise CheckpointError(
+            f"{source.folder}: no eos_token_id within the vocabulary of {vocab_size}, so no answer "
+            "would end; state it in generation_config.json"
+        )
+    return usable
+
+
+def added_tokens(source: Source) -> dict[str, int]:
+    """The added tokens of tokenizer.json with their ids.
+
+    Raises:
+        CheckpointError: tokenizer.json is missing or damaged.
+    """
+    if not source.has(TOKENIZER_FILE):
+        raise CheckpointError(
+            f"{source.folder} has no {TOKENIZER_FILE}; save its tokenizer with transformers' "
+            "AutoTokenizer, which writes one"
+        )
+    added = source.json(TOKENIZER_FILE, LARGEST_FILE).get("added_tokens") or []
+    try:
+        return {token["content"]: token["id"] for token in added}
+    except (TypeError, KeyError):
+        raise CheckpointError(
+            f"{source.folder / TOKENIZER_FILE}: added_tokens is damaged"
+        ) from None
+
+
+def read_template(source: Source) -> str:
+    """The chat template of `source`, from where transformers would take it.
+
+    Raises:
+        CheckpointError: None of the four places has one.
+    """
+    for name in ("processor_config.json", "chat_template.json", TEMPLATE_FILE):
+        if name == TEMPLATE_FILE and source.has(name):
+            return source.text(name, LARGEST_TEMPLATE)
+        template = _template_in(source, name)
+        if template is not None:
+            return template
+    template = _template_in(source, "tokenizer_config.json")
+    if template is None:
+        raise CheckpointError(
+            f"{source.folder} has no chat template (chat_template.jinja, chat_template.json or in "
+            "tokenizer_config.json); copy it from the checkpoint that this one was made from"
+        )
+    return template
+
+
+def _template_in(source: Source, name: str) -> str | None:
+    """The template under "chat_template" in a JSON file, the default one if it has several."""
+    if not name.endswith(".json") or not source.has(name):
+        return None
+    value = source.json(name).get("chat_template")
+    if isinstance(value, list):
+        value = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
+    if isinstance(value, dict):
+        value = value.get("default")
+    if value is not None and not isinstance(value, str):
+        raise CheckpointError(f"{source.folder / name}: chat_template is no text: {shorten(value)}")
+    return value

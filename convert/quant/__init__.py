@@ -1,0 +1,1 @@
+"""Quantization: recipes, mixed precision, GPTQ, DWQ."""

@@ -1,0 +1,133 @@
+"""What a conversion is calibrated on: texts, and datasets with pictures.
+
+Letters in shapes: N tiles, H and W a tile's pixels, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_smolvlm.convert.compare.samples import QUESTIONS, drawn_pictures
+from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.generate.sampling import Sampling
+from mlx_smolvlm.generate.stream import AnswerStream
+from mlx_smolvlm.media.encode import Medium
+from mlx_smolvlm.prompt.messages import ImageSource, read_request
+from mlx_smolvlm.smolvlm import SmolVLM
+
+BUNDLED = Path(__file__).with_name("calibration.txt")
+TEXTS, DATASETS = (".txt", ".md"), (".jsonl",)
+WINDOW = 256  # tokens of a text that are read at once
+MOST_SAMPLES = 512
+ANSWER_TOKENS = 24
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Tokens to predict, those of `input_ids` (L,) from `start` on.
+
+    `pixel_values` (N, H, W, 3) are the tiles of its pictures; None without any.
+    """
+
+    input_ids: np.ndarray
+    start: int = 1
+    pixel_values: mx.array | None = None
+
+
+def read_samples(vlm: SmolVLM, paths: Sequence[Path] = ()) -> list[Sample]:
+    """What the files at `paths`, or in folders there, hold; without paths what is bundled.
+
+    At most `MOST_SAMPLES` are taken, evenly spread. Pictures are cut by "low" detail.
+
+    Args:
+        vlm: The float model, which answers the questions about the bundled pictures.
+        paths: Texts (.txt, .md) and datasets (.jsonl, of pictures and texts).
+
+    Raises:
+        CheckpointError: A path is no such file, or all hold no token to predict.
+        DatasetError: A line of a dataset is wrong.
+        MediaError: A picture cannot be opened.
+    """
+    if paths:
+        samples = [one for file in _files(paths) for one in _samples(vlm, file)]
+    else:
+        samples = [*_windows(vlm, BUNDLED.read_text(encoding="utf-8")), *_drawn(vlm)]
+    if not samples:
+        raise CheckpointError("the calibration files hold no token to predict; give longer ones")
+    count = min(len(samples), MOST_SAMPLES)
+    return [samples[number * len(samples) // count] for number in range(count)]
+
+
+def _files(paths: Sequence[Path]) -> Iterator[Path]:
+    """Files to read, those of folders in order of their names."""
+    for path in paths:
+        path = expand_path(path, CheckpointError)
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = [file for file in inside if file.suffix.lower() in TEXTS + DATASETS]
+        files = [file for file in files if file.is_file()]
+        if not files:
+            known = ", ".join(TEXTS + DATASETS)
+            raise CheckpointError(f"{path} is no calibration file or folder of them: {known}")
+        yield from files
+
+
+def _samples(vlm: SmolVLM, file: Path) -> Iterator[Sample]:
+    """What `file` holds."""
+    if file.suffix.lower() in TEXTS:
+        try:
+            text = file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(f"{file} cannot be read as UTF-8 text: {error}") from None
+        yield from _windows(vlm, text)
+        return
+    from mlx_smolvlm.train.dataset import read_dataset
+
+    for example in read_dataset(file):
+        if example.videos:
+            raise CheckpointError(f"{example.where}: calibration takes pictures, no videos")
+        request = read_request([*example.prompt], tuple(example.images), (), None)
+        media = vlm.engine.open_media(request, "low")
+        yield from _answered(vlm, request.messages, media, example.answers[0])
+
+
+def _windows(vlm: SmolVLM, text: str) -> Iterator[Sample]:
+    """The tokens of `text`, `WINDOW` at once."""
+    ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids, dtype=np.int64)
+    size = min(WINDOW, vlm.config.text.max_position_embeddings)
+    for start in range(0, ids.size - 1, size):
+        part = ids[start : start + size]
+        if part.size > 1:
+            yield Sample(part)
+
+
+def _drawn(vlm: SmolVLM) -> Iterator[Sample]:
+    """Questions about the drawn pictures, with the model's own answers."""
+    for number, picture in enumerate(drawn_pictures().values()):
+        source: ImageSource = picture
+        request = read_request(QUESTIONS[number % len(QUESTIONS)], (source,), (), None)
+        media = vlm.engine.open_media(request, "low")
+        sampling = Sampling(max_tokens=ANSWER_TOKENS)
+        prompt = vlm.engine.make_prompt(request.messages, media)
+        reply = AnswerStream(vlm.engine, prompt, sampling).finished()
+        yield from _answered(vlm, request.messages, media, reply.text)
+
+
+def _answered(
+    vlm: SmolVLM, messages: list[dict[str, object]], media: Sequence[Medium], answer: str
+) -> Iterator[Sample]:
+    """The sample of predicting `answer` and its end; none if it is longer than the context."""
+    prompt = vlm.engine.make_prompt(messages, media)
+    told = vlm.engine.prompt_builder.tokenizer.encode(answer, add_special_tokens=False).ids
+    end = vlm.config.eos_token_ids[:1]
+    ids = np.concatenate([prompt.input_ids, np.array([*told, *end], dtype=np.int64)])
+    if ids.size > vlm.config.text.max_position_embeddings:
+        return
+    tiles = [tile for medium in media for _, tile in medium.tiles(vlm.config)]
+    pixels = mx.array(np.stack(tiles)) if tiles else None
+    yield Sample(ids, prompt.input_ids.size, pixels)

@@ -1,0 +1,350 @@
+"""A model rounded matrix by matrix, each to the inputs that the rounded ones before give it.
+
+The order is that of a forward pass: encoder, connector, embeddings, decoder, head. Hidden states of
+all samples are kept from one layer to the next, and a layer is let go of once they are known.
+
+Letters in shapes: N tiles, I tokens of a tile, P patches, V vision width, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_unflatten
+
+from mlx_smolvlm.config import Quantization
+from mlx_smolvlm.convert.compare.observe import recorded
+from mlx_smolvlm.convert.open_model import Matrix
+from mlx_smolvlm.convert.options import pack
+from mlx_smolvlm.convert.plan import Step
+from mlx_smolvlm.convert.quant.calibration import Sample
+from mlx_smolvlm.convert.quant.dwq import Learned, Progress, encode
+from mlx_smolvlm.convert.run import Plan
+from mlx_smolvlm.model.model import Model
+
+ROWS = 4096  # rows that are rounded at once: a group of them stays in a CPU's cache
+
+
+@dataclass(frozen=True)
+class GptqOptions:
+    """How errors are made up for.
+
+    Attributes:
+        damping: Added to the diagonal of H, as a share of its mean: the more, the less the
+            other columns are moved. Inputs that were never seen are kept from moving anything.
+        shrinks: What the range of a group may be scaled by, so that a few large weights are cut
+            off and the others lie finer; the best for the group is taken. (1.0,) never cuts.
+    """
+
+    damping: float = 0.01
+    shrinks: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+
+PLAIN = GptqOptions()
+
+
+def compensate(
+    weight: mx.array,
+    moment: mx.array,
+    quantization: Quantization,
+    dtype: mx.Dtype,
+    options: GptqOptions = PLAIN,
+) -> dict[str, mx.array]:
+    """`weight` (rows, width) packed in affine mode: "weight", "scales" and "biases".
+
+    Args:
+        weight: In floats.
+        moment: H (width, width), of the inputs (tokens, width): inputs.T @ inputs. A zero
+            matrix makes this plain rounding.
+        quantization: Bits and group size; groups divide the width.
+        dtype: Of scales and biases; what they lose by it is made up for as well.
+    """
+    factor = inverse_factor(np.array(moment.astype(mx.float32)), options.damping)
+    parts = []
+    for start in range(0, weight.shape[0], ROWS):
+        columns = np.array(weight[start : start + ROWS].astype(mx.float32).T)
+        levels, scales, biases = _round(columns, factor, quantization, dtype, options)
+        packed = mx.array(pack_levels(np.ascontiguousarray(levels.T), quantization.bits))
+        parts.append({"weight": packed, "scales": scales.T, "biases": biases.T})
+    arrays = {suffix: mx.concatenate([one[suffix] for one in parts]) for suffix in parts[0]}
+    mx.eval(arrays)
+    return arrays
+
+
+def inverse_factor(moment: np.ndarray, damping: float) -> np.ndarray:
+    """The upper triangular U (width, width), float32, with U'U the inverse of the damped H.
+
+    Row j of U is what is left of columns j and after once those before are rounded: U[j, k] /
+    U[j, j] of an error of column j is what column k makes up for.
+    """
+    damped = moment.astype(np.float64)
+    mean = damped.diagonal().mean()
+    damped.flat[:: len(damped) + 1] += damping * mean if mean > 0 else 1.0
+    lower = np.linalg.cholesky(damped[::-1, ::-1])
+    return np.triu(np.linalg.inv(lower[::-1, ::-1])).astype(np.float32)
+
+
+def _round(
+    columns: np.ndarray,
+    factor: np.ndarray,
+    quantization: Quantization,
+    dtype: mx.Dtype,
+    options: GptqOptions,
+) -> tuple[np.ndarray, mx.array, mx.array]:
+    """Levels (width, rows) of the `columns` (width, rows), and scales and biases (groups, rows).
+
+    `columns` are used up.
+    """
+    size, most = quantization.group_size, 2**quantization.bits - 1
+    levels = np.empty(columns.shape, np.uint8)
+    grids = []
+    for start in range(0, len(columns), size):
+        end = start + size
+        group, errors = columns[start:end], np.empty_like(columns[start:end])
+        weights = 1 / np.square(factor.diagonal()[start:end])
+        grid = fit_grid(group, weights, quantization, dtype, options.shrinks)
+        scales, biases = (np.array(one.astype(mx.float32)) for one in grid)
+        for j in range(size):
+            level = np.clip(np.rint((group[j] - biases) / scales), 0, most)
+            error = (group[j] - (level * scales + biases)) / factor[start + j, start + j]
+            group[j + 1 :] -= factor[start + j, start + j + 1 : end, None] * error
+            levels[start + j], errors[j] = level, error
+        columns[end:] -= factor[start:end, end:].T @ errors
+        grids.append(grid)
+    return levels, mx.stack([grid[0] for grid in grids]), mx.stack([grid[1] for grid in grids])
+
+
+def fit_grid(
+    group: np.ndarray,
+    weights: np.ndarray,
+    quantization: Quantization,
+    dtype: mx.Dtype,
+    shrinks: tuple[float, ...],
+) -> tuple[mx.array, mx.array]:
+    """Scales and biases (rows,) of type `dtype` for a `group` (group size, rows).
+
+    Args:
+        weights: What a squared error counts in each column, (group size,).
+        shrinks: Of the range; that of least error is taken, the first of equal ones.
+    """
+    most = 2**quantization.bits - 1
+    rows = mx.array(np.ascontiguousarray(group.T))
+    low, high = rows.min(-1, keepdims=True), rows.max(-1, keepdims=True)
+    best: list[mx.array] = []
+    for shrink in shrinks:
+        cut = mx.clip(rows, low * shrink, high * shrink) if shrink < 1 else rows
+        _, scales, biases = mx.quantize(cut, quantization.group_size, quantization.bits)
+        scales, biases = scales.astype(dtype), biases.astype(dtype)
+        s, b = scales.astype(mx.float32), biases.astype(mx.float32)
+        if len(shrinks) == 1:
+            return scales[:, 0], biases[:, 0]
+        error = rows - (mx.clip(mx.round((rows - b) / s), 0, most) * s + b)
+        loss = (error * error) @ mx.array(weights)[:, None]
+        if best:
+            better = loss < best[0]
+            pairs = zip((loss, scales, biases), best, strict=True)
+            best = [mx.where(better, new, old) for new, old in pairs]
+        else:
+            best = [loss, scales, biases]
+    return best[1][:, 0], best[2][:, 0]
+
+
+def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
+    """`levels` (rows, width) of `bits` bits each as MLX packs them, uint32 (rows, words).
+
+    They follow each other from the lowest bit of a row's first word on.
+    """
+    rows, width = levels.shape
+    single = np.unpackbits(levels[..., None], axis=-1, count=bits, bitorder="little")
+    packed = np.packbits(single.reshape(rows, width * bits), axis=-1, bitorder="little")
+    return packed.view("<u4")
+
+
+COMPENSATED_BELOW_BITS = 8  # 8 bits lose next to nothing
+EMBEDDINGS = "text_model.embed_tokens"
+
+Through = Callable[[Any, mx.array], mx.array]  # a module and its input -> its output
+
+
+def compensate_model(
+    plan: Plan,
+    model: Model,
+    samples: Sequence[Sample],
+    options: GptqOptions,
+    progress: Progress,
+) -> Learned:
+    """The arrays of the packed matrices of `plan`, by path, where they differ from plain rounding.
+
+    Those of 8 bits, of modes that are not affine, and those that the source has packed in the
+    same way already stay as they are; so do the encoder's without pictures.
+
+    Args:
+        plan: What is to be written.
+        model: The source as floats; it is used up, but for the modules of its head.
+        samples: What is run through it.
+        progress: Called before each matrix.
+    """
+    rounder = Rounder(plan, options, progress)
+    tied = None if "lm_head" in model else _tied_moment(model, samples)
+    pictures = [one.pixel_values for one in samples if one.pixel_values is not None]
+    images = iter(see(rounder, model, pictures))
+    embeds = [None if one.pixel_values is None else next(images) for one in samples]
+    model.text_model.embed_tokens = embeddings = copy(model.text_model.embed_tokens)
+    rounder.settle(EMBEDDINGS, embeddings, tied)
+    states = [model.embed(one.input_ids, e) for one, e in zip(samples, embeds, strict=True)]
+    hidden = read(rounder, model, states)
+    if "lm_head" in model:
+        rounder.settle("lm_head", copy(model.lm_head), moment_of(hidden))
+    return rounder.done
+
+
+def see(rounder: Rounder, model: Model, pictures: Sequence[mx.array]) -> list[mx.array]:
+    """Image embeddings (N, I, D) of `pictures` (N, H, W, 3), encoder and connector rounded."""
+    if not pictures:
+        return []
+    vision, connector = model.vision_model, model.connector
+    states = [vision.embeddings(tile[None]) for one in pictures for tile in one]  # (1, P, V)
+    layers, vision.encoder.layers = list(vision.encoder.layers), []
+    states = rounder.stack("vision_model.encoder.layers", layers, states, lambda f, x: f(x))
+    features = [vision.post_layernorm(state) for state in states]
+    tiles = iter(rounder.module("connector", connector, features, lambda f, x: f(x)))
+    return [mx.concatenate([next(tiles) for _ in one]) for one in pictures]
+
+
+def read(rounder: Rounder, model: Model, states: list[mx.array]) -> list[mx.array]:
+    """Last hidden states (1, L, D) of `inputs_embeds` (1, L, D) by the decoder rounded."""
+    text = model.text_model
+    layers, text.layers = list(text.layers), []
+
+    def through(layer: Any, state: mx.array) -> mx.array:
+        text.layers = [layer]
+        with recorded(text.layers) as given:
+            text(state)
+        return given[0]
+
+    states = rounder.stack("text_model.layers", layers, states, through)
+    text.layers = []
+    return [text(state) for state in states]
+
+
+class Rounder:
+    """What goes from matrix to matrix; `done` holds the packed arrays by path."""
+
+    def __init__(self, plan: Plan, options: GptqOptions, progress: Progress) -> None:
+        self._steps = {s.entry.path: s for s in plan.steps if s.entry.quantizable}
+        self._dtype: mx.Dtype = getattr(mx, plan.config.dtype)
+        self._options, self._progress = options, progress
+        self._count = 0
+        self.done: Learned = {}
+
+    def stack(
+        self, path: str, layers: list[Any], states: list[mx.array], through: Through
+    ) -> list[mx.array]:
+        """What the `layers` at `path` make of `states`, rounded one by one; they are used up."""
+        mx.eval(states)
+        for number in range(len(layers)):
+            states = self.module(f"{path}.{number}", layers.pop(0), states, through)
+            mx.clear_cache()
+        return states
+
+    def module(
+        self, path: str, module: nn.Module, inputs: list[mx.array], through: Through
+    ) -> list[mx.array]:
+        """What the `module` at `path` makes of `inputs` after its matrices are rounded in order."""
+        leaves = dict(module.named_modules())
+        for full in [one for one in self._steps if one.startswith(f"{path}.")]:
+            name, moment = full.removeprefix(f"{path}."), None
+            if gains(self._steps[full]):
+                moment = moment_of(_inputs_of(name, module, inputs, through))
+            self.settle(full, leaves[name], moment)
+        outputs = []
+        for state in inputs:
+            outputs.append(through(module, state))
+            mx.eval(outputs[-1])
+        return outputs
+
+    def settle(self, path: str, module: nn.Module, moment: mx.array | None) -> None:
+        """Round the weight of `module` as the plan says, to inputs of `moment` if it is given."""
+        self._progress(self._count, len(self._steps), path)
+        self._count += 1
+        step = self._steps[path]
+        if step.target is None:
+            return
+        rows, width = module.weight.shape
+        padding = [(0, step.extra_rows), (0, step.extra_columns)]
+        weight = mx.pad(module.weight.astype(self._dtype), padding)
+        if moment is None or not gains(step):
+            packed = pack(weight, step.target)
+        else:
+            moment = mx.pad(moment, [(0, step.extra_columns)] * 2)
+            packed = compensate(weight, moment, step.target, self._dtype, self._options)
+            self.done[path] = packed
+        module.weight = Matrix(packed, step.target).rows(0, rows)[:, :width]
+        mx.eval(module.weight)
+
+
+def gains(step: Step) -> bool:
+    """Whether the matrix of `step` is rounded so that it is worth the work."""
+    target = step.target
+    if target is None or target.mode != "affine" or target.bits >= COMPENSATED_BELOW_BITS:
+        return False
+    return {member.packed for member in step.members} != {target}
+
+
+def moment_of(inputs: Iterable[mx.array]) -> mx.array:
+    """The sum over tokens of x x' (width, width), of `inputs` (..., width)."""
+    total = mx.array(0.0)
+    for one in inputs:
+        flat = one.reshape(-1, one.shape[-1]).astype(mx.float32)
+        total = total + flat.T @ flat
+        mx.eval(total)
+    return total
+
+
+def _inputs_of(
+    name: str, module: nn.Module, inputs: list[mx.array], through: Through
+) -> Iterator[mx.array]:
+    """What the linear layer called `name` in `module` is given when that is given `inputs`.
+
+    Nothing after it is computed, since nobody asks for it.
+    """
+    leaf = dict(module.named_modules())[name]
+    watched = _Watched(leaf)
+    module.update_modules(tree_unflatten([(name, watched)]))
+    try:
+        for state in inputs:
+            through(module, state)
+            yield watched.take()
+    finally:
+        module.update_modules(tree_unflatten([(name, leaf)]))
+
+
+class _Watched(nn.Module):
+    """A linear layer that notes what it is given."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = layer
+        self._seen: list[mx.array] = []
+
+    def take(self) -> mx.array:
+        """What came last."""
+        return self._seen.pop()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        self._seen.append(x)
+        result: mx.array = self._layer(x)
+        return result
+
+
+def _tied_moment(model: Model, samples: Sequence[Sample]) -> mx.array:
+    """The moment of what the float `model` gives its head, which is its embeddings as well."""
+    embeds = (None if s.pixel_values is None else encode(model, s.pixel_values) for s in samples)
+    pairs = zip(samples, embeds, strict=True)
+    return moment_of(model.text_model(model.embed(one.input_ids, e)) for one, e in pairs)

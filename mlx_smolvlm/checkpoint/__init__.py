@@ -1,0 +1,1 @@
+"""Reads and writes checkpoint folders of this package's format."""

@@ -1,0 +1,1 @@
+"""Generates answers: from prompt and images to tokens and text."""

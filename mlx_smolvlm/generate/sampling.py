@@ -1,0 +1,304 @@
+"""How the next token is chosen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, TypedDict
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_smolvlm.records import read_integer, read_number
+
+BLOCK = 256  # numbers that are added one after the other; about the root of a vocabulary
+
+
+def sum_last(values: mx.array) -> mx.array:
+    """The sum of `values` (..., vocabulary) over the last axis, (..., 1)."""
+    count = values.shape[-1] // BLOCK
+    blocks = mx.unflatten(values[..., : count * BLOCK], -1, (count, BLOCK)).sum(-1)
+    rest = values[..., count * BLOCK :].sum(-1, keepdims=True)
+    return mx.concatenate([blocks, rest], -1).sum(-1, keepdims=True)
+
+
+def log_normalizer(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """The largest of `logits`, and the logarithm of the sum of exp(logits - largest).
+
+    Both are (..., 1), and their sum is the logsumexp. They come apart because adding them
+    rounds: next to logits of 1e4 a float32 has no digits left for the logarithm. The largest
+    counts as a constant in gradients.
+
+    Args:
+        logits: float32 (..., vocabulary).
+    """
+    outputs: tuple[mx.array, mx.array] = _log_normalizer(logits)  # type: ignore[assignment]
+    largest, log_sum = outputs
+    return mx.stop_gradient(largest), log_sum
+
+
+@mx.custom_function  # type: ignore[untyped-decorator]
+def _log_normalizer(logits: mx.array) -> tuple[mx.array, mx.array]:
+    """`log_normalizer` without its gradient."""
+    largest = logits.max(-1, keepdims=True)
+    return largest, mx.log(sum_last(mx.exp(logits - largest)))
+
+
+@_log_normalizer.vjp  # type: ignore[untyped-decorator]
+def _log_normalizer_vjp(
+    logits: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
+) -> mx.array:
+    """The softmax, computed anew: what the sum was made of would take as much memory as logits."""
+    largest, log_sum = outputs
+    return mx.exp(logits - largest - log_sum) * cotangents[1]
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Log-probabilities (..., vocabulary) of `logits` (..., vocabulary), float32."""
+    logits = logits.astype(mx.float32)
+    largest, log_sum = log_normalizer(logits)
+    return (logits - largest) - log_sum
+
+
+def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
+    """Cross-entropies (...) in nats of `targets` (...), float32.
+
+    Args:
+        logits: (..., vocabulary).
+        targets: Token ids.
+    """
+    logits = logits.astype(mx.float32)
+    largest, log_sum = log_normalizer(logits)
+    chosen = mx.take_along_axis(logits, targets[..., None], -1)
+    return (log_sum - (chosen - largest))[..., 0]
+
+
+SEEDS = 2**64  # MLX takes those below
+TEMPERATURES = 1e-6, 1e6  # beyond them float32 overflows; here they are greedy and uniform already
+LEAST_TOP_P = 1e-30  # below it float32 is 0; the likeliest token alone is kept long before
+
+Sampler = Callable[[mx.array], mx.array]
+"""Takes `logits` (vocabulary,), gives a token id (1,)."""
+RowSampler = Callable[[mx.array, np.ndarray], mx.array]
+"""Takes `logits` (B, vocabulary) and how many tokens each answer has (B,), gives token ids (B,)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is generated; the default is greedy, as the checkpoints ask for.
+
+    Attributes:
+        temperature: 0 takes the likeliest token; higher is more varied.
+        top_p: Keep the likeliest tokens up to this share of the probability, in (0, 1].
+        top_k: Keep this many of the likeliest tokens; 0, or as many as there are, keeps all.
+        min_p: Drop tokens below this share of the likeliest token's probability, in [0, 1).
+            This and the two above look at the probabilities at temperature 1, as in mlx-lm:
+            they act before the temperature, which varies what they keep.
+        max_tokens: The answer's length at most, in tokens.
+        seed: Repeats a sampled answer, from 0 to 2**64 - 1; None is a new one each time.
+        stop: Texts that end the answer; they are not part of it.
+        schema: A JSON Schema, as an object or a text, or a pydantic model, that the
+            answer fits; `Reply.parsed` is its value.
+        regex: A regular expression that the whole answer matches.
+
+    Raises:
+        ValueError: A value of another type or outside its range, a schema or an expression
+            that no answer can be held to, or both.
+        ConstraintError: There is a schema or an expression, and llguidance is not installed.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_tokens: int = 1024
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    schema: dict[str, Any] | type[Any] | str | None = None
+    regex: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, accepts, limits in (
+            ("temperature", lambda x: 0 <= x < math.inf, "a number, 0 or above"),
+            ("top_p", lambda x: 0 < x <= 1, "a number above 0 and at most 1"),
+            ("min_p", lambda x: 0 <= x < 1, "a number, at least 0 and below 1"),
+        ):
+            self._set(name, read_number(name, getattr(self, name), accepts, limits))
+        for name, accepts, limits in (
+            ("top_k", lambda x: x >= 0, "an integer, 0 or above"),
+            ("max_tokens", lambda x: x >= 1, "an integer, 1 or above"),
+            ("seed", lambda x: 0 <= x < SEEDS, "an integer from 0 to 2**64 - 1"),
+        ):
+            if name != "seed" or self.seed is not None:
+                self._set(name, read_integer(name, getattr(self, name), accepts, limits))
+        self._set("stop", _read_stop(self.stop))
+        if self.schema is not None and self.regex is not None:
+            raise ValueError("schema and regex are both given; an answer is held to one of them")
+        if self.is_constrained:
+            from mlx_smolvlm.generate.json_schema import check
+
+            check(self.schema, self.regex)
+
+    def _set(self, name: str, value: object) -> None:
+        """Set an attribute to a value that was checked, in the type that it is to have."""
+        object.__setattr__(self, name, value)
+
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the answer is held to a schema or a regular expression."""
+        return self.schema is not None or self.regex is not None
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The attributes of `Sampling` as keyword arguments, for type checkers and editors."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    min_p: float
+    max_tokens: int
+    seed: int | None
+    stop: Iterable[str]
+    schema: dict[str, Any] | type[Any] | str | None
+    regex: str | None
+
+
+def choose_sampling(
+    sampling: Sampling | None, options: SamplingOptions, default: Sampling
+) -> Sampling:
+    """`sampling` if it is given, else `default` with `options` in place of its attributes.
+
+    Raises:
+        ValueError: Both are given, or an option is outside its range.
+        TypeError: `Sampling` has no attribute of an option's name.
+    """
+    unknown = [name for name in options if name not in SamplingOptions.__annotations__]
+    if unknown:
+        names = ", ".join(SamplingOptions.__annotations__)
+        raise TypeError(f"there is no argument {unknown[0]!r}; sampling options are {names}")
+    if sampling is None:
+        return replace(default, **options)  # type: ignore[arg-type]
+    if options:
+        raise ValueError(
+            f"sampling and {', '.join(options)} are both given; set them in sampling, or leave "
+            "sampling out"
+        )
+    return sampling
+
+
+def _read_stop(stop: object) -> tuple[str, ...]:
+    """Stop texts as a tuple.
+
+    Raises:
+        ValueError: They are one text or no texts, or one is empty.
+    """
+    texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else ("",)
+    if not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"stop is {stop!r:.100}; it must be a list of texts, none empty")
+    return texts
+
+
+def make_sampler(sampling: Sampling) -> Sampler:
+    """The sampler that `sampling` describes.
+
+    Greedy needs nothing else. A seed sets MLX's global random state, as mlx-lm does.
+    """
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    if sampling.temperature == 0:
+        return lambda logits: mx.argmax(logits, keepdims=True)
+    draw = _make_draw(sampling)
+    return lambda logits: draw(logits[None])
+
+
+def _make_draw(sampling: Sampling) -> Sampler:
+    """From `logits` (B, vocabulary) to token ids (B,), drawn independently.
+
+    The samplers are mlx-lm's; importing them takes more than a second, so it happens here
+    and only then.
+    """
+    from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
+
+    low, high = TEMPERATURES
+
+    @cache
+    def chain(vocab_size: int) -> Sampler:
+        sampler: Sampler = mlx_lm_sampler(
+            temp=min(max(sampling.temperature, low), high),
+            top_p=max(sampling.top_p, LEAST_TOP_P) if sampling.top_p < 1 else 0.0,
+            min_p=sampling.min_p,
+            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,  # mlx-lm takes no more
+        )
+        return sampler
+
+    def draw(logits: mx.array) -> mx.array:
+        with intact_random_state():
+            return chain(logits.shape[-1])(log_softmax(logits))
+
+    return draw
+
+
+@contextmanager
+def intact_random_state() -> Iterator[None]:
+    """Puts MLX's random state back if the body raises.
+
+    mlx-lm's samplers are compiled with that state as an input. While MLX traces such a
+    function, the state is a placeholder, and if the function raises, an interrupt included,
+    it stays one: from then on every draw of the process fails.
+    """
+    state: mx.array = mx.random.state[0]  # type: ignore[index]
+    try:
+        yield
+    except BaseException:
+        mx.random.seed(_seed_of(state))
+        raise
+
+
+def make_row_sampler(sampling: Sampling) -> RowSampler:
+    """The sampler that `sampling` describes, for the next tokens of several answers.
+
+    With a seed, each answer is drawn as it would be alone: the n-th tokens of all are
+    drawn from the same random state. Without one, they are drawn independently.
+    """
+    if sampling.temperature == 0:
+        return lambda logits, _: mx.argmax(logits, axis=-1)
+    if sampling.seed is None:
+        draw_all = _make_draw(sampling)
+        return lambda logits, _: draw_all(logits)
+    sampler, states = make_sampler(sampling), RandomStates(sampling.seed)
+
+    def draw(logits: mx.array, counts: np.ndarray) -> mx.array:
+        token_ids = []
+        for row, count in zip(logits, counts.tolist(), strict=True):
+            mx.random.seed(states.after(count))
+            token_ids.append(sampler(row))
+        return mx.concatenate(token_ids)
+
+    return draw
+
+
+class RandomStates:
+    """MLX's random state at a seed and after each draw, as the seeds that set it.
+
+    States are computed on the CPU, so that nothing waits for what a GPU is at.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seeds, self._state = [seed], mx.random.key(seed)
+
+    def after(self, draws: int) -> int:
+        """The seed of the state after so many draws."""
+        while len(self._seeds) <= draws:
+            self._state = mx.random.split(self._state, stream=mx.cpu)[0]
+            self._seeds.append(_seed_of(self._state))
+        return self._seeds[draws]
+
+
+def _seed_of(state: mx.array) -> int:
+    """The seed that sets MLX's random state to `state`, two halves of 64 bits."""
+    high, low = np.array(state).tolist()
+    seed: int = high << 32 | low
+    return seed

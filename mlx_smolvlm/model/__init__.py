@@ -1,0 +1,1 @@
+"""The network: vision encoder, connector, text decoder."""

@@ -1,0 +1,159 @@
+"""SmolLM2 decoder (Llama): embeddings to hidden states.
+
+Letters as in `model.py`. Attributes keep the checkpoint's names; `qkv_proj` and
+`gate_up_proj` are its projections with their rows concatenated.
+
+Source: SmolLM2, arXiv 2502.02737; kernels a token: docs/decisions/kernels.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_smolvlm.config import TextConfig
+from mlx_smolvlm.kv.cache import FLOAT, KVCache, Mask
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """silu(gate) * up, one kernel."""
+    return gate * mx.sigmoid(gate) * up
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where tokens stand that do not simply follow those in the cache.
+
+    Attributes:
+        positions: Of each token, integers (L,).
+        mask: Which of the cache's tokens and of these each one sees, bool (L, offset + L).
+    """
+
+    positions: np.ndarray
+    mask: mx.array
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention with rotary positions."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.theta = config.head_dim, config.rope_theta
+        rows = (self.heads + 2 * self.kv_heads) * config.head_dim
+        self.qkv_proj = nn.Linear(config.hidden_size, rows, bias=False)
+        self.o_proj = nn.Linear(self.heads * config.head_dim, config.hidden_size, bias=False)
+
+    def __call__(
+        self,
+        x: mx.array,
+        positions: mx.array,
+        cache: KVCache | None,
+        mask: mx.array | None = None,
+    ) -> mx.array:
+        b, length, _ = x.shape
+        qkv = self.qkv_proj(x).reshape(b, length, -1, self.head_dim)
+        qkv = self._rotate(qkv, positions)  # (B, heads + 2*kv_heads, L, head_dim)
+        queries, keys_values = qkv[:, : self.heads], qkv[:, self.heads :]
+        sees: Mask = "causal" if mask is None and length > 1 else mask
+        if cache is None:
+            x = FLOAT.attend(queries, FLOAT.pack(keys_values), sees)
+        else:
+            x = cache.attend(self.layer, queries, keys_values, sees)
+        return self.o_proj(x.swapaxes(1, 2).reshape(b, length, -1))
+
+    def _rotate(self, qkv: mx.array, positions: mx.array) -> mx.array:
+        """(B, heads + 2*kv_heads, L, head_dim), queries and keys of `qkv` rotated.
+
+        `positions` has one number for each head of each token, or only for each head of a
+        sequence, whose first token stands there. In the first case one rotation is enough:
+        every head is a row, and the values' rows stand at position 0, where a rotation
+        changes nothing. The second case needs the values apart.
+        """
+        b, length, rows, width = qkv.shape
+        rope = partial(mx.fast.rope, dims=width, traditional=False, base=self.theta, scale=1.0)
+        if positions.size == b * length * rows:
+            qkv = rope(qkv.reshape(-1, 1, 1, width), offset=positions).reshape(qkv.shape)
+            return qkv.swapaxes(1, 2)
+        queries_keys, values = mx.split(qkv.swapaxes(1, 2), [self.heads + self.kv_heads], axis=1)
+        return mx.concatenate([rope(queries_keys, offset=positions[0]), values], axis=1)
+
+
+class MLP(nn.Module):
+    """Gated feed-forward."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(swiglu(gate, up))
+
+
+class DecoderLayer(nn.Module):
+    """One decoder layer, normalised before each half."""
+
+    def __init__(self, config: TextConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def __call__(
+        self,
+        x: mx.array,
+        positions: mx.array,
+        cache: KVCache | None,
+        mask: mx.array | None = None,
+    ) -> mx.array:
+        x = x + self.self_attn(self.input_layernorm(x), positions, cache, mask)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class TextModel(nn.Module):
+    """The decoder without its output head."""
+
+    def __init__(self, config: TextConfig) -> None:
+        super().__init__()
+        self.rotated_rows = config.num_attention_heads + config.num_key_value_heads
+        self.still_rows = config.num_key_value_heads
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def __call__(
+        self,
+        inputs_embeds: mx.array,
+        cache: KVCache | None = None,
+        places: Places | None = None,
+    ) -> mx.array:
+        """Normalised hidden states (B, L, D) of `inputs_embeds` (B, L, D).
+
+        Args:
+            cache: Holds the tokens before these, and these afterwards; None when
+                there are none before and none will follow, as in training.
+            places: Of the tokens of one batch row (B = 1); None when they follow those in
+                the cache, each seeing all before it.
+        """
+        b, length, _ = inputs_embeds.shape
+        starts = [0 if cache is None else cache.offset] * b
+        rotated = [1] * self.rotated_rows + [0] * self.still_rows
+        positions = np.outer(starts if places is None else places.positions, rotated).reshape(-1)
+        rows = mx.array(positions.astype(np.int32))
+        mask = None if places is None else places.mask
+        x = inputs_embeds
+        for layer in self.layers:
+            x = layer(x, rows, cache, mask)
+        if cache is not None:
+            cache.advance(length)
+        hidden_states: mx.array = self.norm(x)
+        return hidden_states

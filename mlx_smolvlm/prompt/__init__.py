@@ -1,0 +1,1 @@
+"""Turns messages and media into token ids."""

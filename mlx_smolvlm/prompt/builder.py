@@ -1,0 +1,281 @@
+"""Messages and image grids to `input_ids`.
+
+The checkpoint's own chat template is rendered, and the result is tokenized piece
+by piece, so that a special token counts only where the template wrote it. What a
+user types, `<image>` or `<end_of_utterance>` included, stays text. Letter in
+shapes: L prompt length.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import numpy as np
+
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.errors import CheckpointError, PromptError
+from mlx_smolvlm.media.timeline import FrameTimes, clock, stamp
+from mlx_smolvlm.prompt.template import (
+    ChatTemplate,
+    Message,
+    checked,
+    marked,
+    unused_character,
+)
+from mlx_smolvlm.prompt.tokenizer import FRAMING, native_errors, read_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken, Tokenizer
+
+    from mlx_smolvlm.media.tiles import Grid
+
+
+def with_frames(
+    messages: list[dict[str, Any]], grids: Sequence[Grid], clips: Sequence[FrameTimes]
+) -> tuple[list[dict[str, Any]], list[Grid]]:
+    """`messages` with texts and images in place of videos, and the grids of all images.
+
+    Source: transformers 5.23, SmolVLMProcessor.replace_video_token. It renders a template of
+    its own for videos; the checkpoint's, given these items, writes the same.
+
+    Raises:
+        PromptError: There are more or fewer videos than `clips`.
+    """
+    videos = sum(item["type"] == "video" for m in messages for item in m["content"])
+    if videos != len(clips):
+        raise PromptError(f"the messages have {videos} videos and {len(clips)} clips are given")
+    if not clips:
+        return messages, list(grids)
+    from mlx_smolvlm.media.tiles import Grid
+
+    rest, later, placed = list(grids), list(clips), list[Grid]()
+    result = []
+    for message in messages:
+        content: list[dict[str, str]] = []
+        for item in message["content"]:
+            if item["type"] == "video":
+                clip = later.pop(0)
+                content += _items(clip)
+                placed += [Grid(0, 0)] * len(clip.timestamps_s)
+            else:
+                content.append(item)
+                if item["type"] == "image" and rest:
+                    placed.append(rest.pop(0))
+        result.append({**message, "content": content})
+    return result, placed + rest
+
+
+def _items(clip: FrameTimes) -> list[dict[str, str]]:
+    """The texts and images that stand for `clip`."""
+    from num2words import num2words
+
+    text = (
+        f"You are provided the following series of {num2words(len(clip.timestamps_s))} frames "
+        f"from a {clock(clip.duration_s)} [H:MM:SS] video.\n"
+    )
+    items = []
+    for seconds in clip.timestamps_s:
+        items += [
+            {"type": "text", "text": f"{text}\nFrame from {stamp(seconds)}:"},
+            {"type": "image"},
+        ]
+        text = ""
+    return [*items, {"type": "text", "text": "\n\n"}]
+
+
+IMAGE = "<image>"
+FAKE = "<fake_token_around_image>"
+GLOBAL = "<global-img>"
+
+
+class PromptBuilder:
+    """Prompts of one checkpoint.
+
+    `tokenizer` is set to read special tokens in text as text; it decodes as usual.
+    `framing_token_ids` are of the tokens that frame turns and pictures, which are no part
+    of an answer's text. `answer_lead` is white space that every answer begins with.
+    """
+
+    def __init__(self, tokenizer: Path | Tokenizer, chat_template: str, config: Config) -> None:
+        self.config = config
+        if isinstance(tokenizer, Path):
+            tokenizer = read_tokenizer(tokenizer, config.text.vocab_size)
+        self.tokenizer = tokenizer
+        self._tokens = _added_tokens(self.tokenizer)
+        self._split = _split_pattern(self._tokens)
+        self._stripped = {text.strip(): text for text in self._tokens}
+        self._special = [text for text, token in self._tokens.items() if token[1].special]
+        self.framing_token_ids = frozenset(
+            token_id for text, (token_id, _) in self._tokens.items() if FRAMING.fullmatch(text)
+        )
+        self._template = ChatTemplate(chat_template)
+        self.answer_lead = self._template.answer_lead()
+        self._image_ids: dict[Grid, tuple[int, ...]] = {}
+        self._check_tokens()
+
+    def build(
+        self,
+        messages: Sequence[Message],
+        grids: Sequence[Grid],
+        add_generation_prompt: bool = True,
+        clips: Sequence[FrameTimes] = (),
+    ) -> np.ndarray:
+        """`input_ids` int32 (L,) of a conversation.
+
+        Args:
+            messages: Each has a "role" of `ROLES` and a "content", a text or a list of
+                {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}.
+            grids: One for each image item, in order.
+            add_generation_prompt: Whether the prompt ends with the start of an answer.
+            clips: One for each video item, in order.
+
+        Raises:
+            PromptError: A message is malformed, images and grids or videos and clips differ
+                in number, or the chat template refuses the messages.
+        """
+        plain = [checked(message, number) for number, message in enumerate(messages, 1)]
+        if not plain:
+            raise PromptError("there are no messages; give at least one")
+        plain, grids = with_frames(plain, grids, clips)
+        images = sum(item["type"] == "image" for message in plain for item in message["content"])
+        if images != len(grids):
+            raise PromptError(
+                f"the messages have {images} images and {len(grids)} pictures are given"
+            )
+        if images and not self._template.takes_images:
+            raise PromptError(
+                f"the messages have {images} images and this checkpoint's chat template takes text "
+                "only; use a vision checkpoint or leave the images out"
+            )
+        mark = unused_character(plain)
+        prompt = self._template.render(marked(plain, mark, self._special), add_generation_prompt)
+        image_ids = [self.image_ids(grid) for grid in grids]
+        return np.array(list(self._encode(prompt, mark, image_ids)), dtype=np.int32)
+
+    def tokens_of(self, grid: Grid) -> int:
+        """Tokens that a picture cut into `grid` takes in the prompt."""
+        return len(self.image_ids(grid))
+
+    def tokens_of_clip(self, clip: FrameTimes) -> int:
+        """Tokens that a clip takes in the prompt, with what introduces its frames."""
+        question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
+        shown = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}
+        return self.build([shown], [], clips=[clip]).size - self.build([question], []).size
+
+    def image_ids(self, grid: Grid) -> tuple[int, ...]:
+        """Ids that stand for a picture cut into `grid`.
+
+        Raises:
+            PromptError: The grid has more rows or columns than the format can name.
+        """
+        if grid not in self._image_ids:
+            text = _image_text(grid, self.config)
+            self._image_ids[grid] = tuple(self._encode(text, None, None))
+        return self._image_ids[grid]
+
+    def _encode(
+        self, text: str, mark: str | None, images: list[tuple[int, ...]] | None
+    ) -> Iterator[int]:
+        """Ids of `text`, whose added tokens are tokens.
+
+        Args:
+            text: With `mark` where a user's text has to stay text.
+            mark: A character to take out; None if there is none.
+            images: Ids in place of each `<image>`, in order; None leaves `<image>` as it is.
+        """
+        place, placeholders = 0, iter(images or [])
+        for match in self._split.finditer(text):
+            yield from self._encode_run(text[place : match.start()], mark)
+            place = match.end()
+            token = match[0] if match[0] in self._tokens else self._stripped[match[0].strip()]
+            if token == IMAGE and images is not None:
+                yield from self._next_image(placeholders, len(images))
+            else:
+                yield self._tokens[token][0]
+        yield from self._encode_run(text[place:], mark)
+        if images is not None and next(placeholders, None) is not None:
+            self._refuse_placeholders(len(images))
+
+    def _encode_run(self, text: str, mark: str | None) -> list[int]:
+        """Ids of text between two added tokens."""
+        if mark is not None:
+            text = text.replace(mark, "")
+        if not text:
+            return []
+        with native_errors(PromptError, "the tokenizer cannot read the prompt"):
+            ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def _next_image(self, placeholders: Iterator[tuple[int, ...]], count: int) -> tuple[int, ...]:
+        ids = next(placeholders, None)
+        return self._refuse_placeholders(count) if ids is None else ids
+
+    def _refuse_placeholders(self, count: int) -> NoReturn:
+        raise PromptError(
+            f"the messages have {count} images and the chat template writes another number of "
+            f"{IMAGE}; it may not take images in a system or assistant message"
+        )
+
+    def _check_tokens(self) -> None:
+        """Refuse a tokenizer that does not belong to this configuration."""
+        limit = self.config.text.vocab_size
+        added = [token_id for token_id, _ in self._tokens.values()]
+        highest = max([self.tokenizer.get_vocab_size() - 1, *added])
+        if highest >= limit:
+            raise CheckpointError(
+                f"the tokenizer has token id {highest} and text.vocab_size is {limit} in config; "
+                "they belong to different checkpoints"
+            )
+        if not self._template.takes_images:
+            return
+        for text in (IMAGE, FAKE):
+            if text not in self._tokens:
+                raise CheckpointError(f"the tokenizer has no added token {text}")
+        image_token_id = self._tokens[IMAGE][0]
+        if image_token_id != self.config.image_token_id:
+            raise CheckpointError(
+                f"{IMAGE} is {image_token_id} in the tokenizer and image_token_id is "
+                f"{self.config.image_token_id} in config; they belong to different checkpoints"
+            )
+
+
+def _added_tokens(tokenizer: Tokenizer) -> dict[str, tuple[int, AddedToken]]:
+    """Id and flags of each added token, by its text."""
+    decoder = tokenizer.get_added_tokens_decoder()
+    return {token.content: (token_id, token) for token_id, token in decoder.items()}
+
+
+def _split_pattern(tokens: dict[str, tuple[int, AddedToken]]) -> re.Pattern[str]:
+    """A pattern that finds added tokens as the tokenizer does: leftmost, then longest."""
+    parts = []
+    for text in sorted(tokens, key=len, reverse=True):
+        token = tokens[text][1]
+        part = re.escape(text)
+        if token.single_word:
+            part = rf"(?<!\w){part}(?!\w)"
+        before, after = r"\s*" * token.lstrip, r"\s*" * token.rstrip
+        parts.append(before + part + after)
+    return re.compile("|".join(parts) or "(?!)")
+
+
+def _image_text(grid: Grid, config: Config) -> str:
+    """The text that stands for a picture cut into `grid`."""
+    from mlx_smolvlm.media.tiles import MAX_TILES_PER_SIDE
+
+    named = range(1, MAX_TILES_PER_SIDE + 1)
+    single = grid.rows == grid.cols == 0
+    if not single and (grid.rows not in named or grid.cols not in named):
+        raise PromptError(
+            f"a grid of {grid.rows} x {grid.cols} tiles has no name in the prompt; "
+            f"rows and columns go to {MAX_TILES_PER_SIDE}"
+        )
+    tile = IMAGE * config.image_seq_len
+    rows = "".join(
+        "".join(f"{FAKE}<row_{row}_col_{col}>{tile}" for col in range(1, grid.cols + 1)) + "\n"
+        for row in range(1, grid.rows + 1)
+    )
+    gap = "\n" if grid.rows else ""
+    return f"{rows}{gap}{FAKE}{GLOBAL}{tile}{FAKE}"

@@ -1,0 +1,1 @@
+"""Keeps what was computed for a prompt and finds it again."""

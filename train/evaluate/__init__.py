@@ -1,0 +1,1 @@
+"""Scores a checkpoint on datasets."""

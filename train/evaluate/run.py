@@ -1,0 +1,209 @@
+"""Accuracy of a checkpoint on datasets, by task.
+
+evaluate(vlm, ["data/test.jsonl"], EvaluationOptions(metric="anls")).overall.share
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_smolvlm import Reply, Sampling, SmolVLM, __version__
+from mlx_smolvlm.config import PARTS
+from mlx_smolvlm.errors import DatasetError, MediaError, PromptError
+from mlx_smolvlm.train.evaluate.cases import Case, Dataset, EvaluationOptions, read_cases
+from mlx_smolvlm.train.evaluate.metrics import score
+from mlx_smolvlm.train.evaluate.report import Report, Result, ResultsFile, scores_of
+
+__all__ = ["Evaluation", "EvaluationOptions", "Report", "Result", "evaluate", "read_cases"]
+
+
+def evaluate(
+    vlm: SmolVLM,
+    paths: Sequence[str | Path],
+    options: EvaluationOptions = EvaluationOptions(),  # noqa: B008 (frozen)
+    results: Path | None = None,
+) -> Report:
+    """How right the answers of `vlm` to the datasets at `paths` are.
+
+    Args:
+        vlm: A loaded checkpoint.
+        paths: JSONL files, or folders with a test.jsonl or else a valid.jsonl.
+        options: What to ask, and how.
+        results: A file to keep each result in, so that a stopped evaluation can go on;
+            None keeps none.
+
+    Raises:
+        DatasetError: A file or a line cannot be used, or `results` holds something else.
+        MediaError: A picture or video cannot be read; it names the line.
+        PromptError: A line is longer than the context; it names the line.
+    """
+    evaluation = Evaluation(vlm, read_cases(paths, options), options)
+    for _ in evaluation.run(results):
+        pass
+    return evaluation.report()
+
+
+class Evaluation:
+    """An evaluation under way; `results` are those so far, in the order of the dataset."""
+
+    def __init__(self, vlm: SmolVLM, dataset: Dataset, options: EvaluationOptions) -> None:
+        self._vlm, self._dataset, self._options = vlm, dataset, options
+        self._found: dict[tuple[str, int], Result] = {}
+
+    @property
+    def total(self) -> int:
+        """Lines to be asked in all."""
+        return len(self._dataset.chosen)
+
+    @property
+    def results(self) -> list[Result]:
+        """Results of the chosen lines that are known."""
+        keys = [case.key for case in self._dataset.chosen]
+        return [self._found[key] for key in keys if key in self._found]
+
+    def run(self, path: Path | None = None, restart: bool = False) -> Iterator[Result]:
+        """Ask what is not known yet, and yield each result once it is kept.
+
+        Args:
+            path: A results file, made or gone on with; None keeps results in memory.
+            restart: Forget what the file holds.
+
+        Raises:
+            DatasetError: The file cannot be gone on with.
+            MediaError: A picture or video cannot be read; it names the line.
+            PromptError: A line is longer than the context; it names the line.
+        """
+        file = None if path is None else ResultsFile(path, self._header(), restart)
+        try:
+            if file is not None:
+                self._found = dict(file.found)
+            for case in self._dataset.chosen:
+                if case.key in self._found:
+                    continue
+                result = answered(self._vlm, case, self._options)
+                if file is not None:
+                    file.append(result)
+                self._found[case.key] = result
+                yield result
+        finally:
+            if file is not None:
+                file.close()
+
+    def report(self) -> Report:
+        """What the results so far add up to.
+
+        Raises:
+            DatasetError: There are none yet.
+        """
+        if not self.results:
+            raise DatasetError("no line has been asked yet; run the evaluation first")
+        tasks, overall = scores_of(self.results)
+        header = self._header()
+        chosen = {"tasks": list(self._options.tasks), "limit": self._options.limit}
+        return Report(
+            model=header["model"],
+            data={**header["data"], **chosen},
+            settings=header["settings"],
+            versions=header["versions"],
+            tasks=tasks,
+            overall=overall,
+            total=self.total,
+        )
+
+    def _header(self) -> dict[str, Any]:
+        """What the answers depend on; a results file begins with it."""
+        vlm, options = self._vlm, self._options
+        parts = {part: getattr(vlm.config.quantization, part) for part in PARTS}
+        return {
+            "model": {
+                "name": vlm.path.name,
+                "source": vlm.config.source,
+                "adapter": vlm.adapter.name if vlm.adapter else None,
+                "digest": vlm.engine.checkpoint_digest,
+                "bits": {name: part.bits if part else None for name, part in parts.items()},
+            },
+            "data": {"files": list(self._dataset.files), "digest": self._dataset.digest},
+            "settings": {
+                "metric": options.metric,
+                "detail": options.detail,
+                "max_tokens": options.max_tokens,
+                "kv_bits": vlm.cache_options.kv_bits,
+                "max_kv_tokens": vlm.cache_options.max_kv_tokens,
+                "dtype": _dtype(vlm),
+                "device": mx.default_device().type.name,
+            },
+            "versions": {"mlx-smolvlm": __version__, "mlx": version("mlx")},
+        }
+
+
+def _dtype(vlm: SmolVLM) -> str:
+    """The type that the model computes in."""
+    weights = dict(tree_flatten(vlm.model.parameters()))
+    return str(weights["text_model.norm.weight"].dtype).removeprefix("mlx.core.")
+
+
+def answered(vlm: SmolVLM, case: Case, options: EvaluationOptions) -> Result:
+    """The answer of `vlm` to `case`, judged.
+
+    Raises:
+        MediaError: A picture or video cannot be read, and `options` do not skip that.
+        PromptError: The line is longer than the context, likewise.
+    """
+    example = case.example
+    try:
+        if case.metric == "choices":
+            choice = vlm.choose(
+                example.prompt,
+                example.choices,
+                images=example.images,
+                videos=example.videos,
+                detail=options.detail,
+            )
+            return _result(case, choice.best)
+        reply = vlm.ask(
+            example.prompt,
+            images=example.images,
+            videos=example.videos,
+            sampling=Sampling(max_tokens=options.max_tokens),
+            detail=options.detail,
+        )
+    except (MediaError, PromptError) as error:
+        if options.skip_bad:
+            return _result(case, error=str(error))
+        kind = MediaError if isinstance(error, MediaError) else PromptError
+        raise kind(
+            f"{example.where}: {error}; mend or remove the line, or count it as wrong (--skip-bad)"
+        ) from error
+    return _result(case, reply.text, reply)
+
+
+def _result(
+    case: Case, answer: str = "", reply: Reply | None = None, error: str | None = None
+) -> Result:
+    """The result of `case`; the same on every machine, so without times and whole paths."""
+    example = case.example
+    asked = next(one for one in reversed(example.prompt) if one["role"] == "user")
+    media = (*example.images, *example.videos)
+    folder = example.file.parent
+    return Result(
+        file=case.file,
+        line=example.line,
+        task=case.task,
+        metric=case.metric,
+        question="".join(item["text"] for item in asked["content"] if item["type"] == "text"),
+        media=tuple(Path(os.path.relpath(path, folder)).as_posix() for path in media),
+        expected=example.answers,
+        answer=answer,
+        score=0.0 if error is not None else score(case.metric, answer, example.answers),
+        finish_reason=reply.finish_reason if reply else None,
+        prompt_tokens=reply.prompt_tokens if reply else 0,
+        generation_tokens=reply.generation_tokens if reply else 0,
+        error=error,
+    )
