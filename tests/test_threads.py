@@ -72,7 +72,8 @@ def test_one_answer_is_not_generated_by_two_threads_at_once(
     chat = tiny.chat(sampling=SHORT)
     stream = chat.stream(QUESTIONS[0])
     actions: list[Callable[[], object]] = [
-        *(lambda: next(stream), lambda: next(stream.prepare(), None), stream.close),
+        *(lambda: next(stream), lambda: next(stream.prepare(), None), lambda: list(stream)),
+        *(stream.close, stream.finished),
         *(chat.undo, chat.fork, chat.reset, lambda: chat.stream(QUESTIONS[1])),
     ]
     with ThreadPoolExecutor(1) as pool:
