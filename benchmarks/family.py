@@ -214,10 +214,10 @@ def step_convert(source: Path, dest: Path, options: dict[str, Any]) -> dict[str,
 def step_answer(folder: Path, detail: Literal["high", "low"]) -> dict[str, Any]:
     """Load strictly and answer one token about a picture; peak memory and seconds."""
     from mlx_smolvlm import Sampling
-    from mlx_smolvlm.convert.open_model import OpenedFolder
+    from mlx_smolvlm.convert.open_model import FolderReader
 
     began = time.perf_counter()
-    vlm = OpenedFolder(folder).load()
+    vlm = FolderReader(folder).load()
     loaded = time.perf_counter() - began
     sampling = Sampling(max_tokens=1)
     reply = vlm.ask("What is this?", images=[PICTURE], sampling=sampling, detail=detail)

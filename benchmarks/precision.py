@@ -26,7 +26,7 @@ import numpy as np
 
 from mlx_smolvlm.convert.compare.observe import head_of, last_hidden, predictions, windows
 from mlx_smolvlm.convert.compare.report import token_loss
-from mlx_smolvlm.convert.open_model import OpenedSource, unpacked_weight
+from mlx_smolvlm.convert.open_model import SourceReader, unpack_weight
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.quant.calibration import BUNDLED, Sample, read_samples
 from mlx_smolvlm.convert.quant.dwq import LearnOptions, learn, make_targets
@@ -60,10 +60,10 @@ class Judge:
 
     def show(self, name: str, source: Source, plan: Plan, began: float) -> None:
         """Print a line about what `plan` makes of `source`, scales rounded as they are stored."""
-        seconds, vlm = time.monotonic() - began, OpenedSource(source, plan).load()
+        seconds, vlm = time.monotonic() - began, SourceReader(source, plan).load()
         packed = vlm.model.text_model.embed_tokens  # as a head, a packed product is slow on a CPU
         vlm.model.text_model.embed_tokens = nn.Embedding(1, 1)
-        vlm.model.text_model.embed_tokens.weight = unpacked_weight(packed)
+        vlm.model.text_model.embed_tokens.weight = unpack_weight(packed)
         targets = np.concatenate([passage.targets for passage in self._passages])
         heads = (self._head, head_of(vlm.model))
         loss = token_loss([predictions((self._expected, self._hidden(vlm)), heads, targets)])
@@ -110,7 +110,7 @@ def spread(samples: list[Sample], count: int) -> list[Sample]:
 def run(folder: Path, options: argparse.Namespace) -> None:
     """Measure and print."""
     source = open_source(folder, True)
-    vlm = OpenedSource(source).load()
+    vlm = SourceReader(source).load()
     judge = Judge(vlm)
     samples = spread(read_samples(vlm, CALIBRATION), options.samples)
     tokens = sum(sample.input_ids.size for sample in samples)
@@ -130,13 +130,15 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     judge.show(name, source, plan, began)
     targets = make_targets(vlm.model, samples, progress)
     began = time.monotonic()
-    better = plan.improved(compensate_model(plan, vlm.model, samples, GptqOptions(), progress))
+    better = plan.replace_arrays(
+        compensate_model(plan, vlm.model, samples, GptqOptions(), progress)
+    )
     del vlm
     judge.show(f"{name}, GPTQ", source, better, began)
     how = LearnOptions(options.steps, rate=options.rate)
     for kind, one in ((f"{name}, GPTQ", better), (name, plan)):
-        began, packed = time.monotonic(), OpenedSource(source, one).load().model
-        tuned = one.improved(learn(packed, targets, samples, how, progress))
+        began, packed = time.monotonic(), SourceReader(source, one).load().model
+        tuned = one.replace_arrays(learn(packed, targets, samples, how, progress))
         judge.show(f"{kind}, DWQ of {options.steps}", source, tuned, began)
 
 

@@ -42,7 +42,7 @@ def doctor(
 def _check_everything() -> Iterator[Finding]:
     """Yield the findings of all checks, the slowest last."""
     from mlx_smolvlm.cli import doctor_checks as checks
-    from mlx_smolvlm.convert.model_cache import list_cached, list_originals
+    from mlx_smolvlm.convert.model_cache import list_cached_models, list_fetched_models
 
     yield from checks.check_software()
     yield from checks.check_device()
@@ -51,10 +51,10 @@ def _check_everything() -> Iterator[Finding]:
     yield from checks.check_pictures()
     yield from checks.check_videos()
     yield from checks.check_demo()
-    for model in list_cached():
+    for model in list_cached_models():
         if model.state == "whole":
             yield from checks.check_checkpoint(model.name, model.path)
-    for original in list_originals():
+    for original in list_fetched_models():
         if original.is_own:
             name = f"{original.name}@{original.revision[:12]}"
             yield from checks.check_checkpoint(name, original.path)
@@ -64,7 +64,7 @@ def _check_models(names: Sequence[str]) -> Iterator[Finding]:
     """Yield a finding for each named model: a folder, a model in a cache, or the demo."""
     from mlx_smolvlm.cli.doctor_checks import check_checkpoint
     from mlx_smolvlm.convert.hub import DEMO, find_folder, resolve
-    from mlx_smolvlm.convert.model_cache import find, list_cached, list_originals
+    from mlx_smolvlm.convert.model_cache import find_models, list_cached_models, list_fetched_models
 
     for name in names:
         if name == DEMO:
@@ -73,10 +73,10 @@ def _check_models(names: Sequence[str]) -> Iterator[Finding]:
         if (folder := find_folder(name)) is not None:
             yield from check_checkpoint(name, folder)
             continue
-        originals = [one for one in list_originals() if one.is_own and one.name == name]
+        originals = [one for one in list_fetched_models() if one.is_own and one.name == name]
         for original in originals:
             yield from check_checkpoint(f"{name}@{original.revision[:12]}", original.path)
-        for model in [] if originals else find(name, list_cached()):
+        for model in [] if originals else find_models(name, list_cached_models()):
             yield from check_checkpoint(model.name, model.path)
 
 

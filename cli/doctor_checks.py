@@ -131,11 +131,11 @@ def check_storage() -> Iterator[Finding]:
     """Yield the cache folders: path, size, free space, and whether they can be written to."""
     from huggingface_hub import constants
 
-    from mlx_smolvlm.convert.hub import cache_folder
-    from mlx_smolvlm.convert.model_cache import list_cached
+    from mlx_smolvlm.convert.hub import find_cache_folder
+    from mlx_smolvlm.convert.model_cache import list_cached_models
 
-    ours, theirs = cache_folder(), Path(constants.HF_HUB_CACHE)
-    models = list_cached()
+    ours, theirs = find_cache_folder(), Path(constants.HF_HUB_CACHE)
+    models = list_cached_models()
     taken = format_size(sum(model.nbytes for model in models))
     yield _check_folder("cache", ours, f"{len(models)} conversions, {taken}")
     yield _check_folder("hub cache", theirs, "")
@@ -275,10 +275,10 @@ def check_checkpoint(name: str, folder: Path) -> Iterator[Finding]:
     """Yield whether the checkpoint in `folder` is complete: headers, tokenizer, template, sums."""
     from mlx_smolvlm.checkpoint.headers import read_headers
     from mlx_smolvlm.checkpoint.load import (
-        build_checked,
-        chat_template,
+        build_checked_model,
+        find_tokenizer,
+        read_chat_template,
         read_config,
-        tokenizer_path,
     )
     from mlx_smolvlm.checkpoint.provenance import check_sums, read_sums
     from mlx_smolvlm.prompt.builder import PromptBuilder
@@ -286,8 +286,8 @@ def check_checkpoint(name: str, folder: Path) -> Iterator[Finding]:
     advice = f"convert or fetch it again; {folder}"
     try:
         config: Config = read_config(folder)
-        build_checked(config, read_headers(folder))
-        PromptBuilder(tokenizer_path(folder), chat_template(folder), config)
+        build_checked_model(config, read_headers(folder))
+        PromptBuilder(find_tokenizer(folder), read_chat_template(folder), config)
         faults = [f"{file} {problem}" for file, problem in check_sums(folder) if problem]
         has_sums = read_sums(folder) is not None
     except SmolVLMError as error:

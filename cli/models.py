@@ -14,7 +14,7 @@ import typer
 from mlx_smolvlm.cli.output import format_size, format_table, say, write, write_json
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.convert.model_cache import CachedModel, Original
+    from mlx_smolvlm.convert.model_cache import CachedModel, FetchedModel
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
@@ -45,14 +45,14 @@ def rm(
 
 def print_models(as_json: bool) -> None:
     """Print the aliases, the converted checkpoints and the downloads."""
-    from mlx_smolvlm.convert.hub import ALIASES, cache_folder
-    from mlx_smolvlm.convert.model_cache import list_cached, list_originals
+    from mlx_smolvlm.convert.hub import ALIASES, find_cache_folder
+    from mlx_smolvlm.convert.model_cache import list_cached_models, list_fetched_models
 
-    cached, originals = list_cached(), list_originals()
+    cached, originals = list_cached_models(), list_fetched_models()
     if as_json:
         values = {
             "aliases": ALIASES,
-            "cache_folder": str(cache_folder()),
+            "cache_folder": str(find_cache_folder()),
             "converted": [_to_dict(model) for model in cached if model.state == "whole"],
             "leftovers": [_to_dict(model) for model in cached if model.state != "whole"],
             "fetched": [_to_dict(original) for original in originals],
@@ -64,7 +64,7 @@ def print_models(as_json: bool) -> None:
     complete = [model for model in cached if model.state == "whole"]
     unusable = [model for model in cached if model.state != "whole"]
     if cached:
-        text += f"\nin {cache_folder()}\n"
+        text += f"\nin {find_cache_folder()}\n"
     if complete:
         text += format_table([CONVERTED_HEADINGS, *map(_make_converted_row, complete)])
     if unusable:
@@ -93,7 +93,7 @@ def _make_converted_row(model: CachedModel) -> tuple[str, ...]:
     return (model.name, *bits, format_size(model.nbytes), _format_day(model.last_used_s), source)
 
 
-def _make_fetched_row(one: Original) -> tuple[str, ...]:
+def _make_fetched_row(one: FetchedModel) -> tuple[str, ...]:
     """Return a row of the table of downloads."""
     note = "used as it is" if one.is_own else ""
     return (
@@ -110,7 +110,7 @@ def _format_day(seconds: float | None) -> str:
     return "-" if seconds is None else time.strftime("%Y-%m-%d", time.localtime(seconds))
 
 
-def _to_dict(value: CachedModel | Original) -> dict[str, Any]:
+def _to_dict(value: CachedModel | FetchedModel) -> dict[str, Any]:
     """Return the fields of `value` for JSON."""
     return dataclasses.asdict(value) | {"path": str(value.path)}
 
@@ -122,10 +122,10 @@ def remove_models(names: Sequence[str], yes: bool) -> None:
         typer.BadParameter: There is no terminal to ask on, and `yes` was not given.
         CheckpointError: A name is not in the cache, or cannot be removed.
     """
-    from mlx_smolvlm.convert.model_cache import find, list_cached, remove
+    from mlx_smolvlm.convert.model_cache import find_models, list_cached_models, remove_model
 
-    cached = list_cached()
-    selected = {model.path: model for name in names for model in find(name, cached)}
+    cached = list_cached_models()
+    selected = {model.path: model for name in names for model in find_models(name, cached)}
     total = format_size(sum(model.nbytes for model in selected.values()))
     if not yes:
         if not (sys.stdin.isatty() and sys.stderr.isatty()):
@@ -138,7 +138,7 @@ def remove_models(names: Sequence[str], yes: bool) -> None:
             raise typer.Exit(1)
     for model in selected.values():
         is_link = os.path.islink(model.path)
-        remove(model)
+        remove_model(model)
         what = "a link" if is_link else format_size(model.nbytes)
         say(f"removed {model.name}: {what}")
 

@@ -70,8 +70,7 @@ class PrecisionOptions:
             typer.BadParameter: Options exclude each other, or the size cannot be parsed.
             CheckpointError: The recipe cannot be read.
         """
-        from mlx_smolvlm.convert.options import ConvertOptions
-        from mlx_smolvlm.convert.quant.recipes import read_recipe
+        from mlx_smolvlm.convert.options import ConvertOptions, read_recipe
 
         self._check()
         if self.recipe is None and not self.has_target:

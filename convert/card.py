@@ -13,8 +13,8 @@ from mlx_smolvlm.checkpoint.provenance import (
     ORIGIN_FILE,
     Origin,
     PartSize,
+    measure_parts,
     parse_origin,
-    part_sizes,
     read_origin,
 )
 from mlx_smolvlm.config import PARTS, Config
@@ -25,20 +25,20 @@ _LARGEST_CARD = 1 << 20  # bytes
 _LONGEST_TEXT = 300  # characters of a name or link
 
 
-def trace(source: Source) -> Origin:
+def trace_origin(source: Source) -> Origin:
     """Where the checkpoint `source` comes from, as far as its files tell."""
     from mlx_smolvlm import __version__
 
     converter = f"mlx-smolvlm {__version__}"
     if source.is_own and source.has(ORIGIN_FILE):
-        own = parse_origin(source.json(ORIGIN_FILE), source.folder / ORIGIN_FILE)
+        own = parse_origin(source.read_json(ORIGIN_FILE), source.folder / ORIGIN_FILE)
         name, revision = source.name, source.revision
         return replace(own, source=name, revision=revision, converter=converter)
     card = read_card(source)
     base = source.name if is_hub_id(source.name) else None
-    for stated in (card.get("base_model"), _name_in_config(source)):
-        base = base or _hub_id(stated)
-    license_id = _text(card.get("license"))
+    for stated in (card.get("base_model"), _read_name(source)):
+        base = base or _pick_hub_id(stated)
+    license_id = _clean_text(card.get("license"))
     languages = card.get("language")
     languages = languages if isinstance(languages, list) else [languages]
     return Origin(
@@ -46,9 +46,9 @@ def trace(source: Source) -> Origin:
         revision=source.revision,
         base_model=base,
         license=license_id,
-        license_name=_text(card.get("license_name")),
-        license_link=_text(card.get("license_link")),
-        languages=tuple(text for one in languages if (text := _text(one))),
+        license_name=_clean_text(card.get("license_name")),
+        license_link=_clean_text(card.get("license_link")),
+        languages=tuple(text for one in languages if (text := _clean_text(one))),
         converter=converter,
     )
 
@@ -58,7 +58,7 @@ def read_card(source: Source) -> Mapping[str, Any]:
     if not source.has(CARD_FILE):
         return {}
     try:
-        text = source.text(CARD_FILE, _LARGEST_CARD).removeprefix("\ufeff")
+        text = source.read_text(CARD_FILE, _LARGEST_CARD).removeprefix("\ufeff")
         from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
         return RepoCard(text).data.to_dict() if REGEX_YAML_BLOCK.search(text) else {}
@@ -66,22 +66,22 @@ def read_card(source: Source) -> Mapping[str, Any]:
         return {}
 
 
-def _name_in_config(source: Source) -> Any:
+def _read_name(source: Source) -> Any:
     """What config.json calls the model."""
     try:
-        return source.json(CONFIG_FILE).get("_name_or_path")
+        return source.read_json(CONFIG_FILE).get("_name_or_path")
     except CheckpointError:
         return None
 
 
-def _hub_id(value: Any) -> str | None:
+def _pick_hub_id(value: Any) -> str | None:
     """`value`, or the first of it, if it is a hub id."""
     if isinstance(value, list) and value:
         value = value[0]
     return value if isinstance(value, str) and is_hub_id(value) else None
 
 
-def _text(value: Any) -> str | None:
+def _clean_text(value: Any) -> str | None:
     """`value` if it is one short line of text."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
@@ -92,7 +92,7 @@ def _text(value: Any) -> str | None:
 UNKNOWN_LICENSE = "unknown"  # an identifier of the hub's
 
 
-def model_card(folder: Path, repo: str, section: str = "") -> str:
+def format_model_card(folder: Path, repo: str, section: str = "") -> str:
     """The card of the checkpoint in `folder`, to be published as `repo`.
 
     Args:
@@ -104,21 +104,25 @@ def model_card(folder: Path, repo: str, section: str = "") -> str:
     """
     config = read_config(folder)
     origin = read_origin(folder) or Origin(config.source)
-    body = [_introduction(config, origin, repo), _usage(config, repo), _sizes(folder, config)]
+    body = [
+        _format_introduction(config, origin, repo),
+        _format_usage(config, repo),
+        _format_sizes(folder, config),
+    ]
     if section:
         body.append(section.strip())
-    body.append(_made(origin))
-    return f"---\n{_front_matter(config, origin)}---\n\n" + "\n\n".join(body) + "\n"
+    body.append(_format_files(origin))
+    return f"---\n{_format_front_matter(config, origin)}---\n\n" + "\n\n".join(body) + "\n"
 
 
-def base_model(config: Config, origin: Origin) -> str | None:
+def find_base_model(config: Config, origin: Origin) -> str | None:
     """The hub id of the model that was converted; None if it is not known."""
     if origin.base_model is not None:
         return origin.base_model
     return config.source if is_hub_id(config.source) else None
 
 
-def _front_matter(config: Config, origin: Origin) -> str:
+def _format_front_matter(config: Config, origin: Origin) -> str:
     """The YAML that the hub files the model by."""
     from huggingface_hub import ModelCardData
 
@@ -129,7 +133,7 @@ def _front_matter(config: Config, origin: Origin) -> str:
         tags.append("video-text-to-text")
     if parts["text"] is not None:
         tags.append(f"{parts['text'].bits}-bit")
-    base = base_model(config, origin)
+    base = find_base_model(config, origin)
     values: dict[str, Any] = {}
     if base is not None and quantized:
         values["base_model_relation"] = "quantized"
@@ -147,9 +151,9 @@ def _front_matter(config: Config, origin: Origin) -> str:
     return f"{data.to_yaml()}\n"
 
 
-def _introduction(config: Config, origin: Origin, repo: str) -> str:
+def _format_introduction(config: Config, origin: Origin, repo: str) -> str:
     """What it is, and under which licence."""
-    base = base_model(config, origin)
+    base = find_base_model(config, origin)
     source = f"`{origin.source}`" if base is None else f"[{base}](https://huggingface.co/{base})"
     if origin.revision:
         source += f" at commit `{origin.revision}`"
@@ -162,7 +166,7 @@ def _introduction(config: Config, origin: Origin, repo: str) -> str:
     return text
 
 
-def _usage(config: Config, repo: str) -> str:
+def _format_usage(config: Config, repo: str) -> str:
     """How to run it."""
     lines = [
         "## Use",
@@ -177,9 +181,9 @@ def _usage(config: Config, repo: str) -> str:
     return "\n".join([*lines, "```", "```python", *code, "```"])
 
 
-def _sizes(folder: Path, config: Config) -> str:
+def _format_sizes(folder: Path, config: Config) -> str:
     """The precision and size of each part."""
-    sizes = part_sizes(folder)
+    sizes = measure_parts(folder)
     rows = ["## Precision", "| part | stored as | weights | bytes | bits per weight |"]
     rows.append("|---|---|---:|---:|---:|")
     for part, size in sizes.items():
@@ -187,22 +191,22 @@ def _sizes(folder: Path, config: Config) -> str:
         stored = config.dtype
         if kind is not None:
             stored = f"{kind.bits} bits, groups of {kind.group_size}, {kind.mode}"
-        rows.append(_row(part, stored, size))
-    rows.append(_row("all", "", sum(sizes.values(), PartSize(0, 0))))
+        rows.append(_format_row(part, stored, size))
+    rows.append(_format_row("all", "", sum(sizes.values(), PartSize(0, 0))))
     text = "\n".join(rows)
     if overrides := len(config.quantization.overrides):
         text += f"\n\n{overrides} modules differ from their part; `config.json` names them."
     return text
 
 
-def _row(name: str, stored: str, size: PartSize) -> str:
+def _format_row(name: str, stored: str, size: PartSize) -> str:
     """A line of the table of precisions."""
     return (
         f"| {name} | {stored} | {size.weights:,} | {size.nbytes:,} | {size.bits_per_weight:.2f} |"
     )
 
 
-def _made(origin: Origin) -> str:
+def _format_files(origin: Origin) -> str:
     """How the folder was made, and how to check it."""
     by = origin.converter or "mlx-smolvlm"
     return (

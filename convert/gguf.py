@@ -20,9 +20,9 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_smolvlm.checkpoint.headers import WEIGHTS_FILE, write_arrays
-from mlx_smolvlm.checkpoint.load import TEMPLATE_FILE, TOKENIZER_FILE, chat_template
+from mlx_smolvlm.checkpoint.load import TEMPLATE_FILE, TOKENIZER_FILE, read_chat_template
 from mlx_smolvlm.config import LARGEST
-from mlx_smolvlm.convert.gguf_file import GROUP, PACKED_BITS, GgufFile, arrays_of, open_gguf
+from mlx_smolvlm.convert.gguf_file import GROUP, PACKED_BITS, GgufFile, decode_tensor, open_gguf
 from mlx_smolvlm.errors import CheckpointError, one_line, shorten
 from mlx_smolvlm.records import read_json
 
@@ -30,7 +30,7 @@ SPLITTERS = ("smollm",)  # llama.cpp's names of how text is split; others differ
 CONTROL = 3  # llama.cpp's type of a token that stands for no text
 
 
-def tokenizer_json(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def build_tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The contents of tokenizer.json for the GGUF file `path`.
 
     Raises:
@@ -71,7 +71,7 @@ def tokenizer_json(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> 
     return values
 
 
-def added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
+def check_added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The added tokens of a tokenizer.json that belongs to the GGUF file `path`.
 
     Raises:
@@ -87,7 +87,7 @@ def added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> list[dict[str, Any
     return tokens
 
 
-def placeholder_id(added: Sequence[Mapping[str, Any]], template: str, vocab_size: int) -> int:
+def choose_image_token(added: Sequence[Mapping[str, Any]], template: str, vocab_size: int) -> int:
     """A token that no prompt contains, to be that of pictures.
 
     A special token in what a user types stays text, so one that the template does not
@@ -123,7 +123,7 @@ SIZES = {
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
     "rope_theta": "rope.freq_base",
 }
-FLOATS = ("rms_norm_eps", "rope_theta")
+FLOAT_KEYS = ("rms_norm_eps", "rope_theta")
 # Zeros in the place of the encoder: wide enough for groups of 128, and never run.
 VISION = {
     "hidden_size": 128,
@@ -148,11 +148,14 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         OSError: `folder` cannot be written to.
     """
     with open_gguf(path) as file:
-        text = _text_config(path, file)
-        tensors, packing = _tensors(path, file, text)
+        text = _read_text_config(path, file)
+        tensors, packing = _read_tensors(path, file, text)
         metadata = file.metadata
-    tokenizer, template = _tokenizer(path, metadata, text["vocab_size"]), _template(path, metadata)
-    added = added_tokens(path, tokenizer)
+    tokenizer, template = (
+        _read_tokenizer(path, metadata, text["vocab_size"]),
+        _read_template(path, metadata),
+    )
+    added = check_added_tokens(path, tokenizer)
     if any(token["content"] == "<image>" for token in added):
         raise CheckpointError(
             f"{path} is the language part of a model that sees, and has no vision encoder; "
@@ -166,7 +169,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         )
     config = {
         "model_type": "idefics3",
-        "image_token_id": placeholder_id(added, template, text["vocab_size"]),
+        "image_token_id": choose_image_token(added, template, text["vocab_size"]),
         "scale_factor": SCALE_FACTOR,
         "tie_word_embeddings": text["tie_word_embeddings"],
         "eos_token_id": eos,
@@ -174,7 +177,7 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         "vision_config": VISION,
     } | ({"quantization": packing} if packing else {})
     dtype = tensors["model.text_model.norm.weight"].dtype
-    tensors |= _no_vision(text["hidden_size"], dtype)
+    tensors |= _make_empty_vision(text["hidden_size"], dtype)
     _write_json(folder / "config.json", config)
     size = VISION["image_size"]
     edges = {"size": {"longest_edge": size}, "max_image_size": {"longest_edge": size}}
@@ -190,7 +193,7 @@ def _write_json(path: Path, values: Any) -> None:
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
-def _text_config(path: Path, file: GgufFile) -> dict[str, Any]:
+def _read_text_config(path: Path, file: GgufFile) -> dict[str, Any]:
     """The decoder's part of a config.json, from the file's metadata and the embedding's shape.
 
     Raises:
@@ -208,8 +211,8 @@ def _text_config(path: Path, file: GgufFile) -> dict[str, Any]:
         raise CheckpointError(f"{path}: rope scaling {shorten(scaling)} is not supported")
     text: dict[str, Any] = {"model_type": "llama", "hidden_act": "silu"}
     for name, key in SIZES.items():
-        kind = float if name in FLOATS else int
-        text[name] = _number(path, metadata, f"llama.{key}", kind)
+        kind = float if name in FLOAT_KEYS else int
+        text[name] = _read_number(path, metadata, f"llama.{key}", kind)
     embedding = file.tensors.get("token_embd.weight")
     shape = () if embedding is None else embedding.shape
     if len(shape) != 2 or shape[1] != text["hidden_size"]:
@@ -220,7 +223,7 @@ def _text_config(path: Path, file: GgufFile) -> dict[str, Any]:
     text["rms_norm_eps"] = round(text["rms_norm_eps"], 12)  # float32 says 9.99999974e-06
     text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
     if "llama.attention.key_length" in metadata:
-        text["head_dim"] = _number(path, metadata, "llama.attention.key_length", int)
+        text["head_dim"] = _read_number(path, metadata, "llama.attention.key_length", int)
     turned = metadata.get("llama.rope.dimension_count", text["head_dim"])
     if turned != text["head_dim"]:
         raise CheckpointError(
@@ -234,7 +237,7 @@ def _text_config(path: Path, file: GgufFile) -> dict[str, Any]:
     return text
 
 
-def _number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) -> Any:
+def _read_number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) -> Any:
     """The number above 0 of type `kind` under `key`."""
     value: Any = metadata.get(key)
     is_kind = type(value) is kind
@@ -245,12 +248,12 @@ def _number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) -> An
     return value
 
 
-def _tensors(
+def _read_tensors(
     path: Path, file: GgufFile, text: Mapping[str, Any]
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """The tensors by Hugging Face's names, and the entry "quantization" of config.json."""
     heads = {"attn_q": text["num_attention_heads"], "attn_k": text["num_key_value_heads"]}
-    modules = {name: _module(path, name) for name in sorted(file.tensors)}
+    modules = {name: _find_module(path, name) for name in sorted(file.tensors)}
     missing = [name for name in TOP_NAMES.values() if name not in modules.values()]
     if missing not in ([], ["lm_head"]):
         raise CheckpointError(f"{path}: '{missing[0]}.weight' is missing; fetch it again")
@@ -258,10 +261,10 @@ def _tensors(
     kinds: dict[str, dict[str, int]] = {}
     for name, module in modules.items():
         info = file.tensors[name]
-        arrays = arrays_of(info.type, info.shape, file.read(info))
+        arrays = decode_tensor(info.type, info.shape, file.read(info))
         count = heads.get(name.split(".")[-2])
         if count is not None:
-            arrays = {k: _in_halves(path, name, array, count) for k, array in arrays.items()}
+            arrays = {k: _reorder_rows(path, name, array, count) for k, array in arrays.items()}
         if info.type in PACKED_BITS:
             kinds[module] = {"group_size": GROUP, "bits": PACKED_BITS[info.type]}
         tensors |= {f"{module}.{suffix}": array for suffix, array in arrays.items()}
@@ -271,7 +274,7 @@ def _tensors(
     return tensors, dict(usual) | {name: kind for name, kind in kinds.items() if kind != usual}
 
 
-def _module(path: Path, name: str) -> str:
+def _find_module(path: Path, name: str) -> str:
     """Hugging Face's name of the module whose weight is the tensor `name`."""
     match = re.fullmatch(r"blk\.([0-9]{1,5})\.(\w+)\.weight", name)
     module = LAYER_NAMES.get(match[2]) if match else TOP_NAMES.get(name.removesuffix(".weight"))
@@ -280,7 +283,7 @@ def _module(path: Path, name: str) -> str:
     return f"model.text_model.layers.{match[1]}.{module}" if match else module
 
 
-def _in_halves(path: Path, name: str, array: mx.array, heads: int) -> mx.array:
+def _reorder_rows(path: Path, name: str, array: mx.array, heads: int) -> mx.array:
     """Rows of queries or keys as rope here pairs them: i with i + half of the head.
 
     llama.cpp pairs neighbors. Packed rows move as floats do, since groups lie along a row.
@@ -294,7 +297,7 @@ def _in_halves(path: Path, name: str, array: mx.array, heads: int) -> mx.array:
     return mx.contiguous(halves.reshape(rows, width))
 
 
-def _no_vision(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
+def _make_empty_vision(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
     """Zeros for the encoder and the connector, to a decoder of `width`."""
     hidden, patch = VISION["hidden_size"], VISION["patch_size"]
     tower, layer = "model.vision_model", "model.vision_model.encoder.layers.0"
@@ -315,16 +318,16 @@ def _no_vision(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
     return {name: mx.zeros(shape, dtype) for name, shape in shapes.items()}
 
 
-def _tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
+def _read_tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
     """The tokenizer.json beside `path`, else the one that `metadata` describe."""
     beside = path.with_name(TOKENIZER_FILE)
-    return read_json(beside) if beside.is_file() else tokenizer_json(path, metadata, vocab_size)
+    return read_json(beside) if beside.is_file() else build_tokenizer(path, metadata, vocab_size)
 
 
-def _template(path: Path, metadata: Mapping[str, Any]) -> str:
+def _read_template(path: Path, metadata: Mapping[str, Any]) -> str:
     """The chat template beside `path`, else the one in `metadata`."""
     if path.with_name(TEMPLATE_FILE).is_file():
-        return chat_template(path.parent)
+        return read_chat_template(path.parent)
     template = metadata.get("tokenizer.chat_template")
     if not isinstance(template, str):
         raise CheckpointError(f"{path} has no chat template; put a {TEMPLATE_FILE} beside it")

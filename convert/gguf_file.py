@@ -30,7 +30,7 @@ _FLOATS = {"F32": "<f4", "F16": "<f2"}
 _CHUNK = 2**14  # blocks unpacked at a time, which bounds the memory for float32 in between
 
 
-def arrays_of(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.array]:
+def decode_tensor(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.array]:
     """The tensor of type `kind` and `shape` in `data`, by suffix.
 
     "weight" alone if it holds floats, else "weight", "scales" and "biases" of MLX's affine mode.
@@ -40,7 +40,7 @@ def arrays_of(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.ar
     if kind in _FLOATS:
         return {"weight": mx.array(np.frombuffer(data, _FLOATS[kind]).reshape(shape))}
     if kind in PACKED_BITS:
-        return _packed(kind, shape, data)
+        return _decode_packed(kind, shape, data)
     unpack, block_bytes = _K_TYPES[kind]
     blocks = np.frombuffer(data, np.uint8).reshape(-1, block_bytes)
     result = np.empty(math.prod(shape), np.float16)
@@ -51,17 +51,17 @@ def arrays_of(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.ar
     return {"weight": mx.array(result.reshape(shape))}
 
 
-def _packed(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.array]:
+def _decode_packed(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.array]:
     """The arrays of a matrix in groups of 32, as MLX packs them."""
     head = 4 if kind == "Q4_1" else 2
     blocks = np.frombuffer(data, np.uint8).reshape(math.prod(shape) // GROUP, -1)
-    scales = _halves(blocks, 0)
+    scales = _read_float16(blocks, 0)
     body: np.ndarray = blocks[:, head:]
     with np.errstate(all="ignore"):
         if kind == "Q8_0":  # signed bytes; MLX's are unsigned
             biases, body = np.float16(-128) * scales, body ^ 0x80
         else:  # the first 16 numbers in the low halves of the bytes, MLX has neighbors in a byte
-            biases = _halves(blocks, 2) if kind == "Q4_1" else np.float16(-8) * scales
+            biases = _read_float16(blocks, 2) if kind == "Q4_1" else np.float16(-8) * scales
             numbers: np.ndarray = np.concatenate([body & 0x0F, body >> 4], axis=1)
             body = numbers[:, 0::2] | numbers[:, 1::2] << 4
     weight = np.ascontiguousarray(body).view("<u4")
@@ -73,52 +73,58 @@ def _packed(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.arra
     }
 
 
-def _halves(blocks: np.ndarray, start: int) -> np.ndarray:
+def _read_float16(blocks: np.ndarray, start: int) -> np.ndarray:
     """The float16 at byte `start` of each block, (blocks, 1)."""
     return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2")
 
 
-def _bits(values: np.ndarray, shifts: tuple[int, ...], mask: int) -> np.ndarray:
+def _split_bits(values: np.ndarray, shifts: tuple[int, ...], mask: int) -> np.ndarray:
     """`values` (..., n) as (..., shifts, n): their bits at each of `shifts`."""
     return values[..., None, :] >> np.array(shifts, np.uint8)[:, None] & mask
 
 
-def _q2_k(blocks: np.ndarray) -> np.ndarray:
+def _unpack_q2_k(blocks: np.ndarray) -> np.ndarray:
     """256 numbers a block, in groups of 16 with a scale and a minimum of 4 bits each."""
-    d, least = _halves(blocks, 80).astype(np.float32), _halves(blocks, 82).astype(np.float32)
+    d, least = (
+        _read_float16(blocks, 80).astype(np.float32),
+        _read_float16(blocks, 82).astype(np.float32),
+    )
     scales, numbers = blocks[:, :16], blocks[:, 16:80].reshape(-1, 2, 32)
-    numbers = _bits(numbers, (0, 2, 4, 6), 3).reshape(-1, 16, 16)
+    numbers = _split_bits(numbers, (0, 2, 4, 6), 3).reshape(-1, 16, 16)
     values: np.ndarray = (d * (scales & 15))[..., None] * numbers - (least * (scales >> 4))[
         ..., None
     ]
     return values
 
 
-def _q4_k(blocks: np.ndarray) -> np.ndarray:
+def _unpack_q4_k(blocks: np.ndarray) -> np.ndarray:
     """256 numbers a block, in groups of 32 with a scale and a minimum of 6 bits each."""
-    d, least = _halves(blocks, 0).astype(np.float32), _halves(blocks, 2).astype(np.float32)
+    d, least = (
+        _read_float16(blocks, 0).astype(np.float32),
+        _read_float16(blocks, 2).astype(np.float32),
+    )
     low, middle, high = (blocks[:, start : start + 4] for start in (4, 8, 12))
     scales = np.concatenate([low & 63, high & 15 | low >> 6 << 4], axis=1)
     mins = np.concatenate([middle & 63, high >> 4 | middle >> 6 << 4], axis=1)
-    numbers = _bits(blocks[:, 16:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
+    numbers = _split_bits(blocks[:, 16:].reshape(-1, 4, 32), (0, 4), 15).reshape(-1, 8, 32)
     values: np.ndarray = (d * scales)[..., None] * numbers - (least * mins)[..., None]
     return values
 
 
-def _q6_k(blocks: np.ndarray) -> np.ndarray:
+def _unpack_q6_k(blocks: np.ndarray) -> np.ndarray:
     """256 numbers a block, in groups of 16 with a signed scale of 8 bits each."""
-    d, scales = _halves(blocks, 208).astype(np.float32), blocks[:, 192:208].view(np.int8)
-    low = _bits(blocks[:, :128].reshape(-1, 2, 64), (0, 4), 15).reshape(-1, 8, 32)
-    high = _bits(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 8, 32)
+    d, scales = _read_float16(blocks, 208).astype(np.float32), blocks[:, 192:208].view(np.int8)
+    low = _split_bits(blocks[:, :128].reshape(-1, 2, 64), (0, 4), 15).reshape(-1, 8, 32)
+    high = _split_bits(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 8, 32)
     numbers = (low | high << 4).astype(np.int8) - np.int8(32)
     values: np.ndarray = (d * scales)[..., None] * numbers.reshape(-1, 16, 16)
     return values
 
 
 _K_TYPES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
-    "Q2_K": (_q2_k, 84),
-    "Q4_K": (_q4_k, 144),
-    "Q6_K": (_q6_k, 210),
+    "Q2_K": (_unpack_q2_k, 84),
+    "Q4_K": (_unpack_q4_k, 144),
+    "Q6_K": (_unpack_q6_k, 210),
 }
 
 
@@ -186,7 +192,7 @@ class GgufFile:
         self._path, self._file = path, file
         self._size = file.seek(0, 2)
         file.seek(0)
-        header = _Header(file.read(LARGEST_HEADER), self._size)
+        header = _HeaderReader(file.read(LARGEST_HEADER), self._size)
         try:
             self.metadata, self.tensors = header.read()
         except _HeaderError as error:
@@ -225,7 +231,7 @@ class _HeaderError(Exception):
     """What is wrong with a header."""
 
 
-class _Header:
+class _HeaderReader:
     """A cursor over the first bytes of a file of `size` bytes."""
 
     def __init__(self, data: bytes, size: int) -> None:
@@ -236,28 +242,28 @@ class _Header:
         if self._data[:4] != b"GGUF":
             raise _HeaderError("it does not begin with 'GGUF'")
         self._at = 4
-        version = self._number("I")
+        version = self._read_number("I")
         if version not in VERSIONS:
             raise _HeaderError(f"its version is {version}; 2 and 3 are known, little-endian")
-        tensor_count, entry_count = self._number("Q"), self._number("Q")
+        tensor_count, entry_count = self._read_number("Q"), self._read_number("Q")
         for count, what in ((tensor_count, "tensors"), (entry_count, "metadata entries")):
             if count > MOST_ENTRIES:
                 raise _HeaderError(f"it states {count:,} {what}; {MOST_ENTRIES:,} are the most")
         metadata: dict[str, Any] = {}
         for _ in range(entry_count):
-            key = self._string(LONGEST_NAME)
+            key = self._read_string(LONGEST_NAME)
             if key in metadata:
                 raise _HeaderError(f"the metadata have {shorten(key)} twice")
-            metadata[key] = self._value(self._number("I"))
+            metadata[key] = self._read_value(self._read_number("I"))
         alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
         if type(alignment) is not int or not 8 <= alignment <= 2**20 or alignment & alignment - 1:
             raise _HeaderError(
                 f"its alignment is {shorten(alignment)}, which is not a power of two from 8 on"
             )
-        described = [self._tensor() for _ in range(tensor_count)]
-        return metadata, self._placed(described, alignment)
+        described = [self._read_tensor() for _ in range(tensor_count)]
+        return metadata, self._place(described, alignment)
 
-    def _placed(self, tensors: list[GgufTensor], alignment: int) -> dict[str, GgufTensor]:
+    def _place(self, tensors: list[GgufTensor], alignment: int) -> dict[str, GgufTensor]:
         """`tensors` by name, with offsets from the start of the file, one behind the other."""
         start = place = -(-self._at // alignment) * alignment
         result: dict[str, GgufTensor] = {}
@@ -276,14 +282,14 @@ class _Header:
             result[one.name] = GgufTensor(one.name, one.type, one.shape, offset, one.nbytes)
         return {one.name: result[one.name] for one in tensors}
 
-    def _tensor(self) -> GgufTensor:
+    def _read_tensor(self) -> GgufTensor:
         """A tensor's description; its offset counts from the end of the header."""
-        name = self._string(LONGEST_NAME)
-        count = self._number("I")
+        name = self._read_string(LONGEST_NAME)
+        count = self._read_number("I")
         if not 1 <= count <= MOST_DIMENSIONS:
             raise _HeaderError(f"tensor {shorten(name)} has {count} dimensions")
-        sides = [self._number("Q") for _ in range(count)]
-        number, offset = self._number("I"), self._number("Q")
+        sides = [self._read_number("Q") for _ in range(count)]
+        number, offset = self._read_number("I"), self._read_number("Q")
         if number not in TYPES:
             kind = _OTHER_TYPES.get(number, f"number {number}")
             usable = ", ".join(name for name, _, _ in TYPES.values())
@@ -297,42 +303,42 @@ class _Header:
         nbytes = math.prod(sides) // block * block_bytes
         return GgufTensor(name, kind, tuple(reversed(sides)), offset, nbytes)
 
-    def _value(self, kind: int) -> Any:
+    def _read_value(self, kind: int) -> Any:
         """A value of the metadata type `kind`."""
         if kind == _STRING:
-            return self._string(LARGEST_HEADER)
+            return self._read_string(LARGEST_HEADER)
         if kind in _NUMBERS:
-            return self._number(_NUMBERS[kind])
+            return self._read_number(_NUMBERS[kind])
         if kind != _ARRAY:
             raise _HeaderError(f"the metadata have a value of type {kind}, which is not known")
-        inner, count = self._number("I"), self._number("Q")
+        inner, count = self._read_number("I"), self._read_number("Q")
         if inner == _STRING:
             self._strings += count
             if self._strings > MOST_STRINGS:
                 raise _HeaderError(f"the metadata have more than {MOST_STRINGS:,} texts")
-            return [self._string(LARGEST_HEADER) for _ in range(count)]
+            return [self._read_string(LARGEST_HEADER) for _ in range(count)]
         if inner not in _NUMBERS:
             raise _HeaderError(f"the metadata have an array of type {inner}, which is not read")
         values = array("B" if inner == _BOOL else _NUMBERS[inner])
-        values.frombytes(self._bytes(count * values.itemsize))
+        values.frombytes(self._read_bytes(count * values.itemsize))
         if sys.byteorder == "big":
             values.byteswap()
         return values
 
-    def _number(self, code: str) -> Any:
+    def _read_number(self, code: str) -> Any:
         layout = struct.Struct(f"<{code}")
-        return layout.unpack(self._bytes(layout.size))[0]
+        return layout.unpack(self._read_bytes(layout.size))[0]
 
-    def _string(self, longest: int) -> str:
-        length = self._number("Q")
+    def _read_string(self, longest: int) -> str:
+        length = self._read_number("Q")
         if length > longest:
             raise _HeaderError(f"it has a text of {length:,} bytes; {longest:,} are the most")
         try:
-            return self._bytes(length).decode("utf-8")
+            return self._read_bytes(length).decode("utf-8")
         except UnicodeDecodeError:
             raise _HeaderError(f"the text before byte {self._at:,} is not UTF-8") from None
 
-    def _bytes(self, count: int) -> bytes:
+    def _read_bytes(self, count: int) -> bytes:
         end = self._at + count
         if end > len(self._data):
             if len(self._data) < self._size:

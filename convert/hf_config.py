@@ -19,11 +19,11 @@ from mlx_smolvlm.config import (
 )
 from mlx_smolvlm.convert.hf_processor import (
     Section,
-    added_tokens,
-    eos_token_ids,
-    image_config,
-    processors,
-    video_config,
+    read_added_tokens,
+    read_eos_token_ids,
+    read_image_config,
+    read_processors,
+    read_video_config,
 )
 from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError, shorten
@@ -62,7 +62,7 @@ FIXED_TEXT = {
 FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
 
 
-def read_settings(source: Source) -> Config:
+def read_hf_config(source: Source) -> Config:
     """The configuration of the Hugging Face checkpoint `source`.
 
     `dtype` and `quantization` are float32 and none until the
@@ -72,34 +72,34 @@ def read_settings(source: Source) -> Config:
         CheckpointError: Another kind of model, or a value that is missing, impossible
             or not supported.
     """
-    top = Section(source.json(CONFIG_FILE), CONFIG_FILE)
+    top = Section(source.read_json(CONFIG_FILE), CONFIG_FILE)
     model_type = top.values.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
             f"{source.name} is a {shorten(model_type).strip(chr(39))} checkpoint; mlx-smolvlm "
             f"converts {' and '.join(MODEL_TYPES)}"
         )
-    vision, text = top.child("vision_config"), top.child("text_config")
+    vision, text = top.get_section("vision_config"), top.get_section("text_config")
     for key, section in (("vision_config", vision), ("text_config", text)):
         if section is None:
             raise CheckpointError(f"config.json has no {key}; fetch the checkpoint again")
     assert vision is not None
     assert text is not None
-    text_config = _text(top, text)
-    images, videos = processors(source)
-    tokens = added_tokens(source)
-    image_token_id = top.integer("image_token_id", IMAGE_TOKEN_ID)
+    text_config = _read_text(top, text)
+    images, videos = read_processors(source)
+    tokens = read_added_tokens(source)
+    image_token_id = top.get_integer("image_token_id", IMAGE_TOKEN_ID)
     if tokens.get("<image>", image_token_id) != image_token_id:
         raise top.error("image_token_id", f"{TOKENIZER_FILE} gives <image> {tokens['<image>']}")
-    vision_config = _vision(vision)
+    vision_config = _read_vision(vision)
     config = Config(
         vision=vision_config,
         text=text_config,
-        scale_factor=top.integer("scale_factor", SCALE_FACTOR),
+        scale_factor=top.get_integer("scale_factor", SCALE_FACTOR),
         image_token_id=image_token_id,
-        eos_token_ids=eos_token_ids(source, top, text, tokens, text_config.vocab_size),
-        image=image_config(images, vision_config.image_size),
-        video=video_config(images, videos),
+        eos_token_ids=read_eos_token_ids(source, top, text, tokens, text_config.vocab_size),
+        image=read_image_config(images, vision_config.image_size),
+        video=read_video_config(images, videos),
         quantization=QuantizationConfig(None, None, None, None),
         dtype="float32",
         source=source.name,
@@ -108,42 +108,44 @@ def read_settings(source: Source) -> Config:
     return config
 
 
-def _vision(section: Section) -> VisionConfig:
+def _read_vision(section: Section) -> VisionConfig:
     """The vision encoder's sizes."""
-    section.fixed(FIXED_VISION)
-    sizes = {key: _side(section, key, default) for key, default in VISION_DEFAULTS.items()}
+    section.check_fixed(FIXED_VISION)
+    sizes = {key: _read_side(section, key, default) for key, default in VISION_DEFAULTS.items()}
     if sizes["num_hidden_layers"] > MOST_LAYERS:
         raise section.error("num_hidden_layers", f"it must be at most {MOST_LAYERS}")
-    return VisionConfig(**sizes, layer_norm_eps=section.number("layer_norm_eps", 1e-6))
+    return VisionConfig(**sizes, layer_norm_eps=section.get_number("layer_norm_eps", 1e-6))
 
 
-def _side(section: Section, key: str, default: int) -> int:
+def _read_side(section: Section, key: str, default: int) -> int:
     """The integer at `key`, which may be written as a pair of equal ones."""
     value = section.values.get(key)
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         section = Section({key: value[0]}, section.name)
-    return section.integer(key, default)
+    return section.get_integer(key, default)
 
 
-def _text(top: Section, section: Section) -> TextConfig:
+def _read_text(top: Section, section: Section) -> TextConfig:
     """The decoder's sizes."""
-    section.fixed(FIXED_TEXT)
-    sizes = {key: section.integer(key, default) for key, default in TEXT_DEFAULTS.items()}
+    section.check_fixed(FIXED_TEXT)
+    sizes = {key: section.get_integer(key, default) for key, default in TEXT_DEFAULTS.items()}
     if sizes["num_hidden_layers"] > MOST_LAYERS:
         raise section.error("num_hidden_layers", f"it must be at most {MOST_LAYERS}")
     heads = sizes["num_attention_heads"]
-    tied = top.flag("tie_word_embeddings", False) or section.flag("tie_word_embeddings", False)
+    tied = top.get_flag("tie_word_embeddings", False) or section.get_flag(
+        "tie_word_embeddings", False
+    )
     return TextConfig(
         **sizes,
-        num_key_value_heads=section.integer("num_key_value_heads", heads),
-        head_dim=section.integer("head_dim", sizes["hidden_size"] // heads),
-        rope_theta=_rope_theta(section),
-        rms_norm_eps=section.number("rms_norm_eps", 1e-6),
+        num_key_value_heads=section.get_integer("num_key_value_heads", heads),
+        head_dim=section.get_integer("head_dim", sizes["hidden_size"] // heads),
+        rope_theta=_read_rope_theta(section),
+        rms_norm_eps=section.get_number("rms_norm_eps", 1e-6),
         tie_word_embeddings=tied,
     )
 
 
-def _rope_theta(section: Section) -> float:
+def _read_rope_theta(section: Section) -> float:
     """The base of the rotary positions, from `rope_theta` or `rope_parameters`.
 
     A missing one is refused: every published SmolVLM has another than the class's
@@ -151,9 +153,9 @@ def _rope_theta(section: Section) -> float:
     """
     bases: list[float] = []
     if section.values.get("rope_theta") is not None:
-        bases.append(section.number("rope_theta", None))
+        bases.append(section.get_number("rope_theta", None))
     for key in ("rope_parameters", "rope_scaling"):
-        rope = section.child(key)
+        rope = section.get_section(key)
         if rope is None:
             continue
         kind = rope.values.get("rope_type", rope.values.get("type", "default"))
@@ -161,9 +163,9 @@ def _rope_theta(section: Section) -> float:
             raise CheckpointError(
                 f"{rope.name}: rope type {shorten(kind)} is not supported, only default"
             )
-        rope.fixed({"partial_rotary_factor": 1.0})
+        rope.check_fixed({"partial_rotary_factor": 1.0})
         if rope.values.get("rope_theta") is not None:
-            bases.append(rope.number("rope_theta", None))
+            bases.append(rope.get_number("rope_theta", None))
     if not bases:
         raise CheckpointError(
             f"{section.name}: neither rope_theta nor rope_parameters states the base of the "

@@ -27,7 +27,7 @@ class Section:
         """An error about the value at `key`."""
         return CheckpointError(f"{self.name}: {key} is {shorten(self.values.get(key))}; {advice}")
 
-    def child(self, key: str) -> Section | None:
+    def get_section(self, key: str) -> Section | None:
         """The object at `key`; None if it is absent or null."""
         value = self.values.get(key)
         if value is None:
@@ -36,7 +36,7 @@ class Section:
             raise self.error(key, "it must be an object")
         return Section(value, f"{self.name}, {key}")
 
-    def integer(self, key: str, default: int | None, largest: int = LARGEST) -> int:
+    def get_integer(self, key: str, default: int | None, largest: int = LARGEST) -> int:
         """The positive integer at `key`; `default` if it is absent or null."""
         value = self.values.get(key)
         if value is None:
@@ -45,7 +45,7 @@ class Section:
             raise self.error(key, f"it must be an integer from 1 to {largest}")
         return value
 
-    def number(self, key: str, default: float | None, *, zero: bool = False) -> float:
+    def get_number(self, key: str, default: float | None, *, zero: bool = False) -> float:
         """The positive number at `key`, or 0 if `zero`; `default` if it is absent or null."""
         value = self.values.get(key)
         if value is None:
@@ -55,7 +55,7 @@ class Section:
             raise self.error(key, f"it must be a number {'from' if zero else 'above'} 0")
         return float(value)  # type: ignore[arg-type]
 
-    def flag(self, key: str, default: bool) -> bool:
+    def get_flag(self, key: str, default: bool) -> bool:
         """The boolean at `key`; `default` if it is absent or null."""
         value = self.values.get(key)
         if value is None:
@@ -64,7 +64,7 @@ class Section:
             raise self.error(key, "it must be true or false")
         return value
 
-    def fixed(self, supported: Mapping[str, Any]) -> None:
+    def check_fixed(self, supported: Mapping[str, Any]) -> None:
         """Refuse a value other than the `supported` one of its key."""
         for key, wanted in supported.items():
             value = self.values.get(key)
@@ -91,7 +91,7 @@ FIXED_IMAGE = {
 }
 
 
-def processors(source: Source) -> tuple[Section, Section | None]:
+def read_processors(source: Source) -> tuple[Section, Section | None]:
     """The settings of the image processor and, where they are apart, of the video processor.
 
     transformers 5 nests both in processor_config.json, and prefers that to the files
@@ -99,44 +99,47 @@ def processors(source: Source) -> tuple[Section, Section | None]:
     """
     images, videos = None, None
     if source.has("processor_config.json"):
-        nested = Section(source.json("processor_config.json"), "processor_config.json")
-        images, videos = nested.child("image_processor"), nested.child("video_processor")
+        nested = Section(source.read_json("processor_config.json"), "processor_config.json")
+        images, videos = (
+            nested.get_section("image_processor"),
+            nested.get_section("video_processor"),
+        )
     if images is None:
         if not source.has("preprocessor_config.json"):
             raise CheckpointError(
                 f"{source.folder} has no preprocessor_config.json, so the size of pictures is "
                 "unknown; copy it from the checkpoint that this one was made from"
             )
-        images = Section(source.json("preprocessor_config.json"), "preprocessor_config.json")
+        images = Section(source.read_json("preprocessor_config.json"), "preprocessor_config.json")
     name = "video_preprocessor_config.json"
     if videos is None and source.has(name):
-        videos = Section(source.json(name), name)
+        videos = Section(source.read_json(name), name)
     return images, videos
 
 
-def image_config(section: Section, tile: int) -> ImageConfig:
+def read_image_config(section: Section, tile: int) -> ImageConfig:
     """How pictures are cut into tiles of side `tile`."""
-    section.fixed(FIXED_IMAGE)
-    largest = _longest_edge(section, "max_image_size", TILE)
+    section.check_fixed(FIXED_IMAGE)
+    largest = _read_longest_edge(section, "max_image_size", TILE)
     if largest != tile:
         raise section.error(
             "max_image_size", f"vision_config's image_size is {tile}, and the two must agree"
         )
     return ImageConfig(
-        longest_edge=_longest_edge(section, "size", LONGEST_EDGE),
-        mean=_channels(section, "image_mean"),
-        std=_channels(section, "image_std"),
-        do_image_splitting=section.flag("do_image_splitting", True),
+        longest_edge=_read_longest_edge(section, "size", LONGEST_EDGE),
+        mean=_read_channels(section, "image_mean"),
+        std=_read_channels(section, "image_std"),
+        do_image_splitting=section.get_flag("do_image_splitting", True),
     )
 
 
-def _longest_edge(section: Section, key: str, default: int) -> int:
+def _read_longest_edge(section: Section, key: str, default: int) -> int:
     """`longest_edge` of the object at `key`."""
-    size = section.child(key)
-    return default if size is None else size.integer("longest_edge", None)
+    size = section.get_section(key)
+    return default if size is None else size.get_integer("longest_edge", None)
 
 
-def _channels(section: Section, key: str) -> tuple[float, float, float]:
+def _read_channels(section: Section, key: str) -> tuple[float, float, float]:
     """Three numbers at `key`, one a channel."""
     value = section.values.get(key)
     if value is None:
@@ -150,32 +153,32 @@ def _channels(section: Section, key: str) -> tuple[float, float, float]:
     return (float(value[0]), float(value[1]), float(value[2]))
 
 
-def video_config(images: Section, videos: Section | None) -> VideoConfig | None:
+def read_video_config(images: Section, videos: Section | None) -> VideoConfig | None:
     """How frames are sampled; None where the checkpoint says nothing of videos.
 
     SmolVLM2 keeps it as `video_sampling` with the image settings; transformers 5
     saves the same three values as fields of the video processor.
     """
     for section in (videos, images):
-        sampling = section and section.child("video_sampling")
+        sampling = section and section.get_section("video_sampling")
         if sampling is not None:
             return VideoConfig(
-                fps=sampling.number("fps", None),
-                max_frames=sampling.integer("max_frames", None),
-                longest_edge=_longest_edge(sampling, "video_size", LONGEST_EDGE),
-                skip_secs=sampling.number("skip_secs", SKIP_SECS, zero=True),
+                fps=sampling.get_number("fps", None),
+                max_frames=sampling.get_integer("max_frames", None),
+                longest_edge=_read_longest_edge(sampling, "video_size", LONGEST_EDGE),
+                skip_secs=sampling.get_number("skip_secs", SKIP_SECS, zero=True),
             )
     if videos is None or videos.values.get("fps") is None:
         return None
     return VideoConfig(
-        fps=videos.number("fps", None),
-        max_frames=videos.integer("num_frames", None),
-        longest_edge=_longest_edge(videos, "size", LONGEST_EDGE),
-        skip_secs=videos.number("skip_secs", SKIP_SECS, zero=True),
+        fps=videos.get_number("fps", None),
+        max_frames=videos.get_integer("num_frames", None),
+        longest_edge=_read_longest_edge(videos, "size", LONGEST_EDGE),
+        skip_secs=videos.get_number("skip_secs", SKIP_SECS, zero=True),
     )
 
 
-def eos_token_ids(
+def read_eos_token_ids(
     source: Source, top: Section, text: Section, tokens: Mapping[str, int], vocab_size: int
 ) -> tuple[int, ...]:
     """The ids that end an answer.
@@ -185,7 +188,7 @@ def eos_token_ids(
     """
     sections = [text, top]
     if source.has("generation_config.json"):
-        generation = Section(source.json("generation_config.json"), "generation_config.json")
+        generation = Section(source.read_json("generation_config.json"), "generation_config.json")
         sections.insert(0, generation)
     ids: list[int] = []
     for section in sections:
@@ -207,7 +210,7 @@ def eos_token_ids(
     return usable
 
 
-def added_tokens(source: Source) -> dict[str, int]:
+def read_added_tokens(source: Source) -> dict[str, int]:
     """The added tokens of tokenizer.json with their ids.
 
     Raises:
@@ -218,7 +221,7 @@ def added_tokens(source: Source) -> dict[str, int]:
             f"{source.folder} has no {TOKENIZER_FILE}; save its tokenizer with transformers' "
             "AutoTokenizer, which writes one"
         )
-    added = source.json(TOKENIZER_FILE, LARGEST_FILE).get("added_tokens") or []
+    added = source.read_json(TOKENIZER_FILE, LARGEST_FILE).get("added_tokens") or []
     try:
         return {token["content"]: token["id"] for token in added}
     except (TypeError, KeyError):
@@ -235,11 +238,11 @@ def read_template(source: Source) -> str:
     """
     for name in ("processor_config.json", "chat_template.json", TEMPLATE_FILE):
         if name == TEMPLATE_FILE and source.has(name):
-            return source.text(name, LARGEST_TEMPLATE)
-        template = _template_in(source, name)
+            return source.read_text(name, LARGEST_TEMPLATE)
+        template = _read_template_in(source, name)
         if template is not None:
             return template
-    template = _template_in(source, "tokenizer_config.json")
+    template = _read_template_in(source, "tokenizer_config.json")
     if template is None:
         raise CheckpointError(
             f"{source.folder} has no chat template (chat_template.jinja, chat_template.json or in "
@@ -248,11 +251,11 @@ def read_template(source: Source) -> str:
     return template
 
 
-def _template_in(source: Source, name: str) -> str | None:
+def _read_template_in(source: Source, name: str) -> str | None:
     """The template under "chat_template" in a JSON file, the default one if it has several."""
     if not name.endswith(".json") or not source.has(name):
         return None
-    value = source.json(name).get("chat_template")
+    value = source.read_json(name).get("chat_template")
     if isinstance(value, list):
         value = {one.get("name"): one.get("template") for one in value if isinstance(one, dict)}
     if isinstance(value, dict):

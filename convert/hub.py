@@ -25,10 +25,10 @@ import mlx_smolvlm
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import (
     CONFIG_FILE,
-    chat_template,
+    find_tokenizer,
     is_own,
+    read_chat_template,
     read_config,
-    tokenizer_path,
 )
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError
@@ -110,14 +110,14 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
     if folder is not None:
         if read_json(folder / CONFIG_FILE).get("format") == FORMAT:
             return folder
-        return _local(folder.resolve(), options)
+        return _resolve_local(folder.resolve(), options)
     repo = ALIASES.get(str(model).lower(), str(model))
     if isinstance(model, Path) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w.-]+)?", repo):
         raise CheckpointError(
             f"there is no model '{model}': neither a folder, nor a hub id (owner/name), "
             f"nor one of {', '.join([DEMO, *ALIASES])}"
         )
-    return _remote(repo, options)
+    return _resolve_remote(repo, options)
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -129,7 +129,7 @@ def find_folder(name: str | Path) -> Path | None:
         return None
 
 
-def _local(folder: Path, options: ResolveOptions) -> Path:
+def _resolve_local(folder: Path, options: ResolveOptions) -> Path:
     """The converted form of the checkpoint in the local `folder`, as it is now."""
     stamp = hashlib.sha256()
     for path in sorted(folder.iterdir()):
@@ -137,10 +137,10 @@ def _local(folder: Path, options: ResolveOptions) -> Path:
             stat = path.stat()
             stamp.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    parent = cache_folder() / f"local--{folder.name}-{place}"
-    dest = parent / _leaf(stamp.hexdigest()[:12], options)
-    with _locked(parent):
-        if not _usable(dest):
+    parent = find_cache_folder() / f"local--{folder.name}-{place}"
+    dest = parent / _name_folder(stamp.hexdigest()[:12], options)
+    with _hold_lock(parent):
+        if not _is_usable(dest):
             _convert(folder, dest, options)
             for old in parent.glob(f"*{dest.name[12:]}"):  # of the folder as it was
                 if old != dest:
@@ -149,25 +149,25 @@ def _local(folder: Path, options: ResolveOptions) -> Path:
     return dest
 
 
-def _remote(repo: str, options: ResolveOptions) -> Path:
+def _resolve_remote(repo: str, options: ResolveOptions) -> Path:
     """The converted form of the hub's `repo`, owner/name or owner/name@revision."""
     name, _, revision = repo.partition("@")
-    parent = cache_folder() / name.replace("/", "--")
-    with _locked(parent):
+    parent = find_cache_folder() / name.replace("/", "--")
+    with _hold_lock(parent):
         if re.fullmatch("[0-9a-f]{40}", revision):  # a commit, of which folders have the name
-            found = [parent / _leaf(revision[:12], options)]
+            found = [parent / _name_folder(revision[:12], options)]
         else:
-            paths = parent.glob(_leaf("*", options))
+            paths = parent.glob(_name_folder("*", options))
             found = [path for path in paths if revision in _read_revisions(path)]
-        found = [path for path in found if _usable(path)]
+        found = [path for path in found if _is_usable(path)]
         if found:
             dest = max(found, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
         else:
-            snapshot = _fetched(name, revision or None, options)
+            snapshot = _fetch(name, revision or None, options)
             if is_own(snapshot):
                 return snapshot
-            dest = parent / _leaf(snapshot.name[:12], options)
-            if not _usable(dest):
+            dest = parent / _name_folder(snapshot.name[:12], options)
+            if not _is_usable(dest):
                 _convert(name, dest, options, snapshot)
         _note_revision(dest, revision)
         _mark_used(dest)
@@ -194,7 +194,7 @@ def _note_revision(folder: Path, revision: str) -> None:
             write_file(folder / _REVISIONS_FILE, text, follow_links=False)
 
 
-def _fetched(repo: str, revision: str | None, options: ResolveOptions) -> Path:
+def _fetch(repo: str, revision: str | None, options: ResolveOptions) -> Path:
     """The folder with the hub's `repo`; of our format, the network is not asked a second time."""
     from mlx_smolvlm.convert.source import download
 
@@ -212,7 +212,7 @@ def _mark_used(folder: Path) -> None:
         (folder / _USED_FILE).touch()
 
 
-def last_used(folder: Path) -> float | None:
+def read_last_used(folder: Path) -> float | None:
     """When the converted `folder` was last used, in seconds since 1970; None if not known."""
     try:
         return (folder / _USED_FILE).stat().st_mtime
@@ -220,7 +220,7 @@ def last_used(folder: Path) -> float | None:
         return None
 
 
-def _leaf(revision: str, options: ResolveOptions) -> str:
+def _name_folder(revision: str, options: ResolveOptions) -> str:
     """Name of a converted folder below its model's."""
     return f"{revision}-{options.precision}-v{FORMAT_VERSION}"
 
@@ -231,14 +231,14 @@ def _convert(
     """Write `source`, already in the folder `snapshot` if it is a hub id, to `dest`."""
     from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.run import plan_checkpoint, write_checkpoint
-    from mlx_smolvlm.convert.source import from_snapshot, open_source
+    from mlx_smolvlm.convert.source import open_snapshot, open_source
 
-    opened = open_source(source) if snapshot is None else from_snapshot(snapshot, str(source))
+    opened = open_source(source) if snapshot is None else open_snapshot(snapshot, str(source))
     plan = plan_checkpoint(opened, ConvertOptions(bits=options.bits, dtype=options.dtype))
     write_checkpoint(plan, dest, options.progress, force=False)
 
 
-def _usable(folder: Path) -> bool:
+def _is_usable(folder: Path) -> bool:
     """Whether `folder` holds a whole checkpoint; a damaged one is removed.
 
     Raises:
@@ -267,14 +267,14 @@ def _is_whole(folder: Path) -> bool:
     try:
         read_config(folder)
         read_headers(folder)
-        tokenizer_path(folder)
-        chat_template(folder)
+        find_tokenizer(folder)
+        read_chat_template(folder)
     except CheckpointError:
         return False
     return True
 
 
-def cache_folder() -> Path:
+def find_cache_folder() -> Path:
     """Where converted checkpoints are kept; it may not exist yet.
 
     Raises:
@@ -291,10 +291,10 @@ def cache_folder() -> Path:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _hold_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of a model's `folder` in the cache; a second process waits here."""
     try:
-        descriptor = _lock(folder)
+        descriptor = _take_lock(folder)
     except OSError as error:
         raise CheckpointError(
             f"the cache {folder.parent} cannot be used ({error.strerror}); "
@@ -308,7 +308,7 @@ def _locked(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _lock(folder: Path) -> int:
+def _take_lock(folder: Path) -> int:
     """The descriptor that holds the lock of `folder`, which is made if need be."""
     while True:
         make_private_folder(folder)

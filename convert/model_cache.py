@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import re
 import secrets
@@ -16,15 +15,15 @@ from typing import Literal
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import CONFIG_FILE, read_config
 from mlx_smolvlm.checkpoint.provenance import read_origin
-from mlx_smolvlm.checkpoint.writer import PARTIAL
+from mlx_smolvlm.checkpoint.writer import PARTIAL_SUFFIX
 from mlx_smolvlm.config import DTYPE_BITS, FORMAT, FORMAT_VERSION, PARTS, Config
 from mlx_smolvlm.convert.hf_config import MODEL_TYPES
-from mlx_smolvlm.convert.hub import ALIASES, cache_folder, last_used
+from mlx_smolvlm.convert.hub import ALIASES, find_cache_folder, read_last_used
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.files import expand_path, lock
 from mlx_smolvlm.records import read_json
 
-State = Literal["whole", "outdated", "damaged", "unfinished", "in progress"]
+CacheState = Literal["whole", "outdated", "damaged", "unfinished", "in progress"]
 
 _LEAF = re.compile(r"[\w.-]+-(source|\d+bit)(-\w+)?-v\d+")  # as hub.py names a conversion
 
@@ -46,7 +45,7 @@ class CachedModel:
 
     name: str
     path: Path
-    state: State
+    state: CacheState
     nbytes: int
     bits: int = 0
     parts: dict[str, int] = field(default_factory=dict)
@@ -55,10 +54,10 @@ class CachedModel:
     last_used_s: float | None = None
 
 
-def list_cached() -> list[CachedModel]:
+def list_cached_models() -> list[CachedModel]:
     """Every conversion in the cache, whole or not, by name."""
     models = []
-    for path in sorted(cache_folder().glob("*/*")):
+    for path in sorted(find_cache_folder().glob("*/*")):
         with contextlib.suppress(OSError):  # removed meanwhile
             model = _describe(path)
             if model is not None:
@@ -72,19 +71,19 @@ def _describe(path: Path) -> CachedModel | None:
         return None
     name = f"{path.parent.name.replace('--', '/', 1)}/{path.name}"
     if path.name.startswith("."):
-        if not path.name.endswith(PARTIAL):
+        if not path.name.endswith(PARTIAL_SUFFIX):
             return None
-        state: State = "in progress" if _is_locked(path) else "unfinished"
-        return CachedModel(name, path, state, folder_nbytes(path))
+        state: CacheState = "in progress" if _is_locked(path) else "unfinished"
+        return CachedModel(name, path, state, measure_folder(path))
     try:
         config = read_config(path)
         read_headers(path)
     except CheckpointError:
-        version = _version(path)
+        version = _read_version(path)
         if version is None and not (_LEAF.fullmatch(path.name) and _has_weights(path)):
             return None
         state = "damaged" if version in (None, FORMAT_VERSION) else "outdated"
-        return CachedModel(name, path, state, folder_nbytes(path))
+        return CachedModel(name, path, state, measure_folder(path))
     text, origin = config.quantization.text, None
     with contextlib.suppress(CheckpointError):
         origin = read_origin(path)
@@ -92,23 +91,23 @@ def _describe(path: Path) -> CachedModel | None:
         name,
         path,
         "whole",
-        folder_nbytes(path),
+        measure_folder(path),
         16 if text is None else text.bits,
-        part_bits(config),
+        get_part_bits(config),
         config.source,
         None if origin is None else origin.revision,
-        last_used(path),
+        read_last_used(path),
     )
 
 
-def part_bits(config: Config) -> dict[str, int]:
+def get_part_bits(config: Config) -> dict[str, int]:
     """Bits of a weight of each part, as most of its modules have."""
     kinds = {part: getattr(config.quantization, part) for part in PARTS}
     floats = DTYPE_BITS[config.dtype]
     return {part: kind.bits if kind is not None else floats for part, kind in kinds.items()}
 
 
-def folder_nbytes(folder: Path) -> int:
+def measure_folder(folder: Path) -> int:
     """Bytes of the files in `folder`; those that go away meanwhile count nothing."""
     total = 0
     for file in folder.iterdir():
@@ -117,7 +116,7 @@ def folder_nbytes(folder: Path) -> int:
     return total
 
 
-def _version(path: Path) -> object:
+def _read_version(path: Path) -> object:
     """The format version that config.json states; None if it is not of our format."""
     try:
         values = read_json(path / CONFIG_FILE)
@@ -134,24 +133,23 @@ def _has_weights(path: Path) -> bool:
 def _is_locked(folder: Path) -> bool:
     """Whether a living conversion writes `folder`."""
     try:
-        with _held(folder):
+        with _hold_lock(folder):
             return False
     except BlockingIOError:
         return True
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder`, or raise BlockingIOError at once."""
-    lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _hold_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of `folder`; raise BlockingIOError if another process holds it."""
+    descriptor = lock(folder, flags=os.O_DIRECTORY)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        os.close(lock)
+        os.close(descriptor)
 
 
-def find(name: str, models: Sequence[CachedModel]) -> list[CachedModel]:
+def find_models(name: str, models: Sequence[CachedModel]) -> list[CachedModel]:
     """Those of `models` that a user means by `name`.
 
     Args:
@@ -176,13 +174,13 @@ def find(name: str, models: Sequence[CachedModel]) -> list[CachedModel]:
     ]
     if not found:
         raise CheckpointError(
-            f"'{name}' is no checkpoint in the cache {cache_folder()}; "
+            f"'{name}' is no checkpoint in the cache {find_cache_folder()}; "
             "`mlx-smolvlm models` lists what there is"
         )
     return found
 
 
-def remove(model: CachedModel) -> None:
+def remove_model(model: CachedModel) -> None:
     """Remove a conversion from the cache; of a link to another place, the link alone.
 
     It leaves the cache at once, so a removal that is killed leaves an unfinished folder
@@ -192,10 +190,10 @@ def remove(model: CachedModel) -> None:
         CheckpointError: It is being written, lies elsewhere, or the disk refuses.
     """
     path, parent = model.path, model.path.parent
-    if parent.resolve().parent != cache_folder().resolve():
+    if parent.resolve().parent != find_cache_folder().resolve():
         raise CheckpointError(f"{parent} is a link out of the cache; remove what it holds by hand")
     try:
-        with _held(parent):
+        with _hold_lock(parent):
             if path.is_symlink():
                 path.unlink()
             else:
@@ -210,16 +208,16 @@ def remove(model: CachedModel) -> None:
 
 def _remove_folder(path: Path) -> None:
     """Remove the folder at `path`, which nobody writes."""
-    with _held(path):
+    with _hold_lock(path):
         hidden = path
         if not path.name.startswith("."):
-            hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL}")
+            hidden = path.with_name(f".{path.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}")
             path.rename(hidden)
         shutil.rmtree(hidden)
 
 
 @dataclass(frozen=True)
-class Original:
+class FetchedModel:
     """A checkpoint as it was fetched.
 
     Attributes:
@@ -237,7 +235,7 @@ class Original:
     last_used_s: float
 
 
-def list_originals() -> list[Original]:
+def list_fetched_models() -> list[FetchedModel]:
     """The fetched checkpoints that can be converted or used, by name."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
@@ -249,10 +247,10 @@ def list_originals() -> list[Original]:
     for repo in repos:
         for revision in repo.revisions if repo.repo_type == "model" else ():
             path = revision.snapshot_path
-            kind = _kind(path)
+            kind = _read_kind(path)
             if kind is not None:
                 found.append(
-                    Original(
+                    FetchedModel(
                         repo.repo_id,
                         revision.commit_hash,
                         path,
@@ -264,7 +262,7 @@ def list_originals() -> list[Original]:
     return sorted(found, key=lambda one: (one.name, one.revision))
 
 
-def _kind(folder: Path) -> str | None:
+def _read_kind(folder: Path) -> str | None:
     """Our format's name, or the type of a model that can be converted; else None."""
     try:
         values = read_json(folder / "config.json")

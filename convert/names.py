@@ -47,7 +47,7 @@ class Entry:
         return self.shapes[0][-1]
 
 
-def canonical(name: str) -> str | None:
+def normalize_name(name: str) -> str | None:
     """The source tensor `name` in the one style; None for a buffer that is not needed."""
     if name.endswith(IGNORED):
         return None
@@ -59,7 +59,7 @@ def canonical(name: str) -> str | None:
     return name
 
 
-def entries(config: Config) -> list[Entry]:
+def list_entries(config: Config) -> list[Entry]:
     """Every module with weights that `config` asks for, in the order they are written.
 
     `config` has the source's sizes: the vision MLP is not padded yet.
@@ -72,28 +72,28 @@ def entries(config: Config) -> list[Entry]:
             ((vision.hidden_size, 3, vision.patch_size, vision.patch_size),),
             bias=True,
         ),
-        _single(
+        _make_entry(
             "vision_model.embeddings.position_embedding", (vision.num_patches, vision.hidden_size)
         ),
     ]
     for layer in range(vision.num_hidden_layers):
-        result += _vision_layer(config, f"vision_model.encoder.layers.{layer}")
-    result.append(_single("vision_model.post_layernorm", (vision.hidden_size,), bias=True))
+        result += _list_vision_layer(config, f"vision_model.encoder.layers.{layer}")
+    result.append(_make_entry("vision_model.post_layernorm", (vision.hidden_size,), bias=True))
     width = vision.hidden_size * config.scale_factor**2
-    result.append(_linear("connector.modality_projection.proj", (text.hidden_size, width)))
-    result.append(_linear("text_model.embed_tokens", (text.vocab_size, text.hidden_size)))
+    result.append(_make_linear("connector.modality_projection.proj", (text.hidden_size, width)))
+    result.append(_make_linear("text_model.embed_tokens", (text.vocab_size, text.hidden_size)))
     for layer in range(text.num_hidden_layers):
-        result += _text_layer(config, f"text_model.layers.{layer}")
-    result.append(_single("text_model.norm", (text.hidden_size,)))
+        result += _list_text_layer(config, f"text_model.layers.{layer}")
+    result.append(_make_entry("text_model.norm", (text.hidden_size,)))
     if not text.tie_word_embeddings:
-        result.append(_linear("lm_head", (text.vocab_size, text.hidden_size)))
+        result.append(_make_linear("lm_head", (text.vocab_size, text.hidden_size)))
     return result
 
 
-def own_entries(config: Config) -> list[Entry]:
+def list_own_entries(config: Config) -> list[Entry]:
     """The same modules where the source has this package's format: each is made of itself."""
     result = []
-    for entry in entries(config):
+    for entry in list_entries(config):
         rows, width = sum(shape[0] for shape in entry.shapes), entry.shapes[0][1:]
         if len(width) > 1:  # the patch embedding is a matrix already
             width = (math.prod(width),)
@@ -101,19 +101,21 @@ def own_entries(config: Config) -> list[Entry]:
     return result
 
 
-def _vision_layer(config: Config, path: str) -> Iterator[Entry]:
+def _list_vision_layer(config: Config, path: str) -> Iterator[Entry]:
     """The modules of one encoder layer at `path`."""
     hidden, mlp = config.vision.hidden_size, config.vision.intermediate_size
     attention = f"{path}.self_attn"
-    yield _single(f"{path}.layer_norm1", (hidden,), bias=True)
-    yield _fused(attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (hidden,) * 3, hidden, True)
-    yield _linear(f"{attention}.out_proj", (hidden, hidden), bias=True)
-    yield _single(f"{path}.layer_norm2", (hidden,), bias=True)
-    yield _linear(f"{path}.mlp.fc1", (mlp, hidden), bias=True)
-    yield _linear(f"{path}.mlp.fc2", (hidden, mlp), bias=True)
+    yield _make_entry(f"{path}.layer_norm1", (hidden,), bias=True)
+    yield _make_fused(
+        attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (hidden,) * 3, hidden, True
+    )
+    yield _make_linear(f"{attention}.out_proj", (hidden, hidden), bias=True)
+    yield _make_entry(f"{path}.layer_norm2", (hidden,), bias=True)
+    yield _make_linear(f"{path}.mlp.fc1", (mlp, hidden), bias=True)
+    yield _make_linear(f"{path}.mlp.fc2", (hidden, mlp), bias=True)
 
 
-def _text_layer(config: Config, path: str) -> Iterator[Entry]:
+def _list_text_layer(config: Config, path: str) -> Iterator[Entry]:
     """The modules of one decoder layer at `path`."""
     text = config.text
     hidden, mlp = text.hidden_size, text.intermediate_size
@@ -122,27 +124,27 @@ def _text_layer(config: Config, path: str) -> Iterator[Entry]:
         text.num_key_value_heads * text.head_dim,
     )
     attention, feed = f"{path}.self_attn", f"{path}.mlp"
-    yield _single(f"{path}.input_layernorm", (hidden,))
-    yield _fused(
+    yield _make_entry(f"{path}.input_layernorm", (hidden,))
+    yield _make_fused(
         attention, "qkv_proj", ("q_proj", "k_proj", "v_proj"), (queries, keys, keys), hidden
     )
-    yield _linear(f"{attention}.o_proj", (hidden, queries))
-    yield _single(f"{path}.post_attention_layernorm", (hidden,))
-    yield _fused(feed, "gate_up_proj", ("gate_proj", "up_proj"), (mlp, mlp), hidden)
-    yield _linear(f"{feed}.down_proj", (hidden, mlp))
+    yield _make_linear(f"{attention}.o_proj", (hidden, queries))
+    yield _make_entry(f"{path}.post_attention_layernorm", (hidden,))
+    yield _make_fused(feed, "gate_up_proj", ("gate_proj", "up_proj"), (mlp, mlp), hidden)
+    yield _make_linear(f"{feed}.down_proj", (hidden, mlp))
 
 
-def _single(path: str, shape: tuple[int, ...], bias: bool = False) -> Entry:
+def _make_entry(path: str, shape: tuple[int, ...], bias: bool = False) -> Entry:
     """A module that is copied and never quantized."""
     return Entry(path, (path,), (shape,), bias)
 
 
-def _linear(path: str, shape: tuple[int, int], bias: bool = False) -> Entry:
+def _make_linear(path: str, shape: tuple[int, int], bias: bool = False) -> Entry:
     """A module with one matrix."""
     return Entry(path, (path,), (shape,), bias, quantizable=True)
 
 
-def _fused(
+def _make_fused(
     parent: str,
     name: str,
     members: tuple[str, ...],

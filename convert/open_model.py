@@ -19,10 +19,10 @@ from mlx_smolvlm.checkpoint.headers import WeightFiles
 from mlx_smolvlm.checkpoint.load import (
     TOKENIZER_FILE,
     build_model,
-    chat_template,
+    find_tokenizer,
     load_model,
+    read_chat_template,
     read_config,
-    tokenizer_path,
 )
 from mlx_smolvlm.config import Config, Quantization
 from mlx_smolvlm.convert.options import ConvertOptions, unpack
@@ -56,16 +56,16 @@ class Matrix:
         q = self.quantization
         return (rows, width) if q is None else (rows, width * 32 // q.bits)
 
-    def rows(self, start: int, stop: int) -> mx.array:
+    def get_rows(self, start: int, stop: int) -> mx.array:
         """Rows `start` to `stop` in float32."""
         arrays = {suffix: array[start:stop] for suffix, array in self.arrays.items()}
         if self.quantization is None:
             return arrays["weight"].astype(mx.float32)
-        wide = {suffix: _float32(array) for suffix, array in arrays.items()}
+        wide = {suffix: _cast_float32(array) for suffix, array in arrays.items()}
         return unpack(wide, self.quantization, mx.float32)
 
 
-class Opened(Protocol):
+class CheckpointReader(Protocol):
     """A checkpoint whose headers have been read, and no weight."""
 
     @property
@@ -83,18 +83,18 @@ class Opened(Protocol):
         """The model, in memory."""
         ...
 
-    def matrix(self, path: str) -> Matrix:
+    def read_matrix(self, path: str) -> Matrix:
         """The weight of the module at `path`, which is not kept."""
         ...
 
 
-class OpenedFolder:
+class FolderReader:
     """A folder of this package's format."""
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder, self.name = folder, name or str(folder)
         self.config = read_config(folder)
-        self.tokenizer = read_tokenizer(tokenizer_path(folder), self.config.text.vocab_size)
+        self.tokenizer = read_tokenizer(find_tokenizer(folder), self.config.text.vocab_size)
         self._weights = WeightFiles(folder)
 
     @property
@@ -104,10 +104,10 @@ class OpenedFolder:
 
     def load(self) -> SmolVLM:
         """The model, in memory; errors as `checkpoint.load_model`."""
-        builder = PromptBuilder(self.tokenizer, chat_template(self.folder), self.config)
-        return _measurable(self.folder, self.config, load_model(self.folder), builder)
+        builder = PromptBuilder(self.tokenizer, read_chat_template(self.folder), self.config)
+        return _make_measurable(self.folder, self.config, load_model(self.folder), builder)
 
-    def matrix(self, path: str) -> Matrix:
+    def read_matrix(self, path: str) -> Matrix:
         """The weight of the module at `path`, which is not kept."""
         names = {s: f"{path}.{s}" for s in ("weight", "scales", "biases")}
         weights = self._weights
@@ -115,7 +115,7 @@ class OpenedFolder:
         return Matrix(arrays, self.config.quantization.of(path) if len(arrays) > 1 else None)
 
 
-class OpenedSource:
+class SourceReader:
     """A source of the converter, as `plan` says: by default every matrix in the floats it has."""
 
     def __init__(self, source: Source, plan: Plan | None = None) -> None:
@@ -123,7 +123,7 @@ class OpenedSource:
         self._steps = {step.entry.path: step for step in self._plan.steps}
         self.name, self.config = source.name, self._plan.config
         self.tokenizer = parse_tokenizer(
-            source.text(TOKENIZER_FILE, LARGEST_FILE),
+            source.read_text(TOKENIZER_FILE, LARGEST_FILE),
             source.folder / TOKENIZER_FILE,
             self.config.text.vocab_size,
         )
@@ -154,20 +154,20 @@ class OpenedSource:
         model.load_weights(weights, strict=True)
         model.eval()
         builder = PromptBuilder(self.tokenizer, self._plan.template, self.config)
-        return _measurable(folder, self.config, model, builder)
+        return _make_measurable(folder, self.config, model, builder)
 
-    def matrix(self, path: str) -> Matrix:
+    def read_matrix(self, path: str) -> Matrix:
         """The weight of the module at `path`, which is not kept."""
         arrays = self._plan.build(self._steps[path])
         arrays.pop("bias", None)
         return Matrix(arrays, self._steps[path].target)
 
 
-def _measurable(folder: Path, config: Config, model: Model, builder: PromptBuilder) -> SmolVLM:
+def _make_measurable(folder: Path, config: Config, model: Model, builder: PromptBuilder) -> SmolVLM:
     """`model` with float32 activations, keeping no keys and values between prompts."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     widened = [
-        (name, _float32(array))
+        (name, _cast_float32(array))
         for name, array in parameters
         if array.ndim == 1
         or name.endswith((".scales", ".biases"))
@@ -176,17 +176,17 @@ def _measurable(folder: Path, config: Config, model: Model, builder: PromptBuild
     model.update(tree_unflatten(widened))
     mx.eval(model.parameters())
     if mx.default_device().type == mx.DeviceType.cpu:
-        modules = tree_map(_unpacking, model.leaf_modules(), is_leaf=nn.Module.is_module)
+        modules = tree_map(_replace_linear, model.leaf_modules(), is_leaf=nn.Module.is_module)
         model.update_modules(modules)
     return SmolVLM(Engine(folder, config, model, builder, CacheOptions(memory_bytes=0)))
 
 
-def _float32(array: mx.array) -> mx.array:
+def _cast_float32(array: mx.array) -> mx.array:
     """`array` in float32 if it holds floats, else as it is."""
     return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def _unpacking(module: nn.Module) -> nn.Module:
+def _replace_linear(module: nn.Module) -> nn.Module:
     """`module`, or what does the same faster on a CPU."""
     return UnpackingLinear(module) if isinstance(module, nn.QuantizedLinear) else module
 
@@ -207,11 +207,11 @@ class UnpackingLinear(nn.Module):
         if x.size // x.shape[-1] <= FEW_ROWS:
             result: mx.array = packed(x)
             return result
-        weight = unpacked_weight(packed)
+        weight = unpack_weight(packed)
         return mx.addmm(packed.bias, x, weight.T) if "bias" in packed else x @ weight.T
 
 
-def unpacked_weight(module: nn.Module) -> mx.array:
+def unpack_weight(module: nn.Module) -> mx.array:
     """The float32 matrix that a packed linear layer or embedding stands for."""
     arrays = {s: module[s] for s in ("weight", "scales", "biases") if module.get(s) is not None}
     quantization = Quantization(module.bits, module.group_size, module.mode)

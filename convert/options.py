@@ -1,16 +1,31 @@
-"""What precision each part gets, and the packing itself."""
+"""The precision of each part, given by numbers or by a recipe, and packing.
+
+A recipe is a TOML file with the fields of `ConvertOptions`:
+
+    bits = 4
+    vision_bits = 8
+    group_size = 64
+
+    [overrides]  # patterns over the paths of matrices; the last match counts
+    "text_model.layers.*.mlp.down_proj" = { bits = 6, group_size = 32 }
+    "lm_head" = { bits = 16 }
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import mlx.core as mx
 
 from mlx_smolvlm.config import DTYPES, PARTS, Quantization, QuantizationConfig, part_of
 from mlx_smolvlm.errors import CheckpointError, shorten
+from mlx_smolvlm.files import expand_path, read_toml
+from mlx_smolvlm.records import read_value
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
@@ -73,7 +88,93 @@ class ConvertOptions:
                 )
 
 
-def requested(options: ConvertOptions) -> dict[str, Quantization | None]:
+# What each costs was measured: docs/decisions/precision.md.
+RECIPES = {
+    "tiny": ConvertOptions(bits=4, embeddings_bits=4, group_size=64),
+    "balanced": ConvertOptions(bits=6, embeddings_bits=6, group_size=64),
+    "quality": ConvertOptions(bits=8, group_size=64),
+}
+
+
+def read_recipe(name: str) -> ConvertOptions:
+    """The precision that `name` stands for: one of `RECIPES`, or the path of a TOML file.
+
+    Raises:
+        CheckpointError: It is neither, or the file asks for what does not exist.
+    """
+    if name in RECIPES:
+        return RECIPES[name]
+    try:
+        path = expand_path(name)
+        values = read_toml(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"the recipe {name} is none of {', '.join(RECIPES)}, and no file that can be "
+            f"read: {error.strerror}"
+        ) from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} is {error}") from None
+    try:
+        return _parse_options(values)
+    except (CheckpointError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _parse_options(values: dict[str, Any]) -> ConvertOptions:
+    """`values` of a file as options."""
+    known = [field.name for field in dataclasses.fields(ConvertOptions)]
+    overrides = values.pop("overrides", {})
+    if not isinstance(overrides, dict):
+        raise CheckpointError(f"overrides must be a table, not {shorten(overrides)}")
+    for key, value in values.items():
+        if key not in known:
+            raise CheckpointError(f"the key {shorten(key)} is not known; known: {', '.join(known)}")
+        read_value(str if key in ("mode", "dtype") else int, value, key)
+    group_size = values.get("group_size", ConvertOptions.group_size)
+    pairs = (
+        (pattern, _parse_override(pattern, one, group_size)) for pattern, one in overrides.items()
+    )
+    return ConvertOptions(**values, overrides=tuple(pairs))
+
+
+def _parse_override(pattern: str, value: Any, group_size: int) -> Quantization | None:
+    """What the override at `pattern` asks for; None is float."""
+    where = f"overrides, {shorten(pattern)}"
+    if not isinstance(value, dict):
+        raise CheckpointError(
+            f"{where} must be a table such as {{ bits = 6, group_size = 32 }}, not {shorten(value)}"
+        )
+    unknown = set(value) - {"bits", "group_size", "mode"}
+    if unknown:
+        raise CheckpointError(
+            f"{where}: the key {shorten(min(unknown))} is not known; known: bits, group_size, mode"
+        )
+    mode = value.get("mode", "affine")
+    if isinstance(mode, str) and mode in FLOAT_MODES:
+        fixed = Quantization(*FLOAT_MODES[mode], mode)
+        for key in ("bits", "group_size"):
+            if value.get(key, getattr(fixed, key)) != getattr(fixed, key):
+                own, found = getattr(fixed, key), shorten(value[key])
+                raise CheckpointError(f"{where}: mode {mode} has {key} {own}, not {found}")
+        return fixed
+    bits, group_size = value.get("bits"), value.get("group_size", group_size)
+    if mode != "affine":
+        raise CheckpointError(
+            f"{where}: mode {shorten(mode)} is none of affine, {', '.join(FLOAT_MODES)}"
+        )
+    if bits == FLOAT_BITS and type(bits) is int:
+        return None
+    if bits not in AFFINE_BITS or type(bits) is not int:
+        choices = ", ".join(str(n) for n in AFFINE_BITS)
+        raise CheckpointError(
+            f"{where}: bits is {shorten(bits)}; choose {choices}, or 16 for float"
+        )
+    if group_size not in AFFINE_GROUPS:
+        raise CheckpointError(f"{where}: group_size is {shorten(group_size)}; choose 32, 64 or 128")
+    return Quantization(bits, group_size, "affine")
+
+
+def choose_quantization(options: ConvertOptions) -> dict[str, Quantization | None]:
     """The quantization that `options` ask for, by part; a part is absent to stay as it is."""
     bits = FLOAT_MODES[options.mode][0] if options.mode in FLOAT_MODES else options.bits
     others = bits if bits in (None, FLOAT_BITS) else FINE_BITS
@@ -83,10 +184,10 @@ def requested(options: ConvertOptions) -> dict[str, Quantization | None]:
         "connector": others if options.connector_bits is None else options.connector_bits,
         "embeddings": others if options.embeddings_bits is None else options.embeddings_bits,
     }
-    return {part: _quantization(n, options) for part, n in asked.items() if n is not None}
+    return {part: _make_quantization(n, options) for part, n in asked.items() if n is not None}
 
 
-def _quantization(bits: int, options: ConvertOptions) -> Quantization | None:
+def _make_quantization(bits: int, options: ConvertOptions) -> Quantization | None:
     """How `bits` are packed under `options`; None is float."""
     if bits == FLOAT_BITS:
         return None
@@ -95,7 +196,7 @@ def _quantization(bits: int, options: ConvertOptions) -> Quantization | None:
     return Quantization(bits, options.group_size, "affine")
 
 
-def exceptions(
+def match_overrides(
     paths: Iterable[str], overrides: Iterable[tuple[str, Quantization | None]]
 ) -> dict[str, Quantization | None]:
     """What the modules at `paths` that a pattern of `overrides` matches get, by path.
@@ -132,7 +233,7 @@ def check_width(path: str, width: int, quantization: Quantization) -> None:
     )
 
 
-def summarize(modules: Mapping[str, Quantization | None]) -> QuantizationConfig:
+def summarize_quantization(modules: Mapping[str, Quantization | None]) -> QuantizationConfig:
     """The quantization of every module, by path, as what most of a part has and the exceptions."""
     usual: dict[str, Quantization | None] = {}
     for part in PARTS:
@@ -161,7 +262,7 @@ def unpack(arrays: Mapping[str, mx.array], quantization: Quantization, dtype: mx
     return weight.astype(dtype)
 
 
-def packed_shapes(
+def compute_packed_shapes(
     shape: tuple[int, ...], quantization: Quantization
 ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
     """Shape and possible safetensors types of each array that a packed `shape` matrix has."""

@@ -14,19 +14,19 @@ from typing import Any
 
 from mlx_smolvlm.checkpoint.headers import FLOATS, TensorInfo
 from mlx_smolvlm.config import Config, Quantization, part_of
-from mlx_smolvlm.convert.names import Entry, canonical, entries
+from mlx_smolvlm.convert.names import Entry, list_entries, normalize_name
 from mlx_smolvlm.convert.options import (
     AFFINE_BITS,
     AFFINE_GROUPS,
     FLOAT_MODES,
     check_width,
-    exceptions,
-    packed_shapes,
-    summarize,
+    compute_packed_shapes,
+    match_overrides,
+    summarize_quantization,
 )
 from mlx_smolvlm.errors import CheckpointError, shorten
 
-Found = dict[str, tuple[str, TensorInfo]]  # canonical name -> name in the source, place
+SourceTensors = dict[str, tuple[str, TensorInfo]]  # canonical name -> name in the source, place
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Member:
     """A source module: its tensors by suffix ("weight", "scales", ...) and how it is packed."""
 
     tensors: Mapping[str, tuple[str, TensorInfo]]
-    packed: Quantization | None
+    quantization: Quantization | None
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Step:
         size = rows * item_bytes if self.entry.bias else 0
         if self.target is None:
             return size + rows * width * item_bytes
-        arrays = packed_shapes((rows, width), self.target)
+        arrays = compute_packed_shapes((rows, width), self.target)
         return size + sum(
             _count(shape) * {"U32": 4, "U8": 1}.get(types[0], item_bytes)
             for shape, types in arrays.values()
@@ -75,15 +75,15 @@ def _count(shape: tuple[int, ...]) -> int:
     return result
 
 
-def match(tensors: Mapping[str, TensorInfo]) -> Found:
+def match_tensors(tensors: Mapping[str, TensorInfo]) -> SourceTensors:
     """`tensors` by their canonical names.
 
     Raises:
         CheckpointError: Two of them are the same tensor in two styles.
     """
-    found: Found = {}
+    found: SourceTensors = {}
     for name, info in tensors.items():
-        key = canonical(name)
+        key = normalize_name(name)
         if key is None:
             continue
         if key in found:
@@ -92,7 +92,7 @@ def match(tensors: Mapping[str, TensorInfo]) -> Found:
     return found
 
 
-def source_quantization(settings: Mapping[str, Any]) -> dict[str, Quantization]:
+def read_quantization(settings: Mapping[str, Any]) -> dict[str, Quantization]:
     """How the source's packed modules are packed, by canonical path; "" is the usual way.
 
     Args:
@@ -110,15 +110,17 @@ def source_quantization(settings: Mapping[str, Any]) -> dict[str, Quantization]:
             f"config.json: weights quantized by {shorten(method)} cannot be read; convert the "
             "checkpoint that they were made from"
         )
-    result = {"": _quantization(values, "quantization")}
+    result = {"": _parse_quantization(values, "quantization")}
     for path, value in values.items():
         if isinstance(value, dict):
-            key = canonical(f"{path}.weight") or ""
-            result[key.removesuffix(".weight")] = _quantization(value, f"quantization, {path}")
+            key = normalize_name(f"{path}.weight") or ""
+            result[key.removesuffix(".weight")] = _parse_quantization(
+                value, f"quantization, {path}"
+            )
     return result
 
 
-def _quantization(values: Mapping[str, Any], where: str) -> Quantization:
+def _parse_quantization(values: Mapping[str, Any], where: str) -> Quantization:
     """`values` as a Quantization."""
     bits, group_size = values.get("bits"), values.get("group_size")
     mode = values.get("mode", "affine")
@@ -137,9 +139,9 @@ def _quantization(values: Mapping[str, Any], where: str) -> Quantization:
     return Quantization(bits, group_size, mode)
 
 
-def make_plan(
+def make_steps(
     config: Config,
-    found: Found,
+    found: SourceTensors,
     packing: Mapping[str, Quantization],
     wanted: Mapping[str, Quantization | None],
     overrides: Iterable[tuple[str, Quantization | None]] = (),
@@ -159,26 +161,26 @@ def make_plan(
             size does not fit, or a pattern matches nothing.
     """
     steps, used = [], set()
-    expected = entries(config) if expected is None else expected
-    wanted = {**wanted, **exceptions((e.path for e in expected if e.quantizable), overrides)}
+    expected = list_entries(config) if expected is None else expected
+    wanted = {**wanted, **match_overrides((e.path for e in expected if e.quantizable), overrides)}
     for entry in expected:
         members = tuple(
-            _member(name, shape, entry, found, packing)
+            _make_member(name, shape, entry, found, packing)
             for name, shape in zip(entry.members, entry.shapes, strict=True)
         )
         used |= {name for member in members for name, _ in member.tensors.values()}
-        steps.append(_with_target(Step(entry, members, None), wanted))
+        steps.append(_set_target(Step(entry, members, None), wanted))
     for name, _ in found.values():
         if name not in used:
             raise CheckpointError(f"tensor '{name}' is not part of an idefics3 or smolvlm model")
-    return _padded(config, steps)
+    return _pad_vision_mlp(config, steps)
 
 
-def _member(
+def _make_member(
     path: str,
     shape: tuple[int, ...],
     entry: Entry,
-    found: Found,
+    found: SourceTensors,
     packing: Mapping[str, Quantization],
 ) -> Member:
     """The source module at `path`, its tensors checked against `shape`."""
@@ -195,7 +197,7 @@ def _member(
                 f"tensor '{found[f'{path}.scales'][0]}' belongs to quantized weights, and "
                 "config.json has no quantization"
             )
-        expected = packed_shapes(shape, packed)
+        expected = compute_packed_shapes(shape, packed)
         shapes = {suffix: (one,) for suffix, (one, _) in expected.items()}
         types = {suffix: kinds for suffix, (_, kinds) in expected.items()}
     if entry.bias:
@@ -203,7 +205,9 @@ def _member(
     tensors = {}
     for suffix, allowed in shapes.items():
         if f"{path}.{suffix}" not in found:
-            raise CheckpointError(f"tensor '{_source_name(f'{path}.{suffix}', found)}' is missing")
+            raise CheckpointError(
+                f"tensor '{_guess_source_name(f'{path}.{suffix}', found)}' is missing"
+            )
         name, info = found[f"{path}.{suffix}"]
         if info.shape not in allowed:
             raise CheckpointError(
@@ -217,7 +221,7 @@ def _member(
     return Member(tensors, packed)
 
 
-def _source_name(key: str, found: Found) -> str:
+def _guess_source_name(key: str, found: SourceTensors) -> str:
     """The canonical name `key` in the style that its neighbors have in the source."""
     top, rest = key.split(".", 1)
     for other, (name, _) in found.items():
@@ -228,14 +232,14 @@ def _source_name(key: str, found: Found) -> str:
     return f"model.{key}" if prefixed and top != "lm_head" else key
 
 
-def _with_target(step: Step, wanted: Mapping[str, Quantization | None]) -> Step:
+def _set_target(step: Step, wanted: Mapping[str, Quantization | None]) -> Step:
     """`step` with what is wanted for its path, else its part, else as its members are."""
     if not step.entry.quantizable:
         return step
     for key in (step.entry.path, part_of(step.entry.path)):
         if key in wanted:
             return dataclasses.replace(step, target=wanted[key])
-    kinds = {member.packed for member in step.members}
+    kinds = {member.quantization for member in step.members}
     if len(kinds) == 1:
         return dataclasses.replace(step, target=kinds.pop())
     packed = [kind for kind in kinds if kind is not None]
@@ -244,7 +248,7 @@ def _with_target(step: Step, wanted: Mapping[str, Quantization | None]) -> Step:
     return dataclasses.replace(step, target=max(packed, key=lambda q: (q.bits, -q.group_size)))
 
 
-def _padded(config: Config, steps: list[Step]) -> tuple[Config, list[Step]]:
+def _pad_vision_mlp(config: Config, steps: list[Step]) -> tuple[Config, list[Step]]:
     """The final configuration and steps: the vision MLP padded to whole groups.
 
     A hidden unit whose weights and bias are 0 gives gelu(0) = 0, so it changes nothing.
@@ -268,21 +272,23 @@ def _padded(config: Config, steps: list[Step]) -> tuple[Config, list[Step]]:
     config = dataclasses.replace(
         config,
         vision=dataclasses.replace(vision, intermediate_size=vision.intermediate_size + extra),
-        quantization=summarize({s.entry.path: s.target for s in steps if s.entry.quantizable}),
+        quantization=summarize_quantization(
+            {s.entry.path: s.target for s in steps if s.entry.quantizable}
+        ),
     )
     return config, result
 
 
-def usual_dtype(steps: list[Step]) -> str:
+def find_usual_dtype(steps: list[Step]) -> str:
     """The float type that most bytes of the source have."""
     sizes: Counter[str] = Counter()
-    for info in _infos(steps):
+    for info in _list_infos(steps):
         if info.dtype in FLOATS:
             sizes[FLOATS[info.dtype]] += info.nbytes
     return sizes.most_common(1)[0][0]
 
 
-def _infos(steps: list[Step]) -> Iterator[TensorInfo]:
+def _list_infos(steps: list[Step]) -> Iterator[TensorInfo]:
     """Every source tensor of `steps`."""
     for step in steps:
         for member in step.members:

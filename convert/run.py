@@ -19,21 +19,21 @@ from mlx_smolvlm.checkpoint.load import (
     TOKENIZER_FILE,
 )
 from mlx_smolvlm.checkpoint.provenance import ORIGIN_FILE, Origin
-from mlx_smolvlm.checkpoint.writer import Outbox, ShardWriter, check_destination, staged
+from mlx_smolvlm.checkpoint.writer import FolderWriter, ShardWriter, check_destination, stage_folder
 from mlx_smolvlm.config import Config, Quantization
-from mlx_smolvlm.convert.card import trace
-from mlx_smolvlm.convert.hf_config import read_settings
+from mlx_smolvlm.convert.card import trace_origin
+from mlx_smolvlm.convert.hf_config import read_hf_config
 from mlx_smolvlm.convert.hf_processor import read_template
-from mlx_smolvlm.convert.names import entries, own_entries
-from mlx_smolvlm.convert.options import ConvertOptions, pack, requested, unpack
+from mlx_smolvlm.convert.names import list_entries, list_own_entries
+from mlx_smolvlm.convert.options import ConvertOptions, choose_quantization, pack, unpack
 from mlx_smolvlm.convert.plan import (
-    Found,
     Member,
+    SourceTensors,
     Step,
-    make_plan,
-    match,
-    source_quantization,
-    usual_dtype,
+    find_usual_dtype,
+    make_steps,
+    match_tensors,
+    read_quantization,
 )
 from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.errors import CheckpointError
@@ -41,16 +41,16 @@ from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.prompt.tokenizer import LARGEST_FILE
 
 
-def build(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.array]:
+def build_arrays(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.array]:
     """The arrays of the module that `step` describes, by suffix, floats as `dtype`."""
     bias = []
     if step.entry.bias:
         bias = [weights.read(member.tensors["bias"][0]).astype(dtype) for member in step.members]
         bias += [mx.zeros((step.extra_rows,), dtype)] if step.extra_rows else []
-    target, packed = step.target, {member.packed for member in step.members}
+    target, packed = step.target, {member.quantization for member in step.members}
     if target is not None and packed == {target} and not step.extra_columns:
-        return _packed_rows(step, weights, dtype) | _bias(bias)
-    matrices = [_float_weight(member, weights, dtype) for member in step.members]
+        return _join_packed(step, weights, dtype) | _join_biases(bias)
+    matrices = [_read_float_weight(member, weights, dtype) for member in step.members]
     weight = matrices[0] if len(matrices) == 1 else mx.concatenate(matrices)
     if weight.ndim == 4:  # the patch embedding
         if weight.shape[1:] == step.entry.shapes[0][1:]:  # (V, 3, p, p), transformers' layout
@@ -59,15 +59,15 @@ def build(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.arr
     if step.extra_rows or step.extra_columns:
         weight = mx.pad(weight, [(0, step.extra_rows), (0, step.extra_columns)])
     arrays = {"weight": mx.contiguous(weight)} if target is None else pack(weight, target)
-    return arrays | _bias(bias)
+    return arrays | _join_biases(bias)
 
 
-def _bias(parts: list[mx.array]) -> dict[str, mx.array]:
+def _join_biases(parts: list[mx.array]) -> dict[str, mx.array]:
     """`parts` joined, under the name that a module gives it; nothing if there are none."""
     return {"bias": mx.concatenate(parts)} if parts else {}
 
 
-def _packed_rows(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.array]:
+def _join_packed(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.array]:
     """The packed arrays of the step's members, one below the other, without unpacking them."""
     assert step.target is not None
     rows = [
@@ -83,12 +83,12 @@ def _packed_rows(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str,
     }
 
 
-def _float_weight(member: Member, weights: WeightFiles, dtype: mx.Dtype) -> mx.array:
+def _read_float_weight(member: Member, weights: WeightFiles, dtype: mx.Dtype) -> mx.array:
     """The member's weight as floats of type `dtype`."""
     arrays = {s: weights.read(name) for s, (name, _) in member.tensors.items() if s != "bias"}
-    if member.packed is None:
+    if member.quantization is None:
         return arrays["weight"].astype(dtype)
-    return unpack(arrays, member.packed, dtype)
+    return unpack(arrays, member.quantization, dtype)
 
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, module at hand
@@ -128,7 +128,7 @@ def convert_checkpoint(
 class Plan:
     """All that `write_checkpoint` needs, checked.
 
-    `learned` holds better arrays for packed modules, by path.
+    `replacements` holds arrays to write instead of the computed ones, by module path.
     """
 
     source: Source
@@ -136,21 +136,22 @@ class Plan:
     template: str
     steps: list[Step]
     origin: Origin
-    learned: Mapping[str, Mapping[str, mx.array]] = dataclasses.field(default_factory=dict)
+    replacements: Mapping[str, Mapping[str, mx.array]] = dataclasses.field(default_factory=dict)
 
-    def improved(self, learned: Mapping[str, Mapping[str, mx.array]]) -> Plan:
-        """This plan with the arrays `learned` in place of those it had for the same modules."""
-        merged = {path: {**self.learned.get(path, {}), **one} for path, one in learned.items()}
-        return dataclasses.replace(self, learned={**self.learned, **merged})
+    def replace_arrays(self, arrays: Mapping[str, Mapping[str, mx.array]]) -> Plan:
+        """Return a plan that also writes `arrays`, by module path and suffix."""
+        old = self.replacements
+        merged = {path: {**old.get(path, {}), **new} for path, new in arrays.items()}
+        return dataclasses.replace(self, replacements={**old, **merged})
 
     def build(self, step: Step) -> dict[str, mx.array]:
         """The arrays of the module that `step` describes, by suffix."""
         dtype: mx.Dtype = getattr(mx, self.config.dtype)
-        better = self.learned.get(step.entry.path, {})
-        arrays = build(step, self.source.weights, dtype)
+        replacements = self.replacements.get(step.entry.path, {})
+        arrays = build_arrays(step, self.source.weights, dtype)
         return arrays | {
             suffix: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
-            for suffix, array in better.items()
+            for suffix, array in replacements.items()
         }
 
 
@@ -160,28 +161,28 @@ def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
     Raises:
         CheckpointError: The source is not usable, or the options do not fit it.
     """
-    wanted = requested(options)
+    wanted = choose_quantization(options)
     packing: dict[str, Quantization] = {}
     if source.is_own:
-        settings = Config.from_dict(source.json(CONFIG_FILE))
+        settings = Config.from_dict(source.read_json(CONFIG_FILE))
         if settings.quantization.is_quantized:
             raise CheckpointError(
                 f"{source.folder} is already a quantized mlx-smolvlm checkpoint; convert its "
                 "source again for another precision"
             )
-        template = source.text(TEMPLATE_FILE, LARGEST_TEMPLATE)
-        found = match(source.weights.tensors)
-        expected = own_entries(settings)
+        template = source.read_text(TEMPLATE_FILE, LARGEST_TEMPLATE)
+        found = match_tensors(source.weights.tensors)
+        expected = list_own_entries(settings)
     else:
-        settings, template = read_settings(source), read_template(source)
-        found = match(source.weights.tensors)
+        settings, template = read_hf_config(source), read_template(source)
+        found = match_tensors(source.weights.tensors)
         settings = _settle_tie(settings, found, source)
-        packing = source_quantization(source.json(CONFIG_FILE))
-        expected = entries(settings)
-    config, steps = make_plan(settings, found, packing, wanted, options.overrides, expected)
-    config = dataclasses.replace(config, dtype=options.dtype or usual_dtype(steps))
+        packing = read_quantization(source.read_json(CONFIG_FILE))
+        expected = list_entries(settings)
+    config, steps = make_steps(settings, found, packing, wanted, options.overrides, expected)
+    config = dataclasses.replace(config, dtype=options.dtype or find_usual_dtype(steps))
     config.check()
-    return Plan(source, config, template, steps, trace(source))
+    return Plan(source, config, template, steps, trace_origin(source))
 
 
 def write_checkpoint(plan: Plan, dest: Path, progress: Progress | None, force: bool) -> Path:
@@ -192,28 +193,28 @@ def write_checkpoint(plan: Plan, dest: Path, progress: Progress | None, force: b
             since it was planned; nothing is left behind.
     """
     item_bytes = 4 if plan.config.dtype == "float32" else 2
-    with staged(dest, force) as folder:
+    with stage_folder(dest, force) as folder:
         _check_space(folder, sum(step.nbytes(item_bytes) for step in plan.steps))
-        outbox = Outbox(folder)
+        outbox = FolderWriter(folder)
         try:
             _write_weights(plan, outbox, progress)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{plan.source.folder} cannot be converted: {error}") from None
-        outbox.write_text(TOKENIZER_FILE, plan.source.text(TOKENIZER_FILE, LARGEST_FILE))
+        outbox.write_text(TOKENIZER_FILE, plan.source.read_text(TOKENIZER_FILE, LARGEST_FILE))
         outbox.write_text(TEMPLATE_FILE, plan.template)
-        outbox.write_text(ORIGIN_FILE, _json(plan.origin.to_dict()))
-        outbox.write_text(CONFIG_FILE, _json(plan.config.to_dict()))
+        outbox.write_text(ORIGIN_FILE, _format_json(plan.origin.to_dict()))
+        outbox.write_text(CONFIG_FILE, _format_json(plan.config.to_dict()))
         plan.source.check_unchanged()
         outbox.finish()
     return dest
 
 
-def _json(values: Mapping[str, Any]) -> str:
+def _format_json(values: Mapping[str, Any]) -> str:
     """`values` as the text of a file."""
     return json.dumps(values, indent=2) + "\n"
 
 
-def _settle_tie(config: Config, found: Found, source: Source) -> Config:
+def _settle_tie(config: Config, found: SourceTensors, source: Source) -> Config:
     """`config` with `tie_word_embeddings` as the weights bear out, and `found` without a copy.
 
     A head that is declared tied and stored as well is dropped if it equals the
@@ -252,7 +253,7 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_weights(plan: Plan, outbox: Outbox, progress: Progress | None) -> None:
+def _write_weights(plan: Plan, outbox: FolderWriter, progress: Progress | None) -> None:
     """Write every tensor of `plan` into `outbox`."""
     writer = ShardWriter(outbox)
     done, total = 0, sum(step.source_nbytes for step in plan.steps)

@@ -30,7 +30,7 @@ from mlx_smolvlm.records import LARGEST_JSON, parse_json, read_text
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-READ = (".json", ".safetensors", ".jinja")  # suffixes of what a conversion reads
+READ_SUFFIXES = (".json", ".safetensors", ".jinja")  # suffixes of what a conversion reads
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Source:
     _values: dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stamps", file_stamps(self.folder))
+        object.__setattr__(self, "stamps", read_stamps(self.folder))
         if not self.has(CONFIG_FILE):
             raise CheckpointError(f"{self.folder} is no checkpoint: it has no {CONFIG_FILE}")
 
@@ -63,16 +63,16 @@ class Source:
         """Whether there is a file `name`."""
         return (self.folder / name).is_file()
 
-    def text(self, name: str, max_bytes: int = LARGEST_JSON) -> str:
+    def read_text(self, name: str, max_bytes: int = LARGEST_JSON) -> str:
         """The text of the file `name`; errors as `read_text`."""
         if name not in self._texts:
             self._texts[name] = read_text(self.folder / name, max_bytes)
         return self._texts[name]
 
-    def json(self, name: str, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
+    def read_json(self, name: str, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
         """The JSON object in the file `name`, not to be modified; errors as `read_json`."""
         if name not in self._values:
-            self._values[name] = parse_json(self.text(name, max_bytes), self.folder / name)
+            self._values[name] = parse_json(self.read_text(name, max_bytes), self.folder / name)
         values: dict[str, Any] = self._values[name]
         return values
 
@@ -80,7 +80,7 @@ class Source:
     def is_own(self) -> bool:
         """Whether it has this package's format, as what `mlx-smolvlm train` wrote."""
         try:
-            return self.json(CONFIG_FILE).get("format") == FORMAT
+            return self.read_json(CONFIG_FILE).get("format") == FORMAT
         except CheckpointError:
             return False
 
@@ -110,7 +110,7 @@ class Source:
         Raises:
             CheckpointError: It names the files.
         """
-        now, then = file_stamps(self.folder), self.stamps
+        now, then = read_stamps(self.folder), self.stamps
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
         if changed:
             raise CheckpointError(
@@ -118,14 +118,14 @@ class Source:
             )
 
 
-def file_stamps(folder: Path) -> dict[str, tuple[int, int]]:
+def read_stamps(folder: Path) -> dict[str, tuple[int, int]]:
     """Size in bytes and time of change in ns of the files in `folder` that a conversion reads.
 
     Raises:
         CheckpointError: The folder cannot be read.
     """
     try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix in READ)
+        paths = sorted(path for path in folder.iterdir() if path.suffix in READ_SUFFIXES)
         stats = [(path.name, path.stat()) for path in paths if path.exists()]
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from None
@@ -160,10 +160,10 @@ def open_source(source: str | Path | Source, offline: bool = False) -> Source:
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
     if isinstance(source, Path) or not is_hub_id(source):
         raise CheckpointError(f"there is no folder '{source}', and it is no hub id (owner/name)")
-    return from_snapshot(download(source, offline), source)
+    return open_snapshot(download(source, offline), source)
 
 
-def from_snapshot(folder: Path, repo: str) -> Source:
+def open_snapshot(folder: Path, repo: str) -> Source:
     """The hub's `repo` as it lies in the hub cache's `folder`, which is named after the commit."""
     is_commit = re.fullmatch(r"[0-9a-f]{40}", folder.name) is not None
     return Source(folder, repo, folder.name if is_commit else None)

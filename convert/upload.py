@@ -15,8 +15,8 @@ from mlx_smolvlm.checkpoint.load import (
     TOKENIZER_FILE,
     read_config,
 )
-from mlx_smolvlm.checkpoint.provenance import ORIGIN_FILE, SUMS_FILE, read_sums, sums_text
-from mlx_smolvlm.convert.card import model_card
+from mlx_smolvlm.checkpoint.provenance import ORIGIN_FILE, SUMS_FILE, format_sums, read_sums
+from mlx_smolvlm.convert.card import format_model_card
 from mlx_smolvlm.convert.source import is_hub_id
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import sha256_file
@@ -47,7 +47,9 @@ def check_upload(repo: str) -> str:
     try:
         return str(HfApi().whoami()["name"])
     except Exception as error:  # the HTTP library, and so its errors, differ between hub versions
-        raise CheckpointError(f"{repo}: {_reason(error, 'asking who is logged in')}") from None
+        raise CheckpointError(
+            f"{repo}: {_explain_error(error, 'asking who is logged in')}"
+        ) from None
 
 
 def upload(
@@ -68,9 +70,9 @@ def upload(
             its stated sum, the repository holds something else, or the hub refuses.
     """
     read_config(folder)
-    files = _files(folder)
-    card = model_card(folder, repo, section)
-    sums = _current_sums(folder, files)
+    files = _list_files(folder)
+    card = format_model_card(folder, repo, section)
+    sums = _compute_sums(folder, files)
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -81,7 +83,7 @@ def upload(
         api.create_repo(repo, private=private or None, exist_ok=True)
         there = set(api.list_repo_files(repo))
     except Exception as error:  # see check_upload
-        raise CheckpointError(f"{repo}: {_reason(error, 'making the repository')}") from None
+        raise CheckpointError(f"{repo}: {_explain_error(error, 'making the repository')}") from None
     if CONFIG_FILE in there and SUMS_FILE not in there and not force:
         raise CheckpointError(
             f"{repo} holds a checkpoint of another format; choose another name, or use force to "
@@ -92,12 +94,12 @@ def upload(
         CommitOperationAdd(name, str(path)) for name, path in ours.items()
     ]
     operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
-    operations.append(CommitOperationAdd(SUMS_FILE, sums_text(sums).encode()))
-    operations += [CommitOperationDelete(name) for name in sorted(_stale(there, set(ours)))]
+    operations.append(CommitOperationAdd(SUMS_FILE, format_sums(sums).encode()))
+    operations += [CommitOperationDelete(name) for name in sorted(_find_stale(there, set(ours)))]
     return _commit(api, repo, operations)
 
 
-def _files(folder: Path) -> list[Path]:
+def _list_files(folder: Path) -> list[Path]:
     """The files of the checkpoint in `folder` that are published as they are."""
     weights = {info.file for info in read_headers(folder).values()}
     names = [CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE, ORIGIN_FILE, *EXTRAS]
@@ -109,7 +111,7 @@ def _files(folder: Path) -> list[Path]:
     return sorted(weights | {folder / name for name in names if (folder / name).is_file()})
 
 
-def _current_sums(folder: Path, files: list[Path]) -> dict[str, str]:
+def _compute_sums(folder: Path, files: list[Path]) -> dict[str, str]:
     """The sums of `files` as they are now, by name.
 
     A text that was edited gets a new sum, with a warning. Weights are never edited: with another
@@ -139,7 +141,7 @@ def _current_sums(folder: Path, files: list[Path]) -> dict[str, str]:
     return sums
 
 
-def _stale(there: set[str], ours: set[str]) -> set[str]:
+def _find_stale(there: set[str], ours: set[str]) -> set[str]:
     """Weights and lists of the repository that would not belong to the new checkpoint."""
     names = {INDEX_FILE, ORIGIN_FILE, _PRIVATE, *EXTRAS}
     old = {name for name in there if name in names or name.endswith(".safetensors")}
@@ -153,11 +155,11 @@ def _commit(api: HfApi, repo: str, operations: list) -> str:  # type: ignore[typ
             repo, operations, commit_message="Upload a checkpoint of mlx-smolvlm"
         )
     except Exception as error:  # see check_upload
-        raise CheckpointError(f"{repo}: {_reason(error, 'uploading')}") from None
+        raise CheckpointError(f"{repo}: {_explain_error(error, 'uploading')}") from None
     return str(commit.commit_url)
 
 
-def _reason(error: Exception, doing: str) -> str:
+def _explain_error(error: Exception, doing: str) -> str:
     """What went wrong with the hub while `doing`, and what to do."""
     from huggingface_hub import errors
 

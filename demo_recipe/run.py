@@ -52,7 +52,7 @@ from demo_recipe.optimizer import Optimizer
 from demo_recipe.sample_clips import SAMPLED
 from demo_recipe.shapes import demo_config
 from demo_recipe.topics import Focus
-from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_synced
+from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_tensors
 from mlx_smolvlm.convert.hub import DEMO, resolve
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
@@ -313,7 +313,7 @@ class Run:
         if self.ends:
             state["average"] = self._average
         place = {"stage": str(self.stage), "step": str(self.step), "ends": str(self.ends)}
-        save_synced(path, dict(tree_flatten(state)), place)
+        save_tensors(path, dict(tree_flatten(state)), place)
 
     def restore(self, path: Path) -> None:
         """Go on from what `save` wrote to `path`."""

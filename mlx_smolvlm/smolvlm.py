@@ -280,7 +280,12 @@ def load(
         CheckpointError: It cannot be found, converted or read, or `cache` or `adapter` does
             not suit it.
     """
-    from mlx_smolvlm.checkpoint.load import chat_template, load_model, read_config, tokenizer_path
+    from mlx_smolvlm.checkpoint.load import (
+        find_tokenizer,
+        load_model,
+        read_chat_template,
+        read_config,
+    )
     from mlx_smolvlm.convert.hub import ResolveOptions, resolve
     from mlx_smolvlm.prompt.builder import PromptBuilder
 
@@ -289,7 +294,7 @@ def load(
     config = read_config(path)
     cache.check(config.text)
     dtype = dtype or _usual_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
-    builder = PromptBuilder(tokenizer_path(path), chat_template(path), config)
+    builder = PromptBuilder(find_tokenizer(path), read_chat_template(path), config)
     network = load_model(path, dtype)
     if adapter is None:
         return SmolVLM(Engine(path, config, network, builder, cache))

@@ -19,10 +19,16 @@ import mlx.optimizers as optim
 import pytest
 
 from mlx_smolvlm.checkpoint.load import load_model
-from mlx_smolvlm.checkpoint.lora import AdapterConfig, adaptable, attach, load_adapter, save_adapter
-from mlx_smolvlm.checkpoint.lora import signature as signature_of
+from mlx_smolvlm.checkpoint.lora import (
+    AdapterConfig,
+    attach_adapter,
+    list_adaptable,
+    load_adapter,
+    save_adapter,
+)
+from mlx_smolvlm.checkpoint.lora import compute_signature as signature_of
 from mlx_smolvlm.convert.compare.verify import VERIFY_FILE, verification_section
-from mlx_smolvlm.convert.quant.recipes import read_recipe
+from mlx_smolvlm.convert.options import read_recipe
 from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMError, TrainingError, shorten
 from mlx_smolvlm.train.dataset import read_dataset
 from mlx_smolvlm.train.evaluate.cases import EvaluationOptions, read_cases
@@ -391,8 +397,10 @@ def test_a_folder_that_cannot_be_one(tmp_path: Path) -> None:
 
 def test_adapters(tiny_folder: Path, tmp_path: Path) -> None:
     model = load_model(tiny_folder)
-    config = AdapterConfig("x", signature_of(model), 4, 2.0, 0.1, adaptable(model, ("text",))[:2])
-    attach(model, config)
+    config = AdapterConfig(
+        "x", signature_of(model), 4, 2.0, 0.1, list_adaptable(model, ("text",))[:2]
+    )
+    attach_adapter(model, config)
     save_adapter(model, tmp_path, config)
     files = [tmp_path / "adapter_config.json", tmp_path / "adapters.safetensors"]
     contents = [file.read_bytes() for file in files]

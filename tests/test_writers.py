@@ -253,7 +253,7 @@ def test_a_training_removes_what_a_killed_one_left(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mlx_smolvlm.checkpoint.headers import save_synced
+    from mlx_smolvlm.checkpoint.headers import save_tensors
 
     def fail(*_: object) -> None:
         raise RuntimeError("[write] Unable to write\n4 bytes")
@@ -261,7 +261,7 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "a").write_text("old")
     monkeypatch.setattr(mx, "save_safetensors", fail)
     with pytest.raises(OSError, match="Unable to write 4 bytes"):
-        save_synced(tmp_path / "a", {}, {})
+        save_tensors(tmp_path / "a", {}, {})
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]
 
@@ -269,12 +269,12 @@ def test_a_full_disk_is_an_os_error(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_arrays_that_do_not_fit_name_the_reason_and_the_file(
     tmp_path: Path, file_limit: Callable[[int], None]
 ) -> None:
-    from mlx_smolvlm.checkpoint.headers import save_synced
+    from mlx_smolvlm.checkpoint.headers import save_tensors
 
     (tmp_path / "a").write_text("old")
     file_limit(100_000)
     with pytest.raises(OSError, match="File too large") as caught:
-        save_synced(tmp_path / "a", {"one": mx.zeros((50_000,))}, {})
+        save_tensors(tmp_path / "a", {"one": mx.zeros((50_000,))}, {})
     assert caught.value.filename == str(tmp_path / "a")
     assert (tmp_path / "a").read_text() == "old"
     assert os.listdir(tmp_path) == ["a"]

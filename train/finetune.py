@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
-from mlx_smolvlm.checkpoint.lora import AdapterConfig, save_adapter, signature
+from mlx_smolvlm.checkpoint.lora import AdapterConfig, compute_signature, save_adapter
 from mlx_smolvlm.errors import DatasetError, TrainingError
 from mlx_smolvlm.files import append_file, lock, read_file, remove_leftovers, write_file
 from mlx_smolvlm.smolvlm import SmolVLM, load
@@ -311,7 +311,7 @@ class Tuning:
             total.update(b"%d\n" % len(data) + data)
             for path in [path for one in examples for path in (*one.images, *one.videos)]:
                 total.update(b"%d\n" % path.stat().st_size)
-        base = json.dumps([self.vlm.config.to_dict(), signature(self.vlm.model)])
+        base = json.dumps([self.vlm.config.to_dict(), compute_signature(self.vlm.model)])
         return {
             "settings": json.dumps(self.settings.decisive()),
             "data": total.hexdigest(),

@@ -21,7 +21,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_synced
+from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_tensors
 from mlx_smolvlm.errors import CheckpointError, TrainingError
 
 Kind = Literal["cosine", "linear", "constant"]
@@ -173,7 +173,7 @@ class Loop:
         """
         parts = {"trainee": self.trainee.trainable_parameters(), "optimizer": self.optimizer.state}
         arrays = dict(tree_flatten(parts))
-        save_synced(path, arrays, {**notes, "step": str(self.step)})
+        save_tensors(path, arrays, {**notes, "step": str(self.step)})
 
     def restore(self, path: Path) -> None:
         """Go on from what `save` wrote to `path`.

@@ -18,8 +18,14 @@ from mlx_smolvlm.checkpoint.load import (
     load_model,
     read_config,
 )
-from mlx_smolvlm.checkpoint.lora import AdapterConfig, adaptable, attach, load_adapter, signature
-from mlx_smolvlm.checkpoint.writer import Outbox, ShardWriter, staged
+from mlx_smolvlm.checkpoint.lora import (
+    AdapterConfig,
+    attach_adapter,
+    compute_signature,
+    list_adaptable,
+    load_adapter,
+)
+from mlx_smolvlm.checkpoint.writer import FolderWriter, ShardWriter, stage_folder
 from mlx_smolvlm.config import Config, part_of
 from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.model.model import Model
@@ -34,14 +40,14 @@ def start_adapter(
     """New adapters of `parts`, the only parameters of `model` that are left to train."""
     config = AdapterConfig(
         base=source,
-        base_signature=signature(model),
+        base_signature=compute_signature(model),
         rank=lora.rank,
         scale=float(lora.scale),
         dropout=float(lora.dropout),
-        modules=adaptable(model, parts),
+        modules=list_adaptable(model, parts),
     )
     model.freeze()
-    attach(model, config)
+    attach_adapter(model, config)
     model.unfreeze(keys=["lora_a", "lora_b"])
     mx.eval(model.parameters())
     return config
@@ -86,8 +92,8 @@ def write_model(model: Model, base: Path, config: Config, dest: Path) -> None:
     """
     dtype: mx.Dtype = getattr(mx, config.dtype)
     parameters: Any = tree_flatten(model.parameters())
-    with staged(dest, force=True) as folder:
-        outbox = Outbox(folder)
+    with stage_folder(dest, force=True) as folder:
+        outbox = FolderWriter(folder)
         writer = ShardWriter(outbox)
         for name, array in parameters:
             is_float = mx.issubdtype(array.dtype, mx.floating)

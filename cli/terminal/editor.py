@@ -26,7 +26,7 @@ from prompt_toolkit.styles import Style
 from mlx_smolvlm.cli.output import say
 from mlx_smolvlm.cli.terminal.device import can_edit, columns_and_rows
 from mlx_smolvlm.cli.terminal.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES, complete_path
-from mlx_smolvlm.convert.hub import cache_folder
+from mlx_smolvlm.convert.hub import find_cache_folder
 from mlx_smolvlm.errors import SmolVLMError
 from mlx_smolvlm.files import expand_path, make_private_folder, open_file, write_file
 
@@ -195,7 +195,7 @@ def open_history() -> History:
         return InMemoryHistory()
     try:
         if name is None:
-            path = cache_folder() / "history"
+            path = find_cache_folder() / "history"
             make_private_folder(path.parent)
         else:
             path = expand_path(name)

@@ -27,8 +27,8 @@ from mlx_smolvlm.convert.compare.report import (
     feature_loss,
 )
 from mlx_smolvlm.convert.compare.samples import Asked
-from mlx_smolvlm.convert.names import entries
-from mlx_smolvlm.convert.open_model import Opened
+from mlx_smolvlm.convert.names import list_entries
+from mlx_smolvlm.convert.open_model import CheckpointReader
 from mlx_smolvlm.media.encode import Medium
 
 SURPRISES = 5
@@ -147,7 +147,9 @@ def _encoded(
     return features, embeds, states
 
 
-def matrix_losses(a: Opened, b: Opened, step: Callable[[str], None]) -> tuple[MatrixLoss, ...]:
+def matrix_losses(
+    a: CheckpointReader, b: CheckpointReader, step: Callable[[str], None]
+) -> tuple[MatrixLoss, ...]:
     """Errors of every matrix that has the same shape in both, one read at a time.
 
     `step` is called with the path of each. The vision MLP may be padded in one of them.
@@ -156,7 +158,7 @@ def matrix_losses(a: Opened, b: Opened, step: Callable[[str], None]) -> tuple[Ma
     result = []
     for path in paths:
         step(path)
-        one, other = a.matrix(path), b.matrix(path)
+        one, other = a.read_matrix(path), b.read_matrix(path)
         padded = path.startswith(VISION_LAYER) and ".mlp." in path
         if one.shape == other.shape or padded:
             bits = None if other.quantization is None else other.quantization.bits
@@ -167,7 +169,7 @@ def matrix_losses(a: Opened, b: Opened, step: Callable[[str], None]) -> tuple[Ma
     return tuple(result)
 
 
-def matrix_paths(a: Opened, b: Opened) -> list[str]:
+def matrix_paths(a: CheckpointReader, b: CheckpointReader) -> list[str]:
     """Paths of the modules that have a matrix in both."""
-    others = {entry.path for entry in entries(b.config)}
-    return [one.path for one in entries(a.config) if one.quantizable and one.path in others]
+    others = {entry.path for entry in list_entries(b.config)}
+    return [one.path for one in list_entries(a.config) if one.quantizable and one.path in others]

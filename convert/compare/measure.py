@@ -34,8 +34,8 @@ from mlx_smolvlm.convert.compare.samples import (
     drawn_pictures,
 )
 from mlx_smolvlm.convert.hub import ResolveOptions, resolve
-from mlx_smolvlm.convert.names import entries
-from mlx_smolvlm.convert.open_model import Opened, OpenedFolder
+from mlx_smolvlm.convert.names import list_entries
+from mlx_smolvlm.convert.open_model import CheckpointReader, FolderReader
 from mlx_smolvlm.convert.run import Progress
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.media.encode import Medium
@@ -175,12 +175,15 @@ def compare(
         MediaError: A picture cannot be opened.
     """
     how = ResolveOptions(offline=offline)
-    sides = [OpenedFolder(resolve(one, how), str(one)) for one in (reference, other)]
+    sides = [FolderReader(resolve(one, how), str(one)) for one in (reference, other)]
     return compare_opened(sides[0], sides[1], options or CompareOptions(), progress)
 
 
 def compare_opened(
-    reference: Opened, other: Opened, options: CompareOptions, progress: Progress | None = None
+    reference: CheckpointReader,
+    other: CheckpointReader,
+    options: CompareOptions,
+    progress: Progress | None = None,
 ) -> Comparison:
     """How far `other` lies from `reference`; arguments and errors as in `compare`."""
     check_tokenizers(reference, other)
@@ -224,7 +227,7 @@ def _opened(vlm: SmolVLM, options: CompareOptions) -> tuple[Medium, ...]:
     return vlm.engine.open_media(read_request("", pictures, (), None), options.detail)
 
 
-def check_tokenizers(reference: Opened, other: Opened) -> None:
+def check_tokenizers(reference: CheckpointReader, other: CheckpointReader) -> None:
     """Refuse checkpoints whose tokens are not the same.
 
     Raises:
@@ -268,11 +271,11 @@ def _free() -> None:
     mx.clear_cache()
 
 
-def _side(opened: Opened) -> Side:
+def _side(opened: CheckpointReader) -> Side:
     """Name and size."""
     count = sum(
         math.prod(shape) + (shape[0] if entry.bias else 0)
-        for entry in entries(opened.config)
+        for entry in list_entries(opened.config)
         for shape in entry.shapes
     )
     return Side(opened.name, opened.nbytes, 8 * opened.nbytes / count)

@@ -132,7 +132,7 @@ def _blocks(a: Matrix, b: Matrix) -> Iterator[tuple[mx.array, mx.array]]:
     step = max(1, BLOCK // width)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
-        yield a.rows(start, stop)[:, :width], b.rows(start, stop)[:, :width]
+        yield a.get_rows(start, stop)[:, :width], b.get_rows(start, stop)[:, :width]
 
 
 WINDOW = 512  # tokens of a text that are read at once

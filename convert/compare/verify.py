@@ -8,7 +8,7 @@ from pathlib import Path
 from mlx_smolvlm.convert.compare.measure import CompareOptions, compare_opened
 from mlx_smolvlm.convert.compare.plot import plot_png
 from mlx_smolvlm.convert.compare.report import Comparison, card_section
-from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.open_model import FolderReader, SourceReader
 from mlx_smolvlm.convert.run import Progress
 from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.errors import CheckpointError
@@ -43,10 +43,10 @@ def verify_conversion(
         MediaError: A picture cannot be opened.
     """
     source = open_source(source, offline)
-    reference = OpenedSource(source)
+    reference = SourceReader(source)
     name = folder.resolve().name  # what is published should not tell where it was made
     options = options or CompareOptions()
-    found = compare_opened(reference, OpenedFolder(folder, name), options, progress)
+    found = compare_opened(reference, FolderReader(folder, name), options, progress)
     source.check_unchanged()
     remove_leftovers(folder)
     write_file(folder / VERIFY_PLOT, plot_png(found), follow_links=False)

@@ -1,1 +1,1 @@
-"""Quantization: recipes, mixed precision, GPTQ, DWQ."""
+"""Quantization: mixed precision, GPTQ, DWQ."""

@@ -285,7 +285,7 @@ class Rounder:
             moment = mx.pad(moment, [(0, step.extra_columns)] * 2)
             packed = compensate(weight, moment, step.target, self._dtype, self._options)
             self.done[path] = packed
-        module.weight = Matrix(packed, step.target).rows(0, rows)[:, :width]
+        module.weight = Matrix(packed, step.target).get_rows(0, rows)[:, :width]
         mx.eval(module.weight)
 
 
@@ -294,7 +294,7 @@ def gains(step: Step) -> bool:
     target = step.target
     if target is None or target.mode != "affine" or target.bits >= COMPENSATED_BELOW_BITS:
         return False
-    return {member.packed for member in step.members} != {target}
+    return {member.quantization for member in step.members} != {target}
 
 
 def moment_of(inputs: Iterable[mx.array]) -> mx.array:

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_smolvlm.checkpoint.load import TOKENIZER_FILE
 from mlx_smolvlm.checkpoint.writer import check_destination
 from mlx_smolvlm.config import Quantization
-from mlx_smolvlm.convert.open_model import OpenedSource
+from mlx_smolvlm.convert.open_model import SourceReader
 from mlx_smolvlm.convert.options import (
     AFFINE_BITS,
     FINE_BITS,
@@ -120,7 +120,7 @@ def convert_better(
             "GPTQ has nothing to do: no matrix is to be rounded to fewer than 8 bits; ask for "
             "fewer, such as 4"
         )
-    vlm = OpenedSource(opened).load()
+    vlm = SourceReader(opened).load()
     samples = read_samples(vlm, better.calibration)
     mixture = None
     if targeted:
@@ -131,13 +131,13 @@ def convert_better(
     del vlm
     targets = None if better.learn is None else make_targets(model, samples, progress)
     if better.gptq is not None:
-        plan = plan.improved(compensate_model(plan, model, samples, better.gptq, progress))
+        plan = plan.replace_arrays(compensate_model(plan, model, samples, better.gptq, progress))
     del model
     mx.clear_cache()
     if better.learn is not None:
         assert targets is not None
-        packed = OpenedSource(opened, plan).load().model
-        plan = plan.improved(learn(packed, targets, samples, better.learn, progress))
+        packed = SourceReader(opened, plan).load().model
+        plan = plan.replace_arrays(learn(packed, targets, samples, better.learn, progress))
     return Result(write_checkpoint(plan, dest, None, better.force), mixture)
 
 

@@ -72,9 +72,9 @@ def _open(path: Path, own_only: bool = False) -> BinaryIO:
 
 def _read_tensor_infos(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
     """The tensors of `file`, which was opened from `path`; errors as `read_header`."""
-    header, room, first = _raw_header(path, file)
+    header, room, first = _parse_header(path, file)
     header.pop("__metadata__", None)
-    tensors = {name: _tensor_info(path, name, entry, room, first) for name, entry in header.items()}
+    tensors = {name: _parse_entry(path, name, entry, room, first) for name, entry in header.items()}
     place = 0
     for start, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
         if start != place:
@@ -99,7 +99,7 @@ def read_metadata(
         CheckpointError: As `read_header`, or another user owns the file.
     """
     with _open(path, own_only) as file:
-        metadata: dict[str, str] = _raw_header(path, file, largest)[0]["__metadata__"]
+        metadata: dict[str, str] = _parse_header(path, file, largest)[0]["__metadata__"]
     return metadata
 
 
@@ -120,7 +120,7 @@ def load_tensors(path: Path) -> dict[str, mx.array]:
     return arrays
 
 
-def _raw_header(
+def _parse_header(
     path: Path, file: BinaryIO, largest: int = LARGEST_HEADER
 ) -> tuple[dict[str, Any], int, int]:
     """The header's JSON object, how many bytes of data follow it, and where they begin."""
@@ -150,7 +150,7 @@ def _raw_header(
     return header, total - 8 - length, 8 + length
 
 
-def _tensor_info(path: Path, name: str, entry: Any, room: int, first: int) -> TensorInfo:
+def _parse_entry(path: Path, name: str, entry: Any, room: int, first: int) -> TensorInfo:
     """The header's `entry` for tensor `name`, within the `room` bytes from the byte `first`."""
     damaged = CheckpointError(f"{path}: the header's entry for {name!r:.100} is damaged")
     fields = ("dtype", "shape", "data_offsets")
@@ -292,7 +292,7 @@ def write_arrays(file: Any, arrays: dict[str, mx.array], metadata: dict[str, str
         raise OSError(errno.EIO, " ".join(str(error).split())) from None
 
 
-def save_synced(
+def save_tensors(
     path: Path,
     arrays: dict[str, mx.array],
     metadata: dict[str, str],

@@ -44,7 +44,7 @@ def read_config(folder: Path) -> Config:
     return Config.from_dict(read_json(Path(folder) / CONFIG_FILE))
 
 
-def tokenizer_path(folder: Path) -> Path:
+def find_tokenizer(folder: Path) -> Path:
     """Path of the tokenizer.json in `folder`.
 
     Raises:
@@ -64,7 +64,7 @@ def is_own(folder: Path) -> bool:
         return False
 
 
-def chat_template(folder: Path) -> str:
+def read_chat_template(folder: Path) -> str:
     """The chat template in `folder`, a Jinja text.
 
     Raises:
@@ -89,7 +89,7 @@ def load_model(folder: Path, dtype: str | None = None) -> Model:
         raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     config = read_config(folder)
     tensors = read_headers(folder)
-    model = build_checked(config, tensors)
+    model = build_checked_model(config, tensors)
     weights: list[tuple[str, mx.array]] = []
     try:
         for file in sorted({info.file for info in tensors.values()}):
@@ -142,7 +142,7 @@ def build_model(config: Config) -> Model:
     return model
 
 
-def build_checked(config: Config, tensors: dict[str, TensorInfo]) -> Model:
+def build_checked_model(config: Config, tensors: dict[str, TensorInfo]) -> Model:
     """The network that `config` describes, whose parameters are those of `tensors`.
 
     Raises:

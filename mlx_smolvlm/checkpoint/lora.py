@@ -19,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_smolvlm.checkpoint.headers import load_tensors, read_header, save_synced
+from mlx_smolvlm.checkpoint.headers import load_tensors, read_header, save_tensors
 from mlx_smolvlm.checkpoint.load import NEVER_QUANTIZED
 from mlx_smolvlm.config import LONGEST_SOURCE, part_of
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
@@ -100,13 +100,13 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     return config
 
 
-def signature(model: Model) -> tuple[float, ...]:
+def compute_signature(model: Model) -> tuple[float, ...]:
     """Numbers of `model` that its quantization does not change and its adapters neither."""
     found: Any = model.text_model.norm.weight[:_SIGNATURE].astype(mx.float32).tolist()
     return tuple(found)
 
 
-def adaptable(model: Model, parts: tuple[str, ...]) -> tuple[str, ...]:
+def list_adaptable(model: Model, parts: tuple[str, ...]) -> tuple[str, ...]:
     """Paths of the matrices of `parts` (see `config.PARTS`) that can have an adapter, in order."""
     kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
     return tuple(
@@ -118,7 +118,7 @@ def adaptable(model: Model, parts: tuple[str, ...]) -> tuple[str, ...]:
     )
 
 
-def attach(model: Model, config: AdapterConfig) -> None:
+def attach_adapter(model: Model, config: AdapterConfig) -> None:
     """Put new low-rank matrices beside the modules that `config` names; they change nothing yet.
 
     Raises:
@@ -127,7 +127,7 @@ def attach(model: Model, config: AdapterConfig) -> None:
     from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
 
     modules = dict(model.named_modules())
-    usable = set(adaptable(model, ("text", "vision", "connector", "embeddings")))
+    usable = set(list_adaptable(model, ("text", "vision", "connector", "embeddings")))
     adapted = []
     for path in config.modules:
         if path not in usable:
@@ -154,7 +154,7 @@ def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
         CheckpointError: There is no adapter, or it was trained on another checkpoint.
     """
     config = read_adapter_config(folder)
-    own, theirs = np.array(signature(model)), np.array(config.base_signature)
+    own, theirs = np.array(compute_signature(model)), np.array(config.base_signature)
     near = _TOLERANCE * float(np.abs(own).max())
     if own.shape != theirs.shape or not np.allclose(own, theirs, 0, near):
         raise CheckpointError(
@@ -167,10 +167,10 @@ def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
             SmolVLMWarning,
             stacklevel=3,
         )
-    attach(model, config)
+    attach_adapter(model, config)
     path = folder / WEIGHTS_FILE
     found = {name: info.shape for name, info in read_header(path).items()}
-    wanted = {name: tuple(array.shape) for name, array in adapter_arrays(model, config).items()}
+    wanted = {name: tuple(array.shape) for name, array in get_adapter_arrays(model, config).items()}
     for name in sorted(wanted.keys() | found.keys()):
         if wanted.get(name) != found.get(name):
             raise CheckpointError(
@@ -185,7 +185,7 @@ def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
     return config
 
 
-def adapter_arrays(model: Model, config: AdapterConfig) -> dict[str, mx.array]:
+def get_adapter_arrays(model: Model, config: AdapterConfig) -> dict[str, mx.array]:
     """The low-rank matrices of `model`, by name."""
     modules = dict(model.named_modules())
     return {
@@ -200,4 +200,4 @@ def save_adapter(model: Model, folder: Path, config: AdapterConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     write_file(folder / CONFIG_FILE, text, follow_links=False)
-    save_synced(folder / WEIGHTS_FILE, adapter_arrays(model, config), {"format": "mlx"})
+    save_tensors(folder / WEIGHTS_FILE, get_adapter_arrays(model, config), {"format": "mlx"})

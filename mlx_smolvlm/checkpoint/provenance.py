@@ -21,7 +21,7 @@ _LINE = re.compile(r"([0-9a-f]{64}) [ *](\S.*)")
 _LARGEST_LIST = 1 << 20  # bytes
 
 
-def sums_text(sums: Mapping[str, str]) -> str:
+def format_sums(sums: Mapping[str, str]) -> str:
     """The contents of `SUMS_FILE` for hexadecimal `sums` by file name."""
     return "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
 
@@ -140,7 +140,7 @@ class PartSize:
         return PartSize(self.weights + other.weights, self.nbytes + other.nbytes)
 
 
-def part_sizes(folder: Path) -> dict[str, PartSize]:
+def measure_parts(folder: Path) -> dict[str, PartSize]:
     """The size of each part of the checkpoint in `folder`; only headers are read.
 
     Raises:
@@ -150,12 +150,14 @@ def part_sizes(folder: Path) -> dict[str, PartSize]:
     sizes = dict.fromkeys(PARTS, PartSize(0, 0))
     tensors = read_headers(folder)
     for name, info in tensors.items():
-        weights = _weights(name, info, config, tensors)
+        weights = _count_weights(name, info, config, tensors)
         sizes[part_of(name)] += PartSize(weights, info.nbytes)
     return sizes
 
 
-def _weights(name: str, info: TensorInfo, config: Config, tensors: dict[str, TensorInfo]) -> int:
+def _count_weights(
+    name: str, info: TensorInfo, config: Config, tensors: dict[str, TensorInfo]
+) -> int:
     """Weights that the tensor `name` stands for; none of scales and of their biases."""
     path, _, suffix = name.rpartition(".")
     count = 1

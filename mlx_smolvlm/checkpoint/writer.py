@@ -21,11 +21,11 @@ import mlx.core as mx
 
 from mlx_smolvlm.checkpoint.headers import INDEX_FILE, WEIGHTS_FILE, write_arrays
 from mlx_smolvlm.checkpoint.load import CONFIG_FILE, read_config
-from mlx_smolvlm.checkpoint.provenance import SUMS_FILE, sums_text
+from mlx_smolvlm.checkpoint.provenance import SUMS_FILE, format_sums
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import lock, open_file, sync
 
-PARTIAL = ".partial"  # how the names of folders end that are not whole yet
+PARTIAL_SUFFIX = ".partial"  # how the names of folders end that are not whole yet
 
 
 def check_destination(dest: Path, force: bool) -> None:
@@ -51,7 +51,7 @@ def check_destination(dest: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def staged(dest: Path, force: bool) -> Iterator[Path]:
+def stage_folder(dest: Path, force: bool) -> Iterator[Path]:
     """A hidden folder beside `dest` that takes its place when the block ends without an error.
 
     Raises:
@@ -65,13 +65,13 @@ def staged(dest: Path, force: bool) -> Iterator[Path]:
         remove_leftovers(dest)
         partial, descriptor = _make_locked(dest, 0o777)
     except OSError as error:
-        raise CheckpointError(_refusal(dest, error)) from None
+        raise CheckpointError(_explain_error(dest, error)) from None
     try:
         yield partial
         _sync(partial)
         _publish(partial, dest, force)
     except OSError as error:
-        raise CheckpointError(_refusal(dest, error)) from None
+        raise CheckpointError(_explain_error(dest, error)) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
         os.close(descriptor)
@@ -98,7 +98,7 @@ def make_temporary() -> tuple[Path, Callable[[], None]]:
     return folder, remove
 
 
-def _refusal(dest: Path, error: OSError) -> str:
+def _explain_error(dest: Path, error: OSError) -> str:
     """That `dest` cannot be written, why, and what to do."""
     text = f"{dest} cannot be written: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -108,15 +108,15 @@ def _refusal(dest: Path, error: OSError) -> str:
     return f"{text} ({error.filename})" if error.filename else text
 
 
-def _hidden(dest: Path) -> Path:
+def _make_hidden_path(dest: Path) -> Path:
     """A new name beside `dest`."""
-    return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{PARTIAL}"
+    return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
 
 
 def _make_locked(dest: Path, mode: int) -> tuple[Path, int]:
     """A new hidden folder beside `dest` and the descriptor that holds its lock."""
     while True:  # another writer may take it for a leftover until the lock is held
-        partial = _hidden(dest)
+        partial = _make_hidden_path(dest)
         partial.mkdir(mode)
         try:
             descriptor = lock(partial, wait=True)
@@ -130,7 +130,7 @@ def _make_locked(dest: Path, mode: int) -> tuple[Path, int]:
 def remove_leftovers(dest: Path) -> None:
     """Remove what writers of `dest` that live no more left beside it; no other user's files."""
     for path in dest.parent.iterdir():
-        if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(PARTIAL)):
+        if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(PARTIAL_SUFFIX)):
             continue
         try:
             descriptor = lock(path, flags=os.O_DIRECTORY | os.O_NOFOLLOW)
@@ -154,7 +154,7 @@ def _publish(partial: Path, dest: Path, force: bool) -> None:
     check_destination(dest, force)
     replaced = None
     if force and (dest / CONFIG_FILE).exists():
-        replaced = _hidden(dest)
+        replaced = _make_hidden_path(dest)
         dest.rename(replaced)
     try:
         partial.rename(dest)
@@ -204,7 +204,7 @@ class HashedFile:
         return self._digest.hexdigest()
 
 
-class Outbox:
+class FolderWriter:
     """The files that a conversion writes into `folder`, and their sums."""
 
     def __init__(self, folder: Path) -> None:
@@ -247,13 +247,13 @@ class Outbox:
 
     def finish(self) -> None:
         """Write the list of sums."""
-        (self.folder / SUMS_FILE).write_text(sums_text(self._sums), encoding="utf-8")
+        (self.folder / SUMS_FILE).write_text(format_sums(self._sums), encoding="utf-8")
 
 
 class ShardWriter:
     """Tensors collected into files of at most about `SHARD_BYTES`."""
 
-    def __init__(self, outbox: Outbox) -> None:
+    def __init__(self, outbox: FolderWriter) -> None:
         self._outbox = outbox
         self._shards: list[list[str]] = []
         self._tensors: dict[str, mx.array] = {}

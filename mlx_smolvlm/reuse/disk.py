@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_synced
+from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_tensors
 from mlx_smolvlm.checkpoint.load import CARD_FILE
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
@@ -240,7 +240,7 @@ def write(
         "values": values,
     }
     metadata = {_HEADER: json.dumps(header)}
-    save_synced(path, tensors, metadata, mode=0o600, follow_links=follow_links)
+    save_tensors(path, tensors, metadata, mode=0o600, follow_links=follow_links)
 
 
 def read_values(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:

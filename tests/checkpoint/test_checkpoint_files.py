@@ -11,11 +11,11 @@ import pytest
 
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import (
-    build_checked,
-    chat_template,
+    build_checked_model,
+    find_tokenizer,
     load_model,
+    read_chat_template,
     read_config,
-    tokenizer_path,
 )
 from mlx_smolvlm.checkpoint.lora import AdapterConfig, read_adapter_config
 from mlx_smolvlm.checkpoint.provenance import check_sums, read_origin
@@ -55,7 +55,7 @@ def folder(tiny_folder, tmp_path):
 
 
 def builder_of(folder: Path) -> PromptBuilder:
-    return PromptBuilder(tokenizer_path(folder), chat_template(folder), read_config(folder))
+    return PromptBuilder(find_tokenizer(folder), read_chat_template(folder), read_config(folder))
 
 
 def change(path: Path, *keys, value) -> None:
@@ -76,7 +76,7 @@ def own_readers(folder: Path):
     return {
         "config.json": lambda: read_config(folder),
         "tokenizer.json": lambda: read_tokenizer(folder / "tokenizer.json", 640),
-        "chat_template.jinja": lambda: chat_template(folder),
+        "chat_template.jinja": lambda: read_chat_template(folder),
         "model.safetensors": lambda: load_model(folder),
         "SHA256SUMS": lambda: list(check_sums(folder)),
         "origin.json": lambda: read_json(folder / "origin.json"),
@@ -408,7 +408,7 @@ def test_damaged_files_are_refused_or_used(folder):
         (folder / name).write_bytes(mutated(chance, name, texts[name]))
         try:
             config = read_config(folder)
-            build_checked(config, read_headers(folder))
+            build_checked_model(config, read_headers(folder))
             builder = builder_of(folder)
             builder.build([{"role": "user", "content": "Hi 12 <image>"}], [])
             Constrainer(builder)(Sampling(regex="[a-z]+"))

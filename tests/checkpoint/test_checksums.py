@@ -11,7 +11,7 @@ import pytest
 
 from mlx_smolvlm.checkpoint import writer
 from mlx_smolvlm.checkpoint.load import load_model
-from mlx_smolvlm.checkpoint.provenance import check_sums, read_sums, sums_text
+from mlx_smolvlm.checkpoint.provenance import check_sums, format_sums, read_sums
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
@@ -112,7 +112,7 @@ def test_a_damaged_list_is_named(folder, text):
 
 def test_sums_read_back():
     sums = {"b": "1" * 64, "a file": "2" * 64}
-    assert sums_text(sums) == f"{'2' * 64}  a file\n{'1' * 64}  b\n"
+    assert format_sums(sums) == f"{'2' * 64}  a file\n{'1' * 64}  b\n"
 
 
 def test_the_origin_is_written_down(tmp_path):

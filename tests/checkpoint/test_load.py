@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_smolvlm.checkpoint import writer
-from mlx_smolvlm.checkpoint.load import chat_template, load_model, read_config, tokenizer_path
+from mlx_smolvlm.checkpoint.load import find_tokenizer, load_model, read_chat_template, read_config
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
@@ -185,8 +185,8 @@ def test_more_layers_than_tensors_are_refused_at_once(folder):
     ("name", "read"),
     [
         ("config.json", read_config),
-        ("tokenizer.json", tokenizer_path),
-        ("chat_template.jinja", chat_template),
+        ("tokenizer.json", find_tokenizer),
+        ("chat_template.jinja", read_chat_template),
         ("model.safetensors", load_model),
     ],
 )
@@ -198,11 +198,11 @@ def test_each_missing_file_is_named(folder, name, read):
 
 
 def test_the_template_and_tokenizer_are_read(folder):
-    assert chat_template(folder) == hf.TEMPLATE
-    assert tokenizer_path(folder) == folder / "tokenizer.json"
+    assert read_chat_template(folder) == hf.TEMPLATE
+    assert find_tokenizer(folder) == folder / "tokenizer.json"
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match="not UTF-8"):
-        chat_template(folder)
+        read_chat_template(folder)
 
 
 def test_a_hugging_face_folder_is_told_to_convert(tmp_path):

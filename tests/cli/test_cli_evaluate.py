@@ -14,11 +14,11 @@ from PIL import Image
 from mlx_smolvlm import load
 from mlx_smolvlm.checkpoint.lora import (
     AdapterConfig,
-    adaptable,
-    adapter_arrays,
-    attach,
+    attach_adapter,
+    compute_signature,
+    get_adapter_arrays,
+    list_adaptable,
     save_adapter,
-    signature,
 )
 
 COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
@@ -216,11 +216,11 @@ def test_results_are_kept_until_restart(tiny_folder: Path, folder: Path) -> None
 
 def test_an_adapter_counts_as_another_model(tiny_folder: Path, folder: Path) -> None:
     vlm = load(tiny_folder)
-    modules = adaptable(vlm.model, ("text",))
-    numbers = tuple(signature(vlm.model))
+    modules = list_adaptable(vlm.model, ("text",))
+    numbers = tuple(compute_signature(vlm.model))
     config = AdapterConfig(vlm.config.source, numbers, 2, 50.0, 0.0, modules)
-    attach(vlm.model, config)
-    for name, array in adapter_arrays(vlm.model, config).items():
+    attach_adapter(vlm.model, config)
+    for name, array in get_adapter_arrays(vlm.model, config).items():
         vlm.model.load_weights([(name, array + 1.0)], strict=False)
     save_adapter(vlm.model, folder / "mine", config)
     arguments = (tiny_folder, "test.jsonl", "--max-tokens", "5")

@@ -42,7 +42,7 @@ from mlx_smolvlm.convert.compare.report import (
     token_loss,
 )
 from mlx_smolvlm.convert.compare.samples import TEXTS, Asked, drawn_pictures
-from mlx_smolvlm.convert.open_model import Matrix, OpenedFolder, UnpackingLinear
+from mlx_smolvlm.convert.open_model import FolderReader, Matrix, UnpackingLinear
 from mlx_smolvlm.convert.options import pack
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.generate.sampling import Sampling
@@ -372,7 +372,7 @@ def test_numbers_out_of_range(name: str) -> None:
 
 
 def test_matrix_shapes(tiny_folder: Path) -> None:
-    matrix = OpenedFolder(tiny_folder).matrix("text_model.layers.0.mlp.gate_up_proj")
+    matrix = FolderReader(tiny_folder).matrix("text_model.layers.0.mlp.gate_up_proj")
     assert (matrix.shape, matrix.quantization) == ((192, 64), None)
     q = Quantization(3, 32, "affine")
     assert Matrix(pack(mx.zeros((6, 64)), q), q).shape == (6, 64)

@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten
 from mlx_smolvlm.checkpoint import writer
 from mlx_smolvlm.checkpoint.headers import TensorInfo, read_headers
 from mlx_smolvlm.checkpoint.load import build_model, load_model, read_config
-from mlx_smolvlm.convert.hf_config import read_settings
-from mlx_smolvlm.convert.names import entries
+from mlx_smolvlm.convert.hf_config import read_hf_config
+from mlx_smolvlm.convert.names import list_entries
 from mlx_smolvlm.convert.options import ConvertOptions
-from mlx_smolvlm.convert.plan import make_plan, match
+from mlx_smolvlm.convert.plan import make_steps, match_tensors
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError
@@ -209,14 +209,14 @@ def refused(tmp_path: Path, tensors: dict[str, mx.array], match: str) -> None:
 def test_each_missing_tensor_is_named_as_the_source_would(tmp_path):
     tensors = hf.weights(hf.settings())
     headers = {n: TensorInfo(Path("x"), "F32", tuple(a.shape)) for n, a in tensors.items()}
-    config = read_settings(Source(hf.make(tmp_path / "s"), "s"))
+    config = read_hf_config(Source(hf.make(tmp_path / "s"), "s"))
     for style in (lambda t: t, hf.mlx_vlm_weights, mlx_vlm_nested):
         names = list(style(dict.fromkeys(tensors, mx.zeros(()))))
         renamed = dict(zip(names, headers.values(), strict=True))
         for name in renamed:
             rest = {other: info for other, info in renamed.items() if other != name}
             with pytest.raises(CheckpointError) as error:
-                make_plan(config, match(rest), {}, {})
+                make_steps(config, match_tensors(rest), {}, {})
             known = "lm_head.weight" if "lm_head" in name else name  # it has no neighbor
             assert str(error.value) == f"tensor '{known}' is missing"
 
@@ -224,12 +224,12 @@ def test_each_missing_tensor_is_named_as_the_source_would(tmp_path):
 def test_each_misshapen_tensor_is_named(tmp_path):
     tensors = hf.weights(hf.settings())
     headers = {n: TensorInfo(Path("x"), "F32", tuple(a.shape)) for n, a in tensors.items()}
-    config = read_settings(Source(hf.make(tmp_path / "s"), "s"))
-    make_plan(config, match(headers), {}, {})
+    config = read_hf_config(Source(hf.make(tmp_path / "s"), "s"))
+    make_steps(config, match_tensors(headers), {}, {})
     for name, info in headers.items():
         wrong = headers | {name: replace(info, shape=(info.shape[0] + 1, *info.shape[1:]))}
         with pytest.raises(CheckpointError, match=f"'{name}' has shape"):
-            make_plan(config, match(wrong), {}, {})
+            make_steps(config, match_tensors(wrong), {}, {})
 
 
 def test_an_extra_tensor_is_refused(tmp_path):
@@ -454,22 +454,24 @@ def folder_of(tmp_path: Path, values: dict) -> Path:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_name_table_covers_published_checkpoints(tmp_path, name):
     values, tensors = published(name)
-    config = read_settings(Source(folder_of(tmp_path, values), name))
-    final, steps = make_plan(config, match(tensors), {}, {})
+    config = read_hf_config(Source(folder_of(tmp_path, values), name))
+    final, steps = make_steps(config, match_tensors(tensors), {}, {})
     assert final == config
     assert sum(step.source_nbytes for step in steps) == sum(i.nbytes for i in tensors.values())
     assert sum(step.nbytes(2) for step in steps) == sum(i.nbytes for i in tensors.values())
     for key in tensors:
         with pytest.raises(CheckpointError, match="is missing"):
-            make_plan(config, match({k: v for k, v in tensors.items() if k != key}), {}, {})
+            make_steps(
+                config, match_tensors({k: v for k, v in tensors.items() if k != key}), {}, {}
+            )
 
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_the_name_table_is_the_models_parameters(tmp_path, name):
     values, _ = published(name)
-    config = read_settings(Source(folder_of(tmp_path, values), name))
+    config = read_hf_config(Source(folder_of(tmp_path, values), name))
     shapes = {}
-    for entry in entries(config):
+    for entry in list_entries(config):
         rows = sum(shape[0] for shape in entry.shapes)
         rest = (int(np.prod(entry.shapes[0][1:])),) if len(entry.shapes[0]) > 1 else ()
         shapes[f"{entry.path}.weight"] = (rows, *rest)

@@ -27,7 +27,7 @@ from tests.helpers import hf_folder as hf
 POINTS = (
     *((Path, name) for name in ("mkdir", "rename", "write_text")),
     *((writer.HashedFile, name) for name in ("write", "hexdigest")),
-    (writer.Outbox, "open"),
+    (writer.FolderWriter, "open"),
     (os, "fsync"),
     (shutil, "rmtree"),  # last: it is called to ignore errors, so it only can be died at
 )

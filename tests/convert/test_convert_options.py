@@ -10,7 +10,7 @@ import pytest
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.config import Quantization, QuantizationConfig
-from mlx_smolvlm.convert.options import ConvertOptions, requested
+from mlx_smolvlm.convert.options import ConvertOptions, choose_quantization
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import hf_folder as hf
@@ -93,7 +93,7 @@ def unpacked(arrays: dict[str, mx.array], path: str, q: Quantization | None) -> 
     ],
 )
 def test_options_become_parts(options, parts):
-    assert requested(options) == parts
+    assert choose_quantization(options) == parts
 
 
 @pytest.mark.parametrize(

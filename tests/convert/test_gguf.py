@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from mlx_smolvlm.convert import gguf_file
-from mlx_smolvlm.convert.gguf import _in_halves, unpack_gguf
-from mlx_smolvlm.convert.gguf_file import arrays_of, open_gguf
+from mlx_smolvlm.convert.gguf import _reorder_rows, unpack_gguf
+from mlx_smolvlm.convert.gguf_file import decode_tensor, open_gguf
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, mx.array]:
     arrays = {}
     with open_gguf(path) as file:
         for name, info in file.tensors.items():
-            for suffix, array in arrays_of(info.type, info.shape, file.read(info)).items():
+            for suffix, array in decode_tensor(info.type, info.shape, file.read(info)).items():
                 arrays[f"{name.removesuffix('weight')}{suffix}"] = array
     return arrays
 
@@ -79,16 +79,16 @@ def test_q4_k_and_bf16(tmp_path: Path) -> None:
     for start in range(0, len(data), 144):
         data[start : start + 4] = np.array([0.03, 0.01], np.float16).tobytes()
     expected = [q4_k(bytes(data[start : start + 144])) for start in range(0, len(data), 144)]
-    got = arrays_of("Q4_K", (3, 256), bytes(data))["weight"]
+    got = decode_tensor("Q4_K", (3, 256), bytes(data))["weight"]
     np.testing.assert_array_equal(np.array(got), np.array(expected))
     floats = mx.array(rng.normal(size=(4, 8)).astype(np.float32)).astype(mx.bfloat16)
     stored = np.array(floats.view(mx.uint16)).tobytes()
-    assert mx.array_equal(arrays_of("BF16", (4, 8), stored)["weight"], floats).item()
+    assert mx.array_equal(decode_tensor("BF16", (4, 8), stored)["weight"], floats).item()
 
 
 def test_rows_that_llama_cpp_pairs_are_half_a_head_apart(tmp_path: Path) -> None:
     rows = mx.arange(16).reshape(8, 2)  # two heads of four rows, two numbers each
-    turned = _in_halves(tmp_path, "q", rows, 2)
+    turned = _reorder_rows(tmp_path, "q", rows, 2)
     assert turned[:, 0].tolist() == [0, 4, 2, 6, 8, 12, 10, 14]
     assert turned[:, 1].tolist() == [1, 5, 3, 7, 9, 13, 11, 15]
 

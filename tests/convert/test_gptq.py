@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_smolvlm import Sampling, load
-from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.open_model import FolderReader, SourceReader
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.quant.calibration import BUNDLED, read_samples
 from mlx_smolvlm.convert.quant.gptq import EMBEDDINGS, GptqOptions, compensate, compensate_model
@@ -47,7 +47,7 @@ def texts(tmp_path_factory):
 
 
 def load_plain(source):
-    return OpenedSource(open_source(source, True)).load()
+    return SourceReader(open_source(source, True)).load()
 
 
 @pytest.mark.parametrize("name", ["source", "tied"])
@@ -58,7 +58,7 @@ def test_predictions_lie_nearer_than_rounded_ones_at_the_same_size(name, request
     found = convert_better(source, tmp_path / "gptq", LOW, better, quiet).folder
     plain = load_plain(source)
     assert ("lm_head" in plain.model) == (name == "source")
-    losses = [cases.kl_of(plain, OpenedFolder(folder).load()) for folder in (rounded, found)]
+    losses = [cases.kl_of(plain, FolderReader(folder).load()) for folder in (rounded, found)]
     assert losses[1] < 0.7 * losses[0]
     arrays = [mx.load(str(folder / "model.safetensors")) for folder in (rounded, found)]
     kinds = [{k: (a.shape, a.dtype) for k, a in one.items()} for one in arrays]
@@ -73,9 +73,9 @@ def test_pictures_make_the_encoder_better_and_the_result_is_the_same_again(sourc
     folders = [convert_better(source, tmp_path / name, LOW, BETTER, quiet).folder for name in "ab"]
     arrays = [mx.load(str(folder / "model.safetensors")) for folder in folders]
     assert all(mx.array_equal(arrays[0][name], arrays[1][name]) for name in arrays[0])
-    plain, found = load_plain(source), OpenedFolder(folders[0]).load()
+    plain, found = load_plain(source), FolderReader(folders[0]).load()
     opened = open_source(source, True)
-    rounded = OpenedSource(opened, plan_checkpoint(opened, LOW)).load()
+    rounded = SourceReader(opened, plan_checkpoint(opened, LOW)).load()
     errors = np.zeros(2)
     for sample in read_samples(plain):
         if sample.pixel_values is not None:
@@ -96,9 +96,9 @@ def test_what_is_compensated_is_what_is_written_and_unpacks_to_what_came_before(
     assert mx.array_equal(plain.model.lm_head.weight, head)  # others still hold on to it
     texts_only = {s.entry.path for s in plan.steps if s.target and "vision" not in s.entry.path}
     assert done.keys() == texts_only - {EMBEDDINGS, "connector.modality_projection.proj"}
-    better = OpenedSource(opened, plan.improved(done))
+    better = SourceReader(opened, plan.replace_arrays(done))
     for path, arrays in done.items():
-        stored = better.matrix(path).arrays
+        stored = better.read_matrix(path).arrays
         assert all(mx.array_equal(stored[suffix], arrays[suffix]) for suffix in arrays)
 
 
@@ -109,7 +109,7 @@ def test_a_later_layer_is_fitted_to_inputs_from_the_rounded_ones(source, texts):
     weight = plain.model.text_model.layers[1].mlp.down_proj.weight
     done = compensate_model(plan, plain.model, samples, GptqOptions(), quiet)
     earlier = {p: a for p, a in done.items() if p not in (path, "lm_head")}
-    model = OpenedSource(opened, plan.improved(earlier)).load().model
+    model = SourceReader(opened, plan.replace_arrays(earlier)).load().model
     layer, seen = model.text_model.layers[1].mlp, []
     gate_up = layer.gate_up_proj
 

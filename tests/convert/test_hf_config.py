@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mlx_smolvlm.config import Config, VideoConfig
-from mlx_smolvlm.convert.hf_config import read_settings
+from mlx_smolvlm.convert.hf_config import read_hf_config
 from mlx_smolvlm.convert.hf_processor import read_template
 from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError
@@ -14,7 +14,7 @@ from tests.helpers import hf_folder as hf
 
 
 def read(tmp_path: Path, **changes) -> Config:
-    return read_settings(Source(hf.make(tmp_path / "s", hf.settings(**changes), {}), "s"))
+    return read_hf_config(Source(hf.make(tmp_path / "s", hf.settings(**changes), {}), "s"))
 
 
 def edit(folder: Path, name: str, **changes) -> Path:
@@ -141,7 +141,7 @@ def test_a_missing_part_is_named(tmp_path, key):
     for value in (None, "none", []):
         hf.write_json(folder / "config.json", values | {key: value})
         with pytest.raises(CheckpointError, match=key):
-            read_settings(Source(folder, "s"))
+            read_hf_config(Source(folder, "s"))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "nope", "[" * 10**5])
@@ -149,7 +149,7 @@ def test_a_damaged_config_is_named(tmp_path, text):
     folder = hf.make(tmp_path / "s", tensors={})
     (folder / "config.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"config\.json"):
-        read_settings(Source(folder, "s"))
+        read_hf_config(Source(folder, "s"))
 
 
 # Pictures and videos
@@ -159,25 +159,25 @@ def test_nested_processor_settings_win(tmp_path):
     folder = hf.make(tmp_path / "s", tensors={})
     images = {"size": {"longest_edge": 48}, "max_image_size": {"longest_edge": 24}}
     hf.write_json(folder / "processor_config.json", {"image_processor": images})
-    config = read_settings(Source(folder, "s"))
+    config = read_hf_config(Source(folder, "s"))
     assert (config.image.longest_edge, config.video) == (48, None)
     assert config.image.mean == (0.5, 0.5, 0.5)
     assert config.image.do_image_splitting is True
     videos = {"fps": 2, "num_frames": 8, "size": {"longest_edge": 24}}
     both = {"image_processor": images, "video_processor": videos}
     hf.write_json(folder / "processor_config.json", both)
-    assert read_settings(Source(folder, "s")).video == VideoConfig(2.0, 8, 24, 1.0)
+    assert read_hf_config(Source(folder, "s")).video == VideoConfig(2.0, 8, 24, 1.0)
     (folder / "preprocessor_config.json").unlink()
-    assert read_settings(Source(folder, "s")).image.longest_edge == 48
+    assert read_hf_config(Source(folder, "s")).image.longest_edge == 48
 
 
 def test_a_separate_video_file_is_read(tmp_path):
     folder = edit(hf.make(tmp_path / "s", tensors={}), "preprocessor_config.json")
     edit(folder, "preprocessor_config.json", video_sampling=None)
-    assert read_settings(Source(folder, "s")).video is None
+    assert read_hf_config(Source(folder, "s")).video is None
     videos = {"video_sampling": {"fps": 3, "max_frames": 5, "video_size": {"longest_edge": 24}}}
     hf.write_json(folder / "video_preprocessor_config.json", videos)
-    assert read_settings(Source(folder, "s")).video == VideoConfig(3.0, 5, 24, 1.0)
+    assert read_hf_config(Source(folder, "s")).video == VideoConfig(3.0, 5, 24, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -200,14 +200,14 @@ def test_a_separate_video_file_is_read(tmp_path):
 def test_processor_settings_that_do_not_fit_are_named(tmp_path, changes, match):
     folder = edit(hf.make(tmp_path / "s", tensors={}), "preprocessor_config.json", **changes)
     with pytest.raises(CheckpointError, match=match):
-        read_settings(Source(folder, "s"))
+        read_hf_config(Source(folder, "s"))
 
 
 def test_a_missing_processor_file_is_named(tmp_path):
     folder = hf.make(tmp_path / "s", tensors={})
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no preprocessor_config\.json"):
-        read_settings(Source(folder, "s"))
+        read_hf_config(Source(folder, "s"))
 
 
 # What ends an answer, and the chat template
@@ -217,30 +217,30 @@ def test_eos_ids_come_from_generation_config_and_the_tokenizer(tmp_path):
     folder = hf.make(tmp_path / "s", tensors={})
     for value, ids in ((5, (5, 61)), ([3, 5, 3], (3, 5, 61)), (61, (61,)), (None, (2, 61))):
         edit(folder, "generation_config.json", eos_token_id=value)
-        assert read_settings(Source(folder, "s")).eos_token_ids == ids
+        assert read_hf_config(Source(folder, "s")).eos_token_ids == ids
     (folder / "generation_config.json").unlink()
-    assert read_settings(Source(folder, "s")).eos_token_ids == (2, 61)
+    assert read_hf_config(Source(folder, "s")).eos_token_ids == (2, 61)
 
 
 def test_ids_outside_the_vocabulary_end_nothing(tmp_path):
     folder = edit(hf.make(tmp_path / "s", tensors={}), "tokenizer.json", added_tokens=[])
     edit(folder, "generation_config.json", eos_token_id=[72, 4])
-    assert read_settings(Source(folder, "s")).eos_token_ids == (4,)
+    assert read_hf_config(Source(folder, "s")).eos_token_ids == (4,)
     edit(folder, "generation_config.json", eos_token_id=-1)
     with pytest.raises(CheckpointError, match="no eos_token_id within"):
-        read_settings(Source(folder, "s"))
+        read_hf_config(Source(folder, "s"))
     edit(folder, "generation_config.json", eos_token_id="end")
     with pytest.raises(CheckpointError, match="eos_token_id is 'end'"):
-        read_settings(Source(folder, "s"))
+        read_hf_config(Source(folder, "s"))
 
 
 def test_a_missing_or_damaged_tokenizer_is_named(tmp_path):
     folder = edit(hf.make(tmp_path / "s", tensors={}), "tokenizer.json", added_tokens=[1])
     with pytest.raises(CheckpointError, match="added_tokens is damaged"):
-        read_settings(Source(folder, "s"))
+        read_hf_config(Source(folder, "s"))
     (folder / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
-        read_settings(Source(folder, "s"))
+        read_hf_config(Source(folder, "s"))
 
 
 def test_templates_are_taken_in_transformers_order(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import mlx_smolvlm
 from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.convert import hub
 from mlx_smolvlm.convert import source as convert_source
@@ -54,7 +55,7 @@ def test_a_folder_of_ours_is_taken_as_it_is(tmp_path, cache):
 
 
 def test_demo_is_the_bundled_folder():
-    assert resolve("demo") == Path(hub.__file__).parent / "demo"
+    assert resolve("demo") == Path(mlx_smolvlm.__file__).parent / "demo"
 
 
 def test_a_local_folder_is_converted_once_per_precision(tmp_path, cache):
@@ -245,13 +246,13 @@ def test_a_cache_that_cannot_be_made_is_named(tmp_path, monkeypatch):
 
 
 def test_the_cache_folder_follows_the_environment(tmp_path, monkeypatch):
-    assert hub.cache_folder() == tmp_path / "cache"
+    assert hub.find_cache_folder() == tmp_path / "cache"
     monkeypatch.delenv("MLX_SMOLVLM_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert hub.cache_folder() == tmp_path / "xdg" / "mlx-smolvlm"
+    assert hub.find_cache_folder() == tmp_path / "xdg" / "mlx-smolvlm"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert hub.cache_folder() == tmp_path / "home" / ".cache" / "mlx-smolvlm"
+    assert hub.find_cache_folder() == tmp_path / "home" / ".cache" / "mlx-smolvlm"
 
 
 RESOLVE = """
@@ -286,6 +287,7 @@ def test_the_converter_is_not_imported_for_a_folder_of_ours(tmp_path):
     out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
     code = (
         "import sys; from mlx_smolvlm.convert.hub import resolve; resolve(sys.argv[1]);"
+        "sys.modules.pop('mlx_smolvlm.convert.hub');"
         "print([m for m in sys.modules if m == 'huggingface_hub' or '.convert.' in m])"
     )
     run = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True)

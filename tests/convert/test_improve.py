@@ -15,7 +15,7 @@ from mlx_smolvlm import Sampling, load
 from mlx_smolvlm.checkpoint.load import read_config
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.compare.observe import head_of, predictions
-from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.open_model import FolderReader, SourceReader
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.quant.calibration import BUNDLED, read_samples
 from mlx_smolvlm.convert.quant.dwq import (
@@ -57,7 +57,7 @@ def texts(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def plain(source):
-    return OpenedSource(open_source(source, True)).load()
+    return SourceReader(open_source(source, True)).load()
 
 
 def size_of(folder):
@@ -140,7 +140,7 @@ def test_the_estimate_is_near_the_divergence_that_is_seen(source, plain, texts):
         kinds = [("text_model.layers.*", q), ("lm_head", q), ("text_model.embed_tokens", q)]
         options = ConvertOptions(overrides=tuple(kinds))
         opened = open_source(source, True)
-        rounded = OpenedSource(opened, plan_checkpoint(opened, options)).load()
+        rounded = SourceReader(opened, plan_checkpoint(opened, options)).load()
         estimate = sum(
             one.damage
             for path, many in choices.items()
@@ -164,7 +164,7 @@ def test_a_mixture_fits_loads_answers_and_beats_equal_bits(source, plain, texts,
     weights = [(f / "model.safetensors").stat().st_size for f in (uniform, found.folder)]
     assert weights[1] <= 1.03 * weights[0]  # float32 scales here, and a longer header
     assert found.mixture.bits_per_weight <= bits
-    losses = [kl_of(plain, OpenedFolder(folder).load()) for folder in (uniform, found.folder)]
+    losses = [kl_of(plain, FolderReader(folder).load()) for folder in (uniform, found.folder)]
     assert losses[1] < 0.95 * losses[0]
     quantization = read_config(found.folder).quantization
     assert len({q for _, q in quantization.overrides}) > 1
@@ -214,7 +214,7 @@ def test_tuning_lowers_the_loss_on_held_out_text_and_leaves_the_integers(
     better = BetterOptions(learn=how, calibration=(texts,))
     tuned = convert_better(source, tmp_path / "tuned", options, better, quiet).folder
     again = convert_better(source, tmp_path / "again", options, better, quiet).folder
-    losses = [kl_of(plain, OpenedFolder(folder).load()) for folder in (rounded, tuned)]
+    losses = [kl_of(plain, FolderReader(folder).load()) for folder in (rounded, tuned)]
     assert losses[1] < 0.9 * losses[0]
     arrays = [mx.load(str(f / "model.safetensors")) for f in (rounded, tuned, again)]
     assert arrays[0].keys() == arrays[1].keys()
@@ -236,7 +236,7 @@ def test_pictures_tune_the_encoder_too(source, plain):
     plan = plan_checkpoint(opened, ConvertOptions(bits=8, vision_bits=3, connector_bits=3))
     samples = [one for one in read_samples(plain) if one.pixel_values is not None]
     targets = make_targets(plain.model, samples, quiet)
-    packed = OpenedSource(opened, plan).load().model
+    packed = SourceReader(opened, plan).load().model
     before = [
         mx.abs(packed.encode(s.pixel_values) - t).mean().item()
         for s, t in zip(samples, targets.image_embeds, strict=True)
@@ -253,10 +253,10 @@ def test_pictures_tune_the_encoder_too(source, plain):
 def test_steps_that_serve_no_sample_held_back_are_not_kept(source, plain, texts):
     opened = open_source(source, True)
     plan = plan_checkpoint(opened, ConvertOptions(bits=4))
-    packed = OpenedSource(opened, plan).load().model
+    packed = SourceReader(opened, plan).load().model
     samples = read_samples(plain, [texts])[:5]
     targets = make_targets(plain.model, samples, quiet)
-    twin = OpenedSource(opened, plan).load().model
+    twin = SourceReader(opened, plan).load().model
     before = {path: tunable.tuned for path, tunable in make_tunable(twin).items()}
     learned = learn(packed, targets, samples, LearnOptions(steps=3, rate=0.9), quiet)
     assert learned.keys() == before.keys()
@@ -291,7 +291,7 @@ def test_a_rate_moves_finer_matrices_by_no_more_steps():
 
 def test_the_loss_is_that_of_compare(source, plain, texts):
     opened = open_source(source, True)
-    packed = OpenedSource(opened, plan_checkpoint(opened, ConvertOptions(bits=3))).load().model
+    packed = SourceReader(opened, plan_checkpoint(opened, ConvertOptions(bits=3))).load().model
     samples = read_samples(plain, [texts])
     targets = make_targets(plain.model, samples, quiet)
     found = float(text_loss(packed, samples, [None] * len(samples), targets, 0))

@@ -13,7 +13,12 @@ from mlx_smolvlm.checkpoint.load import is_own, load_model
 from mlx_smolvlm.convert import model_cache as cached
 from mlx_smolvlm.convert import source as convert_source
 from mlx_smolvlm.convert.hub import ResolveOptions, resolve
-from mlx_smolvlm.convert.model_cache import find, list_cached, list_originals, remove
+from mlx_smolvlm.convert.model_cache import (
+    find_models,
+    list_cached_models,
+    list_fetched_models,
+    remove_model,
+)
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
@@ -39,15 +44,15 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def states() -> dict[str, str]:
-    return {model.name: model.state for model in list_cached()}
+    return {model.name: model.state for model in list_cached_models()}
 
 
 def test_conversions_are_listed_with_bits_origin_and_use(tmp_path, cache):
-    assert list_cached() == []
+    assert list_cached_models() == []
     before = time.time()
     local = hf.make(tmp_path / "s")
     paths = {resolve(REPO), resolve(REPO, ResolveOptions(bits=4)), resolve(local)}
-    models = {model.path: model for model in list_cached()}
+    models = {model.path: model for model in list_cached_models()}
     assert set(models) == paths
     four = next(model for model in models.values() if model.bits == 4)
     assert four.name == f"{REPO}/aaaaaaaaaaaa-4bit-v2"
@@ -63,12 +68,12 @@ def test_conversions_are_listed_with_bits_origin_and_use(tmp_path, cache):
 def test_each_use_is_noted_and_older_conversions_know_none(cache):
     path = resolve(REPO)
     (path / ".last-used").unlink()
-    assert list_cached()[0].last_used_s is None
+    assert list_cached_models()[0].last_used_s is None
     resolve(REPO)
     os.utime(path / ".last-used", (1000, 1000))
-    assert list_cached()[0].last_used_s == 1000
+    assert list_cached_models()[0].last_used_s == 1000
     resolve(REPO)
-    assert list_cached()[0].last_used_s > 1000
+    assert list_cached_models()[0].last_used_s > 1000
 
 
 def test_the_newest_conversion_wins_however_late_another_was_used(cache):
@@ -135,12 +140,12 @@ def test_what_is_not_whole_is_told_apart(tmp_path, cache):
         left.name: "unfinished",
         living.name: "in progress",
     }
-    for model in list_cached():
+    for model in list_cached_models():
         if model.state == "in progress":
             with pytest.raises(CheckpointError, match="is being converted or used"):
-                remove(model)
+                remove_model(model)
         elif model.state != "whole":
-            remove(model)
+            remove_model(model)
     os.close(lock)
     assert sorted(states().values()) == ["unfinished", "whole"]  # its writer lives no more
     assert (cache / "stray" / "notes" / "config.json").exists()
@@ -148,10 +153,10 @@ def test_what_is_not_whole_is_told_apart(tmp_path, cache):
 
 def test_names_mean_what_the_list_says(cache, tmp_path):
     paths = [resolve(REPO), resolve(REPO, ResolveOptions(bits=4)), resolve(f"{REPO}x")]
-    models = list_cached()
+    models = list_cached_models()
 
     def found(name: str) -> list[Path]:
-        return sorted(model.path for model in find(name, models))
+        return sorted(model.path for model in find_models(name, models))
 
     assert found(REPO) == found("SmolVLM-256m") == sorted(paths[:2])
     assert found(f"{REPO}@{'a' * 40}") == sorted(paths[:2])
@@ -161,15 +166,15 @@ def test_names_mean_what_the_list_says(cache, tmp_path):
                  str(cache), str(paths[0].parent), str(paths[0] / "config.json"),
                  f"{REPO}/../../elsewhere", str(tmp_path)):  # fmt: skip
         with pytest.raises(CheckpointError, match="is no checkpoint in the cache"):
-            find(name, models)
+            find_models(name, models)
 
 
 def test_a_removed_conversion_is_gone_and_others_stay(cache):
     one, other = resolve(REPO), resolve(REPO, ResolveOptions(bits=4))
-    remove(find(str(one), list_cached())[0])
+    remove_model(find_models(str(one), list_cached_models())[0])
     assert not one.exists()
     load_model(other)
-    remove(list_cached()[0])
+    remove_model(list_cached_models()[0])
     assert list(cache.iterdir()) == []  # the model's folder too
     load_model(resolve(REPO))
 
@@ -179,7 +184,7 @@ def test_of_a_link_the_link_alone_is_removed(cache, tmp_path):
     moved = path.rename(tmp_path / "big disk")
     path.symlink_to(moved, target_is_directory=True)
     assert resolve(REPO) == path
-    remove(list_cached()[0])
+    remove_model(list_cached_models()[0])
     assert not os.path.lexists(path)
     load_model(moved)
 
@@ -188,9 +193,9 @@ def test_what_a_linked_model_folder_holds_is_left_alone(cache, tmp_path):
     parent = resolve(REPO).parent
     moved = parent.rename(tmp_path / "moved")
     parent.symlink_to(moved, target_is_directory=True)
-    (model,) = list_cached()
+    (model,) = list_cached_models()
     with pytest.raises(CheckpointError, match="is a link out of the cache"):
-        remove(model)
+        remove_model(model)
     load_model(model.path)
 
 
@@ -199,7 +204,7 @@ def test_a_model_that_is_being_converted_is_not_removed(cache):
     lock = os.open(path.parent, os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     with pytest.raises(CheckpointError, match="is being converted or used; try again"):
-        remove(list_cached()[0])
+        remove_model(list_cached_models()[0])
     os.close(lock)
     load_model(path)
 
@@ -213,13 +218,13 @@ def test_a_removal_that_is_killed_leaves_no_half_checkpoint(cache, monkeypatch):
 
     monkeypatch.setattr(cached.shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        remove(list_cached()[0])
+        remove_model(list_cached_models()[0])
     monkeypatch.undo()
     monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(cache))
     assert not path.exists()
-    (left,) = list_cached()
+    (left,) = list_cached_models()
     assert left.state == "unfinished"
-    remove(left)
+    remove_model(left)
     assert list(cache.iterdir()) == []
 
 
@@ -231,13 +236,13 @@ def test_a_disk_that_refuses_is_named(cache, monkeypatch):
 
     monkeypatch.setattr(cached.shutil, "rmtree", refuse)
     with pytest.raises(CheckpointError, match="cannot be removed: Read-only file system"):
-        remove(list_cached()[0])
+        remove_model(list_cached_models()[0])
 
 
 def test_what_was_fetched_is_listed(tmp_path, monkeypatch):
     folder = tmp_path / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
-    assert list_originals() == []
+    assert list_fetched_models() == []
     source = hf.make(tmp_path / "s")
     ours = convert_checkpoint(source, tmp_path / "ours", ConvertOptions(bits=4))
     other = hf.make(tmp_path / "other", hf.settings(model_type="bert"))
@@ -251,7 +256,7 @@ def test_what_was_fetched_is_listed(tmp_path, monkeypatch):
         for file in made.iterdir():
             blob = Path(shutil.copy(file, repo / "blobs" / f"{file.name}-blob"))
             (snapshot / file.name).symlink_to(blob)
-    one, two = list_originals()
+    one, two = list_fetched_models()
     assert (one.name, one.is_own, two.name, two.is_own) == ("owner/ours", True, "owner/vlm", False)
     assert two.revision == "c" * 40
     assert two.nbytes == sum(file.stat().st_size for file in source.iterdir())

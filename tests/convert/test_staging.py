@@ -47,7 +47,7 @@ def test_all_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
-    with staging.staged(tmp_path / "out", force=False) as partial:
+    with staging.stage_folder(tmp_path / "out", force=False) as partial:
         (partial / "a").write_text("a")
         (partial / "b").write_text("b")
     out = tmp_path / "out"

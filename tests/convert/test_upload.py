@@ -12,8 +12,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from mlx_smolvlm.checkpoint.load import load_model
-from mlx_smolvlm.checkpoint.provenance import PartSize, check_sums, part_sizes
-from mlx_smolvlm.convert.card import model_card
+from mlx_smolvlm.checkpoint.provenance import PartSize, check_sums, measure_parts
+from mlx_smolvlm.convert.card import format_model_card
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from tests.helpers import fake_hub
@@ -240,7 +240,7 @@ def test_what_cannot_be_uploaded_is_refused_first(source, tmp_path, hub, argumen
 
 def test_the_card_is_what_the_hub_reads(source, tmp_path):
     out = convert_checkpoint(source, tmp_path / "out", ConvertOptions(bits=4, vision_bits=16))
-    text = model_card(out, "owner/made", "## Compared\nIt is close.")
+    text = format_model_card(out, "owner/made", "## Compared\nIt is close.")
     data = ModelCard(text).data
     assert (data.license, data.language, data.base_model) == ("apache-2.0", ["en"], "owner/base")
     assert (data.library_name, data.pipeline_tag) == ("mlx-smolvlm", "image-text-to-text")
@@ -262,8 +262,8 @@ def test_the_card_is_what_the_hub_reads(source, tmp_path):
 
 def test_sizes_are_counted_from_the_shapes(source, tmp_path):
     """The weights of the source, whatever they are packed as; padding apart."""
-    plain = part_sizes(convert_checkpoint(source, tmp_path / "plain"))
-    packed = part_sizes(convert_checkpoint(source, tmp_path / "4", ConvertOptions(bits=4)))
+    plain = measure_parts(convert_checkpoint(source, tmp_path / "plain"))
+    packed = measure_parts(convert_checkpoint(source, tmp_path / "4", ConvertOptions(bits=4)))
     shapes = hf.shapes(hf.settings())
     total = sum(math.prod(shape) for shape in shapes.values())
     assert sum(size.weights for size in plain.values()) == total
@@ -281,7 +281,7 @@ def test_sizes_are_counted_from_the_shapes(source, tmp_path):
 
 def test_a_source_without_a_licence_is_said_to_be_unknown(tmp_path):
     out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
-    text = model_card(out, "owner/made")
+    text = format_model_card(out, "owner/made")
     card = ModelCard(text)
     assert card.data.license == "unknown"
     assert card.data.base_model is None
@@ -294,7 +294,7 @@ def test_a_card_cannot_be_broken_out_of(tmp_path):
     (source / "README.md").write_text(
         '---\nlicense: other\nlicense_name: "a: b # c"\nlicense_link: "x --- y"\n---\n'
     )
-    text = model_card(convert_checkpoint(source, tmp_path / "out"), "owner/made")
+    text = format_model_card(convert_checkpoint(source, tmp_path / "out"), "owner/made")
     data = ModelCard(text).data
     assert (data.license_name, data.license_link) == ("a: b # c", "x --- y")
     assert data.library_name == "mlx-smolvlm"

@@ -24,7 +24,7 @@ from mlx_smolvlm.convert.compare.verify import (
     verification_section,
     verify_conversion,
 )
-from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource
+from mlx_smolvlm.convert.open_model import FolderReader, SourceReader
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.convert.source import open_source
@@ -100,8 +100,8 @@ def test_a_part_of_other_fields_is_refused(found: Comparison, tmp_path: Path, pa
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 def test_the_source_in_memory_is_the_converted_one(tmp_path: Path, dtype: mx.Dtype) -> None:
     folder = make_source(tmp_path / "s", dtype)
-    opened = OpenedSource(open_source(folder))
-    written = OpenedFolder(convert_checkpoint(folder, tmp_path / "out"))
+    opened = SourceReader(open_source(folder))
+    written = FolderReader(convert_checkpoint(folder, tmp_path / "out"))
     assert opened.config == written.config
     assert opened.nbytes == written.nbytes
     ids = Tokenizer.from_file(hf.TOKENIZER).encode(TEXT).ids
@@ -113,8 +113,8 @@ def test_the_source_in_memory_is_the_converted_one(tmp_path: Path, dtype: mx.Dty
     weight = models[0].text_model.layers[0].mlp.down_proj.weight
     assert weight.dtype == dtype
     path = "text_model.layers.1.self_attn.qkv_proj"
-    one, other = (x.matrix(path) for x in (opened, written))
-    assert mx.array_equal(one.rows(3, 9), other.rows(3, 9)).item()
+    one, other = (x.read_matrix(path) for x in (opened, written))
+    assert mx.array_equal(one.get_rows(3, 9), other.get_rows(3, 9)).item()
 
 
 def test_a_packed_source_is_unpacked(source: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_packed_source_is_unpacked(source: Path, tmp_path: Path) -> None:
     folder = make_source(tmp_path / "s")
     hf.write_json(folder / "config.json", values | {"quantization": {"bits": 4, "group_size": 64}})
     hf.write_weights(folder, tensors)
-    matrix = OpenedSource(open_source(folder)).matrix("text_model.layers.0.mlp.down_proj")
+    matrix = SourceReader(open_source(folder)).read_matrix("text_model.layers.0.mlp.down_proj")
     assert matrix.quantization is None
     assert mx.array_equal(matrix.arrays["weight"], mx.dequantize(*arrays, 64, 4)).item()
 
@@ -138,7 +138,7 @@ def test_the_source_is_never_doubled(tmp_path: Path) -> None:
     # Weights in bfloat16 stay so; float32 has only what is a vector, and the embeddings.
     sizes = {"text__hidden_size": 256, "text__intermediate_size": 2048, "text__head_dim": 64}
     folder = make_source(tmp_path / "s", text__num_hidden_layers=8, **sizes)
-    opened = OpenedSource(open_source(folder))
+    opened = SourceReader(open_source(folder))
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     vlm = opened.load()

@@ -23,7 +23,7 @@ from mlx_smolvlm import (
     SmolVLMWarning,
     load,
 )
-from mlx_smolvlm.checkpoint.load import tokenizer_path
+from mlx_smolvlm.checkpoint.load import find_tokenizer
 from mlx_smolvlm.generate.batch import Rows, groups
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.media.tiles import grid_of, open_image
@@ -284,7 +284,7 @@ def test_a_template_that_shows_pictures_last(tiny: SmolVLM, seen: list[int]) -> 
         "{% for item in m['content'] %}{% if item['type'] == 'image' %}<image>{% endif %}"
         "{% endfor %}{% endfor %} Answer:"
     )
-    builder = PromptBuilder(tokenizer_path(tiny.path), source, tiny.config)
+    builder = PromptBuilder(find_tokenizer(tiny.path), source, tiny.config)
     vlm = SmolVLM(Engine(tiny.path, tiny.config, tiny.model, builder))
     vlm.engine.encoder = tiny.engine.encoder
     many = vlm.ask_many(PICTURE, QUESTIONS[:3], sampling=SHORT)

@@ -15,7 +15,7 @@ from PIL import Image
 import mlx_smolvlm
 from demo_recipe.examples import example
 from mlx_smolvlm import Choice, MediaError, PromptError, Sampling, SmolVLM
-from mlx_smolvlm.checkpoint.load import tokenizer_path
+from mlx_smolvlm.checkpoint.load import find_tokenizer
 from mlx_smolvlm.generate.choose import rated
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.model.text import TextModel
@@ -116,7 +116,7 @@ def test_a_choice_that_merges_with_what_is_before_it(tiny: SmolVLM) -> None:
         "{% for item in m['content'] %}{{ item['text'] }}{% endfor %}<end_of_utterance>"
         "{% endfor %}{% if add_generation_prompt %} squa{% endif %}"
     )
-    builder = PromptBuilder(tokenizer_path(tiny.path), source, tiny.config)
+    builder = PromptBuilder(find_tokenizer(tiny.path), source, tiny.config)
     vlm = SmolVLM(Engine(tiny.path, tiny.config, tiny.model, builder))
     messages = question("Which?", 0)
     prompt = builder.build(messages, [])

@@ -27,8 +27,8 @@ from transformers import (  # noqa: E402
 from mlx_smolvlm.convert.compare import CompareOptions, Comparison, compare  # noqa: E402
 from mlx_smolvlm.convert.compare.measure import compare_opened  # noqa: E402
 from mlx_smolvlm.convert.compare.samples import PLAIN_QUESTION  # noqa: E402
-from mlx_smolvlm.convert.names import entries  # noqa: E402
-from mlx_smolvlm.convert.open_model import OpenedFolder, OpenedSource  # noqa: E402
+from mlx_smolvlm.convert.names import list_entries  # noqa: E402
+from mlx_smolvlm.convert.open_model import FolderReader, SourceReader  # noqa: E402
 from mlx_smolvlm.convert.options import ConvertOptions  # noqa: E402
 from mlx_smolvlm.convert.run import convert_checkpoint  # noqa: E402
 from mlx_smolvlm.convert.source import open_source  # noqa: E402
@@ -103,14 +103,14 @@ def save(model: Any, tokenizer: Any, folder: Path) -> Path:
 
 def take_floats(model: Any, folder: Path) -> None:
     """Give `model` every matrix of our `folder` as floats, split into its members."""
-    opened = OpenedFolder(folder)
+    opened = FolderReader(folder)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
-        for entry in entries(opened.config):
+        for entry in list_entries(opened.config):
             if not entry.quantizable:
                 continue
-            matrix = opened.matrix(entry.path)
-            floats, start = np.array(matrix.rows(0, matrix.shape[0])), 0
+            matrix = opened.read_matrix(entry.path)
+            floats, start = np.array(matrix.get_rows(0, matrix.shape[0])), 0
             for member, shape in zip(entry.members, entry.shapes, strict=True):
                 name = "lm_head.weight" if member == "lm_head" else f"model.{member}.weight"
                 part = torch.from_numpy(floats[start : start + shape[0]])
@@ -197,7 +197,7 @@ def test_texts(trio: Trio, found: Comparison) -> None:
 
 def pixels_of(trio: Trio, picture: Image.Image) -> Any:
     """The picture's tiles as transformers takes them."""
-    config = OpenedFolder(trio.folders[0]).config
+    config = FolderReader(trio.folders[0]).config
     tiled = np.ascontiguousarray(tiles(picture, config, "high").pixel_values)
     return torch.from_numpy(tiled).permute(0, 3, 1, 2)[None]
 
@@ -296,7 +296,7 @@ def test_the_source_itself_is_the_same_reference(
     trio: Trio, found: Comparison, options: CompareOptions
 ) -> None:
     again = compare_opened(
-        OpenedSource(open_source(trio.source)), OpenedFolder(trio.folders[1]), options
+        SourceReader(open_source(trio.source)), FolderReader(trio.folders[1]), options
     )
     assert again.texts is not None
     assert found.texts is not None

@@ -136,12 +136,12 @@ def test_defaults_that_transformers_fills_in_are_ours(tmp_path, kind):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": 2}')
-    from mlx_smolvlm.convert.hf_config import read_settings
+    from mlx_smolvlm.convert.hf_config import read_hf_config
 
     theirs = config_class.from_pretrained(tmp_path)
     values["scale_factor"] = 1  # the default of 2 does not divide the default grid of 7
     (tmp_path / "config.json").write_text(json.dumps(values))
-    ours = read_settings(tmp_path, "s")
+    ours = read_hf_config(tmp_path, "s")
     vision_fields = (*VISION, "layer_norm_eps")
     for name in vision_fields:
         assert getattr(ours.vision, name) == getattr(theirs.vision_config, name), name

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers.video_utils import VideoMetadata
 
 from mlx_smolvlm.config import VideoConfig
-from mlx_smolvlm.convert.hf_processor import processors, video_config
+from mlx_smolvlm.convert.hf_processor import read_processors, read_video_config
 from mlx_smolvlm.media.tiles import Grid, frame_tile
 from mlx_smolvlm.media.timeline import sample_indices
 from mlx_smolvlm.media.video import Video, open_video
@@ -45,7 +45,7 @@ class Pair:
             tile=side, patch=patch, scale=scale, image_token_id=image_token_id,
             vocab_size=vocab_size,
         )  # fmt: skip
-        self.config = replace(config, video=video_config(*processors(folder)))
+        self.config = replace(config, video=read_video_config(*read_processors(folder)))
         assert self.config.image_seq_len == seq_len
         self.builder = PromptBuilder(
             oracle.tokenizer_json(name), oracle.chat_template(name), self.config
@@ -272,7 +272,7 @@ def test_transformers_gives_frames_the_size_of_pictures(name):
     """What SmolVLMVideoProcessor does with these files; once it does not, the page is old."""
     folder = oracle.REFERENCE / "checkpoints" / name
     loaded = videos.SmolVLMVideoProcessor.from_pretrained(folder)
-    ours = video_config(*processors(folder))
+    ours = read_video_config(*read_processors(folder))
     assert loaded.size["longest_edge"] == 4 * ours.longest_edge
 
 

@@ -6,8 +6,7 @@ import pytest
 
 from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.config import Quantization
-from mlx_smolvlm.convert.options import ConvertOptions
-from mlx_smolvlm.convert.quant.recipes import RECIPES, read_recipe
+from mlx_smolvlm.convert.options import RECIPES, ConvertOptions, read_recipe
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import hf_folder as hf
