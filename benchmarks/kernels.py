@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm import CacheOptions, load
-from mlx_smolvlm.generate.batch import Rows
+from mlx_smolvlm.generate.batch import RowDecoder
 from mlx_smolvlm.model.model import Model, compile_encoder
 
 VIEWS = {
@@ -97,7 +97,7 @@ def decoded_tokens(model: Model, answers: int) -> Counter[str]:
     mx.eval(
         model.text_model(model.text_model.embed_tokens(mx.array([[0, 0]])), cache), cache.arrays
     )
-    rows, token_ids = Rows(model, cache, answers), mx.array([0] * answers)
+    rows, token_ids = RowDecoder(model, cache, answers), mx.array([0] * answers)
 
     def step() -> list[mx.array]:
         logits = rows.step(token_ids, np.arange(answers))

@@ -24,7 +24,7 @@ import mlx_smolvlm
 from mlx_smolvlm import Sampling
 from mlx_smolvlm.config import Config, ImageConfig, QuantizationConfig, TextConfig, VisionConfig
 from mlx_smolvlm.generate.grammar import Constrainer, Constraint
-from mlx_smolvlm.generate.loop import constrained_tokens, tokens
+from mlx_smolvlm.generate.loop import generate_constrained_tokens, generate_tokens
 from mlx_smolvlm.generate.sampling import make_sampler
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.prompt.builder import PromptBuilder
@@ -60,9 +60,9 @@ class Timed(Constraint):
 
     masks_s, steps_s, chosen = 0.0, 0.0, 0
 
-    def allowed(self) -> mx.array:
+    def compute_mask(self) -> mx.array:
         started = time.perf_counter()
-        mask = super().allowed()
+        mask = super().compute_mask()
         self.masks_s += time.perf_counter() - started
         self.chosen += 1
         return mask
@@ -72,9 +72,9 @@ class Timed(Constraint):
         super().take(token_id)
         self.steps_s += time.perf_counter() - started
 
-    def forced(self, most: int) -> list[int]:
+    def take_forced(self, most: int) -> list[int]:
         started = time.perf_counter()
-        token_ids = super().forced(most)
+        token_ids = super().take_forced(most)
         self.steps_s += time.perf_counter() - started
         return token_ids
 
@@ -82,7 +82,7 @@ class Timed(Constraint):
 class OneByOne(Timed):
     """Has every token chosen, the forced ones out of one."""
 
-    def forced(self, most: int) -> list[int]:
+    def take_forced(self, most: int) -> list[int]:
         return []
 
 
@@ -108,13 +108,13 @@ class Runs:
         sampler, cache = make_sampler(Sampling()), model.make_cache()
         ids: Iterator[int]
         if name == "free":
-            ids = tokens(model, self._embeds, cache, sampler, self._most)
+            ids = generate_tokens(model, self._embeds, cache, sampler, self._most)
         else:
             kind = OneByOne if name == "schema, one by one" else Timed
             held = Sampling(regex=ANYTHING) if name == "masked" else Sampling(schema=SCHEMA)
             most = self._most if name == "masked" else 1000
             constraint = self.constraint(kind, held)
-            ids = constrained_tokens(model, self._embeds, cache, sampler, constraint, most)
+            ids = generate_constrained_tokens(model, self._embeds, cache, sampler, constraint, most)
         started = time.perf_counter()
         said = list(ids)
         elapsed = time.perf_counter() - started

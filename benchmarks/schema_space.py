@@ -16,7 +16,7 @@ import mlx_smolvlm
 from demo_recipe.evaluate import cases
 from mlx_smolvlm import Sampling
 from mlx_smolvlm.generate.grammar import Constraint
-from mlx_smolvlm.generate.json_schema import grammar
+from mlx_smolvlm.generate.json_schema import make_grammar
 
 FAMILIES = ("color", "count", "where")
 LEADS = {"free": None, "space demanded": " ", "space left to the model": " ?", "no space": ""}
@@ -26,7 +26,7 @@ def constraint(vlm: mlx_smolvlm.SmolVLM, answers: list[str], lead: str) -> Const
     """Holds an answer to `answers`, after `lead`, a regular expression."""
     regex = f"{lead}({'|'.join(map(re.escape, answers))})"
     constrainer: Any = vlm.engine.constrainer
-    return Constraint(constrainer._tokenizer, grammar(None, regex), "")
+    return Constraint(constrainer._tokenizer, make_grammar(None, regex), "")
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
             stream = vlm.stream(case.messages, images=case.pictures, sampling=sampling)
             if lead is not None:
                 stream._constraint = constraint(vlm, answers[case.family], lead)
-            right += stream.finished().text.strip() == case.answer
+            right += stream.finish().text.strip() == case.answer
         print(f"{name:24} {right} of {len(asked)}")
 
 

@@ -137,7 +137,7 @@ def _answered(vlm: Any, clip: Any, row: Row) -> Row:
             pass
     row["encode_s"] -= row["decode_s"] + row["resize_s"]
     with clock(row, "prefill_s"):
-        reply = stream.finished()
+        reply = stream.finish()
     return {
         "tiles": reply.video_frames,
         "tokens": reply.prompt_tokens,

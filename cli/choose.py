@@ -146,10 +146,10 @@ def decode_choices(options: ChooseOptions) -> tuple[str, ...]:
     Raises:
         typer.BadParameter: There are too few choices, or one is empty, repeated or not text.
     """
-    from mlx_smolvlm.generate.choose import checked_choices
+    from mlx_smolvlm.generate.choose import check_choices
 
     texts = tuple(decode_text("--choice", choice) for choice in options.choices)
     try:
-        return checked_choices(texts, options.normalize)
+        return check_choices(texts, options.normalize)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--choice") from None

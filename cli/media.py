@@ -173,7 +173,7 @@ def describe_cost(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> str:
 
     grid = grid_of(image.image.size, vlm.config, detail)
     tiles = "1 tile" if grid.num_tiles == 1 else f"{grid.rows} x {grid.cols} tiles + 1"
-    return f"{image.name}: {tiles}, {vlm.engine.prompt_builder.tokens_of(grid)} tokens"
+    return f"{image.name}: {tiles}, {vlm.engine.prompt_builder.count_image_tokens(grid)} tokens"
 
 
 def sample_video(vlm: SmolVLM, video: OpenedVideo) -> Clip:
@@ -189,7 +189,7 @@ def sample_video(vlm: SmolVLM, video: OpenedVideo) -> Clip:
     if sys.stderr.isatty():
         count = len(clip.indices)
         frames = "1 frame" if count == 1 else f"{count} frames"
-        tokens = vlm.engine.prompt_builder.tokens_of_clip(clip)
+        tokens = vlm.engine.prompt_builder.count_clip_tokens(clip)
         say(f"{video.name}: {frames} of {clock(clip.duration_s)}, {tokens} tokens", dim=True)
     return clip
 

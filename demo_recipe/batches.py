@@ -247,7 +247,7 @@ def picture_prefix(
         ids += [*encode(f"System: {system}").ids, builder.config.eos_token_ids[0]]
     ids += encode("User:" if system is None else "\nUser:").ids
     for grid in grids:
-        ids += builder.image_ids(grid)
+        ids += builder.encode_grid(grid)
     return ids
 
 

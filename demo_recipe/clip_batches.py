@@ -164,6 +164,6 @@ def clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
     for index in indices:
         text = f"{before}\nFrame from {stamp(index / clip.fps)}:"
         ids += builder.tokenizer.encode(text, add_special_tokens=False).ids
-        ids += builder.image_ids(Grid(0, 0))
+        ids += builder.encode_grid(Grid(0, 0))
         before = ""
     return ids

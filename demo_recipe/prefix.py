@@ -86,7 +86,7 @@ def layer_states(
 ) -> list[mx.array]:
     """Hidden states (B, L, D) after each layer, the last one normalised."""
     b, length, _ = inputs_embeds.shape
-    turned = [cache.offset] * text_model.rotated_rows + [0] * text_model.still_rows
+    turned = [cache.offset] * text_model.rotary_rows + [0] * text_model.value_rows
     positions = mx.array(turned * b)
     states, x = [], inputs_embeds
     for layer in text_model.layers:

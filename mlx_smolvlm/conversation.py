@@ -16,8 +16,7 @@ import mlx.core as mx
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, ContextError, PromptError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.generate.engine import Engine
-from mlx_smolvlm.generate.limits import ROOM
+from mlx_smolvlm.generate.engine import ANSWER_SHARE, Engine
 from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
 from mlx_smolvlm.generate.stream import AnswerStream, Reply
 from mlx_smolvlm.media.encode import Footage, Medium, Picture
@@ -26,10 +25,10 @@ from mlx_smolvlm.prompt.messages import (
     ImageSource,
     Message,
     VideoSource,
+    make_system_messages,
     read_request,
-    system_message,
 )
-from mlx_smolvlm.prompt.template import checked
+from mlx_smolvlm.prompt.template import normalize_message
 from mlx_smolvlm.reuse.content import Content, State
 from mlx_smolvlm.reuse.disk import content_in, content_values, is_plain, kept, read, restored, write
 
@@ -128,7 +127,7 @@ def _turn(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Co
         PromptError: A message is malformed.
         KeyError, TypeError, ValueError, OverflowError: A value is missing or of another kind.
     """
-    question = checked(values["question"], 1)
+    question = normalize_message(values["question"], 1)
     media = tuple(_medium(one, tensors, config) for one in values["media"])
     items = [item["type"] for item in question["content"] if item["type"] in NOUNS]
     kinds = ["image" if isinstance(one, Picture) else "video" for one in media]
@@ -142,7 +141,7 @@ def _text(role: str, value: Any) -> str:
     """`value` as the text of a message of `role`; errors as `_turn`."""
     if not isinstance(value, str):
         raise TypeError
-    message: Message = checked({"role": role, "content": value}, 1)
+    message: Message = normalize_message({"role": role, "content": value}, 1)
     return str(message["content"][0]["text"])
 
 
@@ -263,7 +262,7 @@ class Conversation:
         """The whole answer to the next `prompt`; errors as in `SmolVLM.ask`."""
         sampling = choose_sampling(sampling, options, self._options.sampling)
         with self._lock:
-            return self.stream(prompt, images, videos=videos, sampling=sampling).finished()
+            return self.stream(prompt, images, videos=videos, sampling=sampling).finish()
 
     def stream(
         self,
@@ -392,7 +391,7 @@ class Conversation:
         room for several turns to come.
         """
         drops, size = self._options.on_full == "drop-oldest", self.context_size
-        answer = min(sampling.max_tokens, size // ROOM)
+        answer = min(sampling.max_tokens, size // ANSWER_SHARE)
         limit = size - answer
         while True:
             messages, media = self._transcript(turns), _media(turns)
@@ -412,7 +411,7 @@ class Conversation:
     def _transcript(self, turns: Sequence[Turn]) -> list[Message]:
         """The messages of `turns`, after the system message."""
         said = [message for turn in turns for message in turn.messages]
-        return [*system_message(self._system), *said]
+        return [*make_system_messages(self._system), *said]
 
     def _settle(self) -> None:
         """Write down what was said in the last turn, and keep what it has computed."""

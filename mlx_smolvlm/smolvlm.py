@@ -12,10 +12,10 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.generate.batch import answer_all, checked_prompts
-from mlx_smolvlm.generate.choose import Choice, Normalize, checked_choices, chosen
+from mlx_smolvlm.generate.batch import answer_all, check_prompts
+from mlx_smolvlm.generate.choose import Choice, Normalize, check_choices, choose_answer
 from mlx_smolvlm.generate.engine import Engine
-from mlx_smolvlm.generate.long_video import Part, answers_by_part
+from mlx_smolvlm.generate.long_video import Part, answer_by_part
 from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
 from mlx_smolvlm.generate.stream import AnswerStream, Reply
 from mlx_smolvlm.kv.options import CacheOptions
@@ -88,7 +88,7 @@ class SmolVLM:
         sampling = choose_sampling(sampling, options, Sampling())
         return self.stream(
             prompt, images, videos=videos, system=system, sampling=sampling, detail=detail
-        ).finished()
+        ).finish()
 
     def stream(
         self,
@@ -142,10 +142,10 @@ class SmolVLM:
             PromptError: A prompt is no text, or longer than the context.
         """
         sampling = choose_sampling(sampling, options, Sampling())
-        texts = checked_prompts(prompts)
+        texts = check_prompts(prompts)
         request = read_request("", () if images is None else images, videos, system)
         media = self.engine.open_media(request, detail)
-        asked = [self.engine.make_prompt(request.asking(text), media) for text in texts]
+        asked = [self.engine.make_prompt(request.replace_question(text), media) for text in texts]
         return answer_all(self.engine, asked, sampling)
 
     def choose(
@@ -179,14 +179,14 @@ class SmolVLM:
             MediaError: A picture or video cannot be read.
             PromptError: The messages are malformed, or longer than the context.
         """
-        texts = checked_choices(choices, normalize)
+        texts = check_choices(choices, normalize)
         request = read_request(question, images, videos, system)
         media = self.engine.open_media(request, detail)
         prompt = self.engine.make_prompt(request.messages, media)
         answers = [{"role": "assistant", "content": [{"type": "text", "text": t}]} for t in texts]
         whole = [[*request.messages, answer] for answer in answers]
         told = [self.engine.make_prompt(messages, media, False) for messages in whole]
-        return chosen(self.engine, prompt, told, texts, normalize)
+        return choose_answer(self.engine, prompt, told, texts, normalize)
 
     def stream_parts(
         self,
@@ -215,7 +215,7 @@ class SmolVLM:
             PromptError: A part has more frames than the context holds.
         """
         clips = self.engine.open_parts(video, seconds)
-        return answers_by_part(self.engine, prompt, clips, system, sampling)
+        return answer_by_part(self.engine, prompt, clips, system, sampling)
 
     def chat(
         self,

@@ -224,13 +224,13 @@ def encoded(vlm: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the prompts that go through the decoder from now on."""
     lengths: list[int] = []
-    original = mlx_smolvlm.generate.stream.tokens
+    original = mlx_smolvlm.generate.stream.generate_tokens
 
     def counting(model: Any, inputs_embeds: mx.array, *rest: Any) -> Iterator[int]:
         lengths.append(inputs_embeds.shape[1])
         return original(model, inputs_embeds, *rest)
 
-    monkeypatch.setattr(mlx_smolvlm.generate.stream, "tokens", counting)
+    monkeypatch.setattr(mlx_smolvlm.generate.stream, "generate_tokens", counting)
     return lengths
 
 
@@ -342,9 +342,9 @@ def test_retry_answers_the_last_question_anew(warm: SmolVLM, cold: SmolVLM) -> N
         chat.retry()
     chat.ask("What?", images=[noise(1)])
     first = chat.ask("And?")
-    assert chat.retry().finished().text == first.text
+    assert chat.retry().finish().text == first.text
     varied = Sampling(max_tokens=9, temperature=5.0, seed=3)
-    again = chat.retry(varied).finished()
+    again = chat.retry(varied).finish()
     assert again.encoded_tiles == 0
     assert again.text != first.text
     said = [message["content"][-1]["text"] for message in chat.messages]
@@ -493,7 +493,7 @@ def test_a_retry_that_forgets_says_so(warm: SmolVLM) -> None:
     before.ask("What?")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        before.retry(longer).finished()
+        before.retry(longer).finish()
 
 
 def test_wrong_arguments(warm: SmolVLM) -> None:
@@ -512,7 +512,7 @@ def test_context_used_counts_the_answer_that_is_given(warm: SmolVLM) -> None:
     assert chat.context_used == 0
     stream = chat.stream("What?")
     assert chat.context_used == stream.reply.prompt_tokens
-    stream.finished()
+    stream.finish()
     assert chat.context_used == stream.reply.prompt_tokens + 5
 
 

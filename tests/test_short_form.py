@@ -32,11 +32,11 @@ def test_the_short_form_answers_as_the_long_one(tiny: SmolVLM) -> None:
     sampling = Sampling(**VARIED)  # type: ignore[arg-type]
     long = tiny.ask("What?", images=[PICTURE], sampling=sampling).token_ids
     assert tiny.ask("What?", PICTURE, **VARIED).token_ids == long
-    assert tiny.stream("What?", [PICTURE], **VARIED).finished().token_ids == long
+    assert tiny.stream("What?", [PICTURE], **VARIED).finish().token_ids == long
     assert tiny.ask_many(PICTURE, ["What?"], **VARIED)[0].token_ids == long
     assert tiny.chat(**VARIED).ask("What?", PICTURE).token_ids == long
     assert tiny.chat().ask("What?", PICTURE, **VARIED).token_ids == long
-    assert tiny.chat().stream("What?", PICTURE, sampling=sampling).finished().token_ids == long
+    assert tiny.chat().stream("What?", PICTURE, sampling=sampling).finish().token_ids == long
 
 
 def test_a_turns_options_change_those_of_the_conversation_once(tiny: SmolVLM) -> None:

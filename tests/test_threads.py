@@ -73,11 +73,11 @@ def test_one_answer_is_not_generated_by_two_threads_at_once(
     stream = chat.stream(QUESTIONS[0])
     actions: list[Callable[[], object]] = [
         *(lambda: next(stream), lambda: next(stream.prepare(), None), lambda: list(stream)),
-        *(stream.close, stream.finished),
+        *(stream.close, stream.finish),
         *(chat.undo, chat.fork, chat.reset, lambda: chat.stream(QUESTIONS[1])),
     ]
     with ThreadPoolExecutor(1) as pool:
-        answer = pool.submit(stream.finished)
+        answer = pool.submit(stream.finish)
         assert reached.wait(10)
         for action in actions:
             with pytest.raises(SmolVLMError, match="being generated in another thread"):

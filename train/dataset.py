@@ -16,7 +16,7 @@ from typing import Any
 
 from mlx_smolvlm.errors import DatasetError, PromptError, shorten
 from mlx_smolvlm.files import expand_path, read_file
-from mlx_smolvlm.prompt.template import checked
+from mlx_smolvlm.prompt.template import normalize_message
 
 Message = dict[str, Any]
 
@@ -181,12 +181,12 @@ def _listed(value: Any) -> list[Message]:
     """Messages rebuilt from plain values."""
     if not isinstance(value, list) or not value:
         raise DatasetError("messages must be a list of one or more messages")
-    return [checked(message, number) for number, message in enumerate(value, 1)]
+    return [normalize_message(message, number) for number, message in enumerate(value, 1)]
 
 
 def _said(role: str, text: str) -> Message:
     """A message of one text."""
-    return checked({"role": role, "content": text}, 1)
+    return normalize_message({"role": role, "content": text}, 1)
 
 
 def _check_answers(messages: list[Message]) -> None:

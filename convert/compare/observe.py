@@ -268,7 +268,7 @@ def _answer(vlm: SmolVLM, asked: Asked, work: Work) -> tuple[Passage, Answered]:
     request = read_request(asked.text, pictures, (), None)
     media = vlm.engine.open_media(request, work.detail)
     prompt = vlm.engine.make_prompt(request.messages, media)
-    reply = AnswerStream(vlm.engine, prompt, Sampling(max_tokens=work.max_tokens)).finished()
+    reply = AnswerStream(vlm.engine, prompt, Sampling(max_tokens=work.max_tokens)).finish()
     answer = Answered(reply.text, tuple(reply.token_ids))
     return Passage(prompt.input_ids, prompt.input_ids.size, joined(media)), answer
 

@@ -114,7 +114,7 @@ def _drawn(vlm: SmolVLM) -> Iterator[Sample]:
         media = vlm.engine.open_media(request, "low")
         sampling = Sampling(max_tokens=ANSWER_TOKENS)
         prompt = vlm.engine.make_prompt(request.messages, media)
-        reply = AnswerStream(vlm.engine, prompt, sampling).finished()
+        reply = AnswerStream(vlm.engine, prompt, sampling).finish()
         yield from _answered(vlm, request.messages, media, reply.text)
 
 

@@ -12,10 +12,10 @@ from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.generate.engine import Engine, Prompt
 from mlx_smolvlm.generate.loop import PREFILL_CHUNK, prefill
 from mlx_smolvlm.generate.sampling import RowSampler, Sampling, make_row_sampler
-from mlx_smolvlm.generate.stream import Answer, AnswerStream, Ready, Reply, preparing
+from mlx_smolvlm.generate.stream import Answer, AnswerStream, PreparedPrompt, Reply, prepare_answer
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.model.model import Model
-from mlx_smolvlm.model.text import Places
+from mlx_smolvlm.model.text import Placement
 from mlx_smolvlm.reuse.content import State, common
 
 CONTEXTS = 2  # the cache of rows that go together holds at most so many times the context
@@ -23,8 +23,8 @@ MAX_ROWS = 64  # and their logits are at most so many rows
 BEGINNING = -1  # owner of the tokens that every row sees
 
 
-class Rows:
-    """Rows behind what `cache` holds, which is the beginning of each."""
+class RowDecoder:
+    """RowDecoder behind what `cache` holds, which is the beginning of each."""
 
     def __init__(self, model: Model, cache: KVCache, count: int) -> None:
         self._model, self._cache = model, cache
@@ -39,9 +39,9 @@ class Rows:
     def prefill(self, suffixes: Sequence[np.ndarray]) -> mx.array:
         """`logits` (B, vocabulary) after the tokens of `suffixes`, one for each row."""
         ends = np.cumsum([suffix.size for suffix in suffixes]) - 1
-        return self._model.head(self.states(suffixes)[mx.array(ends)])
+        return self._model.head(self.compute_hidden_states(suffixes)[mx.array(ends)])
 
-    def states(self, suffixes: Sequence[np.ndarray]) -> mx.array:
+    def compute_hidden_states(self, suffixes: Sequence[np.ndarray]) -> mx.array:
         """Hidden states (L, D) of the tokens of `suffixes`, one for each row, joined."""
         token_ids = np.concatenate(suffixes)
         rows = np.repeat(np.arange(len(suffixes)), [suffix.size for suffix in suffixes])
@@ -60,10 +60,10 @@ class Rows:
         """Hidden states (L, D) of `token_ids` (L,), which belong to `rows` (L,)."""
         text_model = self._model.text_model
         embeds: mx.array = text_model.embed_tokens(token_ids)[None]  # (1, L, D)
-        hidden_states: mx.array = text_model(embeds, self._cache, self._places(rows))[0]
+        hidden_states: mx.array = text_model(embeds, self._cache, self._place(rows))[0]
         return hidden_states
 
-    def _places(self, rows: np.ndarray) -> Places:
+    def _place(self, rows: np.ndarray) -> Placement:
         """Where the next tokens stand, which belong to `rows` (L,) and are counted here."""
         same = rows[:, None] == rows
         positions = self._lengths[rows] + np.tril(same, -1).sum(axis=1)
@@ -71,16 +71,16 @@ class Rows:
         mask = mx.array(np.concatenate([sees, np.tril(same)], axis=1))
         self._owners = np.concatenate([self._owners, rows])
         np.add.at(self._lengths, rows, 1)
-        return Places(positions, mask)
+        return Placement(positions, mask)
 
 
-def beginning(sequences: Sequence[np.ndarray]) -> int:
+def count_shared_tokens(sequences: Sequence[np.ndarray]) -> int:
     """Tokens that all `sequences` begin with; each has at least one more."""
     shared = min(common(sequences[0], sequence) for sequence in sequences)
     return min(shared, *(sequence.size - 1 for sequence in sequences))
 
 
-def groups(columns: Sequence[int], shared: int, context: int) -> Iterator[range]:
+def split_into_groups(columns: Sequence[int], shared: int, context: int) -> Iterator[range]:
     """Which rows go through the decoder together, one group after the other.
 
     A group's tokens and the beginning fill at most `CONTEXTS` contexts. What they take is
@@ -104,7 +104,7 @@ def groups(columns: Sequence[int], shared: int, context: int) -> Iterator[range]
 GROWTH = 256  # tokens that an answer is expected to take; one that takes more may have to move
 
 
-def checked_prompts(prompts: Sequence[str]) -> Sequence[str]:
+def check_prompts(prompts: Sequence[str]) -> Sequence[str]:
     """`prompts`, each of which is a text.
 
     Raises:
@@ -127,35 +127,35 @@ def answer_all(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) ->
     """
     if not prompts:
         return []
-    shared = beginning([prompt.input_ids for prompt in prompts])
+    shared = count_shared_tokens([prompt.input_ids for prompt in prompts])
     image_token_id = engine.config.image_token_id
     outside = any((prompt.input_ids[shared:] == image_token_id).any() for prompt in prompts)
     if outside or sampling.is_constrained:
-        return [AnswerStream(engine, prompt, sampling).finished() for prompt in prompts]
+        return [AnswerStream(engine, prompt, sampling).finish() for prompt in prompts]
     context = engine.context_size
     rows = [
-        Row(
+        AnswerRow(
             Answer(engine, prompt, sampling.stop),
             prompt.input_ids[shared:],
-            prompt.room(context, sampling.max_tokens),
+            prompt.limit_tokens(context, sampling.max_tokens),
         )
         for prompt in prompts
     ]
     first = replace(prompts[0], input_ids=prompts[0].input_ids[:shared])
-    cache = held(engine, first, rows[0].answer.reply)
+    cache = make_prefix_cache(engine, first, rows[0].answer.reply)
     for row in rows[1:]:
         row.answer.reply.cached_tokens = shared
     sampler, waiting = make_row_sampler(sampling), list(rows)
     while waiting:
-        number = len(next(groups([row.soon for row in waiting], shared, context)))
+        number = len(next(split_into_groups([row.soon for row in waiting], shared, context)))
         group, waiting = waiting[:number], waiting[number:]
         cache.trim(shared)
-        decoding = Decoding(group, Rows(engine.model, cache, number), sampler)
+        decoding = GroupDecoder(group, RowDecoder(engine.model, cache, number), sampler)
         waiting = decoding.run(CONTEXTS * context) + waiting
     return [row.answer.reply for row in rows]
 
 
-def held(engine: Engine, beginning: Prompt, reply: Reply) -> KVCache:
+def make_prefix_cache(engine: Engine, beginning: Prompt, reply: Reply) -> KVCache:
     """A cache of `beginning`, which is remembered; `reply` is told what was there already.
 
     It holds every token: rows side by side need a mask, which a bounded cache does not take.
@@ -170,12 +170,12 @@ def held(engine: Engine, beginning: Prompt, reply: Reply) -> KVCache:
         prefill(engine.model, embeds, cache)
         mx.eval(cache.arrays)
         return cache
-    steps = preparing(engine, beginning, reply)
+    steps = prepare_answer(engine, beginning, reply)
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            ready: Ready = end.value
+            ready: PreparedPrompt = end.value
             break
     prefill(engine.model, ready.inputs_embeds, ready.cache)
     mx.eval(ready.cache.arrays)
@@ -184,7 +184,7 @@ def held(engine: Engine, beginning: Prompt, reply: Reply) -> KVCache:
 
 
 @dataclass(frozen=True)
-class Row:
+class AnswerRow:
     """One of the answers: its prompt behind the beginning, and its tokens at most."""
 
     answer: Answer
@@ -207,15 +207,15 @@ class Row:
         return self.suffix.size + min(self.limit, self.count + GROWTH)
 
 
-class Decoding:
+class GroupDecoder:
     """Answers of one group on their way through the decoder, a token of each at a time."""
 
-    def __init__(self, group: Sequence[Row], rows: Rows, sampler: RowSampler) -> None:
+    def __init__(self, group: Sequence[AnswerRow], rows: RowDecoder, sampler: RowSampler) -> None:
         self._group, self._rows, self._sampler = group, rows, sampler
         self._counts = np.array([row.count for row in group])  # of tokens drawn
         self._limits = np.array([row.limit for row in group])
 
-    def run(self, columns: int) -> list[Row]:
+    def run(self, columns: int) -> list[AnswerRow]:
         """Bring the answers to their ends.
 
         While the host handles the tokens, the device already computes the next ones; those
@@ -245,7 +245,7 @@ class Decoding:
             for number, token_id in zip(live.tolist(), np.array(drawn).tolist(), strict=True):
                 self._add(number, token_id)
             live = live[going]
-            open_ = np.flatnonzero([not self._group[n].answer.ended for n in live.tolist()])
+            open_ = np.flatnonzero([not self._group[n].answer.is_ended for n in live.tolist()])
             if full or not open_.size:
                 return [self._group[number] for number in live[open_].tolist()]
             live, drawn = live[open_], following[mx.array(open_)]
@@ -261,5 +261,5 @@ class Decoding:
         """Join a token to an answer, and end that at its limit."""
         row = self._group[number]
         row.answer.add(token_id)
-        if row.answer.ended or row.count == row.limit:
+        if row.answer.is_ended or row.count == row.limit:
             row.answer.finish()

@@ -10,14 +10,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.errors import PromptError
-from mlx_smolvlm.generate.batch import Rows, groups, held
+from mlx_smolvlm.generate.batch import RowDecoder, make_prefix_cache, split_into_groups
 from mlx_smolvlm.generate.engine import Engine, Prompt
 from mlx_smolvlm.generate.sampling import log_normalizer
 from mlx_smolvlm.generate.stream import Reply
 from mlx_smolvlm.reuse.content import common
 
 Normalize = Literal["none", "tokens"]
-SCORED = 128  # positions that go through the output head at once; bounds the logits
+SCORE_CHUNK = 128  # positions that go through the output head at once; bounds the logits
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Choice:
         return asdict(self)
 
 
-def checked_choices(choices: Sequence[str], normalize: str) -> tuple[str, ...]:
+def check_choices(choices: Sequence[str], normalize: str) -> tuple[str, ...]:
     """`choices` that can be told apart.
 
     Raises:
@@ -75,7 +75,9 @@ def checked_choices(choices: Sequence[str], normalize: str) -> tuple[str, ...]:
     return tuple(choices)
 
 
-def rated(choices: tuple[str, ...], scores: Sequence[np.ndarray], normalize: Normalize) -> Choice:
+def make_choice(
+    choices: tuple[str, ...], scores: Sequence[np.ndarray], normalize: Normalize
+) -> Choice:
     """What `scores`, the log-probabilities of each choice's tokens, make of `choices`."""
     sums = np.array([score.sum() for score in scores])
     counts = [score.size for score in scores]
@@ -92,7 +94,7 @@ def rated(choices: tuple[str, ...], scores: Sequence[np.ndarray], normalize: Nor
     )
 
 
-def chosen(
+def choose_answer(
     engine: Engine,
     prompt: Prompt,
     told: Sequence[Prompt],
@@ -105,12 +107,13 @@ def chosen(
         PromptError: The chat template does not end an answer.
     """
     transcripts = [
-        ended(engine, one.input_ids, common(prompt.input_ids, one.input_ids)) for one in told
+        cut_after_answer(engine, one.input_ids, common(prompt.input_ids, one.input_ids))
+        for one in told
     ]
-    return rated(choices, log_probabilities(engine, prompt, transcripts), normalize)
+    return make_choice(choices, compute_log_probabilities(engine, prompt, transcripts), normalize)
 
 
-def ended(engine: Engine, told: np.ndarray, start: int) -> np.ndarray:
+def cut_after_answer(engine: Engine, told: np.ndarray, start: int) -> np.ndarray:
     """`told`, a transcript whose answer begins at `start`, up to the token that ends that.
 
     Raises:
@@ -125,7 +128,7 @@ def ended(engine: Engine, told: np.ndarray, start: int) -> np.ndarray:
     return told[: start + int(ends[-1]) + 1]
 
 
-def log_probabilities(
+def compute_log_probabilities(
     engine: Engine, prompt: Prompt, transcripts: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
     """Log-probabilities (float64) of each transcript's tokens behind `prompt`.
@@ -140,27 +143,27 @@ def log_probabilities(
     """
     starts = [common(prompt.input_ids, told) for told in transcripts]
     shared = min(starts) - 1  # the token before an answer is in its row: it foretells the first
-    cache = held(engine, replace(prompt, input_ids=prompt.input_ids[:shared]), Reply())
+    cache = make_prefix_cache(engine, replace(prompt, input_ids=prompt.input_ids[:shared]), Reply())
     context = engine.context_size
     scores = []
-    for group in groups([told.size - shared for told in transcripts], shared, context):
+    for group in split_into_groups([told.size - shared for told in transcripts], shared, context):
         cache.trim(shared)
         suffixes = [transcripts[number][shared:] for number in group]
-        states = Rows(engine.model, cache, len(group)).states(suffixes)
+        states = RowDecoder(engine.model, cache, len(group)).compute_hidden_states(suffixes)
         before = 0
         for number, suffix in zip(group, suffixes, strict=True):
             first = starts[number] - shared
             own = states[before + first - 1 : before + suffix.size - 1]
-            scores.append(_of_tokens(engine, own, suffix[first:]))
+            scores.append(_score_tokens(engine, own, suffix[first:]))
             before += suffix.size
     return scores
 
 
-def _of_tokens(engine: Engine, states: mx.array, token_ids: np.ndarray) -> np.ndarray:
+def _score_tokens(engine: Engine, states: mx.array, token_ids: np.ndarray) -> np.ndarray:
     """Log-probability of each of `token_ids` (L,) after the one of `states` (L, D) before it."""
     parts = []
-    for start in range(0, token_ids.size, SCORED):
-        part = slice(start, start + SCORED)
+    for start in range(0, token_ids.size, SCORE_CHUNK):
+        part = slice(start, start + SCORE_CHUNK)
         logits = engine.model.head(states[part]).astype(mx.float32)
         chosen = mx.take_along_axis(logits, mx.array(token_ids[part])[:, None], axis=1)
         numbers = mx.concatenate([chosen, *log_normalizer(logits)], axis=1)

@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.errors import ContextError, SmolVLMWarning
+from mlx_smolvlm.errors import ContextError, PromptError, SmolVLMWarning
 from mlx_smolvlm.generate.grammar import Constrainer
-from mlx_smolvlm.generate.limits import pinned_tokens, too_long
+from mlx_smolvlm.kv.bounded import RECENT, SINKS
 from mlx_smolvlm.kv.cache import NONE, KVCache
 from mlx_smolvlm.kv.options import PLAIN, CacheOptions
 from mlx_smolvlm.media.encode import Footage, Medium, Picture, encode, in_order, joined
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from mlx_smolvlm.media.tiles import Detail
     from mlx_smolvlm.media.video import ClipPart
     from mlx_smolvlm.prompt.builder import PromptBuilder
+
+ANSWER_SHARE = 8  # at least an eighth of the context is left for the answer
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Prompt:
     is_turn: bool = False
     pins: np.ndarray = field(default_factory=lambda: NONE)
 
-    def room(self, context: int, max_tokens: int) -> int:
+    def limit_tokens(self, context: int, max_tokens: int) -> int:
         """Number of tokens that its answer may take: `max_tokens`, or what the context leaves."""
         return min(max_tokens, context - self.input_ids.size)
 
@@ -154,12 +156,14 @@ class Engine:
         """
         input_ids = self._input_ids(messages, media, add_generation_prompt)
         if input_ids.size >= self.context_size:
-            raise ContextError(too_long(self.prompt_builder, input_ids.size, media))
+            raise ContextError(describe_overflow(self.prompt_builder, input_ids.size, media))
         prompt = Prompt(input_ids, tuple(media))
         limit = self.cache_options.max_kv_tokens
         if limit is None:
             return prompt
-        return replace(prompt, pins=pinned_tokens(self.content_of(prompt), self.config, limit))
+        return replace(
+            prompt, pins=find_pinned_tokens(self.describe_content(prompt), self.config, limit)
+        )
 
     def count_tokens(
         self, messages: list[Message], media: Sequence[Medium], add_generation_prompt: bool = True
@@ -167,7 +171,7 @@ class Engine:
         """Number of tokens of a prompt, however long; arguments as in `make_prompt`."""
         return self._input_ids(messages, media, add_generation_prompt).size
 
-    def content_of(self, prompt: Prompt) -> Content:
+    def describe_content(self, prompt: Prompt) -> Content:
         """The meaning of the tokens of `prompt`, to compare them with earlier ones."""
         config = self.config
         return content_of(
@@ -202,3 +206,87 @@ class Engine:
                 SmolVLMWarning,
                 stacklevel=4,
             )
+
+
+def describe_overflow(builder: PromptBuilder, length: int, media: Sequence[Medium]) -> str:
+    """An error's message: what takes how many tokens, and what would fit."""
+    context = builder.config.text.max_position_embeddings
+    pictures = [one for one in media if isinstance(one, Picture)]
+    footage = [one for one in media if isinstance(one, Footage)]
+    shares = []
+    if pictures:
+        tokens = sum(builder.count_image_tokens(picture.grid) for picture in pictures)
+        shares.append(f"{len(pictures)} pictures: {tokens:,}")
+    if footage:
+        tokens = sum(builder.count_clip_tokens(one.times) for one in footage)
+        frames = sum(one.num_tiles for one in footage)
+        shares.append(f"{frames} frames of {len(footage)} videos: {tokens:,}")
+    taken = f" ({'; '.join(shares)})" if shares else ""
+    return (
+        f"the prompt takes {length:,} tokens{taken} and the model's context is {context:,}; "
+        f"{_advise(builder, length, pictures, footage)}"
+    )
+
+
+def _advise(
+    builder: PromptBuilder, length: int, pictures: list[Picture], footage: list[Footage]
+) -> str:
+    """What the user can do."""
+    if not footage:
+        return "use detail 'low' or fewer pictures" if pictures else "shorten the text"
+    context = builder.config.text.max_position_embeddings
+    frames = sum(one.num_tiles for one in footage)
+    taken = sum(builder.count_clip_tokens(one.times) for one in footage)
+    fit = int((context - context // ANSWER_SHARE - (length - taken)) // (taken / frames))
+    if fit < len(footage):
+        return "ask about fewer or smaller pictures and videos, or shorten the text"
+    times = [one.times.timestamps_s for one in footage]
+    shown_s = sum(time[-1] - time[0] for time in times) * frames / max(1, frames - len(times))
+    fps = fit / shown_s
+    rates = [one.clip.rate for one in footage if one.clip is not None]
+    part_s = fit / max(rates, default=frames / shown_s)
+    return (
+        f"{fit} frames would fit: an fps of {_round_down(fps)}, "
+        f"a max_frames of {fit // len(footage)}, "
+        f"or parts of {_round_down(part_s)} s, one after the other (--chunk)"
+    )
+
+
+def _round_down(value: float) -> str:
+    """`value` cut to two significant digits, so that it is not above what fits."""
+    digits = 1
+    while value < 10:
+        value, digits = value * 10, digits * 10
+    return f"{int(value) / (digits):g}"
+
+
+def find_pinned_tokens(content: Content, config: Config, max_kv_tokens: int) -> np.ndarray:
+    """Positions of the tokens of `content` that a cache of `max_kv_tokens` never drops.
+
+    They are the first message, unless it fills more than half of the cache, and every picture
+    and video.
+
+    Raises:
+        PromptError: They do not fit.
+    """
+    ids = content.ids
+    ends = np.flatnonzero(np.isin(ids, config.eos_token_ids))
+    first = int(ends[0]) + 1 if ends.size else 0
+    parts = [np.arange(first if first <= max_kv_tokens // 2 else 0)]
+    for span in content.spans:  # with the tokens that open and close it
+        parts.append(np.arange(max(0, span.start - 2), min(span.stop + 1, ids.size)))
+    pins: np.ndarray = np.unique(np.concatenate([np.arange(SINKS), *parts]))
+    if pins.size > max_kv_tokens - RECENT:
+        raise PromptError(
+            f"the pictures and videos and what begins the prompt take {pins.size:,} tokens, and "
+            f"max_kv_tokens is {max_kv_tokens:,}; let it be {pins.size + RECENT:,} or more, or "
+            "use detail 'low', fewer pictures or fewer frames"
+        )
+    if ids.size > max_kv_tokens:
+        warnings.warn(
+            f"the prompt is longer than max_kv_tokens, {max_kv_tokens:,}: its oldest text is "
+            "forgotten, but for its first message",
+            SmolVLMWarning,
+            stacklevel=4,
+        )
+    return pins

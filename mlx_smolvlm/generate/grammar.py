@@ -9,9 +9,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.errors import ConstraintError
-from mlx_smolvlm.generate.json_schema import error_of, grammar, llguidance_module
+from mlx_smolvlm.generate.json_schema import import_llguidance, make_grammar, read_matcher_error
 from mlx_smolvlm.generate.sampling import Sampling
-from mlx_smolvlm.prompt.tokenizer import native_errors
+from mlx_smolvlm.prompt.tokenizer import convert_native_errors
 
 if TYPE_CHECKING:
     import llguidance
@@ -25,17 +25,17 @@ class Constrainer:
     def __init__(self, builder: PromptBuilder) -> None:
         config = builder.config
         self._lead = builder.answer_lead
-        module = llguidance_module()
-        with native_errors(ConstraintError, "llguidance cannot read the tokenizer"):
+        module = import_llguidance()
+        with convert_native_errors(ConstraintError, "llguidance cannot read the tokenizer"):
             self._tokenizer: llguidance.LLTokenizer = module.LLTokenizer(
-                _unspellable(builder.tokenizer.to_str()),
+                _rename_special_tokens(builder.tokenizer.to_str()),
                 n_vocab=config.text.vocab_size,
                 eos_token=list(config.eos_token_ids),
             )
 
     def __call__(self, sampling: Sampling) -> Constraint:
         """A new constraint for the schema or the regular expression of `sampling`."""
-        text = grammar(sampling.schema, sampling.regex, self._lead)
+        text = make_grammar(sampling.schema, sampling.regex, self._lead)
         return Constraint(self._tokenizer, text, self._lead)
 
 
@@ -50,15 +50,15 @@ class Constraint:
         self._eos = frozenset(tokenizer.eos_tokens)
         self._vocab_size = tokenizer.vocab_size
         self._bits = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
-        self._matcher = llguidance_module().LLMatcher(tokenizer, grammar, log_level=0)
+        self._matcher = import_llguidance().LLMatcher(tokenizer, grammar, log_level=0)
         self._check()
 
     @property
-    def ended(self) -> bool:
+    def is_complete(self) -> bool:
         """Whether the answer is whole and nothing can be added to it."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
-    def allowed(self) -> mx.array:
+    def compute_mask(self) -> mx.array:
         """Which tokens may come next, bool (vocabulary,)."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._check()
@@ -70,7 +70,7 @@ class Constraint:
         self._matcher.consume_token(token_id)
         self._check()
 
-    def forced(self, most: int) -> list[int]:
+    def take_forced(self, most: int) -> list[int]:
         """Up to `most` tokens that the answer must go on with; it has done so."""
         token_ids: list[int] = self._matcher.compute_ff_tokens()[:most]
         self._matcher.consume_tokens(token_ids)
@@ -80,12 +80,12 @@ class Constraint:
     def _check(self) -> None:
         if self._matcher.is_error():
             raise ConstraintError(
-                f"the answer's schema or regex cannot be followed: {error_of(self._matcher)}; "
-                "simplify it"
+                "the answer's schema or regex cannot be followed: "
+                f"{read_matcher_error(self._matcher)}; simplify it"
             )
 
 
-def _unspellable(tokenizer_json: str) -> str:
+def _rename_special_tokens(tokenizer_json: str) -> str:
     """The tokenizer with special tokens renamed to what no text holds.
 
     In a schema `<image>` is text, as in a prompt. Under their own names llguidance would

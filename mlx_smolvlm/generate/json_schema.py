@@ -31,7 +31,7 @@ MOST_VALUES = 10**6  # in a schema; one that is shared counts wherever it stands
 _UNSATISFIED = "NoExtensionBias"  # llguidance's word for a state that nothing leads out of
 
 
-def llguidance_module() -> Any:
+def import_llguidance() -> Any:
     """The package llguidance.
 
     Raises:
@@ -47,16 +47,16 @@ def llguidance_module() -> Any:
     return llguidance
 
 
-def grammar(schema: Schema | None, regex: str | None, lead: str = "") -> str:
+def make_grammar(schema: Schema | None, regex: str | None, lead: str = "") -> str:
     """llguidance's grammar of `lead` and an answer that fits `schema` or `regex`.
 
     Raises:
         ConstraintError: llguidance is not installed.
         ValueError: The schema is none.
     """
-    module = llguidance_module()
+    module = import_llguidance()
     if schema is not None:
-        values = {**closed(schema_object(schema)), "x-guidance": _OPTIONS}
+        values = {**close_objects(read_schema(schema)), "x-guidance": _OPTIONS}
         try:
             body = f"body: %json {json.dumps(values)}"
         except (TypeError, ValueError, RecursionError) as error:
@@ -67,7 +67,7 @@ def grammar(schema: Schema | None, regex: str | None, lead: str = "") -> str:
     return f"start: {json.dumps(lead) if lead else ''} {name}\n{body}"
 
 
-def check(schema: Schema | None, regex: str | None) -> None:
+def check_constraint(schema: Schema | None, regex: str | None) -> None:
     """Refuse what no answer can be constrained to.
 
     Raises:
@@ -80,20 +80,20 @@ def check(schema: Schema | None, regex: str | None) -> None:
             raise ValueError(f"regex is {regex!r:.100}; it must be a text")
         if not _is_unicode(regex):
             raise ValueError("regex has a character that is not valid Unicode; give UTF-8 text")
-    module, text = llguidance_module(), grammar(schema, regex)
-    tokenizer = _byte_tokenizer()
+    module, text = import_llguidance(), make_grammar(schema, regex)
+    tokenizer = _make_byte_tokenizer()
     matcher = module.LLMatcher(tokenizer, text, log_level=0)
     if not matcher.is_error():
         matcher.consume_tokens(matcher.compute_ff_tokens())
         bits = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
     if matcher.is_error():
-        reason = error_of(matcher)
+        reason = read_matcher_error(matcher)
         shown = f"regex {regex!r:.200}" if schema is None else name
         raise ValueError(f"{shown} cannot be used: {reason}; change or simplify it")
 
 
-def error_of(matcher: llguidance.LLMatcher) -> str:
+def read_matcher_error(matcher: llguidance.LLMatcher) -> str:
     """What went wrong in `matcher`, in one line."""
     message = matcher.get_error()
     if message.startswith(_UNSATISFIED):
@@ -103,7 +103,7 @@ def error_of(matcher: llguidance.LLMatcher) -> str:
     return one_line(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", line))
 
 
-def schema_object(schema: Schema) -> dict[str, Any]:
+def read_schema(schema: Schema) -> dict[str, Any]:
     """The JSON Schema that `schema` is, holds or describes.
 
     Raises:
@@ -155,7 +155,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def value_of(text: str, schema: Schema | None) -> Any:
+def parse_answer(text: str, schema: Schema | None) -> Any:
     """The value that `text` holds, an instance if `schema` is a pydantic model.
 
     None without a schema; and, with a warning, if the model refuses what fits its schema
@@ -176,13 +176,13 @@ def value_of(text: str, schema: Schema | None) -> Any:
         return None
 
 
-def jsonable(value: Any) -> Any:
-    """A value of `value_of`, ready for JSON."""
+def to_jsonable(value: Any) -> Any:
+    """A value of `parse_answer`, ready for JSON."""
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
 @lru_cache(maxsize=1)
-def _byte_tokenizer() -> llguidance.LLTokenizer:
+def _make_byte_tokenizer() -> llguidance.LLTokenizer:
     """A tokenizer whose tokens are the 256 bytes, to try grammars with."""
 
     class Bytes:
@@ -192,7 +192,7 @@ def _byte_tokenizer() -> llguidance.LLTokenizer:
         def __call__(self, text: bytes) -> list[int]:
             return list(text)
 
-    module = llguidance_module()
+    module = import_llguidance()
     tokenizer: llguidance.LLTokenizer = module.LLTokenizer(module.TokenizerWrapper(Bytes()))
     return tokenizer
 
@@ -206,7 +206,7 @@ _JOINS = ("allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if", "dependentSche
 _OPENING = ("additionalProperties", "unevaluatedProperties", "patternProperties")
 
 
-def closed(schema: dict[str, Any]) -> dict[str, Any]:
+def close_objects(schema: dict[str, Any]) -> dict[str, Any]:
     """A copy of `schema` whose objects have no properties but those that it lists.
 
     JSON Schema allows an object any others, and a small model, asked for two, would make
@@ -214,8 +214,8 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
     if properties come from several places, which closing one of them would shut out.
     """
     nodes: list[dict[str, Any]] = []
-    copy: dict[str, Any] = _copied(schema, nodes)
-    if any(_joins(node) for node in nodes):
+    copy: dict[str, Any] = _copy_schema(schema, nodes)
+    if any(_joins_properties(node) for node in nodes):
         return copy
     for node in nodes:
         listed = node.get("properties")
@@ -228,7 +228,7 @@ def closed(schema: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
-def _joins(node: dict[str, Any]) -> bool:
+def _joins_properties(node: dict[str, Any]) -> bool:
     """Whether `node` joins several schemas that may each list properties."""
     whole = node.get("allOf")
     joined = sum(name in node for name in _JOINS if name != "allOf")
@@ -236,18 +236,18 @@ def _joins(node: dict[str, Any]) -> bool:
     return joined > 1 or (joined == 1 and "properties" in node)
 
 
-def _copied(schema: Any, nodes: list[dict[str, Any]]) -> Any:
+def _copy_schema(schema: Any, nodes: list[dict[str, Any]]) -> Any:
     """A copy of `schema`, with references spelled as URIs; every schema in it joins `nodes`."""
     if not isinstance(schema, Mapping):
         return schema
     node = dict(schema)
     for name, value in schema.items():
         if name in _LIST and isinstance(value, list):
-            node[name] = [_copied(one, nodes) for one in value]
+            node[name] = [_copy_schema(one, nodes) for one in value]
         elif name in _NAMED and isinstance(value, Mapping):
-            node[name] = {key: _copied(one, nodes) for key, one in value.items()}
+            node[name] = {key: _copy_schema(one, nodes) for key, one in value.items()}
         elif name in _ONE:
-            node[name] = _copied(value, nodes)
+            node[name] = _copy_schema(value, nodes)
         elif name == "$ref" and isinstance(value, str) and _is_unicode(value):
             node[name] = quote(value, safe="#/:?&=%~!$'()*+,;@[]")
     nodes.append(node)

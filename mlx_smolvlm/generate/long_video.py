@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.errors import ContextError
-from mlx_smolvlm.generate.engine import Engine
-from mlx_smolvlm.generate.limits import ROOM
+from mlx_smolvlm.generate.engine import ANSWER_SHARE, Engine
 from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.generate.stream import AnswerStream
 from mlx_smolvlm.media.encode import Footage
@@ -37,10 +36,10 @@ class Part:
         return _label(self.start_s, self.end_s)
 
 
-Told = tuple[float, float, str]  # start and end in seconds, and the answer
+PartAnswer = tuple[float, float, str]  # start and end in seconds, and the answer
 
 
-def answers_by_part(
+def answer_by_part(
     engine: Engine,
     prompt: str,
     clips: Iterator[ClipPart],
@@ -48,7 +47,7 @@ def answers_by_part(
     sampling: Sampling,
 ) -> Iterator[Part]:
     """An answer for each of `clips`, then one over the answers if there are several."""
-    told: list[Told] = []
+    told: list[PartAnswer] = []
     messages = read_request(prompt, (), [None], system).messages
     for start, end, clip in clips:
         part = Part(
@@ -57,13 +56,15 @@ def answers_by_part(
             AnswerStream(engine, engine.make_prompt(messages, [Footage(clip, clip)]), sampling),
         )
         yield part
-        told.append((start, end, part.stream.finished().text))
+        told.append((start, end, part.stream.finish().text))
     if len(told) > 1:
-        yield Part(told[0][0], told[-1][1], _over(engine, prompt, told, system, sampling), True)
+        yield Part(
+            told[0][0], told[-1][1], _answer_whole(engine, prompt, told, system, sampling), True
+        )
 
 
-def _over(
-    engine: Engine, prompt: str, told: list[Told], system: str | None, sampling: Sampling
+def _answer_whole(
+    engine: Engine, prompt: str, told: list[PartAnswer], system: str | None, sampling: Sampling
 ) -> AnswerStream:
     """The answer over the answers in `told`; over those of each half if they do not fit."""
     lines = "\n".join(f"{_label(start, end)}: {text}" for start, end, text in told)
@@ -79,14 +80,18 @@ def _over(
             raise
     else:
         left = context - joined.input_ids.size
-        if len(told) < 3 or left >= min(sampling.max_tokens, context // ROOM):
+        if len(told) < 3 or left >= min(sampling.max_tokens, context // ANSWER_SHARE):
             return AnswerStream(engine, joined, sampling)
     middle = len(told) // 2
     halves = [
-        (half[0][0], half[-1][1], _over(engine, prompt, half, system, sampling).finished().text)
+        (
+            half[0][0],
+            half[-1][1],
+            _answer_whole(engine, prompt, half, system, sampling).finish().text,
+        )
         for half in (told[:middle], told[middle:])
     ]
-    return _over(engine, prompt, halves, system, sampling)
+    return _answer_whole(engine, prompt, halves, system, sampling)
 
 
 def _label(start_s: float, end_s: float) -> str:

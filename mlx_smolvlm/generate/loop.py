@@ -31,7 +31,7 @@ def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
     return model.head(hidden_states[0, -1])
 
 
-def tokens(
+def generate_tokens(
     model: Model, inputs_embeds: mx.array, cache: KVCache, sampler: Sampler, max_tokens: int
 ) -> Generator[int, None, None]:
     """Yields up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D).
@@ -44,12 +44,12 @@ def tokens(
     for _ in range(max_tokens - 1):
         following = sampler(model.step(token_id, cache))
         mx.async_eval(following)
-        yield _host(token_id)
+        yield _read_token_id(token_id)
         token_id = following
-    yield _host(token_id)
+    yield _read_token_id(token_id)
 
 
-def constrained_tokens(
+def generate_constrained_tokens(
     model: Model,
     inputs_embeds: mx.array,
     cache: KVCache,
@@ -63,19 +63,19 @@ def constrained_tokens(
     prompt. What may come next is found out while the device computes how likely it is. The
     cache may hold forced tokens beyond those that were taken.
     """
-    pending = constraint.forced(max_tokens)
+    pending = constraint.take_forced(max_tokens)
     if pending:
         inputs_embeds = mx.concatenate([inputs_embeds, model.embed(np.array(pending))], axis=1)
     logits = prefill(model, inputs_embeds, cache)
     mx.async_eval(logits)
     left = max_tokens - len(pending)
-    while left and not constraint.ended:
-        allowed = constraint.allowed()
-        token_id = _host(sampler(mx.where(allowed, logits, -mx.inf)))
+    while left and not constraint.is_complete:
+        allowed = constraint.compute_mask()
+        token_id = _read_token_id(sampler(mx.where(allowed, logits, -mx.inf)))
         constraint.take(token_id)
-        new = [token_id, *constraint.forced(left - 1)]
+        new = [token_id, *constraint.take_forced(left - 1)]
         left -= len(new)
-        if left and not constraint.ended:
+        if left and not constraint.is_complete:
             logits = prefill(model, model.embed(np.array(new)), cache)
             mx.async_eval(logits)
         yield from (*pending, *new)
@@ -84,7 +84,7 @@ def constrained_tokens(
     yield from pending
 
 
-def _host(token_id: mx.array) -> int:
+def _read_token_id(token_id: mx.array) -> int:
     """The number in `token_id` (1,), once the device has it."""
     value = token_id.item()
     assert isinstance(value, int)
@@ -99,28 +99,28 @@ class StopText:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self.stops = tuple(stops)
-        self.held = ""
-        self.stopped = False
+        self.pending = ""
+        self.is_stopped = False
 
     def feed(self, text: str) -> str:
         """What of the text so far may be shown now."""
-        self.held += text
-        found = [place for stop in self.stops if (place := self.held.find(stop)) >= 0]
+        self.pending += text
+        found = [place for stop in self.stops if (place := self.pending.find(stop)) >= 0]
         if found:
-            self.stopped = True
-            shown, self.held = self.held[: min(found)], ""
+            self.is_stopped = True
+            shown, self.pending = self.pending[: min(found)], ""
             return shown
-        keep = max((self._overlap(stop) for stop in self.stops), default=0)
-        cut = len(self.held) - keep
-        shown, self.held = self.held[:cut], self.held[cut:]
+        keep = max((self._find_overlap(stop) for stop in self.stops), default=0)
+        cut = len(self.pending) - keep
+        shown, self.pending = self.pending[:cut], self.pending[cut:]
         return shown
 
     def flush(self) -> str:
         """What was held back, once no more text comes."""
-        shown, self.held = self.held, ""
+        shown, self.pending = self.pending, ""
         return shown
 
-    def _overlap(self, stop: str) -> int:
+    def _find_overlap(self, stop: str) -> int:
         """Length of the longest end of the held text that begins `stop`."""
-        longest = min(len(stop) - 1, len(self.held))
-        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
+        longest = min(len(stop) - 1, len(self.pending))
+        return next((n for n in range(longest, 0, -1) if self.pending.endswith(stop[:n])), 0)

@@ -76,8 +76,11 @@ def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
     return (log_sum - (chosen - largest))[..., 0]
 
 
-SEEDS = 2**64  # MLX takes those below
-TEMPERATURES = 1e-6, 1e6  # beyond them float32 overflows; here they are greedy and uniform already
+SEED_LIMIT = 2**64  # MLX takes those below
+TEMPERATURE_RANGE = (
+    1e-6,
+    1e6,
+)  # beyond them float32 overflows; here they are greedy and uniform already
 LEAST_TOP_P = 1e-30  # below it float32 is 0; the likeliest token alone is kept long before
 
 Sampler = Callable[[mx.array], mx.array]
@@ -130,7 +133,7 @@ class Sampling:
         for name, accepts, limits in (
             ("top_k", lambda x: x >= 0, "an integer, 0 or above"),
             ("max_tokens", lambda x: x >= 1, "an integer, 1 or above"),
-            ("seed", lambda x: 0 <= x < SEEDS, "an integer from 0 to 2**64 - 1"),
+            ("seed", lambda x: 0 <= x < SEED_LIMIT, "an integer from 0 to 2**64 - 1"),
         ):
             if name != "seed" or self.seed is not None:
                 self._set(name, read_integer(name, getattr(self, name), accepts, limits))
@@ -138,9 +141,9 @@ class Sampling:
         if self.schema is not None and self.regex is not None:
             raise ValueError("schema and regex are both given; an answer is held to one of them")
         if self.is_constrained:
-            from mlx_smolvlm.generate.json_schema import check
+            from mlx_smolvlm.generate.json_schema import check_constraint
 
-            check(self.schema, self.regex)
+            check_constraint(self.schema, self.regex)
 
     def _set(self, name: str, value: object) -> None:
         """Set an attribute to a value that was checked, in the type that it is to have."""
@@ -222,7 +225,7 @@ def _make_draw(sampling: Sampling) -> Sampler:
     """
     from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
-    low, high = TEMPERATURES
+    low, high = TEMPERATURE_RANGE
 
     @cache
     def chain(vocab_size: int) -> Sampler:
@@ -235,14 +238,14 @@ def _make_draw(sampling: Sampling) -> Sampler:
         return sampler
 
     def draw(logits: mx.array) -> mx.array:
-        with intact_random_state():
+        with preserve_random_state():
             return chain(logits.shape[-1])(log_softmax(logits))
 
     return draw
 
 
 @contextmanager
-def intact_random_state() -> Iterator[None]:
+def preserve_random_state() -> Iterator[None]:
     """Puts MLX's random state back if the body raises.
 
     mlx-lm's samplers are compiled with that state as an input. While MLX traces such a
@@ -253,7 +256,7 @@ def intact_random_state() -> Iterator[None]:
     try:
         yield
     except BaseException:
-        mx.random.seed(_seed_of(state))
+        mx.random.seed(_compute_seed(state))
         raise
 
 
@@ -273,7 +276,7 @@ def make_row_sampler(sampling: Sampling) -> RowSampler:
     def draw(logits: mx.array, counts: np.ndarray) -> mx.array:
         token_ids = []
         for row, count in zip(logits, counts.tolist(), strict=True):
-            mx.random.seed(states.after(count))
+            mx.random.seed(states.seed_after(count))
             token_ids.append(sampler(row))
         return mx.concatenate(token_ids)
 
@@ -289,15 +292,15 @@ class RandomStates:
     def __init__(self, seed: int) -> None:
         self._seeds, self._state = [seed], mx.random.key(seed)
 
-    def after(self, draws: int) -> int:
+    def seed_after(self, draws: int) -> int:
         """The seed of the state after so many draws."""
         while len(self._seeds) <= draws:
             self._state = mx.random.split(self._state, stream=mx.cpu)[0]
-            self._seeds.append(_seed_of(self._state))
+            self._seeds.append(_compute_seed(self._state))
         return self._seeds[draws]
 
 
-def _seed_of(state: mx.array) -> int:
+def _compute_seed(state: mx.array) -> int:
     """The seed that sets MLX's random state to `state`, two halves of 64 bits."""
     high, low = np.array(state).tolist()
     seed: int = high << 32 | low

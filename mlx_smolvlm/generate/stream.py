@@ -14,8 +14,8 @@ import mlx.core as mx
 
 from mlx_smolvlm.errors import SmolVLMError, SmolVLMWarning
 from mlx_smolvlm.generate.engine import Engine, Prompt
-from mlx_smolvlm.generate.json_schema import jsonable, value_of
-from mlx_smolvlm.generate.loop import StopText, constrained_tokens, tokens
+from mlx_smolvlm.generate.json_schema import parse_answer, to_jsonable
+from mlx_smolvlm.generate.loop import StopText, generate_constrained_tokens, generate_tokens
 from mlx_smolvlm.generate.sampling import Sampling, make_sampler
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.media.encode import Footage, Picture, Progress, encode, joined
@@ -70,10 +70,10 @@ class Reply:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, ready for JSON."""
-        return {**asdict(self), "parsed": jsonable(self.parsed)}
+        return {**asdict(self), "parsed": to_jsonable(self.parsed)}
 
 
-class Ready(NamedTuple):
+class PreparedPrompt(NamedTuple):
     """What the loop starts from: the prompt's content, the embeddings of what is new in it, and
     the cache of what is not."""
 
@@ -85,7 +85,7 @@ class Ready(NamedTuple):
 class Answer:
     """An answer under way: token ids go in, text comes out; `reply` is the answer so far.
 
-    The clock of the first token runs from here. `ended` says that no token may follow. The
+    The clock of the first token runs from here. `is_ended` says that no token may follow. The
     text is shown without its `lead`; None stands for any white space.
 
     Some characters take several tokens. Their text is shown once they are whole; what is left
@@ -103,8 +103,8 @@ class Answer:
             image_tiles=sum(count for is_picture, count in tiles if is_picture),
             video_frames=sum(count for is_picture, count in tiles if not is_picture),
         )
-        self.ended = False
-        self._engine, self._held, self._lead = engine, StopText(stop), lead
+        self.is_ended = False
+        self._engine, self._stop_text, self._lead = engine, StopText(stop), lead
         self._decoder = DecodeStream(skip_special_tokens=False)
         self._undecoded: list[int] = []  # the last token ids, whose text is not whole yet
         self._started = self._begun = self._first = time.perf_counter()
@@ -113,7 +113,7 @@ class Answer:
     @property
     def is_cut(self) -> bool:
         """Whether a stop text ended it."""
-        return self._held.stopped
+        return self._stop_text.is_stopped
 
     def begin(self, prefilled: int) -> None:
         """The media are encoded and the decoder begins with so many tokens."""
@@ -139,23 +139,23 @@ class Answer:
 
     def _feed(self, text: str) -> str:
         """What of the text so far may be shown now; a stop text in it ends the answer."""
-        text = self._held.feed(text)
-        if self._held.stopped:
+        text = self._stop_text.feed(text)
+        if self._stop_text.is_stopped:
             self._end("stop")
-        return self._shown(text)
+        return self._show(text)
 
     def finish(self, reason: Literal["stop", "length"] = "length") -> str:
         """The text that was held back, once no more tokens come; `reason` says why they do not."""
-        if not self.ended:
+        if not self.is_ended:
             self._end(reason)
         tokenizer = self._engine.prompt_builder.tokenizer
         text = self._feed(tokenizer.decode(self._undecoded, skip_special_tokens=False))
-        return text + self._shown(self._held.flush())
+        return text + self._show(self._stop_text.flush())
 
     def _end(self, reason: Literal["stop", "length"]) -> None:
-        self.ended, self.reply.finish_reason = True, reason
+        self.is_ended, self.reply.finish_reason = True, reason
 
-    def _shown(self, text: str) -> str:
+    def _show(self, text: str) -> str:
         """`text` joined to the reply, without the space after "Assistant:"."""
         if self._lead:
             text, self._lead = text[len(self._lead) :], self._lead[len(text) :]
@@ -176,14 +176,16 @@ class Answer:
         reply.peak_memory_gb = mx.get_peak_memory() / 1e9
 
 
-def preparing(engine: Engine, prompt: Prompt, reply: Reply) -> Generator[Progress, None, Ready]:
+def prepare_answer(
+    engine: Engine, prompt: Prompt, reply: Reply
+) -> Generator[Progress, None, PreparedPrompt]:
     """Finds out what is there already, and encodes the media that are not, step by step.
 
     `reply` is told how much that was.
     """
     check_process()
     mx.reset_peak_memory()
-    content = engine.content_of(prompt)
+    content = engine.describe_content(prompt)
     state, start = engine.memory.recall(content, prompt.pins, prompt.state)
     spans = zip(prompt.media, content.spans, strict=True)
     todo = [medium for medium, span in spans if span.stop > start]
@@ -202,7 +204,7 @@ def preparing(engine: Engine, prompt: Prompt, reply: Reply) -> Generator[Progres
     cache = engine.make_cache() if state is None else state.cache
     cache.trim(start)
     cache.pin(prompt.pins)
-    return Ready(content, embeds, cache)
+    return PreparedPrompt(content, embeds, cache)
 
 
 class AnswerStream(Iterator[Chunk]):
@@ -227,13 +229,13 @@ class AnswerStream(Iterator[Chunk]):
     def __next__(self) -> Chunk:
         """The next piece; no layer lies between this and the loop over tokens."""
         answer = self._answer
-        with self._one_thread():
+        with self._lock_thread():
             if self._is_over:
                 raise StopIteration
             try:
                 if self._token_ids is None:
                     self._token_ids = self._start()
-                while not answer.ended and (token_id := next(self._token_ids, None)) is not None:
+                while not answer.is_ended and (token_id := next(self._token_ids, None)) is not None:
                     if text := answer.add(token_id):
                         return Chunk(text, token_id)
             except BaseException:
@@ -246,11 +248,11 @@ class AnswerStream(Iterator[Chunk]):
 
     def close(self) -> None:
         """Stop the answer here."""
-        with self._one_thread():
+        with self._lock_thread():
             self._end()
 
     @contextmanager
-    def _one_thread(self) -> Iterator[None]:
+    def _lock_thread(self) -> Iterator[None]:
         """Refuse to do two things at once; one after another, threads may take turns.
 
         Raises:
@@ -266,7 +268,7 @@ class AnswerStream(Iterator[Chunk]):
         finally:
             self._lock.release()
 
-    def finished(self) -> Reply:
+    def finish(self) -> Reply:
         """The whole answer, once it has been generated."""
         try:
             for _ in self:
@@ -281,14 +283,14 @@ class AnswerStream(Iterator[Chunk]):
         Who does not go to its end leaves the rest to the first chunk.
         """
         while True:
-            with self._one_thread():
+            with self._lock_thread():
                 step = next(self._preparation, None)
             if step is None:
                 return
             yield step
 
     def _prepare(self) -> Generator[Progress, None, None]:
-        self._ready = yield from preparing(self._engine, self._prompt, self.reply)
+        self._ready = yield from prepare_answer(self._engine, self._prompt, self.reply)
 
     def _start(self) -> Generator[int, None, None]:
         """Prepare what is left to prepare, and start to generate token ids."""
@@ -297,10 +299,10 @@ class AnswerStream(Iterator[Chunk]):
         _, embeds, cache = self._ready
         self._answer.begin(embeds.shape[1])
         model, sampler = self._engine.model, make_sampler(self._sampling)
-        limit = self._prompt.room(self._engine.context_size, self._sampling.max_tokens)
+        limit = self._prompt.limit_tokens(self._engine.context_size, self._sampling.max_tokens)
         if self._constraint is None:
-            return tokens(model, embeds, cache, sampler, limit)
-        return constrained_tokens(model, embeds, cache, sampler, self._constraint, limit)
+            return generate_tokens(model, embeds, cache, sampler, limit)
+        return generate_constrained_tokens(model, embeds, cache, sampler, self._constraint, limit)
 
     def _end(self) -> None:
         """Generate no more; what has been computed is remembered."""
@@ -317,8 +319,8 @@ class AnswerStream(Iterator[Chunk]):
     def _complete(self) -> str:
         """Set why the answer ended, and its value; the text that was held back until now."""
         answer, constraint = self._answer, self._constraint
-        whole = constraint is not None and constraint.ended and not answer.is_cut
+        whole = constraint is not None and constraint.is_complete and not answer.is_cut
         text = answer.finish("stop" if whole else "length")
         if whole:
-            self.reply.parsed = value_of(self.reply.text, self._sampling.schema)
+            self.reply.parsed = parse_answer(self.reply.text, self._sampling.schema)
         return text

@@ -26,7 +26,7 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Places:
+class Placement:
     """Where tokens stand that do not simply follow those in the cache.
 
     Attributes:
@@ -124,8 +124,8 @@ class TextModel(nn.Module):
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
-        self.rotated_rows = config.num_attention_heads + config.num_key_value_heads
-        self.still_rows = config.num_key_value_heads
+        self.rotary_rows = config.num_attention_heads + config.num_key_value_heads
+        self.value_rows = config.num_key_value_heads
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = [DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -134,22 +134,24 @@ class TextModel(nn.Module):
         self,
         inputs_embeds: mx.array,
         cache: KVCache | None = None,
-        places: Places | None = None,
+        placement: Placement | None = None,
     ) -> mx.array:
         """Normalised hidden states (B, L, D) of `inputs_embeds` (B, L, D).
 
         Args:
             cache: Holds the tokens before these, and these afterwards; None when
                 there are none before and none will follow, as in training.
-            places: Of the tokens of one batch row (B = 1); None when they follow those in
+            placement: Of the tokens of one batch row (B = 1); None when they follow those in
                 the cache, each seeing all before it.
         """
         b, length, _ = inputs_embeds.shape
         starts = [0 if cache is None else cache.offset] * b
-        rotated = [1] * self.rotated_rows + [0] * self.still_rows
-        positions = np.outer(starts if places is None else places.positions, rotated).reshape(-1)
+        rotated = [1] * self.rotary_rows + [0] * self.value_rows
+        positions = np.outer(starts if placement is None else placement.positions, rotated).reshape(
+            -1
+        )
         rows = mx.array(positions.astype(np.int32))
-        mask = None if places is None else places.mask
+        mask = None if placement is None else placement.mask
         x = inputs_embeds
         for layer in self.layers:
             x = layer(x, rows, cache, mask)

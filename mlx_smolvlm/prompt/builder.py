@@ -21,11 +21,11 @@ from mlx_smolvlm.media.timeline import FrameTimes, clock, stamp
 from mlx_smolvlm.prompt.template import (
     ChatTemplate,
     Message,
-    checked,
-    marked,
-    unused_character,
+    find_unused_character,
+    mark_special_tokens,
+    normalize_message,
 )
-from mlx_smolvlm.prompt.tokenizer import FRAMING, native_errors, read_tokenizer
+from mlx_smolvlm.prompt.tokenizer import FRAMING_TOKEN, convert_native_errors, read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mlx_smolvlm.media.tiles import Grid
 
 
-def with_frames(
+def insert_frames(
     messages: list[dict[str, Any]], grids: Sequence[Grid], clips: Sequence[FrameTimes]
 ) -> tuple[list[dict[str, Any]], list[Grid]]:
     """`messages` with texts and images in place of videos, and the grids of all images.
@@ -58,7 +58,7 @@ def with_frames(
         for item in message["content"]:
             if item["type"] == "video":
                 clip = later.pop(0)
-                content += _items(clip)
+                content += _make_frame_items(clip)
                 placed += [Grid(0, 0)] * len(clip.timestamps_s)
             else:
                 content.append(item)
@@ -68,7 +68,7 @@ def with_frames(
     return result, placed + rest
 
 
-def _items(clip: FrameTimes) -> list[dict[str, str]]:
+def _make_frame_items(clip: FrameTimes) -> list[dict[str, str]]:
     """The texts and images that stand for `clip`."""
     from num2words import num2words
 
@@ -104,15 +104,17 @@ class PromptBuilder:
         if isinstance(tokenizer, Path):
             tokenizer = read_tokenizer(tokenizer, config.text.vocab_size)
         self.tokenizer = tokenizer
-        self._tokens = _added_tokens(self.tokenizer)
-        self._split = _split_pattern(self._tokens)
+        self._tokens = _read_added_tokens(self.tokenizer)
+        self._split = _make_split_pattern(self._tokens)
         self._stripped = {text.strip(): text for text in self._tokens}
         self._special = [text for text, token in self._tokens.items() if token[1].special]
         self.framing_token_ids = frozenset(
-            token_id for text, (token_id, _) in self._tokens.items() if FRAMING.fullmatch(text)
+            token_id
+            for text, (token_id, _) in self._tokens.items()
+            if FRAMING_TOKEN.fullmatch(text)
         )
         self._template = ChatTemplate(chat_template)
-        self.answer_lead = self._template.answer_lead()
+        self.answer_lead = self._template.find_answer_lead()
         self._image_ids: dict[Grid, tuple[int, ...]] = {}
         self._check_tokens()
 
@@ -136,10 +138,10 @@ class PromptBuilder:
             PromptError: A message is malformed, images and grids or videos and clips differ
                 in number, or the chat template refuses the messages.
         """
-        plain = [checked(message, number) for number, message in enumerate(messages, 1)]
+        plain = [normalize_message(message, number) for number, message in enumerate(messages, 1)]
         if not plain:
             raise PromptError("there are no messages; give at least one")
-        plain, grids = with_frames(plain, grids, clips)
+        plain, grids = insert_frames(plain, grids, clips)
         images = sum(item["type"] == "image" for message in plain for item in message["content"])
         if images != len(grids):
             raise PromptError(
@@ -150,29 +152,31 @@ class PromptBuilder:
                 f"the messages have {images} images and this checkpoint's chat template takes text "
                 "only; use a vision checkpoint or leave the images out"
             )
-        mark = unused_character(plain)
-        prompt = self._template.render(marked(plain, mark, self._special), add_generation_prompt)
-        image_ids = [self.image_ids(grid) for grid in grids]
+        mark = find_unused_character(plain)
+        prompt = self._template.render(
+            mark_special_tokens(plain, mark, self._special), add_generation_prompt
+        )
+        image_ids = [self.encode_grid(grid) for grid in grids]
         return np.array(list(self._encode(prompt, mark, image_ids)), dtype=np.int32)
 
-    def tokens_of(self, grid: Grid) -> int:
+    def count_image_tokens(self, grid: Grid) -> int:
         """Tokens that a picture cut into `grid` takes in the prompt."""
-        return len(self.image_ids(grid))
+        return len(self.encode_grid(grid))
 
-    def tokens_of_clip(self, clip: FrameTimes) -> int:
+    def count_clip_tokens(self, clip: FrameTimes) -> int:
         """Tokens that a clip takes in the prompt, with what introduces its frames."""
         question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
         shown = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}
         return self.build([shown], [], clips=[clip]).size - self.build([question], []).size
 
-    def image_ids(self, grid: Grid) -> tuple[int, ...]:
+    def encode_grid(self, grid: Grid) -> tuple[int, ...]:
         """Ids that stand for a picture cut into `grid`.
 
         Raises:
             PromptError: The grid has more rows or columns than the format can name.
         """
         if grid not in self._image_ids:
-            text = _image_text(grid, self.config)
+            text = _write_image_text(grid, self.config)
             self._image_ids[grid] = tuple(self._encode(text, None, None))
         return self._image_ids[grid]
 
@@ -192,7 +196,7 @@ class PromptBuilder:
             place = match.end()
             token = match[0] if match[0] in self._tokens else self._stripped[match[0].strip()]
             if token == IMAGE and images is not None:
-                yield from self._next_image(placeholders, len(images))
+                yield from self._take_next_image(placeholders, len(images))
             else:
                 yield self._tokens[token][0]
         yield from self._encode_run(text[place:], mark)
@@ -205,11 +209,13 @@ class PromptBuilder:
             text = text.replace(mark, "")
         if not text:
             return []
-        with native_errors(PromptError, "the tokenizer cannot read the prompt"):
+        with convert_native_errors(PromptError, "the tokenizer cannot read the prompt"):
             ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False).ids
         return ids
 
-    def _next_image(self, placeholders: Iterator[tuple[int, ...]], count: int) -> tuple[int, ...]:
+    def _take_next_image(
+        self, placeholders: Iterator[tuple[int, ...]], count: int
+    ) -> tuple[int, ...]:
         ids = next(placeholders, None)
         return self._refuse_placeholders(count) if ids is None else ids
 
@@ -242,13 +248,13 @@ class PromptBuilder:
             )
 
 
-def _added_tokens(tokenizer: Tokenizer) -> dict[str, tuple[int, AddedToken]]:
+def _read_added_tokens(tokenizer: Tokenizer) -> dict[str, tuple[int, AddedToken]]:
     """Id and flags of each added token, by its text."""
     decoder = tokenizer.get_added_tokens_decoder()
     return {token.content: (token_id, token) for token_id, token in decoder.items()}
 
 
-def _split_pattern(tokens: dict[str, tuple[int, AddedToken]]) -> re.Pattern[str]:
+def _make_split_pattern(tokens: dict[str, tuple[int, AddedToken]]) -> re.Pattern[str]:
     """A pattern that finds added tokens as the tokenizer does: leftmost, then longest."""
     parts = []
     for text in sorted(tokens, key=len, reverse=True):
@@ -261,7 +267,7 @@ def _split_pattern(tokens: dict[str, tuple[int, AddedToken]]) -> re.Pattern[str]
     return re.compile("|".join(parts) or "(?!)")
 
 
-def _image_text(grid: Grid, config: Config) -> str:
+def _write_image_text(grid: Grid, config: Config) -> str:
     """The text that stands for a picture cut into `grid`."""
     from mlx_smolvlm.media.tiles import MAX_TILES_PER_SIDE
 

@@ -21,7 +21,7 @@ class Request:
     images: list[ImageSource] = field(default_factory=list)
     videos: list[VideoSource] = field(default_factory=list)
 
-    def asking(self, prompt: str) -> list[Message]:
+    def replace_question(self, prompt: str) -> list[Message]:
         """The messages of a request with a question as text, with `prompt` in its place."""
         *before, user = self.messages
         content = [*user["content"][:-1], {"type": "text", "text": prompt}]
@@ -40,23 +40,25 @@ def read_request(
         PromptError: The prompt or a message is malformed, or the messages have more or fewer
             media items than there are media.
     """
-    pictures, clips = _as_list(images), _as_list(videos)
+    pictures, clips = _list_sources(images), _list_sources(videos)
     if isinstance(prompt, str):
         items = [{"type": "image"} for _ in pictures] + [{"type": "video"} for _ in clips]
         user = {"role": "user", "content": [*items, {"type": "text", "text": prompt}]}
-        return Request([*system_message(system), user], pictures, clips)
+        return Request([*make_system_messages(system), user], pictures, clips)
     if isinstance(prompt, Mapping | bytes) or not isinstance(prompt, Iterable):
         raise PromptError(f"the prompt is {prompt!r:.100}; give a question or a list of messages")
-    request = Request(system_message(system))
+    request = Request(make_system_messages(system))
     for number, message in enumerate(prompt, 1):
         plain: list[Message] = []
         for item, source in _read_items(message, f"message {number}"):
             plain.append(item)
             kind = item["type"]
             if kind == "image":
-                request.images.append(_next_source(kind, pictures) if source is None else source)
+                request.images.append(
+                    _take_next_source(kind, pictures) if source is None else source
+                )
             elif kind == "video":
-                request.videos.append(_next_source(kind, clips) if source is None else source)
+                request.videos.append(_take_next_source(kind, clips) if source is None else source)
         request.messages.append({"role": message["role"], "content": plain})
     for kind, rest in (("image", pictures), ("video", clips)):
         if rest:
@@ -119,20 +121,20 @@ def _read_source(item: Mapping[str, Any], kind: str, where: str) -> Any:
     return source
 
 
-def _next_source(kind: str, rest: list[Any]) -> Any:
+def _take_next_source(kind: str, rest: list[Any]) -> Any:
     """The next source that was given beside the messages."""
     if not rest:
         raise PromptError(f"the messages have more {kind} items than there are {NOUNS[kind]}")
     return rest.pop(0)
 
 
-def system_message(system: str | None) -> list[Message]:
+def make_system_messages(system: str | None) -> list[Message]:
     """The messages that a conversation with this system message begins with."""
     content = [{"type": "text", "text": system}]
     return [] if system is None else [{"role": "system", "content": content}]
 
 
-def _as_list(sources: Any) -> list[Any]:
+def _list_sources(sources: Any) -> list[Any]:
     """Several sources as a list, and a single one as a list of one; None is none.
 
     Texts, bytes, paths and arrays (whatever has a shape) are one source, although Python can

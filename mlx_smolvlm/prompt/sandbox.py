@@ -95,7 +95,7 @@ class Budget:
         self.spend(weigh(value, self.room))
         return value
 
-    def multiply(self, *values: Any) -> None:
+    def check_product(self, *values: Any) -> None:
         """Refuse a call whose cost or result may be as large as the product of its arguments."""
         product = 1
         for value in values:
@@ -156,14 +156,14 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         )
         kept = {name: self.filters[name] for name in FILTERS}
         self.filters = {
-            **{name: _bounded(function) for name, function in kept.items()},
-            **{"tojson": _bounded(_to_json), "indent": _bounded(_indent)},
+            **{name: _charge_result(function) for name, function in kept.items()},
+            **{"tojson": _charge_result(_to_json), "indent": _charge_result(_indent)},
             **{_SPEND: _spend, _CONCAT: _concat, _SLICE: _slice},
         }
         for name in ("indent", "join", "replace", "trim"):
-            self.filters[name] = _multiplying(self.filters[name])
+            self.filters[name] = _bound_product(self.filters[name])
         tests: dict[str, Any] = dict(self.tests)
-        self.tests = {name: _bounded(function) for name, function in tests.items()}
+        self.tests = {name: _charge_result(function) for name, function in tests.items()}
         self.globals = {
             "range": self.globals["range"],
             "namespace": _Namespace,
@@ -179,7 +179,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         """
         if len(source) > LONGEST_SOURCE:
             raise LimitError(f"it has {len(source):,} characters, of {LONGEST_SOURCE:,} allowed")
-        tree = _Charging().visit(self.parse(source))
+        tree = _ChargeInserter().visit(self.parse(source))
         tree.set_environment(self)
         return self.from_string(tree)
 
@@ -224,8 +224,8 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         budget = _budget.get()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
-            args = tuple(map(_settled, args))
-            budget.multiply(owner, *args)
+            args = tuple(map(_expand_iterator, args))
+            budget.check_product(owner, *args)
         budget.spend()
         return budget.charge(super().call(__context, __obj, *args, **kwargs))
 
@@ -243,7 +243,7 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> str:
         _budget.reset(token)
 
 
-class _Charging(NodeTransformer):
+class _ChargeInserter(NodeTransformer):
     """Puts filters that charge into a template where jinja2 has no hook for it."""
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802
@@ -253,7 +253,7 @@ class _Charging(NodeTransformer):
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         """`a ~ b`."""
         self.generic_visit(node)
-        return _filter(nodes.List(node.nodes, lineno=node.lineno), _CONCAT)
+        return _make_filter(nodes.List(node.nodes, lineno=node.lineno), _CONCAT)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
         """`a[1:2]`."""
@@ -261,26 +261,26 @@ class _Charging(NodeTransformer):
         if not isinstance(node.arg, nodes.Slice):
             return node
         ends = (node.arg.start, node.arg.stop, node.arg.step)
-        return _filter(node.node, _SLICE, [end or nodes.Const(None) for end in ends])
+        return _make_filter(node.node, _SLICE, [end or nodes.Const(None) for end in ends])
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
         """Values that are made, comparisons, and whatever runs more than once."""
         super().generic_visit(node, *args, **kwargs)
         if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block):
-            step = _filter(nodes.Const(None, lineno=node.lineno), _SPEND)
+            step = _make_filter(nodes.Const(None, lineno=node.lineno), _SPEND)
             node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
         is_made = isinstance(node, nodes.List | nodes.Dict | nodes.Compare)
         if is_made or (isinstance(node, nodes.Tuple) and node.ctx == "load"):
-            return _filter(node, _SPEND)  # type: ignore[arg-type]
+            return _make_filter(node, _SPEND)  # type: ignore[arg-type]
         return node
 
 
-def _filter(node: nodes.Expr, name: str, args: list[nodes.Expr] | None = None) -> nodes.Filter:
+def _make_filter(node: nodes.Expr, name: str, args: list[nodes.Expr] | None = None) -> nodes.Filter:
     """The expression `node | name(args)`."""
     return nodes.Filter(node, name, args or [], [], None, None, lineno=node.lineno)
 
 
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _charge_result(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter or test that charges what it returns."""
 
     @functools.wraps(function)  # jinja2 marks functions by attributes
@@ -292,19 +292,19 @@ def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
     return bounded
 
 
-def _multiplying(function: Callable[..., Any]) -> Callable[..., Any]:
+def _bound_product(function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter whose result may be as long as the product of its arguments."""
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        args = tuple(map(_settled, args))
-        _budget.get().multiply(*args, *kwargs.values())
+        args = tuple(map(_expand_iterator, args))
+        _budget.get().check_product(*args, *kwargs.values())
         return function(*args, **kwargs)
 
     return checked
 
 
-def _settled(value: Any) -> Any:
+def _expand_iterator(value: Any) -> Any:
     """`value`, as a list if it is an iterator, whose length nobody knows."""
     return _budget.get().charge(list(value)) if isinstance(value, Iterator) else value
 

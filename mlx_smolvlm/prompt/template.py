@@ -33,16 +33,18 @@ class ChatTemplate:
             self._template = BoundedEnvironment().read(source)
         except Exception as error:
             raise CheckpointError(f"the chat template cannot be read: {one_line(error)}") from None
-        self.takes_images = self._probed()
+        self.takes_images = self._probe()
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """The text of `messages`, which `checked` has made.
+        """The text of `messages`, which `normalize_message` has made.
 
         Raises:
             PromptError: The template refuses them.
         """
         if not self.takes_images:
-            messages = [{**message, "content": _joined(message["content"])} for message in messages]
+            messages = [
+                {**message, "content": _join_texts(message["content"])} for message in messages
+            ]
         try:
             return self._run(messages, add_generation_prompt)
         except Exception as error:  # a template runs any expression
@@ -50,7 +52,7 @@ class ChatTemplate:
                 f"the chat template refuses the messages: {one_line(error)}"
             ) from None
 
-    def answer_lead(self) -> str:
+    def find_answer_lead(self) -> str:
         """White space between the heading of an answer and the answer: that after "Assistant:"."""
         messages = [
             {"role": role, "content": [{"type": "text", "text": _PROBE}]}
@@ -71,7 +73,7 @@ class ChatTemplate:
         text.encode()  # a template can write what is no character: '\ud800'
         return text
 
-    def _probed(self) -> bool:
+    def _probe(self) -> bool:
         """Whether content is a list of items; a template for text fails on one or prints it."""
         from mlx_smolvlm.prompt.sandbox import LimitError
 
@@ -91,7 +93,7 @@ class ChatTemplate:
         raise CheckpointError(f"the chat template cannot render a plain question{reason}")
 
 
-def checked(message: Message, number: int) -> dict[str, Any]:
+def normalize_message(message: Message, number: int) -> dict[str, Any]:
     """`message` rebuilt from plain values, its content a list of items."""
     where = f"message {number}"
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
@@ -107,10 +109,10 @@ def checked(message: Message, number: int) -> dict[str, Any]:
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or not content:
         raise PromptError(f"{where} ({role}) has no content; give it a text or an image")
-    return {"role": str(role), "content": [_checked_item(item, where) for item in content]}
+    return {"role": str(role), "content": [_normalize_item(item, where) for item in content]}
 
 
-def _checked_item(item: Any, where: str) -> dict[str, str]:
+def _normalize_item(item: Any, where: str) -> dict[str, str]:
     """A content item rebuilt from plain values."""
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind in ("image", "video"):
@@ -132,12 +134,12 @@ def _checked_item(item: Any, where: str) -> dict[str, str]:
     return {"type": "text", "text": str(text)}
 
 
-def _joined(items: list[dict[str, str]]) -> str:
+def _join_texts(items: list[dict[str, str]]) -> str:
     """The text of items without images."""
     return "".join(item["text"] for item in items)
 
 
-def unused_character(messages: list[dict[str, Any]]) -> str:
+def find_unused_character(messages: list[dict[str, Any]]) -> str:
     """A private-use character that no message holds."""
     texts = [
         item["text"]
@@ -149,7 +151,9 @@ def unused_character(messages: list[dict[str, Any]]) -> str:
     return next(chr(code) for code in range(0xF0000, 0x10FFFE) if chr(code) not in used)
 
 
-def marked(messages: list[dict[str, Any]], mark: str, special: list[str]) -> list[dict[str, Any]]:
+def mark_special_tokens(
+    messages: list[dict[str, Any]], mark: str, special: list[str]
+) -> list[dict[str, Any]]:
     """`messages` with `mark` inside every special token that a text spells, and around texts.
 
     The marks around a text keep two texts from spelling a token together. They are set

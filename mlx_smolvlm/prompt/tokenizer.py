@@ -24,7 +24,7 @@ LARGEST_FILE = 2**25  # bytes; that of SmolVLM2 has 3.5 million
 MOST_ADDED = 2**13  # added tokens; Granite-Docling has some 600
 LONGEST_PATTERN = 1000  # characters
 
-FRAMING = re.compile(
+FRAMING_TOKEN = re.compile(
     r"<image>|<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>|<end_of_utterance>"
     r"|<\|[^|]+\|>"
 )
@@ -52,7 +52,7 @@ _SLOW = re.compile(r"\)[*+{]|\\[1-9kg]")
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The tokenizer in `path`, without truncation and padding, special tokens read as text.
 
-    The tokens of `FRAMING` are special whatever the file says, since only special tokens can
+    The tokens of `FRAMING_TOKEN` are special whatever the file says, since only special tokens can
     be read as text.
 
     Raises:
@@ -68,14 +68,16 @@ def parse_tokenizer(text: str, path: Path, vocab_size: int) -> Tokenizer:
         _check(values, vocab_size)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not a tokenizer: {one_line(error)}") from None
-    framing = [token for token in values["added_tokens"] if FRAMING.fullmatch(token["content"])]
+    framing = [
+        token for token in values["added_tokens"] if FRAMING_TOKEN.fullmatch(token["content"])
+    ]
     if not all(token.get("special") is True for token in framing):
         for token in framing:
             token["special"] = True
         text = json.dumps(values)
     from tokenizers import Tokenizer
 
-    with native_errors(CheckpointError, f"{path} is not a tokenizer"):
+    with convert_native_errors(CheckpointError, f"{path} is not a tokenizer"):
         tokenizer = Tokenizer.from_str(text)
         tokenizer.no_truncation()
         tokenizer.no_padding()
@@ -84,7 +86,7 @@ def parse_tokenizer(text: str, path: Path, vocab_size: int) -> Tokenizer:
 
 
 @contextlib.contextmanager
-def native_errors(kind: type[SmolVLMError], message: str) -> Iterator[None]:
+def convert_native_errors(kind: type[SmolVLMError], message: str) -> Iterator[None]:
     """Turns what `tokenizers` raises, panics of Rust included, into an error of ours."""
     try:
         yield

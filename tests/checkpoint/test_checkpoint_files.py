@@ -28,7 +28,7 @@ from mlx_smolvlm.errors import CheckpointError, PromptError, SmolVLMError, short
 from mlx_smolvlm.generate.grammar import Constrainer
 from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.prompt.builder import PromptBuilder
-from mlx_smolvlm.prompt.tokenizer import native_errors, read_tokenizer
+from mlx_smolvlm.prompt.tokenizer import convert_native_errors, read_tokenizer
 from mlx_smolvlm.records import read_json
 from tests.helpers import hf_folder as hf
 
@@ -353,11 +353,11 @@ def test_panics_of_the_native_reader_are_errors(capfd):
     values = {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": model}
     with (
         pytest.raises(PromptError, match=r"cannot read it: .*charsmap"),
-        native_errors(PromptError, "cannot read it"),
+        convert_native_errors(PromptError, "cannot read it"),
     ):
         Tokenizer.from_str(json.dumps(values))
     capfd.readouterr()  # what Rust says of it
-    with pytest.raises(KeyboardInterrupt), native_errors(PromptError, "cannot read it"):
+    with pytest.raises(KeyboardInterrupt), convert_native_errors(PromptError, "cannot read it"):
         raise KeyboardInterrupt
 
 

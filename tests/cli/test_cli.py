@@ -25,7 +25,7 @@ def tokens(*arguments):
     for i in itertools.count():
         time.sleep(0.02)
         yield 40 + i % 20
-mlx_smolvlm.generate.stream.tokens = tokens
+mlx_smolvlm.generate.stream.generate_tokens = tokens
 from mlx_smolvlm.cli.app import main
 main()
 """

@@ -24,7 +24,7 @@ from mlx_smolvlm import (
     load,
 )
 from mlx_smolvlm.checkpoint.load import find_tokenizer
-from mlx_smolvlm.generate.batch import Rows, groups
+from mlx_smolvlm.generate.batch import RowDecoder, split_into_groups
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.media.tiles import grid_of, open_image
 from mlx_smolvlm.model.text import TextModel
@@ -232,9 +232,9 @@ def test_groups_and_moves_change_nothing(
     whole = tiny.ask_many([OTHER], QUESTIONS, sampling=sampling)
     plain = len(fed)
     largest: list[int] = []
-    columns = Rows.columns.fget
+    columns = RowDecoder.columns.fget
 
-    def recording(rows: Rows) -> int:
+    def recording(rows: RowDecoder) -> int:
         largest.append(columns(rows))
         return largest[-1]
 
@@ -242,7 +242,7 @@ def test_groups_and_moves_change_nothing(
     monkeypatch.setattr("mlx_smolvlm.generate.batch.GROWTH", 3)
     monkeypatch.setattr("mlx_smolvlm.generate.batch.CONTEXTS", 100 / 512)
     monkeypatch.setattr("mlx_smolvlm.generate.batch.CONTEXTS", 100 / 512)
-    monkeypatch.setattr(Rows, "columns", property(recording))
+    monkeypatch.setattr(RowDecoder, "columns", property(recording))
     fed.clear()
     assert_same(tiny.ask_many([OTHER], QUESTIONS, sampling=sampling), whole)
     assert len(fed) > plain
@@ -250,11 +250,11 @@ def test_groups_and_moves_change_nothing(
 
 
 def test_groups() -> None:
-    assert list(groups([], 5, 50)) == []
-    assert list(groups([30, 30, 30, 30], 5, 50)) == [range(3), range(3, 4)]
-    assert list(groups([45, 45], 5, 50)) == [range(2)]
-    assert list(groups([50, 46], 5, 50)) == [range(1), range(1, 2)]
-    assert [len(one) for one in groups([1] * 150, 5, 500)] == [64, 64, 22]
+    assert list(split_into_groups([], 5, 50)) == []
+    assert list(split_into_groups([30, 30, 30, 30], 5, 50)) == [range(3), range(3, 4)]
+    assert list(split_into_groups([45, 45], 5, 50)) == [range(2)]
+    assert list(split_into_groups([50, 46], 5, 50)) == [range(1), range(1, 2)]
+    assert [len(one) for one in split_into_groups([1] * 150, 5, 500)] == [64, 64, 22]
 
 
 def test_a_long_beginning_and_long_questions(

@@ -16,7 +16,7 @@ import mlx_smolvlm
 from demo_recipe.examples import example
 from mlx_smolvlm import Choice, MediaError, PromptError, Sampling, SmolVLM
 from mlx_smolvlm.checkpoint.load import find_tokenizer
-from mlx_smolvlm.generate.choose import rated
+from mlx_smolvlm.generate.choose import make_choice
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.model.text import TextModel
 from mlx_smolvlm.prompt.builder import PromptBuilder
@@ -87,7 +87,7 @@ def test_where_the_work_is_cut_changes_nothing(
         monkeypatch.setattr("mlx_smolvlm.generate.batch.MAX_ROWS", 1)
     if memory == "small parts":
         monkeypatch.setattr("mlx_smolvlm.generate.batch.PREFILL_CHUNK", 3)
-        monkeypatch.setattr("mlx_smolvlm.generate.choose.SCORED", 2)
+        monkeypatch.setattr("mlx_smolvlm.generate.choose.SCORE_CHUNK", 2)
     again = tiny.choose("Which?", choices, images=[PICTURE])
     np.testing.assert_allclose(again.logprobs, whole.logprobs, atol=1e-4)
     assert again.token_counts == whole.token_counts
@@ -161,16 +161,16 @@ def test_the_probability_of_the_greedy_answer_is_that_of_its_tokens(demo: SmolVL
 
 def test_normalisation() -> None:
     scores = [np.log([0.5, 0.1, 0.5]), np.log([0.15])]
-    plain = rated(("long", "short"), scores, "none")
+    plain = make_choice(("long", "short"), scores, "none")
     np.testing.assert_allclose(plain.probabilities, [0.025 / 0.175, 0.15 / 0.175])
     assert (plain.best, plain.index, plain.token_counts) == ("short", 1, (3, 1))
-    means = rated(("long", "short"), scores, "tokens")
+    means = make_choice(("long", "short"), scores, "tokens")
     mean = 0.025 ** (1 / 3)
     np.testing.assert_allclose(means.probabilities, [mean / (mean + 0.15), 0.15 / (mean + 0.15)])
     assert (means.best, means.index) == ("long", 0)
     assert means.logprobs == plain.logprobs
     assert math.isclose(plain.logprobs[0], math.log(0.025))
-    far = rated(("a", "b"), [np.array([-2000.0]), np.array([-3000.0])], "none")
+    far = make_choice(("a", "b"), [np.array([-2000.0]), np.array([-3000.0])], "none")
     assert far.probabilities == (1.0, 0.0)
     assert isinstance(far, Choice)
     assert json.loads(json.dumps(far.to_dict()))["choices"] == ["a", "b"]

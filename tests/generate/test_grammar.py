@@ -25,8 +25,8 @@ from demo_recipe.examples import example
 from mlx_smolvlm import ConstraintError, Sampling, SmolVLM, SmolVLMWarning
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.grammar import Constrainer, Constraint
-from mlx_smolvlm.generate.json_schema import check, closed
-from mlx_smolvlm.generate.loop import constrained_tokens
+from mlx_smolvlm.generate.json_schema import check_constraint, close_objects
+from mlx_smolvlm.generate.loop import generate_constrained_tokens
 from mlx_smolvlm.generate.sampling import make_sampler
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.prompt.builder import PromptBuilder
@@ -145,8 +145,8 @@ class Recorder(Constraint):
     places: list[int]
     at: int
 
-    def forced(self, most: int) -> list[int]:
-        token_ids = super().forced(most)
+    def take_forced(self, most: int) -> list[int]:
+        token_ids = super().take_forced(most)
         if not hasattr(self, "places"):
             self.places, self.at = [], 0
         self.at += len(token_ids)
@@ -161,8 +161,8 @@ class Recorder(Constraint):
 class OneByOne(Recorder):
     """Chooses every token, the forced ones out of one."""
 
-    def forced(self, most: int) -> list[int]:
-        return super().forced(0)
+    def take_forced(self, most: int) -> list[int]:
+        return super().take_forced(0)
 
 
 class Run:
@@ -188,12 +188,12 @@ class Run:
             "properties": {"colour": {"enum": ["red", "green"]}, "shape": {"type": "boolean"}},
             "required": ["colour", "shape"],
         }
-        text = mlx_smolvlm.generate.json_schema.grammar(schema, None, " ")
+        text = mlx_smolvlm.generate.json_schema.make_grammar(schema, None, " ")
         self.constraint = kind(constrainer._tokenizer, text, " ")
         embeds = model.embed(np.arange(40, 60))
         cache = model.make_cache()
         self.token_ids = list(
-            constrained_tokens(model, embeds, cache, greedy, self.constraint, 100)
+            generate_constrained_tokens(model, embeds, cache, greedy, self.constraint, 100)
         )
         monkeypatch.setattr(mlx_smolvlm.generate.loop, "prefill", prefill)
 
@@ -220,7 +220,7 @@ def test_the_cache_holds_what_was_said(tiny: SmolVLM) -> None:
     )
     embeds, cache = tiny.model.embed(np.arange(40, 60)), tiny.model.make_cache()
     sampler = make_sampler(Sampling())
-    said = list(constrained_tokens(tiny.model, embeds, cache, sampler, constraint, 100))
+    said = list(generate_constrained_tokens(tiny.model, embeds, cache, sampler, constraint, 100))
     held = cache.offset - 20
     assert 0 < held < len(said)
     more = tiny.model.embed(np.array([50, 51]))
@@ -319,11 +319,11 @@ def test_every_eos_token_may_end_an_answer(tiny: SmolVLM) -> None:
     two = PromptBuilder.__new__(PromptBuilder)
     two.__dict__ = {**vars(builder), "config": replace(builder.config, eos_token_ids=(639, 0))}
     constraint = Constrainer(two)(Sampling(regex="a?"))
-    allowed = np.flatnonzero(np.array(constraint.allowed()))
+    allowed = np.flatnonzero(np.array(constraint.compute_mask()))
     spelled = [builder.tokenizer.decode([token]) for token in allowed]
     assert spelled == [" ", " a"][: len(spelled)]
     constraint.take(int(allowed[0]))
-    ends = {0, 639} & set(np.flatnonzero(np.array(constraint.allowed())).tolist())
+    ends = {0, 639} & set(np.flatnonzero(np.array(constraint.compute_mask())).tolist())
     assert ends == {0, 639}
 
 
@@ -395,9 +395,9 @@ def test_a_model_that_refuses_what_fits_its_schema(tiny: SmolVLM) -> None:
 
 def test_a_number_longer_than_python_reads(tiny: SmolVLM) -> None:
     with pytest.warns(SmolVLMWarning, match="not parsed"):
-        assert mlx_smolvlm.generate.json_schema.value_of("1" * 5000, {}) is None
+        assert mlx_smolvlm.generate.json_schema.parse_answer("1" * 5000, {}) is None
     with pytest.warns(SmolVLMWarning, match="not parsed"):
-        assert mlx_smolvlm.generate.json_schema.value_of("[" * 100_000, {}) is None
+        assert mlx_smolvlm.generate.json_schema.parse_answer("[" * 100_000, {}) is None
 
 
 @pytest.mark.parametrize(
@@ -499,7 +499,7 @@ def test_mutated_schemas_are_read_or_refused() -> None:
     for seed in range(200):
         schema = mutated(copy.deepcopy(schemas.draw()), random.Random(seed))
         try:
-            check(schema, None)
+            check_constraint(schema, None)
             read += 1
         except ValueError as error:
             if not re.fullmatch(r"schema [^\n]{,500}", str(error)):
@@ -540,7 +540,7 @@ def test_without_llguidance(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) 
 )
 def test_which_objects_are_closed(schema: dict[str, Any], is_closed: bool) -> None:
     original = json.dumps(schema)
-    assert (closed(schema).get("additionalProperties") is False) == is_closed
+    assert (close_objects(schema).get("additionalProperties") is False) == is_closed
     assert json.dumps(schema) == original
 
 
@@ -553,7 +553,7 @@ def test_names_are_not_taken_for_keywords() -> None:
         "default": inner,
     }
     shut = {**inner, "additionalProperties": False}
-    assert closed(schema) == {
+    assert close_objects(schema) == {
         "properties": {"properties": shut, "items": {"items": shut}},
         "$defs": {"allOf": shut},
         "const": inner,
@@ -566,7 +566,7 @@ def test_joined_objects_stay_open(tiny: SmolVLM) -> None:
     part = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"]}
     other = {"type": "object", "properties": {"b": {"const": 2}}, "required": ["b"]}
     schema = {"allOf": [part, other]}
-    assert closed(schema) == schema
+    assert close_objects(schema) == schema
     Sampling(schema=schema)  # closed, nothing could fit it
 
 
@@ -590,9 +590,9 @@ def test_the_lead_is_what_the_template_writes(heading: str, answer: str, lead: s
         f"{said}{{% endif %}}{{% endfor %}}"
         f"{{% if add_generation_prompt %}}{heading}{{% endif %}}"
     )
-    assert ChatTemplate(template).answer_lead() == lead
+    assert ChatTemplate(template).find_answer_lead() == lead
     refusing = template.replace("{% else %}", "{% else %}{{ raise_exception('no') }}")
-    assert ChatTemplate(refusing).answer_lead() == ""
+    assert ChatTemplate(refusing).find_answer_lead() == ""
 
 
 def test_answers_begin_as_in_training(vlm: SmolVLM) -> None:

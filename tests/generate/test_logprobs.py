@@ -11,7 +11,7 @@ import pytest
 
 from mlx_smolvlm.convert.compare.observe import predictions
 from mlx_smolvlm.convert.quant.dwq import _divergence
-from mlx_smolvlm.generate.choose import _of_tokens
+from mlx_smolvlm.generate.choose import _score_tokens
 from mlx_smolvlm.generate.sampling import (
     Sampling,
     cross_entropy,
@@ -78,7 +78,7 @@ def test_scores_of_tokens(name: str) -> None:
     logits = DISTRIBUTIONS[name](VOCABULARY)
     token_ids = np.array([VOCABULARY // 2, 1, 7])
     vlm = SimpleNamespace(model=SimpleNamespace(head=lambda states: states))
-    scores = _of_tokens(vlm, mx.array(logits), token_ids)  # type: ignore[arg-type]
+    scores = _score_tokens(vlm, mx.array(logits), token_ids)  # type: ignore[arg-type]
     expected = true_log_softmax(logits)[np.arange(ROWS), token_ids]
     assert scores.dtype == np.float64
     np.testing.assert_allclose(scores, expected, rtol=0, atol=1e-6)

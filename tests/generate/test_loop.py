@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_smolvlm.generate.loop import PREFILL_CHUNK, StopText, prefill, tokens
+from mlx_smolvlm.generate.loop import PREFILL_CHUNK, StopText, generate_tokens, prefill
 from mlx_smolvlm.generate.sampling import Sampling, make_sampler
 from mlx_smolvlm.smolvlm import SmolVLM
 
@@ -31,7 +31,7 @@ def test_prefill_in_chunks_equals_one_pass(tiny: SmolVLM, length: int) -> None:
 
 def test_tokens_equal_full_passes(tiny: SmolVLM) -> None:
     embeds = random_embeds(9)
-    got = list(tokens(tiny.model, embeds, tiny.model.make_cache(), greedy, 12))
+    got = list(generate_tokens(tiny.model, embeds, tiny.model.make_cache(), greedy, 12))
     expected: list[int] = []
     for _ in range(12):
         token_id = int(np.argmax(np.array(tiny.model(embeds)[0, -1])))
@@ -44,12 +44,12 @@ def test_tokens_equal_full_passes(tiny: SmolVLM) -> None:
 
 def test_cache_grows_past_its_first_buffer(tiny: SmolVLM) -> None:
     embeds = random_embeds(250)
-    long = list(tokens(tiny.model, embeds, tiny.model.make_cache(), greedy, 20))
+    long = list(generate_tokens(tiny.model, embeds, tiny.model.make_cache(), greedy, 20))
     cache = tiny.model.make_cache()
     prefill(tiny.model, embeds, cache)
     assert cache.arrays[0].shape[2] == 256
     cache.trim(0)
-    assert list(tokens(tiny.model, embeds, cache, greedy, 20)) == long
+    assert list(generate_tokens(tiny.model, embeds, cache, greedy, 20)) == long
     assert cache.arrays[0].shape[2] == 512
 
 
@@ -66,7 +66,7 @@ def test_stop_text_cuts_at_the_first_stop(pieces: list[str], stops: list[str]) -
     stop_text, shown = StopText(stops), ""
     for piece in pieces:
         shown += stop_text.feed(piece)
-        if stop_text.stopped:
+        if stop_text.is_stopped:
             break
     else:
         shown += stop_text.flush()
@@ -87,11 +87,11 @@ def test_stop_text_shows_what_cannot_be_a_stop() -> None:
     assert stop_text.feed("hello <") == "hello "
     assert stop_text.feed("b> <") == "<b> "
     assert stop_text.feed("/doc> rest") == ""
-    assert stop_text.stopped
+    assert stop_text.is_stopped
     stop_text = StopText(["aab"])
     assert stop_text.feed("xaa") == "x"  # not "xa": both may begin it
     assert stop_text.feed("b") == ""
-    assert stop_text.stopped
+    assert stop_text.is_stopped
 
 
 @pytest.mark.parametrize(

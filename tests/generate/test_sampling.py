@@ -13,9 +13,9 @@ from mlx_smolvlm.cli.terminal.talk import Talk
 from mlx_smolvlm.generate.sampling import (
     RandomStates,
     Sampling,
-    intact_random_state,
     make_row_sampler,
     make_sampler,
+    preserve_random_state,
 )
 from mlx_smolvlm.smolvlm import SmolVLM
 
@@ -186,7 +186,7 @@ def test_a_failing_sampler_leaves_the_random_state_as_it_was() -> None:
     mx.random.seed(11)
     mx.eval(mx.random.normal((3,)))
     before = state()
-    with pytest.raises(ValueError, match="top_k"), intact_random_state():
+    with pytest.raises(ValueError, match="top_k"), preserve_random_state():
         mlx_lm.sample_utils.apply_top_k(mx.zeros((1, 7)), 7)
     assert state() == before
     first = mx.random.normal((4,)).tolist()
@@ -212,7 +212,7 @@ def test_an_interrupted_sampler_does_not_spoil_later_answers(
     ids = [sampler(logits).item() for _ in range(5)]
     again = make_sampler(Sampling(temperature=1.0, seed=3))
     assert ids == [again(logits).item() for _ in range(5)]
-    assert RandomStates(3).after(0) == 3
+    assert RandomStates(3).seed_after(0) == 3
 
 
 @pytest.mark.parametrize("regex", [None, "[a-z ]{6}"])
@@ -249,7 +249,7 @@ def test_a_retry_with_the_largest_seed(tiny: SmolVLM) -> None:
     options = SimpleNamespace(
         pictures=False, system=None, sampling=sampling, detail="high", on_full="error"
     )
-    printer = SimpleNamespace(print_answer=lambda stream: bool(stream.finished()))
+    printer = SimpleNamespace(print_answer=lambda stream: bool(stream.finish()))
     talk = Talk(tiny, options, printer)  # type: ignore[arg-type]
     talk.ask("Hi")
     first = talk._reply

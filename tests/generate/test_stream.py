@@ -105,11 +105,11 @@ def test_constrained_answers_heed_each_end_token(tiny: SmolVLM, order: tuple[int
     space = vlm.engine.prompt_builder.tokenizer.encode(" ").ids[0]
     free = vlm.engine.constrainer(Sampling(regex="a*"))
     free.take(space)  # every answer begins with it
-    allowed = np.flatnonzero(np.array(free.allowed()))
+    allowed = np.flatnonzero(np.array(free.compute_mask()))
     assert {2, 639} <= set(allowed.tolist())
     one = vlm.engine.constrainer(Sampling(regex="[ab]a"))
     one.take(space)
-    assert {2, 639}.isdisjoint(np.flatnonzero(np.array(one.allowed())).tolist())
+    assert {2, 639}.isdisjoint(np.flatnonzero(np.array(one.compute_mask())).tolist())
     ends = set()
     for seed in range(30):
         sampling = Sampling(regex="a*", temperature=3.0, seed=seed, max_tokens=40)
@@ -211,7 +211,7 @@ def generators(monkeypatch: pytest.MonkeyPatch) -> list[Generator[Any, None, Non
 
         monkeypatch.setattr(mlx_smolvlm.generate.stream, name, record)
 
-    for name in ("tokens", "constrained_tokens", "encode"):
+    for name in ("generate_tokens", "generate_constrained_tokens", "encode"):
         recorded(name)
     return made
 
@@ -242,7 +242,7 @@ def test_generators_are_closed(
     elif how in ("close", "schema"):
         answer.close()
     else:
-        cut = answer.finished()
+        cut = answer.finish()
         assert cut.finish_reason == ("length" if how == "length" else "stop")
         assert (len(cut.token_ids) == 12) == (how == "length")
     assert len(generators) == 2
@@ -265,7 +265,7 @@ def test_an_interrupted_answer_is_closed(
 
     monkeypatch.setattr(AnswerStream, "__next__", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        answer.finished()
+        answer.finish()
     assert len(generators) == 2
     assert [one.gi_frame for one in generators] == [None] * 2  # type: ignore[attr-defined]
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.generate.loop import tokens
+from mlx_smolvlm.generate.loop import generate_tokens
 from mlx_smolvlm.model.model import Model
 from tests.helpers import hf_folder
 
@@ -73,7 +73,7 @@ def stages(model: Model, pixel_values: np.ndarray, input_ids: np.ndarray) -> dic
     x = seen["post_layernorm"] = model.vision_model.post_layernorm(x)
     x = seen["connector"] = model.connector(x)
     x = seen["merged embeddings"] = model.embed(input_ids, x)
-    positions = mx.array([0] * (model.text_model.rotated_rows + model.text_model.still_rows))
+    positions = mx.array([0] * (model.text_model.rotary_rows + model.text_model.value_rows))
     for number, layer in enumerate(model.text_model.layers):
         x = seen[f"decoder layer {number}"] = layer(x, positions, None)
     x = seen["norm"] = model.text_model.norm(x)
@@ -84,7 +84,7 @@ def stages(model: Model, pixel_values: np.ndarray, input_ids: np.ndarray) -> dic
 def greedy(model: Model, merged: mx.array) -> list[int]:
     """The ids that follow `merged` embeddings (1, L, D)."""
     sampler = lambda logits: mx.argmax(logits, keepdims=True)  # noqa: E731
-    return list(tokens(model, merged, model.make_cache(), sampler, NEW_TOKENS))
+    return list(generate_tokens(model, merged, model.make_cache(), sampler, NEW_TOKENS))
 
 
 def sample(array: Any) -> list[float]:

@@ -71,7 +71,8 @@ if "HOLD_ENCODER" in os.environ:
             hold()
         yield from real_encode(media, *rest)
     answers.encode = encode
-Engine.make_prompt, answers.AnswerStream.__init__, answers.tokens = make_prompt, start, tokens
+Engine.make_prompt, answers.AnswerStream.__init__ = make_prompt, start
+answers.generate_tokens = tokens
 from mlx_smolvlm.cli.app import main
 main()
 """

@@ -17,8 +17,7 @@ from mlx_smolvlm import (
     SmolVLMWarning,
     load,
 )
-from mlx_smolvlm.generate.engine import Engine
-from mlx_smolvlm.generate.limits import pinned_tokens
+from mlx_smolvlm.generate.engine import Engine, find_pinned_tokens
 from mlx_smolvlm.kv.bounded import RECENT, SINKS, BoundedKVCache
 from mlx_smolvlm.kv.cache import PackedStorage
 from mlx_smolvlm.reuse.content import Content, Span
@@ -107,7 +106,7 @@ def test_a_bound_that_is_not_reached_changes_nothing(tiny: SmolVLM, bounded: Smo
 def test_a_long_answer_still_sees_its_question_and_picture(bounded: SmolVLM) -> None:
     long = Sampling(max_tokens=300)
     stream = bounded.stream(QUESTION, images=[noise(1)], sampling=long)
-    reply = stream.finished()
+    reply = stream.finish()
     assert reply.generation_tokens > LIMIT
     assert stream.state is not None
     cache, ids = stream.state.cache, stream._prompt.input_ids
@@ -149,7 +148,7 @@ def test_pinned_tokens(tiny: SmolVLM) -> None:
 
     def pinned(ids: list[int], *spans: tuple[int, int]) -> list[int]:
         content = Content(np.array(ids), tuple(Span(a, b, "") for a, b in spans))
-        pins: list[int] = pinned_tokens(content, config, 100).tolist()
+        pins: list[int] = find_pinned_tokens(content, config, 100).tolist()
         return pins
 
     assert pinned([*text, END, *text]) == [*range(21)]

@@ -333,7 +333,7 @@ def test_answers_that_exceed_the_context_are_halved(tiny_video, long_path, monke
     long = Sampling(max_tokens=60)
     parts = list(tiny_video.stream_parts("What?", video, 15, sampling=long))
     assert len(parts) == 13
-    parts[-1].stream.finished()
+    parts[-1].stream.finish()
     over = [text for text in asked if "From these, answer for the whole video" in text]
     assert len(over) >= 3
     assert "00:00-03:00" not in over[-1]
@@ -584,7 +584,7 @@ def test_few_frames_are_held_at_once(tiny_video, path, monkeypatch):
     )  # fmt: skip
     stream = tiny_video.stream("?", videos=[Video(path, fps=9)], sampling=SHORT)
     assert stream.reply.video_frames == 27
-    stream.finished()
+    stream.finish()
     assert pictures[0] <= 3
     assert TILE_BATCH <= tiles[0] <= 2 * TILE_BATCH
 
@@ -605,7 +605,7 @@ def test_progress(tiny_video, path):
         21,
     ]
     assert any(0 < step.encoded < step.decoded < 21 for step in steps)
-    assert stream.finished().generation_tokens == 4
+    assert stream.finish().generation_tokens == 4
 
 
 def test_a_conversation_encodes_a_video_once(tiny_video, path, monkeypatch):

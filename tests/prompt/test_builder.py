@@ -127,22 +127,22 @@ def test_tokens_of_a_grid_are_counted_as_built(name, grid, builders):
     builder, grid = builders[name], Grid(*grid)
     bare = builder.build([user("a\n", "b")], [])
     taken = builder.build([user("a\n", IMAGE, "b")], [grid])
-    assert builder.tokens_of(grid) == taken.size - bare.size
+    assert builder.count_image_tokens(grid) == taken.size - bare.size
     seq_len = GOLDEN["checkpoints"][name]["image_seq_len"]
     assert (taken == builder.config.image_token_id).sum() == seq_len * grid.num_tiles
 
 
 def test_tokens_of_the_published_formula(builder):
-    assert builder.tokens_of(Grid(0, 0)) == 67
+    assert builder.count_image_tokens(Grid(0, 0)) == 67
     for rows in range(1, 7):
         for cols in range(1, 7):
-            assert builder.tokens_of(Grid(rows, cols)) == rows * (66 * cols + 1) + 68 - 1
+            assert builder.count_image_tokens(Grid(rows, cols)) == rows * (66 * cols + 1) + 68 - 1
 
 
 @pytest.mark.parametrize("grid", [(7, 1), (1, 7), (0, 3), (3, 0), (-1, -1)])
 def test_a_grid_without_a_name_is_refused(grid, builder):
     with pytest.raises(PromptError, match=f"{grid[0]} x {grid[1]}.*go to 6"):
-        builder.tokens_of(Grid(*grid))
+        builder.count_image_tokens(Grid(*grid))
 
 
 def test_framing_tokens(builder):

@@ -95,7 +95,7 @@ def test_every_stage_and_the_answer(pair: Pair, names: tuple[str, ...]) -> None:
     input_ids = inputs["input_ids"][0].numpy()
     embeds = model.embed(input_ids, image_embeds)
     assert_close(embeds, seen["merged embeddings"], STATES, "merged embeddings")
-    positions = mx.array([0] * (model.text_model.rotated_rows + model.text_model.still_rows))
+    positions = mx.array([0] * (model.text_model.rotary_rows + model.text_model.value_rows))
     x = embeds
     for number, layer in enumerate(model.text_model.layers):
         x = layer(x, positions, None)

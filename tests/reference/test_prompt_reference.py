@@ -56,7 +56,7 @@ def test_every_grid(pair):
         ours, theirs, _ = pair
         ids = theirs.input_ids([cases.user("x", cases.IMAGE)], [(rows, 7 - rows)], False)
         bare = theirs.input_ids([cases.user("x")], [], False)
-        assert ours.tokens_of(Grid(rows, 7 - rows)) == len(ids) - len(bare)
+        assert ours.count_image_tokens(Grid(rows, 7 - rows)) == len(ids) - len(bare)
 
 
 text = st.one_of(
