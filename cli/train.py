@@ -18,7 +18,7 @@ from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.train.finetune import Event, Tuning
+    from mlx_smolvlm.train.finetune import Tuning, TuningEvent
     from mlx_smolvlm.train.settings import Settings
 
 TRAIN_EPILOG = """\
@@ -53,7 +53,7 @@ def train(
     settings = read_settings(config)
     if fuse and settings.method != "lora":
         raise TrainingError("--fuse needs method lora: a full training makes a whole model")
-    out = out or settings.path(settings.out or f"{config.stem}-trained")
+    out = out or settings.resolve_path(settings.out or f"{config.stem}-trained")
     with catch_interruption() as interruptions:
         tuning = Tuning(settings, expand_path(out, TrainingError), offline)
         with contextlib.closing(tuning):
@@ -90,11 +90,11 @@ def print_settings(tuning: Tuning) -> None:
     parts = ", ".join(settings.trained_parts)
     say(
         f"training {parts} of {tuning.vlm.config.source} ({settings.method}, "
-        f"{tuning.parameters / 1e6:.2f} million parameters) on {tuning.examples} examples, "
-        f"{tuning.total} steps, into {tuning.out}"
+        f"{tuning.parameter_count / 1e6:.2f} million parameters) on {tuning.example_count} "
+        f"examples, {tuning.total_steps} steps, into {tuning.out}"
     )
-    if tuning.skipped:
-        say(f"{tuning.skipped} examples are too long and left out")
+    if tuning.skipped_count:
+        say(f"{tuning.skipped_count} examples are too long and left out")
     if loop.step:
         say(f"going on after step {loop.step}")
 
@@ -106,9 +106,9 @@ def run_steps(tuning: Tuning, interruptions: list[int]) -> bool:
         for event in tuning.run():
             if event.report is not None:
                 pace.add(event)
-                bar.draw(event.report.step, tuning.total, pace.format(tuning.total))
-            print_losses(event, tuning.settings, tuning.total, bar)
-            if interruptions and not tuning.loop.done:
+                bar.draw(event.report.step, tuning.total_steps, pace.format(tuning.total_steps))
+            print_losses(event, tuning.settings, tuning.total_steps, bar)
+            if interruptions and not tuning.loop.is_done:
                 tuning.save()
                 bar.close()
                 say(f"stopped after step {tuning.loop.step}; the same command goes on from there")
@@ -116,7 +116,7 @@ def run_steps(tuning: Tuning, interruptions: list[int]) -> bool:
     return True
 
 
-def print_losses(event: Event, settings: Settings, total: int, bar: ProgressBar) -> None:
+def print_losses(event: TuningEvent, settings: Settings, total: int, bar: ProgressBar) -> None:
     """Print the loss of held-out examples and, where no bar is shown, that of some steps."""
     step = event.report.step if event.report is not None else 0
     if event.valid_loss is not None:
@@ -133,7 +133,7 @@ class Pace:
         self._step, self._at = step, time.monotonic()
         self._seconds = self._tokens = self._loss = 0.0
 
-    def add(self, event: Event) -> None:
+    def add(self, event: TuningEvent) -> None:
         """Add a step to the means."""
         assert event.report is not None
         now = time.monotonic()

@@ -32,7 +32,7 @@ from mlx_smolvlm.convert.options import read_recipe
 from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMError, TrainingError, shorten
 from mlx_smolvlm.train.dataset import read_dataset
 from mlx_smolvlm.train.evaluate.cases import EvaluationOptions, read_cases
-from mlx_smolvlm.train.evaluate.report import Result, ResultsFile, scores_of
+from mlx_smolvlm.train.evaluate.report import Result, ResultsFile, score_tasks
 from mlx_smolvlm.train.finetune import check_folder, check_same, rewind
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule, read_notes
 from mlx_smolvlm.train.settings import read_settings
@@ -178,7 +178,7 @@ def test_settings_of_a_training(tmp_path: Path) -> None:
     file = tmp_path / "c.toml"
     assert_read_or_refused(
         lambda rng: file.write_bytes(file_damage.damage_toml(SETTINGS, rng)),
-        lambda: json.dumps(read_settings(file).decisive()),
+        lambda: json.dumps(read_settings(file).dump_decisive()),
         120,
     )
 
@@ -257,8 +257,8 @@ def read_results(path: Path) -> None:
     """Read the file at `path` and count."""
     file = ResultsFile(path, HEADER, False)
     try:
-        if file.found:
-            tasks, overall = scores_of(list(file.found.values()))
+        if file.results:
+            tasks, overall = score_tasks(list(file.results.values()))
             assert all(0 <= share <= 1 for one in (*tasks, overall) for share in one.interval)
     finally:
         file.close()
@@ -312,7 +312,7 @@ def test_a_result_may_name_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
     assert b"\\udcff" in path.read_bytes()
     file = ResultsFile(path, HEADER, False)
     file.close()
-    assert list(file.found.values()) == [RESULT, strange]
+    assert list(file.results.values()) == [RESULT, strange]
 
 
 def test_what_a_conversion_lost(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from mlx_smolvlm.train.loss import Batch
 
 
 @dataclass(frozen=True)
-class Sight:
+class MediaOptions:
     """How media are looked at: `detail` of pictures, frames of videos (None: as trained)."""
 
     detail: Detail = "high"
@@ -36,14 +36,14 @@ class Sight:
 
 
 @dataclass(frozen=True)
-class Row:
+class ExampleRow:
     """Token ids int32 (L,), and whether each is to be predicted, bool (L,)."""
 
     ids: np.ndarray
     is_target: np.ndarray
 
 
-def row_of(builder: PromptBuilder, example: Example, media: tuple[Medium, ...]) -> Row:
+def build_row(builder: PromptBuilder, example: Example, media: tuple[Medium, ...]) -> ExampleRow:
     """The tokens of `example`, whose opened media are `media`.
 
     Raises:
@@ -51,18 +51,20 @@ def row_of(builder: PromptBuilder, example: Example, media: tuple[Medium, ...]) 
             way than it begins one.
     """
     try:
-        return _row(builder, list(example.messages), media)
+        return _build_row(builder, list(example.messages), media)
     except SmolVLMError as error:
         raise DatasetError(f"{example.where}: {error}") from None
 
 
-def _row(builder: PromptBuilder, messages: list[Message], media: tuple[Medium, ...]) -> Row:
-    ids = _build(builder, messages, media, False)
+def _build_row(
+    builder: PromptBuilder, messages: list[Message], media: tuple[Medium, ...]
+) -> ExampleRow:
+    ids = _build_ids(builder, messages, media, False)
     is_target = np.zeros(ids.size, bool)
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _build(builder, messages[:number], media, True)
+        prompt = _build_ids(builder, messages[:number], media, True)
         start = prompt.size
         ends = np.flatnonzero(np.isin(ids[start:], builder.config.eos_token_ids))
         if not np.array_equal(ids[:start], prompt) or ends.size == 0:
@@ -71,10 +73,10 @@ def _row(builder: PromptBuilder, messages: list[Message], media: tuple[Medium, .
                 "messages before it; this checkpoint cannot be trained on it"
             )
         is_target[start : start + int(ends[0]) + 1] = True
-    return Row(ids, is_target)
+    return ExampleRow(ids, is_target)
 
 
-def _build(
+def _build_ids(
     builder: PromptBuilder, messages: list[Message], media: tuple[Medium, ...], asks: bool
 ) -> np.ndarray:
     """Ids of `messages`, with as many of `media` as they have items."""
@@ -85,34 +87,38 @@ def _build(
     return builder.build(messages, grids, asks, times)
 
 
-def opened(vlm: SmolVLM, example: Example, sight: Sight) -> tuple[Medium, ...]:
+def open_media(vlm: SmolVLM, example: Example, media_options: MediaOptions) -> tuple[Medium, ...]:
     """The media of `example`, pictures decoded.
 
     Raises:
         DatasetError: One cannot be read.
     """
-    request = Request(list(example.messages), list(example.images), _videos(example, sight))
+    request = Request(
+        list(example.messages), list(example.images), _make_videos(example, media_options)
+    )
     try:
-        return vlm.engine.open_media(request, sight.detail)
+        return vlm.engine.open_media(request, media_options.detail)
     except SmolVLMError as error:
         raise DatasetError(f"{example.where}: {error}") from None
 
 
-def sized(vlm: SmolVLM, example: Example, sight: Sight) -> tuple[Medium, ...]:
-    """The media of `example` without their pixels; errors as `opened`."""
+def measure_media(
+    vlm: SmolVLM, example: Example, media_options: MediaOptions
+) -> tuple[Medium, ...]:
+    """The media of `example` without their pixels; errors as `open_media`."""
     try:
         pictures = []
         for path in example.images:
-            grid = grid_of(upright_size(path), vlm.config, sight.detail)
-            pictures.append(Picture(None, grid, sight.detail, str(path)))
+            grid = grid_of(upright_size(path), vlm.config, media_options.detail)
+            pictures.append(Picture(None, grid, media_options.detail, str(path)))
         if not example.videos:
             return tuple(pictures)
-        request = Request(list(example.messages), [], _videos(example, sight))
+        request = Request(list(example.messages), [], _make_videos(example, media_options))
         request.messages = [
             {**m, "content": [item for item in m["content"] if item["type"] != "image"]}
             for m in request.messages
         ]
-        media = vlm.engine.open_media(request, sight.detail)
+        media = vlm.engine.open_media(request, media_options.detail)
         footage = [one for one in media if isinstance(one, Footage)]
     except SmolVLMError as error:
         raise DatasetError(f"{example.where}: {error}") from None
@@ -121,9 +127,12 @@ def sized(vlm: SmolVLM, example: Example, sight: Sight) -> tuple[Medium, ...]:
     return in_order(example.messages, pictures, footage)
 
 
-def _videos(example: Example, sight: Sight) -> list[Video]:
-    """The videos of `example`, to be sampled as `sight` says."""
-    return [Video(one, fps=sight.fps, max_frames=sight.max_frames) for one in example.videos]
+def _make_videos(example: Example, media_options: MediaOptions) -> list[Video]:
+    """The videos of `example`, to be sampled as `media_options` says."""
+    return [
+        Video(one, fps=media_options.fps, max_frames=media_options.max_frames)
+        for one in example.videos
+    ]
 
 
 WINDOW = 32  # batches that are sorted together
@@ -131,12 +140,12 @@ ROUND = 32  # lengths of batches are multiples of it, so that buffers can be use
 _GOLDEN = 0.6180339887498949  # multiples of it fill the unit interval evenly
 
 
-def padded(length: int) -> int:
+def pad_length(length: int) -> int:
     """Tokens that a row of `length` takes in a batch of such rows."""
     return -(-length // ROUND) * ROUND
 
 
-class Order:
+class BatchOrder:
     """Batches of examples; an example is (dataset, index)."""
 
     def __init__(
@@ -165,83 +174,83 @@ class Order:
         self._bounds = parts[:-1] / parts[-1]
         self._window = -1
         self._batches: list[list[tuple[int, int]]] = []
-        self._drawn = np.zeros((1, len(self._pools)), int)  # before each window
-        self._shuffled: dict[int, tuple[int, np.ndarray]] = {}  # epoch and order, by pool
+        self._draw_counts = np.zeros((1, len(self._pools)), int)  # before each window
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}  # epoch and order, by pool
 
-    def batch(self, number: int) -> list[tuple[int, int]]:
+    def get_batch(self, number: int) -> list[tuple[int, int]]:
         """The examples of the batch `number`."""
         window, place = divmod(number, WINDOW)
         if window != self._window:
-            self._batches, self._window = self._cut(window), window
+            self._batches, self._window = self._make_window(window), window
         return self._batches[place]
 
-    def _cut(self, window: int) -> list[list[tuple[int, int]]]:
+    def _make_window(self, window: int) -> list[list[tuple[int, int]]]:
         """The batches of a window."""
-        while len(self._drawn) <= window:
-            last = len(self._drawn) - 1
-            counts = np.bincount(self._pools_of(last), minlength=len(self._pools))
-            self._drawn = np.vstack([self._drawn, self._drawn[last] + counts])
-        places, found = self._drawn[window].copy(), []
-        for pool in self._pools_of(window):
-            found.append(self._example(int(pool), int(places[pool])))
+        while len(self._draw_counts) <= window:
+            last = len(self._draw_counts) - 1
+            counts = np.bincount(self._draw_pools(last), minlength=len(self._pools))
+            self._draw_counts = np.vstack([self._draw_counts, self._draw_counts[last] + counts])
+        places, found = self._draw_counts[window].copy(), []
+        for pool in self._draw_pools(window):
+            found.append(self._get_example(int(pool), int(places[pool])))
             places[pool] += 1
-        found.sort(key=lambda one: padded(self._lengths[one[0]][one[1]]))
+        found.sort(key=lambda one: pad_length(self._lengths[one[0]][one[1]]))
         batches = [found[at : at + self._size] for at in range(0, len(found), self._size)]
         order = np.random.default_rng([self._seed, 1, window]).permutation(len(batches))
         return [batches[i] for i in order]
 
-    def _pools_of(self, window: int) -> np.ndarray:
+    def _draw_pools(self, window: int) -> np.ndarray:
         """The pool of each draw of a window."""
         start = window * WINDOW * self._size
         draws = np.arange(start, min(start + WINDOW * self._size, self._total))
         offset = np.random.default_rng([self._seed, 2]).random()
         return np.searchsorted(self._bounds, (draws * _GOLDEN + offset) % 1, side="right")
 
-    def _example(self, pool: int, place: int) -> tuple[int, int]:
+    def _get_example(self, pool: int, place: int) -> tuple[int, int]:
         """The example that a pool gives when `place` were drawn from it before."""
         many: list[tuple[int, int]] = self._pools[pool]
         epoch, place = divmod(place, len(many))
-        if pool not in self._shuffled or self._shuffled[pool][0] != epoch:
+        if pool not in self._permutations or self._permutations[pool][0] != epoch:
             rng = np.random.default_rng([self._seed, 3, pool, epoch])
-            self._shuffled[pool] = (epoch, rng.permutation(len(many)))
-        return many[int(self._shuffled[pool][1][place])]
+            self._permutations[pool] = (epoch, rng.permutation(len(many)))
+        return many[int(self._permutations[pool][1][place])]
 
 
-FEATURE_BYTES = 512 * 1024**2
+CACHE_BYTES = 512 * 1024**2
 
-Items = Callable[[int], Sequence[Example]]  # the examples of the batch of a number
+SelectExamples = Callable[[int], Sequence[Example]]  # the examples of the batch of a number
 
 
 @dataclass
-class Shown:
+class PreparedRow:
     """A row, what names its media among others, and their tiles where they are not known yet."""
 
-    row: Row
+    row: ExampleRow
     example: Example
     key: str
     tiles: list[np.ndarray] | None
 
 
-class Features:
-    """Embeddings of media of examples, those used last, up to `FEATURE_BYTES`."""
+class EmbeddingCache:
+    """Embeddings of media of examples, those used last, up to `CACHE_BYTES`."""
 
     def __init__(self, vlm: SmolVLM) -> None:
         self._encoder = vlm.engine.encoder
-        self._known: OrderedDict[str, list[mx.array]] = OrderedDict()
+        self._embeds_by_key: OrderedDict[str, list[mx.array]] = OrderedDict()
 
     def __contains__(self, key: str) -> bool:
-        return key in self._known
+        return key in self._embeds_by_key
 
     @property
     def nbytes(self) -> int:
         """Bytes of what is kept."""
-        return sum(one.nbytes for many in self._known.values() for one in many)
+        return sum(one.nbytes for many in self._embeds_by_key.values() for one in many)
 
     def find(self, key: str) -> list[mx.array] | None:
         """What is known under `key`."""
-        if key in self._known:
-            self._known.move_to_end(key)
-        return self._known.get(key)
+        if key in self._embeds_by_key:
+            self._embeds_by_key.move_to_end(key)
+        return self._embeds_by_key.get(key)
 
     def encode(self, key: str, tiles: Sequence[np.ndarray]) -> list[mx.array]:
         """Embeddings of media with `tiles` (n, H, W, 3) each, as an answer would encode them."""
@@ -255,17 +264,22 @@ class Features:
             for many in tiles
         ]
         mx.eval(found)
-        self._known[key] = found
-        while self.nbytes > FEATURE_BYTES:
-            self._known.popitem(last=False)
+        self._embeds_by_key[key] = found
+        while self.nbytes > CACHE_BYTES:
+            self._embeds_by_key.popitem(last=False)
         return found
 
 
-class Loader:
+class BatchLoader:
     """Batches by number, the next one already under way."""
 
     def __init__(
-        self, vlm: SmolVLM, items: Items, count: int, sight: Sight, features: Features | None
+        self,
+        vlm: SmolVLM,
+        items: SelectExamples,
+        count: int,
+        media_options: MediaOptions,
+        features: EmbeddingCache | None,
     ) -> None:
         """A loader of `count` batches.
 
@@ -273,16 +287,16 @@ class Loader:
             vlm: For its prompts and its encoder.
             items: Examples of a batch.
             count: Batches that there are.
-            sight: How media are looked at.
+            media_options: How media are looked at.
             features: Where embeddings are kept; None if the encoder is trained, and batches
                 have pixels.
         """
         self._vlm, self._items, self._count = vlm, items, count
-        self._sight, self._features = sight, features
+        self._media_options, self._features = media_options, features
         self._pool, self._tokens = ThreadPoolExecutor(1), 0
-        self._ahead: tuple[int, Future[list[Shown]]] | None = None
+        self._ahead: tuple[int, Future[list[PreparedRow]]] | None = None
 
-    def batch(self, number: int) -> Batch:
+    def load_batch(self, number: int) -> Batch:
         """The batch `number`.
 
         Raises:
@@ -294,7 +308,7 @@ class Loader:
         self._ahead = None
         if number + 1 < self._count:
             self._ahead = (number + 1, self._pool.submit(self._prepare, number + 1))
-        return self._joined(shown, number)
+        return self._collate(shown, number)
 
     def take_tokens(self) -> int:
         """Tokens of the rows of batches since it was asked last."""
@@ -305,24 +319,24 @@ class Loader:
         """Let the thread end."""
         self._pool.shutdown(cancel_futures=True)
 
-    def _prepare(self, number: int) -> list[Shown]:
+    def _prepare(self, number: int) -> list[PreparedRow]:
         """The rows of a batch, with the tiles of what is not encoded yet."""
-        return [self._shown(example) for example in self._items(number)]
+        return [self._prepare_row(example) for example in self._items(number)]
 
-    def _shown(self, example: Example) -> Shown:
+    def _prepare_row(self, example: Example) -> PreparedRow:
         # Embeddings are kept in the messages' order, in which pictures and videos may alternate.
         items = [item["type"] for message in example.messages for item in message["content"]]
         order = [kind for kind in items if kind in MEDIA]
         key = repr((example.images, example.videos, order))
         builder = self._vlm.engine.prompt_builder
         if self._features is not None and key in self._features:
-            media = sized(self._vlm, example, self._sight)
-            return Shown(row_of(builder, example, media), example, key, None)
-        media = opened(self._vlm, example, self._sight)
-        row = row_of(builder, example, media)
-        return Shown(row, example, key, self._tiles(example, media))
+            media = measure_media(self._vlm, example, self._media_options)
+            return PreparedRow(build_row(builder, example, media), example, key, None)
+        media = open_media(self._vlm, example, self._media_options)
+        row = build_row(builder, example, media)
+        return PreparedRow(row, example, key, self._cut_tiles(example, media))
 
-    def _tiles(self, example: Example, media: tuple[Medium, ...]) -> list[np.ndarray]:
+    def _cut_tiles(self, example: Example, media: tuple[Medium, ...]) -> list[np.ndarray]:
         """The tiles (n, H, W, 3) of each of `media`."""
         config = self._vlm.config
         try:
@@ -330,9 +344,9 @@ class Loader:
         except SmolVLMError as error:
             raise DatasetError(f"{example.where}: {error}") from None
 
-    def _joined(self, shown: Sequence[Shown], number: int) -> Batch:
+    def _collate(self, shown: Sequence[PreparedRow], number: int) -> Batch:
         """The rows as one batch."""
-        length = max(padded(one.row.ids.size) for one in shown)
+        length = max(pad_length(one.row.ids.size) for one in shown)
         input_ids = np.zeros((len(shown), length), np.int32)
         is_target = np.zeros((len(shown), length), bool)
         for i, one in enumerate(shown):
@@ -346,7 +360,7 @@ class Loader:
             if self._features is None:
                 pixels += one.tiles or []
             else:
-                embeds += self._embeds(one)
+                embeds += self._find_embeds(one)
         return Batch(
             input_ids=input_ids,
             places=(flat - 1).astype(np.int32),
@@ -356,13 +370,13 @@ class Loader:
             seed=number,
         )
 
-    def _embeds(self, one: Shown) -> list[mx.array]:
+    def _find_embeds(self, one: PreparedRow) -> list[mx.array]:
         """Embeddings of what a row shows."""
         assert self._features is not None
         found = self._features.find(one.key)
         if found is not None:
             return found
         if one.tiles is None:  # let go between the look and now
-            media = opened(self._vlm, one.example, self._sight)
-            one.tiles = self._tiles(one.example, media)
+            media = open_media(self._vlm, one.example, self._media_options)
+            one.tiles = self._cut_tiles(one.example, media)
         return self._features.encode(one.key, one.tiles) if one.tiles else []

@@ -78,13 +78,13 @@ def read_dataset(path: str | Path, split: str = "train") -> list[Example]:
     file = expand_path(path, DatasetError)
     if os.path.isdir(file):  # Path.is_dir raises where a name is too long
         file = file / f"{split}.jsonl"
-    examples = list(_examples(file))
+    examples = list(_read_examples(file))
     if not examples:
         raise DatasetError(f"{file} has no lines; give it one example a line")
     return examples
 
 
-def _examples(file: Path) -> Iterator[Example]:
+def _read_examples(file: Path) -> Iterator[Example]:
     """The examples of the lines of `file`; empty lines are passed over."""
     try:
         text = read_file(file, LARGEST_FILE).decode("utf-8-sig")
@@ -96,14 +96,14 @@ def _examples(file: Path) -> Iterator[Example]:
         if not line.strip():
             continue
         try:
-            yield _example(line, number, file)
+            yield _parse_example(line, number, file)
         except (DatasetError, PromptError) as error:
             raise DatasetError(f"{file}:{number}: {error}") from None
         except RecursionError:
             raise DatasetError(f"{file}:{number}: it is nested too deeply") from None
 
 
-def _example(line: str, number: int, file: Path) -> Example:
+def _parse_example(line: str, number: int, file: Path) -> Example:
     """The example that `line` states."""
     try:
         values = json.loads(line)
@@ -114,10 +114,10 @@ def _example(line: str, number: int, file: Path) -> Example:
     for key in values:
         if key not in KEYS:
             raise DatasetError(f"the key {shorten(key)} is not known; known are {', '.join(KEYS)}")
-    answers, choices = _texts(values, "answers"), _texts(values, "choices")
-    media = {kind: _media(values, kind, file.parent) for kind in MEDIA}
+    answers, choices = _get_texts(values, "answers"), _get_texts(values, "choices")
+    media = {kind: _find_media(values, kind, file.parent) for kind in MEDIA}
     counts = {kind: len(paths) for kind, paths in media.items()}
-    messages = _messages(values, answers, counts)
+    messages = _build_messages(values, answers, counts)
     for kind, count in counts.items():
         items = sum(item["type"] == kind for one in messages for item in one["content"])
         if items != count:
@@ -128,11 +128,11 @@ def _example(line: str, number: int, file: Path) -> Example:
         messages=tuple(messages),
         images=media["image"],
         videos=media["video"],
-        task=_text(values, "task"),
+        task=_get_text(values, "task"),
         line=number,
         file=file,
-        answers=answers or (_joined(messages[-1]),),
-        metric=_text(values, "metric"),
+        answers=answers or (_join_text(messages[-1]),),
+        metric=_get_text(values, "metric"),
         choices=choices,
     )
 
@@ -148,7 +148,7 @@ def _check_choices(choices: tuple[str, ...]) -> None:
             raise DatasetError(f"choices has {shorten(choice)} twice; give each text once")
 
 
-def _messages(
+def _build_messages(
     values: dict[str, Any], answers: tuple[str, ...], counts: dict[str, int]
 ) -> list[Message]:
     """The messages of a line, media items and the last answer included."""
@@ -156,35 +156,35 @@ def _messages(
         short = [key for key in SHORT if key in values]
         if short:
             raise DatasetError(f"it has both messages and {short[0]}; give one of the two")
-        messages = _listed(values["messages"])
+        messages = _check_messages(values["messages"])
     else:
-        if _text(values, "question") is None:
+        if _get_text(values, "question") is None:
             raise DatasetError("it has neither messages nor a question")
-        messages = [_said("user", values["question"])]
-        if _text(values, "answer") is not None:
-            messages.append(_said("assistant", values["answer"]))
+        messages = [_make_message("user", values["question"])]
+        if _get_text(values, "answer") is not None:
+            messages.append(_make_message("assistant", values["answer"]))
     if messages[-1]["role"] != "assistant":
         if not answers:
             raise DatasetError("the last message must be an assistant's, or there must be answers")
-        messages.append(_said("assistant", answers[0]))
-    system = _text(values, "system")
+        messages.append(_make_message("assistant", answers[0]))
+    system = _get_text(values, "system")
     if system is not None:
         if messages[0]["role"] == "system":
             raise DatasetError("it has system, and a system message as well; give one of the two")
-        messages.insert(0, _said("system", system))
+        messages.insert(0, _make_message("system", system))
     _check_answers(messages)
     _place_media(messages, counts)
     return messages
 
 
-def _listed(value: Any) -> list[Message]:
+def _check_messages(value: Any) -> list[Message]:
     """Messages rebuilt from plain values."""
     if not isinstance(value, list) or not value:
         raise DatasetError("messages must be a list of one or more messages")
     return [normalize_message(message, number) for number, message in enumerate(value, 1)]
 
 
-def _said(role: str, text: str) -> Message:
+def _make_message(role: str, text: str) -> Message:
     """A message of one text."""
     return normalize_message({"role": role, "content": text}, 1)
 
@@ -196,7 +196,7 @@ def _check_answers(messages: list[Message]) -> None:
             continue
         if any(item["type"] != "text" for item in message["content"]):
             raise DatasetError(f"message {number} is an answer with a picture or video; give text")
-        if not _joined(message).strip():
+        if not _join_text(message).strip():
             raise DatasetError(f"message {number} is an empty answer")
         if number == 1 or messages[number - 2]["role"] != "user":
             raise DatasetError(f"message {number} is an answer, and the one before is no user's")
@@ -211,23 +211,23 @@ def _place_media(messages: list[Message], counts: dict[str, int]) -> None:
     first["content"] = [*items, *first["content"]]
 
 
-def _joined(message: Message) -> str:
+def _join_text(message: Message) -> str:
     """The text of a message without media."""
     return "".join(item["text"] for item in message["content"])
 
 
-def _media(values: dict[str, Any], kind: str, folder: Path) -> tuple[Path, ...]:
+def _find_media(values: dict[str, Any], kind: str, folder: Path) -> tuple[Path, ...]:
     """The files of one kind that a line names."""
     many = MEDIA[kind]
     if kind in values and many in values:
         raise DatasetError(f"it has both {kind} and {many}; give one of the two")
-    names = _texts(values, many)
+    names = _get_texts(values, many)
     if kind in values:
-        names = (_text(values, kind) or "",)
-    return tuple(_medium(name, folder) for name in names)
+        names = (_get_text(values, kind) or "",)
+    return tuple(_find_file(name, folder) for name in names)
 
 
-def _medium(name: str, folder: Path) -> Path:
+def _find_file(name: str, folder: Path) -> Path:
     """The file `name` of a line, looked for in `folder` if it is no whole path."""
     try:
         path = folder / expand_path(name)
@@ -238,15 +238,15 @@ def _medium(name: str, folder: Path) -> Path:
     return path
 
 
-def _text(values: dict[str, Any], key: str) -> str | None:
+def _get_text(values: dict[str, Any], key: str) -> str | None:
     """The text under `key`; None if there is none."""
     value = values.get(key)
     if key in values and (not isinstance(value, str) or not value.strip()):
         raise DatasetError(f"{key} must be a text that is not empty, not {shorten(value)}")
-    return None if value is None else _checked_text(value, key)
+    return None if value is None else _check_text(value, key)
 
 
-def _texts(values: dict[str, Any], key: str) -> tuple[str, ...]:
+def _get_texts(values: dict[str, Any], key: str) -> tuple[str, ...]:
     """The texts under `key`; none if there is no such key."""
     value = values.get(key, [])
     if isinstance(value, str):
@@ -255,10 +255,10 @@ def _texts(values: dict[str, Any], key: str) -> tuple[str, ...]:
         raise DatasetError(f"{key} must be a list of texts, not {shorten(value)}")
     if key == "answers" and key in values and not value:
         raise DatasetError("answers has no text")
-    return tuple(_checked_text(one, key) for one in value)
+    return tuple(_check_text(one, key) for one in value)
 
 
-def _checked_text(text: str, key: str) -> str:
+def _check_text(text: str, key: str) -> str:
     """`text`, which stands under `key`, if every character of it can be written."""
     try:
         text.encode()

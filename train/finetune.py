@@ -20,23 +20,30 @@ from mlx_smolvlm.checkpoint.lora import AdapterConfig, compute_signature, save_a
 from mlx_smolvlm.errors import DatasetError, TrainingError
 from mlx_smolvlm.files import append_file, lock, read_file, remove_leftovers, write_file
 from mlx_smolvlm.smolvlm import SmolVLM, load
-from mlx_smolvlm.train.batches import Features, Loader, Order, Sight, row_of, sized
+from mlx_smolvlm.train.batches import (
+    BatchLoader,
+    BatchOrder,
+    EmbeddingCache,
+    MediaOptions,
+    build_row,
+    measure_media,
+)
 from mlx_smolvlm.train.dataset import Example, read_dataset
-from mlx_smolvlm.train.loop import Loop, LoopOptions, Report, Schedule, read_notes
+from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule, StepReport, read_notes
 from mlx_smolvlm.train.loss import answer_loss, checkpointed_loss
 from mlx_smolvlm.train.parameters import (
+    freeze_other_parts,
     fuse,
-    leave_parts,
+    mark_as_tuned,
     start_adapter,
     trains_encoder,
-    tuned,
     write_model,
 )
 from mlx_smolvlm.train.settings import Settings
 
 STATE_FILE, LOG_FILE = "state.safetensors", "log.jsonl"
 ADAPTER, MODEL, FUSED = "adapter", "model", "fused"
-OWN = (STATE_FILE, LOG_FILE, ADAPTER, MODEL, FUSED)
+OWN_NAMES = (STATE_FILE, LOG_FILE, ADAPTER, MODEL, FUSED)
 
 LARGEST_LOG = 2**30  # bytes
 
@@ -51,7 +58,7 @@ def check_folder(out: Path) -> None:
     except (OSError, ValueError) as error:  # a name with a NUL character is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise TrainingError(f"{out} cannot be used: {reason}; choose another with --out") from None
-    others = [name for name in names if name not in OWN and not name.startswith(".")]
+    others = [name for name in names if name not in OWN_NAMES and not name.startswith(".")]
     if others:
         raise TrainingError(
             f"{out} holds {others[0]!r}, which is of no training; choose another folder with --out"
@@ -70,7 +77,7 @@ def lock_folder(out: Path) -> int:
 
 
 @contextmanager
-def writing(out: Path) -> Iterator[None]:
+def report_write_errors(out: Path) -> Iterator[None]:
     """Within it, what the system refuses to write is said in one line.
 
     Raises:
@@ -118,12 +125,12 @@ def rewind(log: Path, step: int) -> None:
             with suppress(ValueError, KeyError, TypeError, RecursionError):
                 if json.loads(line)["step"] <= step and step > 0:
                     lines.append(line + "\n")
-    with writing(log):
+    with report_write_errors(log):
         write_file(log, "".join(lines), follow_links=False)
 
 
 @dataclass(frozen=True)
-class Data:
+class TrainingData:
     """Examples that fit, with their lengths in tokens, and how many were left out."""
 
     examples: tuple[Example, ...]
@@ -132,19 +139,21 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Event:
+class TuningEvent:
     """A step that was made, or an evaluation before the first one (`report` is None).
 
     `valid_loss` is of the held-out examples, if it was their turn; `tokens` are those of the
     step's rows, without what fills them up.
     """
 
-    report: Report | None
+    report: StepReport | None
     valid_loss: float | None
     tokens: int = 0
 
 
-def measure(vlm: SmolVLM, examples: Sequence[Example], sight: Sight, settings: Settings) -> Data:
+def measure_examples(
+    vlm: SmolVLM, examples: Sequence[Example], media_options: MediaOptions, settings: Settings
+) -> TrainingData:
     """The examples that are short enough; every prompt is made once, no picture decoded.
 
     Raises:
@@ -155,8 +164,8 @@ def measure(vlm: SmolVLM, examples: Sequence[Example], sight: Sight, settings: S
     limit = min(context, settings.max_tokens or context)
     kept, lengths = [], []
     for example in examples:
-        media = sized(vlm, example, sight)
-        length = row_of(vlm.engine.prompt_builder, example, media).ids.size
+        media = measure_media(vlm, example, media_options)
+        length = build_row(vlm.engine.prompt_builder, example, media).ids.size
         if length <= limit:
             kept.append(example)
             lengths.append(length)
@@ -167,7 +176,7 @@ def measure(vlm: SmolVLM, examples: Sequence[Example], sight: Sight, settings: S
             )
     if not kept:
         raise DatasetError(f"no example of {examples[0].file} fits into {limit:,} tokens")
-    return Data(tuple(kept), tuple(lengths), len(examples) - len(kept))
+    return TrainingData(tuple(kept), tuple(lengths), len(examples) - len(kept))
 
 
 class Tuning:
@@ -185,7 +194,7 @@ class Tuning:
             CheckpointError: The model cannot be loaded.
         """
         self.settings, self.out = settings, out
-        self._loaders: list[Loader] = []
+        self._loaders: list[BatchLoader] = []
         check_folder(out)
         self._lock = lock_folder(out)
         try:
@@ -198,24 +207,24 @@ class Tuning:
     def _prepare(self, offline: bool) -> None:
         """Model, data and loop; errors as the constructor."""
         settings = self.settings
-        datasets = [read_dataset(settings.path(one.path)) for one in settings.data]
-        held_out = self._held_out()
+        datasets = [read_dataset(settings.resolve_path(one.path)) for one in settings.data]
+        held_out = self._read_held_out()
         dtype = settings.dtype or ("float32" if settings.method == "full" else None)
-        local = settings.path(settings.model)
+        local = settings.resolve_path(settings.model)
         # Path.is_dir raises where a name is too long, as that of a hub's model may be.
         name = local if os.path.isdir(local) else settings.model
         self.vlm = vlm = load(name, offline=offline, dtype=dtype)
-        self._notes = self._identity(datasets)
-        sight = Sight(settings.detail, settings.fps, settings.max_frames)  # type: ignore[arg-type]
-        data = [measure(vlm, examples, sight, settings) for examples in datasets]
-        valid = measure(vlm, held_out, sight, settings) if held_out else None
-        self.examples = sum(len(one.examples) for one in data)
-        self.skipped = sum(one.skipped for one in (*data, valid) if one is not None)
-        self.total = self._steps()
+        self._notes = self._compute_identity(datasets)
+        media_options = MediaOptions(settings.detail, settings.fps, settings.max_frames)  # type: ignore[arg-type]
+        data = [measure_examples(vlm, examples, media_options, settings) for examples in datasets]
+        valid = measure_examples(vlm, held_out, media_options, settings) if held_out else None
+        self.example_count = sum(len(one.examples) for one in data)
+        self.skipped_count = sum(one.skipped for one in (*data, valid) if one is not None)
+        self.total_steps = self._count_steps()
         self._adapter = self._choose_parameters()
-        features = None if trains_encoder(vlm.model) else Features(vlm)
-        self._loader = self._make_loader(data, sight, features)
-        self._valid = self._make_valid(valid, sight, features)
+        features = None if trains_encoder(vlm.model) else EmbeddingCache(vlm)
+        self._loader = self._make_loader(data, media_options, features)
+        self._valid = self._make_valid(valid, media_options, features)
         self.loop = self._make_loop()
 
     def _choose_parameters(self) -> AdapterConfig | None:
@@ -225,11 +234,11 @@ class Tuning:
         if settings.method == "lora":
             source = vlm.config.source
             return start_adapter(vlm.model, settings.trained_parts, settings.lora, source)
-        leave_parts(vlm.model, settings.trained_parts)
+        freeze_other_parts(vlm.model, settings.trained_parts)
         return None
 
     @property
-    def parameters(self) -> int:
+    def parameter_count(self) -> int:
         """How many numbers are trained."""
         trained: Any = tree_flatten(self.vlm.model.trainable_parameters())
         return sum(int(array.size) for _, array in trained)
@@ -239,7 +248,7 @@ class Tuning:
         """The folder of what is trained."""
         return self.out / (ADAPTER if self._adapter else MODEL)
 
-    def run(self) -> Iterator[Event]:
+    def run(self) -> Iterator[TuningEvent]:
         """Makes the steps that are left, evaluates, saves and logs as the settings say.
 
         What was trained is saved at the end; who stops before calls `save`.
@@ -250,12 +259,12 @@ class Tuning:
         """
         settings = self.settings
         if self.loop.step == 0 and self._valid is not None:
-            yield self._logged(Event(None, self.evaluate()))
+            yield self._log(TuningEvent(None, self.evaluate()))
         for report in self.loop.run():
-            is_last = self.loop.done
+            is_last = self.loop.is_done
             is_due = is_last or report.step % settings.evaluate_every == 0
             loss = self.evaluate() if is_due and self._valid is not None else None
-            event = self._logged(Event(report, loss, self._loader.take_tokens()))
+            event = self._log(TuningEvent(report, loss, self._loader.take_tokens()))
             if is_last or report.step % settings.save_every == 0:
                 self.save()
             yield event
@@ -267,7 +276,7 @@ class Tuning:
         self.vlm.model.eval()
         total = weight = mx.array(0.0)
         for number in range(batches):
-            value, count = answer_loss(self.vlm.model, loader.batch(number))
+            value, count = answer_loss(self.vlm.model, loader.load_batch(number))
             total, weight = total + value, weight + count
             mx.eval(total, weight)
         return float((total / weight).item())  # type: ignore[arg-type]
@@ -280,11 +289,11 @@ class Tuning:
             CheckpointError: Likewise, of a whole model.
         """
         model = self.vlm.model
-        with writing(self.out):
+        with report_write_errors(self.out):
             if self._adapter is not None:
                 save_adapter(model, self.result, self._adapter)
             else:
-                write_model(model, self.vlm.path, tuned(self.vlm.config), self.result)
+                write_model(model, self.vlm.path, mark_as_tuned(self.vlm.config), self.result)
             self.loop.save(self.out / STATE_FILE, self._notes)
 
     def fuse(self) -> Path:
@@ -303,7 +312,7 @@ class Tuning:
             loader.close()
         os.close(self._lock)
 
-    def _identity(self, datasets: Sequence[Sequence[Example]]) -> dict[str, str]:
+    def _compute_identity(self, datasets: Sequence[Sequence[Example]]) -> dict[str, str]:
         """What has to be the same for a training to go on."""
         total = hashlib.blake2b(digest_size=16)
         for examples in datasets:
@@ -313,44 +322,52 @@ class Tuning:
                 total.update(b"%d\n" % path.stat().st_size)
         base = json.dumps([self.vlm.config.to_dict(), compute_signature(self.vlm.model)])
         return {
-            "settings": json.dumps(self.settings.decisive()),
+            "settings": json.dumps(self.settings.dump_decisive()),
             "data": total.hexdigest(),
             "base": hashlib.blake2b(base.encode(), digest_size=16).hexdigest(),
         }
 
-    def _held_out(self) -> list[Example]:
+    def _read_held_out(self) -> list[Example]:
         """The examples to evaluate on: those named, else the valid.jsonl beside the data."""
         settings = self.settings
         if settings.valid is not None:
-            return read_dataset(settings.path(settings.valid), "valid")
-        folders = [settings.path(one.path) for one in settings.data]
+            return read_dataset(settings.resolve_path(settings.valid), "valid")
+        folders = [settings.resolve_path(one.path) for one in settings.data]
         found = [one for one in folders if (one / "valid.jsonl").is_file()]
         return [example for one in found for example in read_dataset(one, "valid")]
 
-    def _steps(self) -> int:
+    def _count_steps(self) -> int:
         settings = self.settings
         if settings.steps is not None:
             return settings.steps
         assert settings.epochs is not None
         return math.ceil(
-            settings.epochs * self.examples / settings.batch_size / settings.accumulate
+            settings.epochs * self.example_count / settings.batch_size / settings.accumulate
         )
 
-    def _make_loader(self, data: Sequence[Data], sight: Sight, features: Features | None) -> Loader:
-        settings, count = self.settings, self.total * self.settings.accumulate
+    def _make_loader(
+        self,
+        data: Sequence[TrainingData],
+        media_options: MediaOptions,
+        features: EmbeddingCache | None,
+    ) -> BatchLoader:
+        settings, count = self.settings, self.total_steps * self.settings.accumulate
         weights = [one.weight for one in settings.data if one.weight is not None]
         lengths = [one.lengths for one in data]
-        order = Order(lengths, weights or None, settings.batch_size, count, settings.seed)
+        order = BatchOrder(lengths, weights or None, settings.batch_size, count, settings.seed)
 
         def items(number: int) -> list[Example]:
-            return [data[d].examples[i] for d, i in order.batch(number)]
+            return [data[d].examples[i] for d, i in order.get_batch(number)]
 
-        self._loaders.append(Loader(self.vlm, items, count, sight, features))
+        self._loaders.append(BatchLoader(self.vlm, items, count, media_options, features))
         return self._loaders[-1]
 
     def _make_valid(
-        self, data: Data | None, sight: Sight, features: Features | None
-    ) -> tuple[Loader, int] | None:
+        self,
+        data: TrainingData | None,
+        media_options: MediaOptions,
+        features: EmbeddingCache | None,
+    ) -> tuple[BatchLoader, int] | None:
         """Batches of the held-out examples, alike in length, and their number."""
         if data is None:
             return None
@@ -361,16 +378,16 @@ class Tuning:
         def items(number: int) -> list[Example]:
             return [data.examples[i] for i in order[number * size : (number + 1) * size]]
 
-        self._loaders.append(Loader(self.vlm, items, count, sight, features))
+        self._loaders.append(BatchLoader(self.vlm, items, count, media_options, features))
         return self._loaders[-1], count
 
     def _make_loop(self) -> Loop:
         settings, own = self.settings, self.settings.optimizer
-        schedule = Schedule(own.rate, self.total, own.warmup, own.schedule, own.floor)  # type: ignore[arg-type]
+        schedule = Schedule(own.rate, self.total_steps, own.warmup, own.schedule, own.floor)  # type: ignore[arg-type]
         options = LoopOptions(schedule, settings.accumulate, own.clip or None, settings.seed)
         loss = checkpointed_loss if settings.checkpoint_gradients else answer_loss
         adam = optim.AdamW(own.rate, weight_decay=own.weight_decay, bias_correction=True)
-        return Loop(self.vlm.model, loss, adam, self._loader.batch, options)
+        return Loop(self.vlm.model, loss, adam, self._loader.load_batch, options)
 
     def _resume(self) -> None:
         """Go on from the folder's state, if it is of this training."""
@@ -380,7 +397,7 @@ class Tuning:
             self.loop.restore(path)
         rewind(self.out / LOG_FILE, self.loop.step)
 
-    def _logged(self, event: Event) -> Event:
+    def _log(self, event: TuningEvent) -> TuningEvent:
         """`event`, written to the log."""
         report = event.report
         values: dict[str, Any] = {"step": report.step if report else 0}
@@ -391,6 +408,6 @@ class Tuning:
         if event.valid_loss is not None:
             values["valid_loss"] = event.valid_loss
         log = self.out / LOG_FILE
-        with writing(log):
+        with report_write_errors(log):
             append_file(log, json.dumps(values) + "\n")
         return event

@@ -24,10 +24,10 @@ from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_tensors
 from mlx_smolvlm.errors import CheckpointError, TrainingError
 
-Kind = Literal["cosine", "linear", "constant"]
+ScheduleKind = Literal["cosine", "linear", "constant"]
 # From the trainee and a batch to a sum of losses and what they count together: the loss of a
 # step is the one by the other, over all its batches.
-Loss = Callable[[Any, Any], tuple[mx.array, mx.array]]
+LossFunction = Callable[[Any, Any], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -45,10 +45,10 @@ class Schedule:
     rate: float
     steps: int
     warmup: int = 0
-    kind: Kind = "cosine"
+    kind: ScheduleKind = "cosine"
     floor: float = 0.0
 
-    def at(self, step: int) -> float:
+    def get_rate(self, step: int) -> float:
         """The rate of `step`, from 0."""
         if step < self.warmup:
             return self.rate * (step + 1) / (self.warmup + 1)
@@ -77,7 +77,7 @@ class LoopOptions:
 
 
 @dataclass(frozen=True)
-class Report:
+class StepReport:
     """A step that was made: its number from 1, and the loss before it.
 
     `weight` is what its losses counted together; `norm` is of the gradient, before it was
@@ -98,7 +98,7 @@ class Loop:
     def __init__(
         self,
         trainee: nn.Module,
-        loss: Loss,
+        loss: LossFunction,
         optimizer: optim.Optimizer,
         batch: Callable[[int], Any],
         options: LoopOptions,
@@ -107,7 +107,7 @@ class Loop:
 
         Args:
             trainee: What is trained: its parameters that are not frozen.
-            loss: See `Loss`.
+            loss: See `LossFunction`.
             optimizer: Its rate is set before every step.
             batch: The batch of a number; step s takes numbers s * accumulate and on.
             options: How steps are made.
@@ -118,23 +118,23 @@ class Loop:
         optimizer.init(trainee.trainable_parameters())
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether every step is made."""
         return self.step >= self.options.schedule.steps
 
-    def run(self) -> Iterator[Report]:
+    def run(self) -> Iterator[StepReport]:
         """Makes the steps that are left, and reports each.
 
         Raises:
             TrainingError: The loss is no number any more.
         """
-        while not self.done:
+        while not self.is_done:
             yield self.advance()
 
-    def advance(self) -> Report:
+    def advance(self) -> StepReport:
         """Makes one step; errors as `run`."""
-        began, rate = time.perf_counter(), self.options.schedule.at(self.step)
-        loss, weight, gradient = self.gradient()
+        began, rate = time.perf_counter(), self.options.schedule.get_rate(self.step)
+        loss, weight, gradient = self.compute_gradient()
         if not math.isfinite(loss):
             raise TrainingError(
                 f"the loss of step {self.step + 1} is {loss}; lower the learning rate, or clip "
@@ -147,9 +147,9 @@ class Loop:
         mx.eval(self.trainee.parameters(), self.optimizer.state, norm)
         self.step += 1
         seconds = time.perf_counter() - began
-        return Report(self.step, loss, weight, rate, float(norm.item()), seconds)
+        return StepReport(self.step, loss, weight, rate, float(norm.item()), seconds)
 
-    def gradient(self) -> tuple[float, float, Any]:
+    def compute_gradient(self) -> tuple[float, float, Any]:
         """Loss of the present step, what its batches count together, and the gradient."""
         options = self.options
         mx.random.seed(options.seed * 1_000_003 + self.step)

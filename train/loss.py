@@ -45,13 +45,13 @@ class Batch:
 
 def answer_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
     """Sum of the cross-entropies of the targets, float32, and how many they are."""
-    hidden = hidden_states(model, batch)  # (B, L, D)
+    hidden = compute_hidden_states(model, batch)  # (B, L, D)
     logits = model.head(hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.places)])
     losses = cross_entropy(logits, mx.array(batch.targets))
     return losses.sum(), mx.array(float(batch.targets.size))
 
 
-def hidden_states(model: Model, batch: Batch) -> mx.array:
+def compute_hidden_states(model: Model, batch: Batch) -> mx.array:
     """Hidden states (B, L, D) of every place of `batch`."""
     b, length = batch.input_ids.shape
     image_embeds = batch.image_embeds
@@ -64,12 +64,12 @@ def hidden_states(model: Model, batch: Batch) -> mx.array:
 
 def checkpointed_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
     """The same as `answer_loss`; for the gradient, layers are computed a second time."""
-    with checkpointed_layers(batch.seed):
+    with checkpoint_layers(batch.seed):
         return answer_loss(model, batch)
 
 
 @contextmanager
-def checkpointed_layers(seed: int | None = None) -> Iterator[None]:
+def checkpoint_layers(seed: int | None = None) -> Iterator[None]:
     """Within it, layers keep only their inputs for the gradient, and are computed again.
 
     Args:

@@ -31,7 +31,7 @@ from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.train.settings import LoraSettings
 
-TUNED = ", fine-tuned"  # what follows the source of a checkpoint that was trained further
+TUNED_SUFFIX = ", fine-tuned"  # what follows the source of a checkpoint that was trained further
 
 
 def start_adapter(
@@ -53,7 +53,7 @@ def start_adapter(
     return config
 
 
-def leave_parts(model: Model, parts: tuple[str, ...]) -> None:
+def freeze_other_parts(model: Model, parts: tuple[str, ...]) -> None:
     """Freeze all of `model` but `parts`.
 
     Raises:
@@ -105,9 +105,9 @@ def write_model(model: Model, base: Path, config: Config, dest: Path) -> None:
         outbox.finish()
 
 
-def tuned(config: Config) -> Config:
+def mark_as_tuned(config: Config) -> Config:
     """`config` of a checkpoint that was trained further."""
-    return replace(config, source=config.source.removesuffix(TUNED) + TUNED)
+    return replace(config, source=config.source.removesuffix(TUNED_SUFFIX) + TUNED_SUFFIX)
 
 
 def fuse(base: Path, adapter: Path, dest: Path) -> Path:
@@ -129,5 +129,5 @@ def fuse(base: Path, adapter: Path, dest: Path) -> Path:
     kept = tuple(one for one in old.overrides if one[0] not in adapted.modules)
     unpacked = tuple((path, None) for path in adapted.modules if old.of(path) is not None)
     quantization = replace(old, overrides=(*kept, *unpacked))
-    write_model(model, base, tuned(replace(config, quantization=quantization)), dest)
+    write_model(model, base, mark_as_tuned(replace(config, quantization=quantization)), dest)
     return dest

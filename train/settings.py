@@ -22,7 +22,7 @@ METHODS = ("lora", "full")
 SCHEDULES = ("cosine", "linear", "constant")
 DETAILS = ("high", "auto", "low")
 # They change nothing in the weights that a training ends with.
-FREE = ("out", "evaluate_every", "save_every", "log_every", "fuse", "valid", "folder")
+NOT_DECISIVE = ("out", "evaluate_every", "save_every", "log_every", "fuse", "valid", "folder")
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class LoraSettings:
 
     def check(self) -> None:
         """Refuse values out of range."""
-        _within("lora.rank", self.rank, 1, LARGEST_RANK)
-        _within("lora.scale", self.scale, 1e-6, LARGEST_SCALE)
-        _within("lora.dropout", self.dropout, 0, 0.99)
+        _check_range("lora.rank", self.rank, 1, LARGEST_RANK)
+        _check_range("lora.scale", self.scale, 1e-6, LARGEST_SCALE)
+        _check_range("lora.dropout", self.dropout, 0, 0.99)
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,12 @@ class OptimizerSettings:
 
     def check(self) -> None:
         """Refuse values out of range."""
-        _within("optimizer.rate", self.rate, 1e-12, 10)
-        _one_of("optimizer.schedule", self.schedule, SCHEDULES)
-        _within("optimizer.warmup", self.warmup, 0, 10**9)
-        _within("optimizer.floor", self.floor, 0, 1)
-        _within("optimizer.weight_decay", self.weight_decay, 0, 10)
-        _within("optimizer.clip", self.clip, 0, math.inf)
+        _check_range("optimizer.rate", self.rate, 1e-12, 10)
+        _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
+        _check_range("optimizer.warmup", self.warmup, 0, 10**9)
+        _check_range("optimizer.floor", self.floor, 0, 1)
+        _check_range("optimizer.weight_decay", self.weight_decay, 0, 10)
+        _check_range("optimizer.clip", self.clip, 0, math.inf)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class DataSettings:
     def check(self) -> None:
         """Refuse values out of range."""
         if self.weight is not None:
-            _within("data.weight", self.weight, 1e-9, 1e9)
+            _check_range("data.weight", self.weight, 1e-9, 1e9)
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Settings:
             return self.parts
         return PARTS if self.method == "full" else ("text", "connector")
 
-    def path(self, name: str) -> Path:
+    def resolve_path(self, name: str) -> Path:
         """A path that the file names."""
         return self.folder / expand_path(name, TrainingError)
 
@@ -121,26 +121,26 @@ class Settings:
         Raises:
             TrainingError: It names the key, the value and what it may be.
         """
-        _one_of("method", self.method, METHODS)
-        _one_of("too_long", self.too_long, ("error", "skip"))
+        _check_choice("method", self.method, METHODS)
+        _check_choice("too_long", self.too_long, ("error", "skip"))
         if self.dtype is not None:
-            _one_of("dtype", self.dtype, DTYPES)
+            _check_choice("dtype", self.dtype, DTYPES)
         for name in self.trained_parts:
-            _one_of("parts", name, PARTS)
+            _check_choice("parts", name, PARTS)
         if not self.trained_parts:
             raise TrainingError(f"parts is empty; give one or more of {', '.join(PARTS)}")
         if isinstance(self.detail, int):
-            _within("detail", self.detail, 1, 6)
+            _check_range("detail", self.detail, 1, 6)
         else:
-            _one_of("detail", self.detail, DETAILS)
+            _check_choice("detail", self.detail, DETAILS)
         counts = ("batch_size", "accumulate", "evaluate_every", "save_every", "log_every", "steps")
         for name in (*counts, "max_tokens", "max_frames"):
             if getattr(self, name) is not None:
-                _within(name, getattr(self, name), 1, 10**9)
-        _within("seed", self.seed, 0, 2**31)
+                _check_range(name, getattr(self, name), 1, 10**9)
+        _check_range("seed", self.seed, 0, 2**31)
         for name in ("epochs", "fps"):
             if getattr(self, name) is not None:
-                _within(name, getattr(self, name), 1e-6, 1e6)
+                _check_range(name, getattr(self, name), 1e-6, 1e6)
         if self.fuse and self.method != "lora":
             raise TrainingError("fuse is of no use with method full: its model is whole already")
         if (self.steps is None) == (self.epochs is None):
@@ -155,10 +155,10 @@ class Settings:
         for dataset in self.data:
             dataset.check()
 
-    def decisive(self) -> dict[str, Any]:
+    def dump_decisive(self) -> dict[str, Any]:
         """What the weights follow from, as plain values."""
         values = dataclasses.asdict(self)
-        return {name: value for name, value in values.items() if name not in FREE}
+        return {name: value for name, value in values.items() if name not in NOT_DECISIVE}
 
 
 def read_settings(path: str | Path) -> Settings:
@@ -185,14 +185,14 @@ def read_settings(path: str | Path) -> Settings:
     return settings
 
 
-def _within(name: str, value: float, low: float, high: float) -> None:
+def _check_range(name: str, value: float, low: float, high: float) -> None:
     """Refuse a `value` outside of low..high."""
     if not low <= value <= high:
         bound = f"from {low:g} on" if math.isinf(high) else f"from {low:g} to {high:g}"
         raise TrainingError(f"{name} is {shorten(value)}; it must be {bound}")
 
 
-def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     """Refuse a `value` that is none of `choices`."""
     if value not in choices:
         raise TrainingError(f"{name} is {shorten(value)}; it must be one of {', '.join(choices)}")

@@ -126,12 +126,12 @@ def judge(vlm: SmolVLM, data: Dataset | None, step: Callable[[str], None]) -> li
     if data is None:
         return []
     from mlx_smolvlm.train.evaluate.cases import EvaluationOptions
-    from mlx_smolvlm.train.evaluate.run import answered
+    from mlx_smolvlm.train.evaluate.run import answer_case
 
     results = []
-    for number, case in enumerate(data.chosen, 1):
+    for number, case in enumerate(data.cases, 1):
         step(f"line {number}")
-        results.append(answered(vlm, case, EvaluationOptions()))
+        results.append(answer_case(vlm, case, EvaluationOptions()))
     return results
 
 
@@ -188,7 +188,7 @@ def compare_opened(
     """How far `other` lies from `reference`; arguments and errors as in `compare`."""
     check_tokenizers(reference, other)
     data = read_data(options.data, options.data_limit)
-    work, lines = options.work(), 0 if data is None else len(data.chosen)
+    work, lines = options.work(), 0 if data is None else len(data.cases)
     steps = 2 * (work.steps + lines) + 1 + len(matrix_paths(reference, other))
     tally = _Tally(progress, steps)
     vlm = reference.load()

@@ -25,7 +25,7 @@ from mlx_smolvlm.convert.compare.observe import HEAD_ROWS, Head, head_of
 from mlx_smolvlm.convert.quant.calibration import Sample
 from mlx_smolvlm.generate.sampling import log_softmax, sum_last
 from mlx_smolvlm.model.model import Model
-from mlx_smolvlm.train.loss import checkpointed_layers
+from mlx_smolvlm.train.loss import checkpoint_layers
 
 LEARNED_BELOW_BITS = 8  # 8 bits lose next to nothing; mlx-lm leaves them alone too
 PICTURE_PARTS = ("vision_model", "connector")
@@ -173,13 +173,13 @@ def learn(
     seen = {path: t for path, t in tunables.items() if path.startswith(PICTURE_PARTS)}
     if seen and pictured:
         loss = partial(picture_loss, model, samples, targets)
-        with checkpointed_layers():
+        with checkpoint_layers():
             _tune(seen, loss, pictured, options.picture_steps, options, progress)
     embeds = [None if s.pixel_values is None else encode(model, s.pixel_values) for s in samples]
     read = {path: t for path, t in tunables.items() if path not in seen}
     if read:
         loss = partial(text_loss, model, samples, embeds, targets)
-        with checkpointed_layers():
+        with checkpoint_layers():
             _tune(read, loss, list(range(len(samples))), options.steps, options, progress)
     learned = {path: tunable.tuned for path, tunable in tunables.items()}
     mx.eval(learned)

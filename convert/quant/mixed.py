@@ -22,7 +22,7 @@ from mlx_smolvlm.convert.quant.calibration import Sample
 from mlx_smolvlm.convert.quant.dwq import Progress
 from mlx_smolvlm.generate.sampling import cross_entropy
 from mlx_smolvlm.model.model import Model
-from mlx_smolvlm.train.loss import checkpointed_layers
+from mlx_smolvlm.train.loss import checkpoint_layers
 
 STEPS = 30000  # sizes are counted in so many parts of the range that is possible
 
@@ -96,7 +96,7 @@ def importance(
 
     total = {path: mx.zeros(_blocks(weight).shape[:2]) for path, weight in weights.items()}
     try:
-        with checkpointed_layers():
+        with checkpoint_layers():
             for number, sample in enumerate(samples):
                 progress(number, len(samples), "sensitivity")
                 gradients = mx.grad(loss)(weights, sample, mx.random.key(SEED + number))

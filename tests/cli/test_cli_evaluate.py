@@ -25,7 +25,7 @@ COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
 # Ends itself with a signal when it is to write for the sixth time, half of that written or nothing.
 STOPPING = """
 import os, sys
-from mlx_smolvlm.train import results
+from mlx_smolvlm.train.evaluate import report
 write, signal_, half = os.write, int(sys.argv.pop(1)), sys.argv.pop(1) == "half"
 count = 0
 def stopping(fd, data):
@@ -36,7 +36,7 @@ def stopping(fd, data):
             write(fd, data[: len(data) // 2])
         os.kill(os.getpid(), signal_)
     return write(fd, data)
-results.os.write = stopping
+report.os.write = stopping
 from mlx_smolvlm.cli.app import main
 main()
 """

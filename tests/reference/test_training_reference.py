@@ -12,10 +12,16 @@ from mlx.utils import tree_flatten
 torch = pytest.importorskip("torch")
 
 from mlx_smolvlm.smolvlm import SmolVLM  # noqa: E402
-from mlx_smolvlm.train.batches import Features, Loader, Sight, row_of, sized  # noqa: E402  # noqa: E402
+from mlx_smolvlm.train.batches import (  # noqa: E402  # noqa: E402
+    BatchLoader,
+    EmbeddingCache,
+    MediaOptions,
+    build_row,
+    measure_media,
+)
 from mlx_smolvlm.train.dataset import read_dataset  # noqa: E402
 from mlx_smolvlm.train.loss import Batch, answer_loss, checkpointed_loss  # noqa: E402
-from mlx_smolvlm.train.parameters import leave_parts  # noqa: E402
+from mlx_smolvlm.train.parameters import freeze_other_parts  # noqa: E402
 from tests.helpers import model_pairs as models  # noqa: E402
 from tests.helpers import tuning_cases as cases  # noqa: E402
 
@@ -42,9 +48,9 @@ def batches(vlm: SmolVLM, folder: Path) -> tuple[Batch, Batch]:
     """The same six conversations twice: with pixels, and with embeddings."""
     examples = read_dataset(cases.make_dataset(folder))
     found = []
-    for features in (None, Features(vlm)):
-        loader = Loader(vlm, lambda number: examples, 1, Sight(), features)
-        found.append(loader.batch(0))
+    for features in (None, EmbeddingCache(vlm)):
+        loader = BatchLoader(vlm, lambda number: examples, 1, MediaOptions(), features)
+        found.append(loader.load_batch(0))
         loader.close()
     return found[0], found[1]
 
@@ -54,7 +60,9 @@ def theirs(model: Any, vlm: SmolVLM, folder: Path, batch: Batch) -> Any:
     ids = torch.tensor(batch.input_ids, dtype=torch.long)
     labels = torch.full_like(ids, -100)
     for row, example in enumerate(read_dataset(folder)):
-        told = row_of(vlm.engine.prompt_builder, example, sized(vlm, example, Sight()))
+        told = build_row(
+            vlm.engine.prompt_builder, example, measure_media(vlm, example, MediaOptions())
+        )
         for place in np.flatnonzero(told.is_target):
             labels[row, place] = int(told.ids[place])
     # Rows end at their last target, or at the line break behind it.
@@ -88,7 +96,7 @@ def test_the_gradient_equals_transformers(pair: Any, tmp_path: Path) -> None:
     batch, _ = batches(vlm, tmp_path)
     pair.theirs.zero_grad()
     theirs(pair.theirs, vlm, tmp_path, batch).backward()
-    leave_parts(vlm.model, ("text", "vision", "connector", "embeddings"))
+    freeze_other_parts(vlm.model, ("text", "vision", "connector", "embeddings"))
     (_, count), gradient = nn.value_and_grad(vlm.model, answer_loss)(vlm.model, batch)
     own = {name: np.array(array) / count.item() for name, array in tree_flatten(gradient)}
     other = {

@@ -16,7 +16,7 @@ from PIL import Image
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, load
 from mlx_smolvlm.errors import DatasetError, MediaError, PromptError
 from mlx_smolvlm.train.evaluate.cases import EvaluationOptions, read_cases
-from mlx_smolvlm.train.evaluate.report import Result, scores_of, wilson
+from mlx_smolvlm.train.evaluate.report import Result, score_tasks, wilson_interval
 from mlx_smolvlm.train.evaluate.run import Evaluation, evaluate
 
 SHORT = EvaluationOptions(max_tokens=6)
@@ -138,7 +138,7 @@ def test_what_the_model_says_is_right(tiny: SmolVLM, tmp_path: Path) -> None:
 def test_tasks_and_limits(tiny: SmolVLM, data: Path) -> None:
     def lines(**options: Any) -> list[int]:
         return [
-            case.example.line for case in read_cases([data], EvaluationOptions(**options)).chosen
+            case.example.line for case in read_cases([data], EvaluationOptions(**options)).cases
         ]
 
     assert lines() == [1, 2, 3, 4, 5, 6]
@@ -149,7 +149,7 @@ def test_tasks_and_limits(tiny: SmolVLM, data: Path) -> None:
 
 
 def test_the_option_s_metric_is_for_lines_that_name_none(data: Path) -> None:
-    chosen = read_cases([data], EvaluationOptions(metric="anls")).chosen
+    chosen = read_cases([data], EvaluationOptions(metric="anls")).cases
     assert [case.metric for case in chosen] == ["anls", "anls", "anls", "relaxed", "anls", "anls"]
 
 
@@ -326,13 +326,13 @@ def results_of(*values: tuple[str, str, float]) -> list[Result]:
 
 
 def test_scores_by_task_and_metric() -> None:
-    tasks, overall = scores_of(
+    tasks, overall = score_tasks(
         results_of(("b", "anls", 0.75), ("a", "exact", 1), ("b", "exact", 1), ("b", "anls", 0.5))
     )
     told = [(one.task, one.metric, one.n, one.right, one.share) for one in tasks]
     assert told == [("a", "exact", 1, 1, 1), ("b", "anls", 2, 1.25, 0.625), ("b", "exact", 1, 1, 1)]
     assert (overall.task, overall.metric, overall.n, overall.right) == ("all", "mixed", 4, 3.25)
-    assert scores_of(results_of(("a", "exact", 1), ("b", "exact", 0)))[1].metric == "exact"
+    assert score_tasks(results_of(("a", "exact", 1), ("b", "exact", 0)))[1].metric == "exact"
 
 
 @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ def test_scores_by_task_and_metric() -> None:
     ],
 )
 def test_wilson_intervals(right: int, n: int, low: float, high: float) -> None:
-    assert wilson(right, n) == pytest.approx((low, high), abs=5e-5)
+    assert wilson_interval(right, n) == pytest.approx((low, high), abs=5e-5)
 
 
 def test_nothing_asked_yet(tiny: SmolVLM, data: Path) -> None:

@@ -10,13 +10,13 @@ from rapidfuzz.distance import Levenshtein
 from mlx_smolvlm.train.evaluate.metrics import (
     METRICS,
     Metric,
-    anls,
-    checked_metric,
-    edit_distance,
-    normalized,
-    number,
-    option_letter,
-    relaxed,
+    check_metric,
+    compute_anls,
+    count_edits,
+    find_option_letter,
+    match_relaxed,
+    normalize,
+    parse_number,
     score,
 )
 
@@ -57,7 +57,7 @@ def test_normalized(answer: str, expected: str, same: bool) -> None:
 
 @given(st.text(string.printable, max_size=20))
 def test_case_and_spaces_and_marks_at_the_end_do_not_count(text: str) -> None:
-    assert normalized(f'  {text.upper()}!" ') == normalized(text)
+    assert normalize(f'  {text.upper()}!" ') == normalize(text)
 
 
 @pytest.mark.parametrize(
@@ -73,19 +73,19 @@ def test_case_and_spaces_and_marks_at_the_end_do_not_count(text: str) -> None:
     ],
 )
 def test_anls(answer: str, expected: str, value: float) -> None:
-    assert anls(answer, expected) == pytest.approx(value)
+    assert compute_anls(answer, expected) == pytest.approx(value)
 
 
 @given(WORDS, WORDS)
 def test_anls_is_rapidfuzz_s_similarity_from_a_half_on(first: str, second: str) -> None:
     a, b = (" ".join(text.lower().split()) for text in (first, second))
     similarity = Levenshtein.normalized_similarity(a, b, score_cutoff=0.5)
-    assert anls(first, second) == pytest.approx(similarity)
+    assert compute_anls(first, second) == pytest.approx(similarity)
 
 
 @given(WORDS, WORDS)
 def test_edit_distance_is_rapidfuzz_s(first: str, second: str) -> None:
-    assert edit_distance(first, second) == Levenshtein.distance(first, second)
+    assert count_edits(first, second) == Levenshtein.distance(first, second)
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_edit_distance_is_rapidfuzz_s(first: str, second: str) -> None:
     ],
 )
 def test_relaxed(answer: str, expected: str, right: bool) -> None:
-    assert relaxed(answer, expected) is right
+    assert match_relaxed(answer, expected) is right
 
 
 ARABIC_ONE = "\N{ARABIC-INDIC DIGIT ONE}"
@@ -130,15 +130,15 @@ ARABIC_ONE = "\N{ARABIC-INDIC DIGIT ONE}"
     ["", ".", "-", "%", "e5", "1.2.3", "12 34", "$5", "five", ARABIC_ONE, f"1{ARABIC_ONE}"],
 )
 def test_what_is_no_number(text: str) -> None:
-    assert number(text) is None
+    assert parse_number(text) is None
 
 
 @given(st.floats(-1e15, 1e15).filter(lambda value: abs(value) > 1e-3))
 def test_numbers_are_read_as_python_writes_them(value: float) -> None:
     text = f"{value:,.6f}"
-    read = number(text)
+    read = parse_number(text)
     assert read == pytest.approx(value, abs=1e-6)
-    assert number(text + "%") == pytest.approx(value / 100, abs=1e-6)
+    assert parse_number(text + "%") == pytest.approx(value / 100, abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_numbers_are_read_as_python_writes_them(value: float) -> None:
     ],
 )
 def test_option_letter(text: str, letter: str | None) -> None:
-    assert option_letter(text) == letter
+    assert find_option_letter(text) == letter
 
 
 def test_letters_of_options() -> None:
@@ -174,9 +174,9 @@ def test_letters_of_options() -> None:
 def test_the_best_of_the_accepted_answers_counts(metric: Metric) -> None:
     assert score(metric, "B", ["zzzz", "B", "yyyy"]) == 1
     assert score(metric, "B", ["zzzz", "yyyy"]) == 0
-    assert checked_metric(metric) == metric
+    assert check_metric(metric) == metric
 
 
 def test_a_metric_that_is_not_there() -> None:
     with pytest.raises(ValueError, match=r"metric is 'bleu'; it must be one of exact, .*letter"):
-        checked_metric("bleu")
+        check_metric("bleu")

@@ -20,7 +20,7 @@ def test_defaults(tmp_path: Path) -> None:
     settings = read_settings(written(tmp_path, LEAST))
     assert settings.data == (DataSettings("d"),)
     assert settings.trained_parts == ("text", "connector")
-    assert settings.path("d") == tmp_path / "d"
+    assert settings.resolve_path("d") == tmp_path / "d"
     assert (settings.method, settings.detail, settings.lora.rank) == ("lora", "high", 8)
 
 
@@ -45,7 +45,7 @@ def test_everything(tmp_path: Path) -> None:
     """
     settings = read_settings(written(tmp_path, text))
     assert [one.weight for one in settings.data] == [14.0, 33.5]
-    assert settings.path(settings.data[1].path) == Path("/video")
+    assert settings.resolve_path(settings.data[1].path) == Path("/video")
     assert (settings.detail, settings.epochs, settings.optimizer.rate) == (2, 2.0, 1.0)
     assert settings.trained_parts == ("vision", "embeddings")
 

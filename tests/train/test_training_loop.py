@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 
 from mlx_smolvlm.checkpoint.headers import load_tensors
 from mlx_smolvlm.errors import TrainingError
-from mlx_smolvlm.train.loop import Kind, Loop, LoopOptions, Schedule, read_notes
+from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule, ScheduleKind, read_notes
 
 Rows = tuple[mx.array, mx.array]
 
@@ -52,9 +52,9 @@ def weights(loop: Loop) -> list[np.ndarray]:
         ("constant", [1 / 3, 2 / 3, 1, 1, 1]),
     ],
 )
-def test_rates(kind: Kind, expected: list[float]) -> None:
+def test_rates(kind: ScheduleKind, expected: list[float]) -> None:
     schedule = Schedule(2.0, 12, warmup=2, kind=kind, floor=0.1)
-    found = [schedule.at(step) / 2 for step in (0, 1, 2, 7, 12)]
+    found = [schedule.get_rate(step) / 2 for step in (0, 1, 2, 7, 12)]
     assert found == pytest.approx(expected)
 
 
@@ -62,8 +62,8 @@ def test_accumulated_batches_are_one_batch() -> None:
     # Batches of unlike size: every row counts the same, not every batch.
     parts = [rows(7, 2), rows(8, 5), rows(9, 1)]
     whole = tuple(mx.concatenate([part[i] for part in parts]) for i in (0, 1))
-    several = make(lambda number: parts[number], accumulate=3).gradient()
-    one = make(lambda number: whole).gradient()
+    several = make(lambda number: parts[number], accumulate=3).compute_gradient()
+    one = make(lambda number: whole).compute_gradient()
     assert several[:2] == pytest.approx(one[:2], abs=1e-6)
     for own, other in zip(tree_flatten(several[2]), tree_flatten(one[2]), strict=True):
         np.testing.assert_allclose(np.array(own[1]), np.array(other[1]), atol=1e-6)

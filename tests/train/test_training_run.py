@@ -20,7 +20,7 @@ from mlx_smolvlm.checkpoint.lora import read_adapter_config, save_adapter
 from mlx_smolvlm.config import Quantization, QuantizationConfig
 from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.smolvlm import load
-from mlx_smolvlm.train.batches import Features, Loader, Sight
+from mlx_smolvlm.train.batches import BatchLoader, EmbeddingCache, MediaOptions
 from mlx_smolvlm.train.dataset import Example
 from mlx_smolvlm.train.finetune import Tuning
 from mlx_smolvlm.train.loop import Loop, LoopOptions, Schedule
@@ -85,7 +85,7 @@ def train_by_hand(tuning: Tuning) -> tuple[np.ndarray, list[float]]:
     for step, rate in enumerate(expected_rates()):
         gradient, count = np.zeros_like(weight), 0
         for part in range(ACCUMULATE):
-            batch = loader.batch(step * ACCUMULATE + part)
+            batch = loader.load_batch(step * ACCUMULATE + part)
             _, found = differentiate(model, batch)
             gradient += np.array(dict(tree_flatten(found))[NAME], np.float64)
             count += batch.targets.size
@@ -163,7 +163,7 @@ def test_every_batch_of_every_step_drops_others() -> None:
         found = []
         for step in range(3):
             loop.step = step
-            found.append(np.array(loop.gradient()[2]["weight"]) * accumulate)
+            found.append(np.array(loop.compute_gradient()[2]["weight"]) * accumulate)
         return found
 
     single, again, double = masks(1), masks(1), masks(2)
@@ -214,7 +214,7 @@ def test_other_batches_and_layers_are_dropped_differently(tiny_folder: Path, wor
         modules[path].lora_b = modules[path].lora_b + 0.05
     vlm.model.train()
     tuning = open_tuning(work, tiny_folder)
-    batch = tuning._loader.batch(0)
+    batch = tuning._loader.load_batch(0)
     tuning.close()
     losses = [
         checkpointed_loss(vlm.model, replace(batch, seed=seed))[0].item() for seed in (1, 1, 2)
@@ -231,9 +231,9 @@ def test_held_out_answers_are_judged_without_dropout(tiny_folder: Path, work: Pa
     vlm = load(tiny_folder, adapter=work / "out" / "adapter")
     assert tuning._valid is not None
     loader, batches = tuning._valid
-    fresh = Loader(vlm, loader._items, batches, Sight(), Features(vlm))
-    pairs = [answer_loss(vlm.model, fresh.batch(number)) for number in range(batches)]
-    batch = fresh.batch(0)
+    fresh = BatchLoader(vlm, loader._items, batches, MediaOptions(), EmbeddingCache(vlm))
+    pairs = [answer_loss(vlm.model, fresh.load_batch(number)) for number in range(batches)]
+    batch = fresh.load_batch(0)
     fresh.close()
     mean = sum(value.item() for value, _ in pairs) / sum(count.item() for _, count in pairs)
     assert log[-1]["valid_loss"] == pytest.approx(mean, abs=1e-5)
@@ -328,8 +328,8 @@ def test_rows_that_share_their_first_picture_are_told_apart(tiny_folder: Path, w
     template = tuning._loader._items(0)[0]
     tuning.close()
     rows = [example(names[0], names[1]), example(names[0], names[2])]
-    loader = Loader(vlm, lambda number: [rows[number]], 2, Sight(), Features(vlm))
-    found = [np.array(loader.batch(number).image_embeds) for number in (0, 1)]
+    loader = BatchLoader(vlm, lambda number: [rows[number]], 2, MediaOptions(), EmbeddingCache(vlm))
+    found = [np.array(loader.load_batch(number).image_embeds) for number in (0, 1)]
     loader.close()
     for number, row in enumerate(rows):
         expected = vlm.encode_images([str(path) for path in row.images])

@@ -11,7 +11,14 @@ import pytest
 from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.media.video import Video
 from mlx_smolvlm.smolvlm import SmolVLM, load
-from mlx_smolvlm.train.batches import Features, Loader, Sight, opened, row_of, sized
+from mlx_smolvlm.train.batches import (
+    BatchLoader,
+    EmbeddingCache,
+    MediaOptions,
+    build_row,
+    measure_media,
+    open_media,
+)
 from mlx_smolvlm.train.dataset import Example, read_dataset
 from mlx_smolvlm.train.finetune import Tuning
 from mlx_smolvlm.train.settings import read_settings
@@ -57,21 +64,27 @@ def work(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("sight", [Sight(), Sight(detail="low", max_frames=2)])
+@pytest.mark.parametrize(
+    "media_options", [MediaOptions(), MediaOptions(detail="low", max_frames=2)]
+)
 def test_training_sees_the_tokens_and_frames_that_ask_sees(
-    tiny_video: SmolVLM, work: Path, sight: Sight
+    tiny_video: SmolVLM, work: Path, media_options: MediaOptions
 ) -> None:
     for example in read_dataset(work / "data"):
-        media = opened(tiny_video, example, sight)
-        row = row_of(tiny_video.engine.prompt_builder, example, media)
-        known = row_of(tiny_video.engine.prompt_builder, example, sized(tiny_video, example, sight))
+        media = open_media(tiny_video, example, media_options)
+        row = build_row(tiny_video.engine.prompt_builder, example, media)
+        known = build_row(
+            tiny_video.engine.prompt_builder,
+            example,
+            measure_media(tiny_video, example, media_options),
+        )
         assert np.array_equal(row.ids, known.ids)
         assert np.array_equal(row.is_target, known.is_target)
         reply = tiny_video.ask(
             example.prompt,
             images=[str(path) for path in example.images],
-            videos=[Video(path, max_frames=sight.max_frames) for path in example.videos],
-            detail=sight.detail,
+            videos=[Video(path, max_frames=media_options.max_frames) for path in example.videos],
+            detail=media_options.detail,
             sampling=Sampling(max_tokens=1),
         )
         prompt = tiny_video.engine.make_prompt(example.prompt, media).input_ids
@@ -84,15 +97,17 @@ def test_training_sees_the_tokens_and_frames_that_ask_sees(
 
 def test_the_features_of_a_batch_are_those_of_its_frames(tiny_video: SmolVLM, work: Path) -> None:
     examples = read_dataset(work / "data")
-    loader = Loader(tiny_video, lambda number: examples, 1, Sight(), Features(tiny_video))
-    batch = loader.batch(0)
+    loader = BatchLoader(
+        tiny_video, lambda number: examples, 1, MediaOptions(), EmbeddingCache(tiny_video)
+    )
+    batch = loader.load_batch(0)
     loader.close()
     assert batch.image_embeds is not None
     places = batch.input_ids == tiny_video.config.image_token_id
     assert places.sum() == batch.image_embeds.shape[0] * tiny_video.config.image_seq_len
     expected, counts = [], []
     for example in examples:
-        media = opened(tiny_video, example, Sight())
+        media = open_media(tiny_video, example, MediaOptions())
         tiles = [np.stack([t for _, t in m.tiles(tiny_video.config)]) for m in media]
         expected += [tiny_video.model.encode(mx.array(pixels)) for pixels in tiles]
         counts.append(sum(map(len, tiles)) * tiny_video.config.image_seq_len)
@@ -142,13 +157,17 @@ def test_pictures_and_videos_in_another_order_are_not_mixed_up(
         for items in ([picture, video], [video, picture])
     ]
     (work / "data" / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    examples, sight = read_dataset(work / "data"), Sight("low", max_frames=2)
+    examples, media_options = read_dataset(work / "data"), MediaOptions("low", max_frames=2)
 
     def embeds(shown: list[Example]) -> list[np.ndarray]:
-        loader = Loader(
-            tiny_video, lambda number: [shown[number]], len(shown), sight, Features(tiny_video)
+        loader = BatchLoader(
+            tiny_video,
+            lambda number: [shown[number]],
+            len(shown),
+            media_options,
+            EmbeddingCache(tiny_video),
         )
-        found = [np.array(loader.batch(number).image_embeds) for number in range(len(shown))]
+        found = [np.array(loader.load_batch(number).image_embeds) for number in range(len(shown))]
         loader.close()
         return found
 

@@ -22,11 +22,18 @@ from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMWarning, Tr
 from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.prompt.builder import PromptBuilder
 from mlx_smolvlm.smolvlm import SmolVLM, load
-from mlx_smolvlm.train.batches import Features, Loader, Sight, opened, row_of, sized
+from mlx_smolvlm.train.batches import (
+    BatchLoader,
+    EmbeddingCache,
+    MediaOptions,
+    build_row,
+    measure_media,
+    open_media,
+)
 from mlx_smolvlm.train.dataset import read_dataset
 from mlx_smolvlm.train.finetune import Tuning
-from mlx_smolvlm.train.loss import Batch, answer_loss, checkpointed_loss, hidden_states
-from mlx_smolvlm.train.parameters import leave_parts, start_adapter
+from mlx_smolvlm.train.loss import Batch, answer_loss, checkpointed_loss, compute_hidden_states
+from mlx_smolvlm.train.parameters import freeze_other_parts, start_adapter
 from mlx_smolvlm.train.settings import LoraSettings, read_settings
 from tests.helpers import tuning_cases as cases
 
@@ -98,10 +105,13 @@ def gradients(model: Any, loss: Any, batch: Batch) -> dict[str, np.ndarray]:
 def test_training_sees_the_tokens_that_ask_prefills(tiny: SmolVLM, work: Path) -> None:
     eos = tiny.config.eos_token_ids[0]
     for example in read_dataset(work / "data"):
-        media = opened(tiny, example, Sight())
-        row = row_of(tiny.engine.prompt_builder, example, media)
+        media = open_media(tiny, example, MediaOptions())
+        row = build_row(tiny.engine.prompt_builder, example, media)
         assert np.array_equal(
-            row_of(tiny.engine.prompt_builder, example, sized(tiny, example, Sight())).ids, row.ids
+            build_row(
+                tiny.engine.prompt_builder, example, measure_media(tiny, example, MediaOptions())
+            ).ids,
+            row.ids,
         )
         prompt = tiny.engine.make_prompt(example.prompt, media).input_ids
         assert np.array_equal(row.ids[: prompt.size], prompt)
@@ -126,24 +136,24 @@ def test_a_template_that_begins_answers_otherwise_is_refused(tiny: SmolVLM, work
     builder = PromptBuilder(tiny.path / "tokenizer.json", template, tiny.config)
     example = read_dataset(work / "data")[0]
     with pytest.raises(DatasetError, match=r"train\.jsonl:1: .* does not write message 2 as an"):
-        row_of(builder, example, sized(tiny, example, Sight()))
+        build_row(builder, example, measure_media(tiny, example, MediaOptions()))
 
 
 def test_embeddings_are_kept_within_a_bound(
     tiny: SmolVLM, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = read_dataset(work / "data")
-    whole = Features(tiny)
-    loader = Loader(tiny, lambda number: examples, 1, Sight(), whole)
-    expected = loader.batch(0)
+    whole = EmbeddingCache(tiny)
+    loader = BatchLoader(tiny, lambda number: examples, 1, MediaOptions(), whole)
+    expected = loader.load_batch(0)
     loader.close()
     assert expected.image_embeds is not None
     limit = expected.image_embeds.nbytes // 2
-    monkeypatch.setattr("mlx_smolvlm.train.batches.FEATURE_BYTES", limit)
-    bounded = Features(tiny)
-    loader = Loader(tiny, lambda number: examples, 3, Sight(), bounded)
+    monkeypatch.setattr("mlx_smolvlm.train.batches.CACHE_BYTES", limit)
+    bounded = EmbeddingCache(tiny)
+    loader = BatchLoader(tiny, lambda number: examples, 3, MediaOptions(), bounded)
     for number in range(3):  # some known, some forgotten since
-        found = loader.batch(number)
+        found = loader.load_batch(number)
         assert mx.array_equal(found.image_embeds, expected.image_embeds)
         assert 0 < bounded.nbytes <= limit
     loader.close()
@@ -157,7 +167,7 @@ def test_an_example_that_is_too_long(tiny_folder: Path, work: Path) -> None:
         read_settings(cases.write_config(work, tiny_folder, max_tokens=60, too_long="skip")),
         work / "out",
     )
-    assert 0 < tuning.skipped < 10
+    assert 0 < tuning.skipped_count < 10
     tuning.close()
     with pytest.raises(DatasetError, match=r"no example of .* fits"):
         tune(work, tiny_folder, max_tokens=2, too_long="skip")
@@ -178,11 +188,11 @@ def test_a_later_token_changes_nothing_before_it(tiny_folder: Path, loss: Any) -
     start_adapter(vlm.model, ("text", "vision"), LoraSettings(rank=4), "a test")
     vlm.model.train()
     batch = batch_of(vlm)
-    before = np.array(hidden_states(vlm.model, batch))
+    before = np.array(compute_hidden_states(vlm.model, batch))
     for place in (25, 40, 46):
         ids = batch.input_ids.copy()
         ids[0, place] = (ids[0, place] + 17) % 600
-        after = np.array(hidden_states(vlm.model, replace(batch, input_ids=ids)))
+        after = np.array(compute_hidden_states(vlm.model, replace(batch, input_ids=ids)))
         np.testing.assert_array_equal(after[0, :place], before[0, :place])
         np.testing.assert_array_equal(after[1], before[1])
         assert np.abs(after[0, place:] - before[0, place:]).max() > 1e-3
@@ -201,8 +211,8 @@ def test_each_target_is_predicted_from_the_token_before_it(tiny: SmolVLM, work: 
     examples = read_dataset(work / "data")[:4]
     expected, count = 0.0, 0
     for example in examples:
-        media = opened(tiny, example, Sight())
-        row = row_of(tiny.engine.prompt_builder, example, media)
+        media = open_media(tiny, example, MediaOptions())
+        row = build_row(tiny.engine.prompt_builder, example, media)
         logits = np.array(
             tiny.model(tiny.model.embed(row.ids, tiny.engine.encode(media)))[0], np.float64
         )
@@ -210,8 +220,8 @@ def test_each_target_is_predicted_from_the_token_before_it(tiny: SmolVLM, work: 
             before = logits[place - 1]
             expected += np.log(np.exp(before).sum()) - before[row.ids[place]]
             count += 1
-    loader = Loader(tiny, lambda number: examples, 1, Sight(), Features(tiny))
-    total, targets = answer_loss(tiny.model, loader.batch(0))
+    loader = BatchLoader(tiny, lambda number: examples, 1, MediaOptions(), EmbeddingCache(tiny))
+    total, targets = answer_loss(tiny.model, loader.load_batch(0))
     loader.close()
     assert targets.item() == count
     assert total.item() == pytest.approx(expected, rel=1e-5)
@@ -338,7 +348,7 @@ def test_full_training_of_a_quantized_part_is_refused(packed_folder: Path, work:
     with pytest.raises(TrainingError, match="is quantized to 4 bits, and method full"):
         tune(work, packed_folder, method="full")
     model = load_model(packed_folder)
-    leave_parts(model, ("vision",))
+    freeze_other_parts(model, ("vision",))
     names = [name for name, _ in tree_flatten(model.trainable_parameters())]
     assert names
     assert all(name.startswith("vision_model.") for name in names)
@@ -363,7 +373,7 @@ def test_the_fused_checkpoint_answers_as_base_and_adapter(
     assert adapted.engine.checkpoint_digest != plain.engine.checkpoint_digest
     batch = batch_of(plain)
     own, other, trained, without = (
-        np.array(vlm.model.head(hidden_states(vlm.model, batch)))
+        np.array(vlm.model.head(compute_hidden_states(vlm.model, batch)))
         for vlm in (fused, adapted, tuning.vlm, plain)
     )
     np.testing.assert_allclose(own, other, atol=1e-4)
@@ -526,6 +536,6 @@ def test_sizes_of_media_are_told_apart(tiny_folder: Path, work: Path) -> None:
     for sizes in ((1, 23), (12, 3)):
         for path, size in zip(paths, sizes, strict=True):
             path.write_bytes(bytes(size))
-        digests.append(tuning._identity([[example]])["data"])  # type: ignore[list-item]
+        digests.append(tuning._compute_identity([[example]])["data"])  # type: ignore[list-item]
     tuning.close()
     assert digests[0] != digests[1]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from mlx_smolvlm.errors import DatasetError, shorten
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.train.dataset import Example, read_dataset
-from mlx_smolvlm.train.evaluate.metrics import METRICS, Metric, checked_metric, option_letter
+from mlx_smolvlm.train.evaluate.metrics import METRICS, Metric, check_metric, find_option_letter
 
 if TYPE_CHECKING:
     from mlx_smolvlm.media.tiles import Detail
@@ -47,7 +47,7 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         if self.metric is not None:
-            checked_metric(self.metric)
+            check_metric(self.metric)
         for name in ("limit", "max_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -74,12 +74,11 @@ class Case:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The cases of some files: all of them, in order, and the `chosen` ones."""
+    """The cases to ask, in order, with the names of their files and a digest of all lines."""
 
     files: tuple[str, ...]
     digest: str
     cases: tuple[Case, ...]
-    chosen: tuple[Case, ...]
 
 
 def read_cases(paths: Sequence[str | Path], options: EvaluationOptions) -> Dataset:
@@ -92,22 +91,22 @@ def read_cases(paths: Sequence[str | Path], options: EvaluationOptions) -> Datas
     Raises:
         DatasetError: A file or a line cannot be used, or no line is chosen.
     """
-    files = [_file(expand_path(path, DatasetError)) for path in paths]
+    files = [_find_file(expand_path(path, DatasetError)) for path in paths]
     read = [read_dataset(file) for file in files]
     twice = [file for file, count in Counter(file.resolve() for file in files).items() if count > 1]
     if twice:
         raise DatasetError(f"{twice[0]} is given twice; give each file once")
-    names = _names(files)
+    names = _name_files(files)
     cases = [
-        _case(example, name, options.metric)
+        _make_case(example, name, options.metric)
         for name, examples in zip(names, read, strict=True)
         for example in examples
     ]
-    chosen = _chosen(cases, options)
-    return Dataset(tuple(names), _digest(names, files, cases), tuple(cases), tuple(chosen))
+    digest = _compute_digest(names, files, cases)
+    return Dataset(tuple(names), digest, tuple(_select_cases(cases, options)))
 
 
-def _file(path: Path) -> Path:
+def _find_file(path: Path) -> Path:
     """The file at `path`, or the one in the folder there that is not for training."""
     if not os.path.isdir(path):  # Path.is_dir raises where a name is too long
         return path
@@ -117,14 +116,14 @@ def _file(path: Path) -> Path:
     raise DatasetError(f"{path} has neither test.jsonl nor valid.jsonl; name a file in it")
 
 
-def _names(files: Sequence[Path]) -> list[str]:
+def _name_files(files: Sequence[Path]) -> list[str]:
     """What to call `files`: their paths from the folder that they are all in."""
     paths = [file.resolve() for file in files]
     top = os.path.commonpath([path.parent for path in paths])
     return [path.relative_to(top).as_posix() for path in paths]
 
 
-def _case(example: Example, file: str, default: Metric | None) -> Case:
+def _make_case(example: Example, file: str, default: Metric | None) -> Case:
     """How to judge `example`; one that no answer could satisfy is refused.
 
     Raises:
@@ -132,7 +131,7 @@ def _case(example: Example, file: str, default: Metric | None) -> Case:
     """
     usual: Metric = default or ("choices" if example.choices else "exact")
     try:
-        metric = usual if example.metric is None else checked_metric(example.metric)
+        metric = usual if example.metric is None else check_metric(example.metric)
     except ValueError:
         raise DatasetError(
             f"{example.where}: the metric {shorten(example.metric)} is not known; "
@@ -143,14 +142,14 @@ def _case(example: Example, file: str, default: Metric | None) -> Case:
         reason = "it has no choices to be judged by"
     elif metric == "choices" and not set(example.answers) & set(example.choices):
         reason = f"the answer {shorten(example.answers[0])} is none of its choices"
-    elif metric == "letter" and not all(map(option_letter, example.answers)):
+    elif metric == "letter" and not all(map(find_option_letter, example.answers)):
         reason = f"the answer {shorten(example.answers[0])} begins with no letter of an option"
     if reason:
         raise DatasetError(f"{example.where}: {reason}; change the line or its metric ({metric})")
     return Case(example, file, example.task or example.file.stem, metric)
 
 
-def _chosen(cases: Sequence[Case], options: EvaluationOptions) -> list[Case]:
+def _select_cases(cases: Sequence[Case], options: EvaluationOptions) -> list[Case]:
     """The cases to ask, in order."""
     known = dict.fromkeys(case.task for case in cases)
     for task in options.tasks:
@@ -167,7 +166,7 @@ def _chosen(cases: Sequence[Case], options: EvaluationOptions) -> list[Case]:
     return chosen
 
 
-def _digest(names: Sequence[str], files: Sequence[Path], cases: Sequence[Case]) -> str:
+def _compute_digest(names: Sequence[str], files: Sequence[Path], cases: Sequence[Case]) -> str:
     """Digest of names and bytes of `files`, and of names and sizes of their media.
 
     Media are not read: an evaluation of videos would begin with minutes of reading.

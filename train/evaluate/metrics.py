@@ -20,7 +20,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d*)?(?:e[-+]?\d{1,2
 _LETTER = re.compile(r"\s*(?:(?:the )?answer(?: is)?\s*:?\s*)?[\W_]*([a-z])(?![^\W_])", re.I)
 
 
-def checked_metric(name: str) -> Metric:
+def check_metric(name: str) -> Metric:
     """The metric called `name`.
 
     Raises:
@@ -38,21 +38,21 @@ def score(metric: Metric, answer: str, accepted: Sequence[str]) -> float:
     return max(float(judge(answer, one)) for one in accepted)
 
 
-def exact(answer: str, expected: str) -> bool:
+def match_exact(answer: str, expected: str) -> bool:
     """Whether the answer is the expected one to the letter."""
     return answer == expected
 
 
-def normalized_exact(answer: str, expected: str) -> bool:
+def match_normalized(answer: str, expected: str) -> bool:
     """Whether the answer is the expected one but for case, punctuation and spaces.
 
     Source: SQuAD, https://arxiv.org/abs/1606.05250, section 6.1; articles stay here.
     """
-    want = normalized(expected)
-    return normalized(answer) == want if want else exact(answer, expected)
+    want = normalize(expected)
+    return normalize(answer) == want if want else match_exact(answer, expected)
 
 
-def normalized(text: str) -> str:
+def normalize(text: str) -> str:
     """`text` in lower case, without punctuation outside of numbers, with single spaces.
 
     A mark between two digits and a minus before a number stay: 3.5 is not 35.
@@ -71,7 +71,7 @@ def _is_mark(text: str, at: int) -> bool:
     return not (after.isdigit() and (before.isdigit() or begins))
 
 
-def anls(answer: str, expected: str) -> float:
+def compute_anls(answer: str, expected: str) -> float:
     """1 less the edit distance over the longer length, or 0 if that is below 0.5.
 
     Case and runs of spaces do not count.
@@ -82,11 +82,11 @@ def anls(answer: str, expected: str) -> float:
     """
     first, second = (" ".join(text.lower().split()) for text in (answer, expected))
     longest = max(len(first), len(second))
-    similarity = 1 - edit_distance(first, second) / longest if longest else 1.0
+    similarity = 1 - count_edits(first, second) / longest if longest else 1.0
     return similarity if similarity >= ANLS_THRESHOLD else 0.0
 
 
-def edit_distance(first: str, second: str) -> int:
+def count_edits(first: str, second: str) -> int:
     """The fewest insertions, deletions and replacements of characters between the two.
 
     Source: the table of Wagner and Fischer, https://doi.org/10.1145/321796.321811, a row at
@@ -100,7 +100,7 @@ def edit_distance(first: str, second: str) -> int:
     return row[-1]
 
 
-def relaxed(answer: str, expected: str) -> bool:
+def match_relaxed(answer: str, expected: str) -> bool:
     """Whether the answer is within 5 % of the expected number, or is the expected text.
 
     A full stop at the end, commas between thousands and the case of texts do not count.
@@ -108,16 +108,16 @@ def relaxed(answer: str, expected: str) -> bool:
     Source: ChartQA, https://arxiv.org/abs/2203.10244, section 5.1. As in its usual script a
     percentage is a hundredth, so 50% is 0.5; of 0, nothing but 0 is within 5 %.
     """
-    first, second = number(answer), number(expected)
+    first, second = parse_number(answer), parse_number(expected)
     if first is not None and second is not None:
         # Of decimal fractions, the bound itself may be missed by a rounding error.
         return abs(first - second) <= TOLERANCE * abs(second) * (1 + 1e-9)
-    return _bare(answer).lower() == _bare(expected).lower()
+    return _strip_text(answer).lower() == _strip_text(expected).lower()
 
 
-def number(text: str) -> float | None:
+def parse_number(text: str) -> float | None:
     """The number that `text` is, a percentage as a fraction; None if it is none."""
-    text = _bare(text).replace("\N{MINUS SIGN}", "-")
+    text = _strip_text(text).replace("\N{MINUS SIGN}", "-")
     digits = text.removesuffix("%").rstrip()
     if not re.search(r"\d", digits, re.ASCII) or not _NUMBER.fullmatch(digits):
         return None
@@ -128,22 +128,22 @@ def number(text: str) -> float | None:
     return value / 100 if text.endswith("%") else value
 
 
-def _bare(text: str) -> str:
+def _strip_text(text: str) -> str:
     """`text` without spaces around it and a full stop at its end."""
     return text.strip().removesuffix(".").rstrip()
 
 
-def same_letter(answer: str, expected: str) -> bool:
+def match_letter(answer: str, expected: str) -> bool:
     """Whether both begin with the letter of the same option.
 
     Source: the accuracy of multiple choice by option letter, as in MMMU,
     https://arxiv.org/abs/2311.16502, section 4.1, but from the beginning of the answer alone.
     """
-    letter = option_letter(answer)
-    return letter is not None and letter == option_letter(expected)
+    letter = find_option_letter(answer)
+    return letter is not None and letter == find_option_letter(expected)
 
 
-def option_letter(text: str) -> str | None:
+def find_option_letter(text: str) -> str | None:
     """The letter, as a capital, that `text` begins with: "B", "(b) a cat", "Answer: B.".
 
     It has to stand alone; None if the text begins with a word.
@@ -153,10 +153,10 @@ def option_letter(text: str) -> str | None:
 
 
 _JUDGES: dict[Metric, Callable[[str, str], float]] = {
-    "exact": exact,
-    "normalized": normalized_exact,
-    "anls": anls,
-    "relaxed": relaxed,
-    "choices": exact,
-    "letter": same_letter,
+    "exact": match_exact,
+    "normalized": match_normalized,
+    "anls": compute_anls,
+    "relaxed": match_relaxed,
+    "choices": match_exact,
+    "letter": match_letter,
 }

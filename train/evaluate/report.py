@@ -62,7 +62,7 @@ class Result:
 
 
 class ResultsFile:
-    """A results file that is open and locked; `found` are the results in it, by file and line."""
+    """A results file that is open and locked; `results` are the results in it, by file and line."""
 
     def __init__(self, path: Path, header: Mapping[str, Any], restart: bool) -> None:
         """The file at `path`, made if it is not there.
@@ -82,7 +82,7 @@ class ResultsFile:
         except OSError as error:
             raise DatasetError(f"the results file {path}: {error.strerror}") from None
         try:
-            self.found = self._read(header, restart)
+            self.results = self._read(header, restart)
         except BaseException:
             self.close()
             raise
@@ -119,12 +119,12 @@ class ResultsFile:
             return {}
         self._check(first, header)
         os.ftruncate(self._fd, len(data) - len(lines[-1]))
-        results = [self._result(line, number) for number, line in enumerate(lines[:-1], 2)]
+        results = [self._parse_result(line, number) for number, line in enumerate(lines[:-1], 2)]
         return {result.key: result for result in results}
 
     def _check(self, line: bytes, header: Mapping[str, Any]) -> None:
         """Refuse results that depend on something else than `header`."""
-        stated = self._values(line, 1)
+        stated = self._parse_line(line, 1)
         advice = "choose another file (--results), or begin anew (--restart)"
         if stated.get("version") != VERSION:
             raise DatasetError(f"{self._path} is of another version of mlx-smolvlm; {advice}")
@@ -135,30 +135,30 @@ class ResultsFile:
                 if there != wanted["digest"]:
                     raise DatasetError(f"{self._path} holds results of {_NAMES[part]}; {advice}")
             elif part == "settings" and there != wanted:
-                changed = _changes(there, wanted)
+                changed = _describe_changes(there, wanted)
                 raise DatasetError(f"{self._path} holds results of {changed}; {advice}")
 
-    def _result(self, line: bytes, number: int) -> Result:
+    def _parse_result(self, line: bytes, number: int) -> Result:
         """The result that `line` states."""
         try:
-            result = read_record(Result, self._values(line, number))
+            result = read_record(Result, self._parse_line(line, number))
         except ValueError:
-            raise self._damaged(number) from None
+            raise self._damage_error(number) from None
         if result.line < 1 or not 0 <= result.score <= 1:
-            raise self._damaged(number)
+            raise self._damage_error(number)
         return result
 
-    def _values(self, line: bytes, number: int) -> dict[str, Any]:
+    def _parse_line(self, line: bytes, number: int) -> dict[str, Any]:
         """The JSON object in `line`."""
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):
             values = None
         if not isinstance(values, dict):
-            raise self._damaged(number)
+            raise self._damage_error(number)
         return values
 
-    def _damaged(self, number: int) -> DatasetError:
+    def _damage_error(self, number: int) -> DatasetError:
         return DatasetError(
             f"{self._path}:{number} is damaged; remove the line, or begin anew (--restart)"
         )
@@ -173,18 +173,18 @@ class ResultsFile:
         os.fsync(self._fd)
 
 
-def _changes(there: Any, wanted: Mapping[str, Any]) -> str:
+def _describe_changes(there: Any, wanted: Mapping[str, Any]) -> str:
     """Which settings differ, in words."""
     if not isinstance(there, dict):
         return "unknown settings"
     names = [name for name in {**wanted, **there} if there.get(name) != wanted.get(name)]
     return ", ".join(
-        f"{name:.40} {_short(there.get(name))}, not {_short(wanted.get(name))}"
+        f"{name:.40} {_format_value(there.get(name))}, not {_format_value(wanted.get(name))}"
         for name in names[:5]
     )
 
 
-def _short(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A setting as a message shows it."""
     return value[:40] if isinstance(value, str) else shorten(value)
 
@@ -221,7 +221,7 @@ class TaskScore:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % interval of the share."""
-        return wilson(self.right, self.n)
+        return wilson_interval(self.right, self.n)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, share and interval, ready for JSON."""
@@ -272,18 +272,20 @@ class Report:
         }
 
 
-def scores_of(results: Sequence[Result]) -> tuple[tuple[TaskScore, ...], TaskScore]:
+def score_tasks(results: Sequence[Result]) -> tuple[tuple[TaskScore, ...], TaskScore]:
     """Scores by task and metric, and over all `results`, of which there is one or more."""
     kinds = sorted({(one.task, one.metric) for one in results})
     tasks = tuple(
-        _summed(task, metric, [one for one in results if (one.task, one.metric) == (task, metric)])
+        _sum_scores(
+            task, metric, [one for one in results if (one.task, one.metric) == (task, metric)]
+        )
         for task, metric in kinds
     )
     metrics = {metric for _, metric in kinds}
-    return tasks, _summed(OVERALL, metrics.pop() if len(metrics) == 1 else MIXED, results)
+    return tasks, _sum_scores(OVERALL, metrics.pop() if len(metrics) == 1 else MIXED, results)
 
 
-def _summed(task: str, metric: str, results: Sequence[Result]) -> TaskScore:
+def _sum_scores(task: str, metric: str, results: Sequence[Result]) -> TaskScore:
     """The score of `results`."""
     return TaskScore(
         task=task,
@@ -295,7 +297,7 @@ def _summed(task: str, metric: str, results: Sequence[Result]) -> TaskScore:
     )
 
 
-def wilson(right: float, n: int) -> tuple[float, float]:
+def wilson_interval(right: float, n: int) -> tuple[float, float]:
     """The 95 % interval of a share, `right` of `n`, without continuity correction.
 
     With scores between 0 and 1 it is rather too wide, since their variance is at most that

@@ -19,7 +19,7 @@ from mlx_smolvlm.config import PARTS
 from mlx_smolvlm.errors import DatasetError, MediaError, PromptError
 from mlx_smolvlm.train.evaluate.cases import Case, Dataset, EvaluationOptions, read_cases
 from mlx_smolvlm.train.evaluate.metrics import score
-from mlx_smolvlm.train.evaluate.report import Report, Result, ResultsFile, scores_of
+from mlx_smolvlm.train.evaluate.report import Report, Result, ResultsFile, score_tasks
 
 __all__ = ["Evaluation", "EvaluationOptions", "Report", "Result", "evaluate", "read_cases"]
 
@@ -55,18 +55,18 @@ class Evaluation:
 
     def __init__(self, vlm: SmolVLM, dataset: Dataset, options: EvaluationOptions) -> None:
         self._vlm, self._dataset, self._options = vlm, dataset, options
-        self._found: dict[tuple[str, int], Result] = {}
+        self._results: dict[tuple[str, int], Result] = {}
 
     @property
     def total(self) -> int:
         """Lines to be asked in all."""
-        return len(self._dataset.chosen)
+        return len(self._dataset.cases)
 
     @property
     def results(self) -> list[Result]:
         """Results of the chosen lines that are known."""
-        keys = [case.key for case in self._dataset.chosen]
-        return [self._found[key] for key in keys if key in self._found]
+        keys = [case.key for case in self._dataset.cases]
+        return [self._results[key] for key in keys if key in self._results]
 
     def run(self, path: Path | None = None, restart: bool = False) -> Iterator[Result]:
         """Ask what is not known yet, and yield each result once it is kept.
@@ -83,14 +83,14 @@ class Evaluation:
         file = None if path is None else ResultsFile(path, self._header(), restart)
         try:
             if file is not None:
-                self._found = dict(file.found)
-            for case in self._dataset.chosen:
-                if case.key in self._found:
+                self._results = dict(file.results)
+            for case in self._dataset.cases:
+                if case.key in self._results:
                     continue
-                result = answered(self._vlm, case, self._options)
+                result = answer_case(self._vlm, case, self._options)
                 if file is not None:
                     file.append(result)
-                self._found[case.key] = result
+                self._results[case.key] = result
                 yield result
         finally:
             if file is not None:
@@ -104,7 +104,7 @@ class Evaluation:
         """
         if not self.results:
             raise DatasetError("no line has been asked yet; run the evaluation first")
-        tasks, overall = scores_of(self.results)
+        tasks, overall = score_tasks(self.results)
         header = self._header()
         chosen = {"tasks": list(self._options.tasks), "limit": self._options.limit}
         return Report(
@@ -136,20 +136,20 @@ class Evaluation:
                 "max_tokens": options.max_tokens,
                 "kv_bits": vlm.cache_options.kv_bits,
                 "max_kv_tokens": vlm.cache_options.max_kv_tokens,
-                "dtype": _dtype(vlm),
+                "dtype": _get_dtype(vlm),
                 "device": mx.default_device().type.name,
             },
             "versions": {"mlx-smolvlm": __version__, "mlx": version("mlx")},
         }
 
 
-def _dtype(vlm: SmolVLM) -> str:
+def _get_dtype(vlm: SmolVLM) -> str:
     """The type that the model computes in."""
     weights = dict(tree_flatten(vlm.model.parameters()))
     return str(weights["text_model.norm.weight"].dtype).removeprefix("mlx.core.")
 
 
-def answered(vlm: SmolVLM, case: Case, options: EvaluationOptions) -> Result:
+def answer_case(vlm: SmolVLM, case: Case, options: EvaluationOptions) -> Result:
     """The answer of `vlm` to `case`, judged.
 
     Raises:
@@ -166,7 +166,7 @@ def answered(vlm: SmolVLM, case: Case, options: EvaluationOptions) -> Result:
                 videos=example.videos,
                 detail=options.detail,
             )
-            return _result(case, choice.best)
+            return _make_result(case, choice.best)
         reply = vlm.ask(
             example.prompt,
             images=example.images,
@@ -176,15 +176,15 @@ def answered(vlm: SmolVLM, case: Case, options: EvaluationOptions) -> Result:
         )
     except (MediaError, PromptError) as error:
         if options.skip_bad:
-            return _result(case, error=str(error))
+            return _make_result(case, error=str(error))
         kind = MediaError if isinstance(error, MediaError) else PromptError
         raise kind(
             f"{example.where}: {error}; mend or remove the line, or count it as wrong (--skip-bad)"
         ) from error
-    return _result(case, reply.text, reply)
+    return _make_result(case, reply.text, reply)
 
 
-def _result(
+def _make_result(
     case: Case, answer: str = "", reply: Reply | None = None, error: str | None = None
 ) -> Result:
     """The result of `case`; the same on every machine, so without times and whole paths."""
