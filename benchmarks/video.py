@@ -69,7 +69,7 @@ def stages_timed(row: Row) -> Iterator[None]:
     from mlx_smolvlm.media import tiles as image
     from mlx_smolvlm.media import video
 
-    frames, frame_tile = video.Clip.frames, image.frame_tile
+    frames, tile_frame = video.Clip.read_frames, image.tile_frame
 
     def timed_frames(self: video.Clip) -> Iterator[video.Frame]:
         pictures = frames(self)
@@ -82,13 +82,13 @@ def stages_timed(row: Row) -> Iterator[None]:
 
     def timed_tile(*given: Any) -> Any:
         with clock(row, "resize_s"):
-            return frame_tile(*given)
+            return tile_frame(*given)
 
     try:
-        video.Clip.frames, image.frame_tile = timed_frames, timed_tile  # type: ignore[method-assign]
+        video.Clip.read_frames, image.tile_frame = timed_frames, timed_tile  # type: ignore[method-assign]
         yield
     finally:
-        video.Clip.frames, image.frame_tile = frames, frame_tile  # type: ignore[method-assign]
+        video.Clip.read_frames, image.tile_frame = frames, tile_frame  # type: ignore[method-assign]
 
 
 def measure(path: Path, seconds: int, frames: int, model: str, media: bool) -> Row:
@@ -124,7 +124,7 @@ def _resized(clip: Any, config: Any) -> int:
     from mlx_smolvlm.media import tiles as image
 
     edge = config.video.longest_edge if config.video else config.tile_size
-    return sum(len(image.frame_tile(one.picture, edge, config)) for one in clip.frames())
+    return sum(len(image.tile_frame(one.picture, edge, config)) for one in clip.read_frames())
 
 
 def _answered(vlm: Any, clip: Any, row: Row) -> Row:

@@ -138,7 +138,7 @@ def open_picture(source: str) -> OpenedImage:
     Raises:
         MediaError: It cannot be opened.
     """
-    from mlx_smolvlm.media.tiles import open_image
+    from mlx_smolvlm.media.picture import open_image
 
     return OpenedImage(_shorten_source(source), open_image(source))
 
@@ -149,7 +149,7 @@ def open_video_source(source: str, options: VideoOptions) -> OpenedVideo:
     Raises:
         MediaError: It cannot be opened.
     """
-    return OpenedVideo(_shorten_source(source), make_video(source, options).opened())
+    return OpenedVideo(_shorten_source(source), make_video(source, options).open())
 
 
 def _shorten_source(source: str) -> str:
@@ -169,9 +169,9 @@ def print_cost(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> None:
 
 def describe_cost(vlm: SmolVLM, image: OpenedImage, detail: Detail) -> str:
     """Return the name of a picture, its tiles and its tokens in one line."""
-    from mlx_smolvlm.media.tiles import grid_of
+    from mlx_smolvlm.media.tiles import compute_grid
 
-    grid = grid_of(image.image.size, vlm.config, detail)
+    grid = compute_grid(image.image.size, vlm.config, detail)
     tiles = "1 tile" if grid.num_tiles == 1 else f"{grid.rows} x {grid.cols} tiles + 1"
     return f"{image.name}: {tiles}, {vlm.engine.prompt_builder.count_image_tokens(grid)} tokens"
 
@@ -182,7 +182,7 @@ def sample_video(vlm: SmolVLM, video: OpenedVideo) -> Clip:
     Raises:
         MediaError: There is no frame between start and end, or the video cannot be decoded.
     """
-    from mlx_smolvlm.media.timeline import clock
+    from mlx_smolvlm.media.timeline import format_duration
     from mlx_smolvlm.media.video import open_video
 
     clip = open_video(video.video, vlm.config)
@@ -190,7 +190,10 @@ def sample_video(vlm: SmolVLM, video: OpenedVideo) -> Clip:
         count = len(clip.indices)
         frames = "1 frame" if count == 1 else f"{count} frames"
         tokens = vlm.engine.prompt_builder.count_clip_tokens(clip)
-        say(f"{video.name}: {frames} of {clock(clip.duration_s)}, {tokens} tokens", dim=True)
+        say(
+            f"{video.name}: {frames} of {format_duration(clip.duration_s)}, {tokens} tokens",
+            dim=True,
+        )
     return clip
 
 

@@ -19,7 +19,7 @@ from demo_recipe.rows import Pointed, Row, make_row, padded
 from demo_recipe.tokenizer import token_id
 from demo_recipe.topics import NO_FOCUS, TOPICS, Focus, ask, ask_several, draw, talk
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.media.tiles import Detail, Grid, tiles
+from mlx_smolvlm.media.tiles import Detail, Grid, tile_picture
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
 
@@ -170,7 +170,7 @@ def encoder_batch(
 
 def told_tiles(drawn: Drawn, config: Config, detail: Detail) -> tuple[EncoderBatch, Grid]:
     """The tiles of a picture with their labels, and its grid."""
-    cut = tiles(drawn.picture, config, detail)
+    cut = tile_picture(drawn.picture, config, detail)
     told = patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
     return EncoderBatch(raw(cut.pixel_values, config), *told), cut.grid
 

@@ -25,8 +25,8 @@ from demo_recipe.sample_clips import SAMPLED, sample_clip
 from demo_recipe.tokenizer import token_id
 from demo_recipe.topics import shape_glyphs
 from mlx_smolvlm.config import VisionConfig
-from mlx_smolvlm.media.tiles import Grid, frame_tile
-from mlx_smolvlm.media.timeline import clock, stamp
+from mlx_smolvlm.media.tiles import Grid, tile_frame
+from mlx_smolvlm.media.timeline import format_duration, format_timestamp
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
 _SHORT_ROWS, _LONG_ROWS = 5, 2  # questions on a clip
@@ -91,7 +91,7 @@ def clip_batch(
     clips = [sample_clip(rng, sampled) for _ in range(max(2, frames // sampled))]
     prefixes = np.array([clip_prefix(builder, clip) for clip in clips], np.int32)
     pixels = [
-        frame_tile(frame, VIDEO.longest_edge, builder.config)
+        tile_frame(frame, VIDEO.longest_edge, builder.config)
         for clip in clips
         for frame in shown_frames(clip, rng)
     ]
@@ -158,11 +158,11 @@ def clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
     indices = sampled_indices(clip.frames, clip.fps)
     before = (
         f"User: You are provided the following series of {num2words(len(indices))} frames "
-        f"from a {clock(clip.duration_s)} [H:MM:SS] video.\n"
+        f"from a {format_duration(clip.duration_s)} [H:MM:SS] video.\n"
     )
     ids = [token_id(builder.tokenizer, "<|im_start|>")]
     for index in indices:
-        text = f"{before}\nFrame from {stamp(index / clip.fps)}:"
+        text = f"{before}\nFrame from {format_timestamp(index / clip.fps)}:"
         ids += builder.tokenizer.encode(text, add_special_tokens=False).ids
         ids += builder.encode_grid(Grid(0, 0))
         before = ""

@@ -21,7 +21,7 @@ from demo_recipe.motion import (
 )
 from demo_recipe.prefix import SharedPrefix, layer_states
 from mlx_smolvlm.config import Config, ImageConfig
-from mlx_smolvlm.media.tiles import scale_and_shift
+from mlx_smolvlm.media.tiles import compute_scale_and_shift
 from mlx_smolvlm.model.model import Model
 
 _DENSE_SHARE = 0.1  # of the dense loss, beside that of the answers
@@ -51,7 +51,7 @@ class Trainee(nn.Module):
 
 def normalized(pixels: np.ndarray, image: ImageConfig) -> mx.array:
     """`pixel_values` float32 (N, H, W, 3) of uint8 `pixels`, as `image.tiles` makes them."""
-    scale, shift = map(mx.array, scale_and_shift(image))
+    scale, shift = map(mx.array, compute_scale_and_shift(image))
     return mx.array(pixels).astype(mx.float32) * scale + shift
 
 

@@ -28,7 +28,8 @@ from mlx_smolvlm import (
 )
 from mlx_smolvlm.generate.sampling import make_sampler
 from mlx_smolvlm.media.encode import Picture
-from mlx_smolvlm.media.tiles import Grid, grid_of, open_image
+from mlx_smolvlm.media.picture import open_image
+from mlx_smolvlm.media.tiles import Grid, compute_grid
 from mlx_smolvlm.reuse.content import Content, Span
 from mlx_smolvlm.reuse.memory import Memory
 
@@ -239,7 +240,7 @@ def test_a_turn_does_new_work_only(monkeypatch: pytest.MonkeyPatch, prefilled: l
     demo = load("demo")
     sizes = encoded(demo, monkeypatch)
     paths = [EXAMPLES / name for name in ("three.png", "two.png", "one.png")]
-    grids = [grid_of(open_image(path).size, demo.config) for path in paths]
+    grids = [compute_grid(open_image(path).size, demo.config) for path in paths]
     one, *others = (grid.num_tiles for grid in grids)
     chat = demo.chat()
     first = chat.ask("What is in this picture?", images=paths[:1])

@@ -19,7 +19,7 @@ from demo_recipe.questions import BACKGROUND
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, SmolVLMWarning, Video
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.media.tiles import Detail, Grid, grid_of
+from mlx_smolvlm.media.tiles import Detail, Grid, compute_grid
 
 SEED = 5  # of the cases here; test_demo.py's is 0
 DEMO = Path(mlx_smolvlm.__file__).parent / "demo"
@@ -99,7 +99,7 @@ def grounds(cold: SmolVLM) -> dict[str, Image.Image]:
     for case in known(cold, cases("shapes", 12, SEED, {"background"}), 10):
         (picture,) = case.pictures
         said = cold.ask(WHICH_BACKGROUND, images=[picture]).text
-        if grid_of(picture.size, cold.config) == Grid(2, 2) and said == case.answer:
+        if compute_grid(picture.size, cold.config) == Grid(2, 2) and said == case.answer:
             found[said] = picture
     assert len(found) >= 4
     return found

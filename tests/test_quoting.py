@@ -24,7 +24,7 @@ from mlx_smolvlm.errors import (
     redact,
     redact_url,
 )
-from mlx_smolvlm.media.fetch import open_bytes, short_name
+from mlx_smolvlm.media.fetch import describe_source, open_bytes
 
 HOSTILE = "\x1b]52;c;aGk=\x07\x9b31m\x7f\u202eabc\u2066\u200f\u061c\r"
 ESCAPED = r"\x1b]52;c;aGk=\x07\x9b31m\x7f\u202eabc\u2066\u200f\u061c\x0d"
@@ -160,7 +160,7 @@ def test_an_answer_is_escaped_on_a_terminal_alone(monkeypatch, capsys, is_termin
 def test_a_url_without_its_secrets(url, shown):
     assert redact_url(url) == shown
     assert redact(f"'{url}' and \"{url}\"") == f"'{shown}' and \"{shown}\""
-    assert short_name(url) == repr(shown)
+    assert describe_source(url) == repr(shown)
     assert _shorten_source(url) == shown.rstrip("/").rpartition("/")[2]
     if " " not in url:
         assert redact(f"see {url}, or ({url}).") == f"see {shown}, or ({shown})."

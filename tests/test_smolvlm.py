@@ -42,9 +42,9 @@ def test_stream_and_ask_agree(tiny: SmolVLM) -> None:
 
 
 def tiny_grid(vlm: SmolVLM) -> object:
-    from mlx_smolvlm.media.tiles import grid_of
+    from mlx_smolvlm.media.tiles import compute_grid
 
-    return grid_of(PICTURE.size, vlm.config)
+    return compute_grid(PICTURE.size, vlm.config)
 
 
 def test_the_picture_changes_the_answer(tiny: SmolVLM) -> None:

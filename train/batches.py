@@ -16,8 +16,8 @@ import numpy as np
 
 from mlx_smolvlm.errors import DatasetError, SmolVLMError
 from mlx_smolvlm.media.encode import TILE_BATCH, Footage, Medium, Picture
-from mlx_smolvlm.media.picture import upright_size
-from mlx_smolvlm.media.tiles import Detail, grid_of
+from mlx_smolvlm.media.picture import read_upright_size
+from mlx_smolvlm.media.tiles import Detail, compute_grid
 from mlx_smolvlm.media.video import Video
 from mlx_smolvlm.prompt.builder import PromptBuilder
 from mlx_smolvlm.prompt.messages import Request
@@ -109,7 +109,7 @@ def measure_media(
     try:
         pictures = []
         for path in example.images:
-            grid = grid_of(upright_size(path), vlm.config, media_options.detail)
+            grid = compute_grid(read_upright_size(path), vlm.config, media_options.detail)
             pictures.append(Picture(None, grid, media_options.detail, str(path)))
         if not example.videos:
             return tuple(pictures)
@@ -122,9 +122,9 @@ def measure_media(
         footage = [one for one in media if isinstance(one, Footage)]
     except SmolVLMError as error:
         raise DatasetError(f"{example.where}: {error}") from None
-    from mlx_smolvlm.media.encode import in_order
+    from mlx_smolvlm.media.encode import order_media
 
-    return in_order(example.messages, pictures, footage)
+    return order_media(example.messages, pictures, footage)
 
 
 def _make_videos(example: Example, media_options: MediaOptions) -> list[Video]:
@@ -340,7 +340,7 @@ class BatchLoader:
         """The tiles (n, H, W, 3) of each of `media`."""
         config = self._vlm.config
         try:
-            return [np.stack([tile for _, tile in medium.tiles(config)]) for medium in media]
+            return [np.stack([tile for _, tile in medium.make_tiles(config)]) for medium in media]
         except SmolVLMError as error:
             raise DatasetError(f"{example.where}: {error}") from None
 

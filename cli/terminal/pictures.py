@@ -44,7 +44,7 @@ class Thumbnails:
         if self._find_protocol() != "none":
             places = sorted({0, len(clip.indices) // 2, len(clip.indices) - 1})
             shown = replace(clip, indices=tuple(clip.indices[place] for place in places))
-            self._show([frame.picture for frame in shown.frames()])
+            self._show([frame.picture for frame in shown.read_frames()])
 
     def _show(self, pictures: Sequence[Image.Image]) -> None:
         """Show `pictures` side by side."""

@@ -110,7 +110,7 @@ def picture_losses(
     layers: list[list[float]] = []
     rows: list[tuple[np.ndarray, ...]] = []
     for medium in media:
-        for _, tile in medium.tiles(b.config):
+        for _, tile in medium.make_tiles(b.config):
             pixels = mx.array(tile)[None]
             one, other = _encoded(a.encoder, pixels), _encoded(b.encoder, pixels)
             pairs = zip(one[2], other[2], strict=True)

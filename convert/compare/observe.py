@@ -22,7 +22,7 @@ from mlx_smolvlm.convert.compare.samples import Asked
 from mlx_smolvlm.convert.open_model import Matrix
 from mlx_smolvlm.generate.sampling import Sampling, log_softmax, sum_last
 from mlx_smolvlm.generate.stream import AnswerStream
-from mlx_smolvlm.media.encode import joined
+from mlx_smolvlm.media.encode import join_embeds
 from mlx_smolvlm.media.tiles import Detail
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.prompt.messages import read_request
@@ -270,7 +270,7 @@ def _answer(vlm: SmolVLM, asked: Asked, work: Work) -> tuple[Passage, Answered]:
     prompt = vlm.engine.make_prompt(request.messages, media)
     reply = AnswerStream(vlm.engine, prompt, Sampling(max_tokens=work.max_tokens)).finish()
     answer = Answered(reply.text, tuple(reply.token_ids))
-    return Passage(prompt.input_ids, prompt.input_ids.size, joined(media)), answer
+    return Passage(prompt.input_ids, prompt.input_ids.size, join_embeds(media)), answer
 
 
 def last_hidden(model: Model, passage: Passage) -> mx.array:

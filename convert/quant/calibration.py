@@ -128,6 +128,6 @@ def _answered(
     ids = np.concatenate([prompt.input_ids, np.array([*told, *end], dtype=np.int64)])
     if ids.size > vlm.config.text.max_position_embeddings:
         return
-    tiles = [tile for medium in media for _, tile in medium.tiles(vlm.config)]
+    tiles = [tile for medium in media for _, tile in medium.make_tiles(vlm.config)]
     pixels = mx.array(np.stack(tiles)) if tiles else None
     yield Sample(ids, prompt.input_ids.size, pixels)

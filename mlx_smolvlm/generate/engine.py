@@ -18,7 +18,7 @@ from mlx_smolvlm.generate.grammar import Constrainer
 from mlx_smolvlm.kv.bounded import RECENT, SINKS
 from mlx_smolvlm.kv.cache import NONE, KVCache
 from mlx_smolvlm.kv.options import PLAIN, CacheOptions
-from mlx_smolvlm.media.encode import Footage, Medium, Picture, encode, in_order, joined
+from mlx_smolvlm.media.encode import Footage, Medium, Picture, encode, join_embeds, order_media
 from mlx_smolvlm.model.model import Model, compile_encoder
 from mlx_smolvlm.process import check_process
 from mlx_smolvlm.prompt.messages import Message, Request, VideoSource
@@ -112,17 +112,20 @@ class Engine:
         Raises:
             MediaError: A picture or video cannot be opened.
         """
-        from mlx_smolvlm.media.tiles import grid_of, open_image
+        from mlx_smolvlm.media.picture import open_image
+        from mlx_smolvlm.media.tiles import compute_grid
 
         images = [open_image(source) for source in request.images]
-        pictures = [Picture(one, grid_of(one.size, self.config, detail), detail) for one in images]
+        pictures = [
+            Picture(one, compute_grid(one.size, self.config, detail), detail) for one in images
+        ]
         if not request.videos:
             return tuple(pictures)
         from mlx_smolvlm.media.video import open_video
 
         self._warn_of_videos()
         clips = [open_video(source, self.config) for source in request.videos]
-        return in_order(request.messages, pictures, [Footage(clip, clip) for clip in clips])
+        return order_media(request.messages, pictures, [Footage(clip, clip) for clip in clips])
 
     def open_parts(self, video: VideoSource, seconds: float) -> Iterator[ClipPart]:
         """Open `video` in parts of `seconds`.
@@ -183,7 +186,7 @@ class Engine:
         check_process()
         for _ in encode(media, self.encoder, self.config):
             pass
-        return joined(media)
+        return join_embeds(media)
 
     def make_cache(self) -> KVCache:
         """An empty cache, as `cache_options` describes it."""

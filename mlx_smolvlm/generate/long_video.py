@@ -11,7 +11,7 @@ from mlx_smolvlm.generate.engine import ANSWER_SHARE, Engine
 from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.generate.stream import AnswerStream
 from mlx_smolvlm.media.encode import Footage
-from mlx_smolvlm.media.timeline import stamp
+from mlx_smolvlm.media.timeline import format_timestamp
 from mlx_smolvlm.prompt.messages import read_request
 
 if TYPE_CHECKING:
@@ -95,4 +95,4 @@ def _answer_whole(
 
 
 def _label(start_s: float, end_s: float) -> str:
-    return f"{stamp(start_s)}-{stamp(end_s)}"
+    return f"{format_timestamp(start_s)}-{format_timestamp(end_s)}"

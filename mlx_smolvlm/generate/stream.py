@@ -18,7 +18,7 @@ from mlx_smolvlm.generate.json_schema import parse_answer, to_jsonable
 from mlx_smolvlm.generate.loop import StopText, generate_constrained_tokens, generate_tokens
 from mlx_smolvlm.generate.sampling import Sampling, make_sampler
 from mlx_smolvlm.kv.cache import KVCache
-from mlx_smolvlm.media.encode import Footage, Picture, Progress, encode, joined
+from mlx_smolvlm.media.encode import Footage, Picture, Progress, encode, join_embeds
 from mlx_smolvlm.process import check_process
 from mlx_smolvlm.reuse.content import Content, State
 
@@ -199,7 +199,7 @@ def prepare_answer(
         if isinstance(medium, Footage) and medium.clip is not None:
             for note in medium.clip.notes:
                 warnings.warn(note, SmolVLMWarning, stacklevel=2)
-    embeds = engine.model.embed(prompt.input_ids[start:], joined(todo))
+    embeds = engine.model.embed(prompt.input_ids[start:], join_embeds(todo))
     reply.cached_tokens = start
     cache = engine.make_cache() if state is None else state.cache
     cache.trim(start)

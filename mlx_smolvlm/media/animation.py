@@ -19,90 +19,90 @@ from mlx_smolvlm.media.budget import (
     PictureStream,
     check_animation,
 )
-from mlx_smolvlm.media.picture import damage_named, open_format, open_image, without_warnings
-from mlx_smolvlm.media.timeline import Timed, delays_timeline
+from mlx_smolvlm.media.picture import convert_errors, ignore_warnings, open_image, open_lazily
+from mlx_smolvlm.media.timeline import HasTimeline, build_delay_timeline
 
 Size = tuple[int, int]  # width, height
 FrameHeader = tuple[Size, int | float]  # right and lower edge on the canvas; delay in ms
 
-_LEAST_DELAY_MS, _USUAL_DELAY_MS = 20, 100  # as browsers have it
+_MIN_DELAY_MS, _DEFAULT_DELAY_MS = 20, 100  # as browsers have it
 
 
-class AnimationReader(Timed):
+class AnimationReader(HasTimeline):
     """A GIF, WebP or PNG that moves. A delay below 20 ms is one of 100 ms."""
 
     def __init__(self, open_stream: Callable[[], BinaryIO], name: str) -> None:
-        self._open, self._name, self.notes = open_stream, name, list[str]()
+        self._open_stream, self._name, self.notes = open_stream, name, list[str]()
         width = height = 0
         delays_s: list[float] = []
-        with open_stream() as file, damage_named(name):
+        with open_stream() as file, convert_errors(name):
             stream: Any = PictureStream(file, name, MAX_ANIMATION_READS)
-            for (right, lower), delay_ms in _frame_headers(stream):
+            for (right, lower), delay_ms in _read_frame_headers(stream):
                 width, height = max(width, right), max(height, lower)
                 delays_s.append(
-                    (delay_ms if delay_ms >= _LEAST_DELAY_MS else _USUAL_DELAY_MS) / 1e3
+                    (delay_ms if delay_ms >= _MIN_DELAY_MS else _DEFAULT_DELAY_MS) / 1e3
                 )
                 check_animation(len(delays_s), (width, height), name)
         if not delays_s:
             raise MediaError(f"{name} has no frames; it may be truncated or damaged")
         if len(delays_s) == 1:
             raise MediaError(f"{name} is a single picture; give it as an image")
-        self.timeline = delays_timeline(delays_s)
+        self.timeline = build_delay_timeline(delays_s)
 
     @contextlib.contextmanager
-    def _image(self) -> Iterator[Image.Image]:
+    def _open_animation(self) -> Iterator[Image.Image]:
         """The opened file, with any failure as a MediaError."""
-        with self._open() as stream, damage_named(self._name):
-            with without_warnings():
-                image = open_format(stream, self._name)
+        with self._open_stream() as stream, convert_errors(self._name):
+            with ignore_warnings():
+                image = open_lazily(stream, self._name)
             with image:
                 yield image
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
         """The frames at `indices`."""
-        with self._image() as image:
+        with self._open_animation() as image:
             for index in indices:
-                with without_warnings():
+                with ignore_warnings():
                     image.seek(index)
                     picture = open_image(image.copy())
                 yield picture
 
     def digest(self, indices: Sequence[int]) -> bytes:
         """Digest of the file."""
-        with self._open() as stream:
+        with self._open_stream() as stream:
             return digest_stream(stream)
 
 
-def _frame_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
+def _read_frame_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
     """The frames of an animated picture, from their headers; they end where it is cut off."""
     head = stream.read(16)
     stream.seek(0)
     if head[:4] == b"GIF8":
-        return _gif_frames(stream)
-    return _png_frames(stream) if head[:4] == b"\x89PNG" else _webp_frames(stream)
+        return _read_gif_headers(stream)
+    return _read_png_headers(stream) if head[:4] == b"\x89PNG" else _read_webp_headers(stream)
 
 
-def _gif_frames(stream: BinaryIO) -> Iterator[FrameHeader]:
+def _read_gif_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
     """Source: GIF89a specification, sections 18 to 23."""
     head = stream.read(13)
-    width, height = _little(head[6:8]), _little(head[8:10])
+    width, height = _parse_little_endian(head[6:8]), _parse_little_endian(head[8:10])
     _skip_palette(stream, head[10])
     delay_ms = 0
     while (kind := stream.read(1)) in (b"!", b",", b"\0"):
         if kind == b"!":
-            label, block = stream.read(1), _sub_block(stream)
+            label, block = stream.read(1), _read_sub_block(stream)
             if label == b"\xf9":
-                delay_ms = _little(block[1:3]) * 10
+                delay_ms = _parse_little_endian(block[1:3]) * 10
             while block:
-                block = _sub_block(stream)
+                block = _read_sub_block(stream)
         elif kind == b",":
             head = stream.read(9)
             if len(head) < 9:
                 return
-            left, upper, wide, high = (_little(head[i : i + 2]) for i in (0, 2, 4, 6))
+            left, upper, wide, high = (_parse_little_endian(head[i : i + 2]) for i in (0, 2, 4, 6))
             _skip_palette(stream, head[8])
             stream.read(1)  # the smallest code
-            while _sub_block(stream):
+            while _read_sub_block(stream):
                 pass
             yield (max(width, left + wide), max(height, upper + high)), delay_ms
             delay_ms = 0
@@ -113,13 +113,13 @@ def _skip_palette(stream: BinaryIO, flags: int) -> None:
         stream.seek(3 << (flags & 7) + 1, 1)
 
 
-def _sub_block(stream: BinaryIO) -> bytes:
+def _read_sub_block(stream: BinaryIO) -> bytes:
     """The next part of a GIF's block; empty at its end."""
     size = stream.read(1)
     return stream.read(size[0]) if size else b""
 
 
-def _png_frames(stream: BinaryIO) -> Iterator[FrameHeader]:
+def _read_png_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
     """Source: PNG specification, third edition, section 11.3.6.
 
     As in Pillow, a picture before the first frame, which browsers do not show, is one too.
@@ -143,21 +143,21 @@ def _png_frames(stream: BinaryIO) -> Iterator[FrameHeader]:
             begun = True
 
 
-def _webp_frames(stream: BinaryIO) -> Iterator[FrameHeader]:
+def _read_webp_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
     """Source: WebP container specification, sections Extended File Format and Animation."""
     stream.seek(12)
     size = 1, 1
     while len(head := stream.read(8)) == 8:
-        kind, length = head[:4], _little(head[4:])
+        kind, length = head[:4], _parse_little_endian(head[4:])
         body = stream.read(min(length, 16)) if kind in (b"VP8X", b"ANMF") else b""
         stream.seek(length + length % 2 - len(body), 1)
         if kind == b"VP8X":
-            size = _little(body[4:7]) + 1, _little(body[7:10]) + 1
+            size = _parse_little_endian(body[4:7]) + 1, _parse_little_endian(body[7:10]) + 1
         elif kind in (b"VP8 ", b"VP8L"):
             yield size, 0
         elif kind == b"ANMF":
-            yield size, _little(body[12:15])
+            yield size, _parse_little_endian(body[12:15])
 
 
-def _little(data: bytes) -> int:
+def _parse_little_endian(data: bytes) -> int:
     return int.from_bytes(data, "little")

@@ -21,7 +21,7 @@ from av.video.stream import VideoStream
 
 from mlx_smolvlm.media.budget import check_frames
 
-_REFERRING = (PictureType.P, PictureType.B)
+_INTER_TYPES = (PictureType.P, PictureType.B)
 
 SEEK_PACKETS = 256  # a gap from which on seeking beats reading over it
 
@@ -29,7 +29,7 @@ SEEK_PACKETS = 256  # a gap from which on seeking beats reading over it
 _UNKNOWN = -(2**63)  # FFmpeg's time of a packet that has none
 
 
-class Key(NamedTuple):
+class Keyframe(NamedTuple):
     """A keyframe: the place and the time of its packet, and the time to seek to."""
 
     place: int
@@ -38,7 +38,7 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Index:
+class FrameIndex:
     """Where the frames of a stream are. All times are in the stream's unit.
 
     Attributes:
@@ -57,9 +57,9 @@ class Index:
     has_places: bool
     _sorted: np.ndarray  # all packets' times, ascending
     _places: np.ndarray  # of each of these in the file's order
-    _keys: np.ndarray  # (keyframes, 3), the fields of `Key`
+    _keys: np.ndarray  # (keyframes, 3), the fields of `Keyframe`
 
-    def place_of(self, time: int | None) -> int | None:
+    def find_packet(self, time: int | None) -> int | None:
         """Place of the packet with this time in the file's order."""
         if time is None:
             return None
@@ -67,19 +67,19 @@ class Index:
         found = at < len(self._sorted) and self._sorted[at] == time
         return int(self._places[at]) if found else None
 
-    def key_before(self, time: int) -> Key:
+    def find_keyframe(self, time: int) -> Keyframe:
         """The keyframe from which the frame at `time` can be decoded.
 
         One that is shown later does not do: frames between the two refer to what was before.
         """
-        place = self.place_of(time)
+        place = self.find_packet(time)
         at = int(self._keys[:, 0].searchsorted(place, "right")) if place is not None else 0
         while at and self._keys[at - 1, 1] > time:
             at -= 1
-        return Key(*self._keys[at - 1].tolist()) if at else Key(0, 0, 0)
+        return Keyframe(*self._keys[at - 1].tolist()) if at else Keyframe(0, 0, 0)
 
 
-def read_index(container: InputContainer, stream: VideoStream, name: str) -> Index:
+def read_index(container: InputContainer, stream: VideoStream, name: str) -> FrameIndex:
     """The index of `stream`, from its packets; what comes after damage is not in it.
 
     Raises:
@@ -104,18 +104,18 @@ def read_index(container: InputContainer, stream: VideoStream, name: str) -> Ind
             if not len(shown_at) & 0xFFFF:
                 check_frames(len(shown_at), name)
     last = latest.duration if latest is not None else None
-    return _index(
-        _numbers(shown_at), _numbers(decoded_at), _numbers(keys), _numbers(hidden), last or 0
+    return _build_index(
+        _to_array(shown_at), _to_array(decoded_at), _to_array(keys), _to_array(hidden), last or 0
     )
 
 
-def _numbers(values: array.array[int]) -> np.ndarray:
+def _to_array(values: array.array[int]) -> np.ndarray:
     return np.frombuffer(values, np.int64) if values else np.empty(0, np.int64)
 
 
-def _index(
+def _build_index(
     shown_at: np.ndarray, decoded_at: np.ndarray, keys: np.ndarray, hidden: np.ndarray, last: int
-) -> Index:
+) -> FrameIndex:
     """The index of packets with these times, places of keyframes and of hidden frames."""
     packets, is_shown = len(shown_at), np.ones(len(shown_at), bool)
     is_shown[hidden] = False
@@ -129,11 +129,11 @@ def _index(
         clock = clock if len(clock) and clock[0] != _UNKNOWN else None
     if not has_places:
         times = np.arange(int(is_shown.sum()))
-        return Index(times, clock, last, packets, False, *3 * (np.empty((0, 3), np.int64),))
+        return FrameIndex(times, clock, last, packets, False, *3 * (np.empty((0, 3), np.int64),))
     assert clock is not None
     seek_times = np.where(decoded_at == _UNKNOWN, shown_at, decoded_at)
     all_keys = np.stack([keys, shown_at[keys], seek_times[keys]], axis=1)
-    return Index(clock, clock, last, packets, True, ordered, places, all_keys)
+    return FrameIndex(clock, clock, last, packets, True, ordered, places, all_keys)
 
 
 class Decoder:
@@ -143,19 +143,21 @@ class Decoder:
         self,
         container: InputContainer,
         stream: VideoStream,
-        index: Index,
+        index: FrameIndex,
         indices: Sequence[int],
         jump: bool,
     ) -> None:
         self._container, self._stream, self._index = container, stream, index
         wanted: list[int] = index.times[list(indices)].tolist()
-        self._wanted, self._all_wanted = collections.deque(wanted), frozenset(wanted)
+        self._queue, self._targets = collections.deque(wanted), frozenset(wanted)
         self._jump = jump and index.has_places
-        self._key_due: int | None = None  # time of the keyframe jumped to, until it is decoded
+        self._pending_key_time: int | None = (
+            None  # time of the keyframe jumped to, until it is decoded
+        )
         self._count = 0
         stream.thread_type = "AUTO"
 
-    def frames(self) -> Iterator[tuple[VideoFrame, bool]]:
+    def decode_frames(self) -> Iterator[tuple[VideoFrame, bool]]:
         """Each wanted frame and True; in place of a damaged one, the nearest and False.
 
         What is called a keyframe and does not come out of the decoder, or refers to others,
@@ -163,80 +165,80 @@ class Decoder:
         """
         before: VideoFrame | None = None
         before_time = 0
-        for frame in self._decoded():
-            time = self._time(frame)
+        for frame in self._decode_selected():
+            time = self._get_time(frame)
             if time is None:
                 continue
-            if time == self._key_due and frame.pict_type not in _REFERRING:
-                self._key_due = None
-            exact = self._key_due is None and not frame.is_corrupt
-            while self._wanted and self._wanted[0] <= time:
-                wanted = self._wanted[0]
+            if time == self._pending_key_time and frame.pict_type not in _INTER_TYPES:
+                self._pending_key_time = None
+            exact = self._pending_key_time is None and not frame.is_corrupt
+            while self._queue and self._queue[0] <= time:
+                wanted = self._queue[0]
                 nearer = before is not None and wanted - before_time < time - wanted
                 yield (before if nearer and before is not None else frame), exact and time == wanted
-                self._wanted.popleft()
-            if not self._wanted:
+                self._queue.popleft()
+            if not self._queue:
                 return
             before, before_time = frame, time
         if before is not None:
-            for _ in self._wanted:
+            for _ in self._queue:
                 yield before, False
 
-    def _time(self, frame: VideoFrame) -> int | None:
+    def _get_time(self, frame: VideoFrame) -> int | None:
         """The time of a frame in the units of the index."""
         self._count += 1
         return frame.pts if self._index.has_places else self._count - 1
 
-    def _decoded(self) -> Iterator[VideoFrame]:
+    def _decode_selected(self) -> Iterator[VideoFrame]:
         """Frames as they leave the decoder, which is fed what the next wanted one needs."""
         fed = False
-        for packet in self._packets():
+        for packet in self._select_packets():
             if packet is None:  # a gap: what the decoder still holds is not wanted
                 if fed:
                     self._stream.codec_context.flush_buffers()
                 fed = False
                 continue
             if self._jump:
-                wanted = packet.pts in self._all_wanted
+                wanted = packet.pts in self._targets
                 self._stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
             fed = True
-            yield from self._decode(packet)
-        yield from self._decode(None)
+            yield from self._decode_packet(packet)
+        yield from self._decode_packet(None)
 
-    def _decode(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
+    def _decode_packet(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
         """The frames that `packet` completes; none if it is damaged."""
         try:
             return self._stream.codec_context.decode(packet)
         except av.FFmpegError:
             return []
 
-    def _packets(self) -> Iterator[Packet[VideoStream] | None]:
+    def _select_packets(self) -> Iterator[Packet[VideoStream] | None]:
         """Packets for the decoder, with None where some are left out."""
-        packets, sought = self._demuxed(), None
-        key: Key | None = None
+        packets, sought = self._demux(), None
+        key: Keyframe | None = None
         key_for: int | None = None  # the time of the frame that `key` is for
         while (packet := next(packets, None)) is not None:
-            if not self._jump or not self._wanted:
+            if not self._jump or not self._queue:
                 key = None
-            elif self._wanted[0] != key_for:
-                key_for = self._wanted[0]
-                key = self._index.key_before(key_for)
-            place = self._index.place_of(packet.pts) if key else None
+            elif self._queue[0] != key_for:
+                key_for = self._queue[0]
+                key = self._index.find_keyframe(key_for)
+            place = self._index.find_packet(packet.pts) if key else None
             if key is None or place is None or place >= key.place:
                 if key is not None and key == sought and place != key.place:
                     return  # past the keyframe: the file cannot be relied on
                 sought = None
                 yield packet
                 continue
-            self._key_due = key.time
+            self._pending_key_time = key.time
             yield None
             if key.place - place > SEEK_PACKETS and key != sought:
                 sought = key
                 with contextlib.suppress(av.FFmpegError):
                     self._container.seek(key.seek_time, stream=self._stream)
-                    packets = self._demuxed()
+                    packets = self._demux()
 
-    def _demuxed(self) -> Iterator[Packet[VideoStream]]:
+    def _demux(self) -> Iterator[Packet[VideoStream]]:
         """The stream's packets from where the file is read, up to its end or to damage."""
         with contextlib.suppress(av.FFmpegError):
             yield from (packet for packet in self._container.demux(self._stream) if packet.size)

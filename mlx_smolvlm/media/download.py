@@ -25,7 +25,7 @@ from mlx_smolvlm.errors import one_line
 
 MAX_REDIRECTS = 10
 MAX_HEAD_BYTES = 1 << 20  # before a response's body, any number of "100 Continue" included
-LEAST_RATE = 10_000  # bytes a second, on the mean, of a download that takes longer than its grace
+MIN_RATE = 10_000  # bytes a second, on the mean, of a download that takes longer than its grace
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
@@ -50,7 +50,7 @@ def open_url(
         url: An http or https URL.
         timeout_s: How long the server may send nothing.
         deadline_s: How long everything may take, from the connection to the body's last byte.
-        grace_s: How long it may take, redirects included, before `LEAST_RATE` counts.
+        grace_s: How long it may take, redirects included, before `MIN_RATE` counts.
 
     Raises:
         TimeoutError: One of these is over; the message says which.
@@ -58,18 +58,18 @@ def open_url(
     """
     network = Network(timeout_s, deadline_s, grace_s)
     try:
-        with _final_response(network, url) as response:
-            yield response, _content_length(response)
+        with _follow_redirects(network, url) as response:
+            yield response, _read_content_length(response)
     except TimeoutError:
-        raise TimeoutError(network.delay()) from None
+        raise TimeoutError(network.describe_timeout()) from None
 
 
 @contextlib.contextmanager
-def _final_response(network: Network, url: str) -> Iterator[http.client.HTTPResponse]:
+def _follow_redirects(network: Network, url: str) -> Iterator[http.client.HTTPResponse]:
     """Yields the response at `url`, after redirects."""
     for _ in range(MAX_REDIRECTS + 1):
-        with _request(network, _split(url)) as response:
-            location, status = response.headers.get("Location"), _status(response)
+        with _request(network, _split_url(url)) as response:
+            location, status = response.headers.get("Location"), _describe_status(response)
             if response.status in _REDIRECTS and location is not None:
                 # http.client reads headers as Latin-1; quoting gives the bytes back.
                 location = quote(location, safe=string.punctuation, encoding="latin-1")
@@ -89,31 +89,31 @@ class Network:
         self._timeout_s, self._deadline_s, self._grace_s = timeout_s, deadline_s, grace_s
         self._deadline = time.monotonic() + deadline_s
         self._received = 0  # bytes
-        self._began_public: bool | None = None  # whether the first address was; None before it
+        self._is_first_public: bool | None = None  # whether the first address was; None before it
         self._head_bytes_left: int | None = None  # None in a body
 
-    def timeout(self) -> float:
+    def compute_timeout(self) -> float:
         """How many seconds the next system call may take.
 
         Raises:
             TimeoutError: The deadline is over, or too few bytes came for the time that passed.
         """
-        left = self._time_left()
+        left = self._compute_time_left()
         if left <= 0:
             raise TimeoutError
         return min(left, self._timeout_s)
 
-    def _time_left(self) -> float:
+    def _compute_time_left(self) -> float:
         """Seconds until the deadline, or until more bytes must have arrived if that is sooner."""
         left = self._deadline - time.monotonic()
-        return min(left, left - self._deadline_s + self._grace_s + self._received / LEAST_RATE)
+        return min(left, left - self._deadline_s + self._grace_s + self._received / MIN_RATE)
 
-    def delay(self) -> str:
+    def describe_timeout(self) -> str:
         """What to say of a download after a TimeoutError."""
         passed = self._deadline_s - (self._deadline - time.monotonic())
         if passed >= self._deadline_s:
             return f"took longer than {self._deadline_s:g} s to arrive"
-        if self._time_left() <= 0:
+        if self._compute_time_left() <= 0:
             return f"sent only {self._received:,} bytes in {passed:.0f} s"
         return f"sent nothing for {self._timeout_s:g} s"
 
@@ -127,19 +127,19 @@ class Network:
         for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             address = ipaddress.ip_address(entry[4][0])
             try:
-                self.check(address, host)
+                self.check_address(address, host)
                 connection = self._dial(entry)
             except OSError as error:
                 failure = error
                 continue
-            self.admit(address, host)
+            self.admit_address(address, host)
             return connection
         raise failure
 
     def connect_proxy(self, host: str, port: int) -> socket.socket:
         """A connection to a proxy, which the user chose, so that its address is not checked."""
         network = copy.copy(self)
-        network._began_public = None
+        network._is_first_public = None
         return network.connect(host, port)
 
     def _dial(self, entry: tuple[Any, ...]) -> socket.socket:
@@ -147,15 +147,15 @@ class Network:
         family, kind, protocol, _, address = entry
         connection = socket.socket(family, kind, protocol)
         try:
-            connection.settimeout(self.timeout())
+            connection.settimeout(self.compute_timeout())
             connection.connect(address)
-            connection.settimeout(self.timeout())  # of a TLS handshake as a whole
+            connection.settimeout(self.compute_timeout())  # of a TLS handshake as a whole
         except BaseException:
             connection.close()
             raise
         return connection
 
-    def check(self, address: IPAddress, host: str) -> None:
+    def check_address(self, address: IPAddress, host: str) -> None:
         """Refuse the `address` of `host` if it is not public and the first one was.
 
         A public page could otherwise have us ask services that are meant for this machine or
@@ -164,30 +164,30 @@ class Network:
         Raises:
             DownloadError: It is refused.
         """
-        if self._began_public and not is_public(address):
+        if self._is_first_public and not is_public(address):
             raise DownloadError(
                 f"it redirects to {host} ({address}), which is not a public address; "
                 "give that URL itself if you trust it"
             )
 
-    def admit(self, address: IPAddress | None, host: str) -> None:
+    def admit_address(self, address: IPAddress | None, host: str) -> None:
         """Check the `address` of `host` and, if it is the first, note whether it is public.
 
         None is an address that a proxy finds, and counts as public.
         """
         if address is not None:
-            self.check(address, host)
-        if self._began_public is None:
-            self._began_public = address is None or is_public(address)
+            self.check_address(address, host)
+        if self._is_first_public is None:
+            self._is_first_public = address is None or is_public(address)
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[None]:
+    def limit_head(self) -> Iterator[None]:
         """Bound the bytes that are received within the block."""
         self._head_bytes_left = MAX_HEAD_BYTES
         yield
         self._head_bytes_left = None
 
-    def count(self, nbytes: int) -> None:
+    def count_bytes(self, nbytes: int) -> None:
         """Note that bytes were received, of a head or of a body.
 
         Raises:
@@ -215,7 +215,7 @@ def is_public(address: IPAddress) -> bool:
     return address.is_global and not (address.is_reserved or address.is_multicast)
 
 
-def literal_address(host: str) -> IPAddress | None:
+def parse_address(host: str) -> IPAddress | None:
     """The address that `host` is in any of its spellings, or localhost; None of other names."""
     name = host.rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
@@ -277,9 +277,9 @@ class _TimedReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Bytes read into `buffer`; 0 at the end."""
-        self._sock.settimeout(self._network.timeout())
+        self._sock.settimeout(self._network.compute_timeout())
         count = self._file.readinto(buffer) or 0
-        self._network.count(count)
+        self._network.count_bytes(count)
         return count
 
     def close(self) -> None:
@@ -296,33 +296,33 @@ def _request(network: Network, url: SplitResult) -> Iterator[http.client.HTTPRes
             "its user name and password are not sent; fetch it with another program, "
             "such as curl, and give the file"
         )
-    host, port = _host_and_port(url)
+    host, port = _get_host_and_port(url)
     target = quote((url.path or "/") + (f"?{url.query}" if url.query else ""), safe=_SAFE)
     headers = {"User-Agent": "mlx-smolvlm", "Connection": "close"}
-    proxy = _proxy_of(url.scheme, host, port)
+    proxy = _find_proxy(url.scheme, host, port)
     via = proxy or url
     is_secure = "https" in (url.scheme, via.scheme)
-    connection = (_SecureConnection if is_secure else _Connection)(*_host_and_port(via))
+    connection = (_SecureConnection if is_secure else _Connection)(*_get_host_and_port(via))
     connection.network, connection.is_proxy = network, proxy is not None
     if proxy is not None:
         # The proxy looks the name up and connects, so no address can be checked here, unless
         # the URL itself is one. What the proxy may reach is for its owner to decide.
-        network.admit(literal_address(host), host)
-        login = _proxy_login(proxy)
+        network.admit_address(parse_address(host), host)
+        login = _build_login_header(proxy)
         if url.scheme == "https":
             connection.set_tunnel(host, port, login)
         else:
             name = f"[{host}]" if ":" in host else host
             target, headers = f"http://{name}:{port}{target}", headers | login
     with contextlib.closing(connection):
-        with network.head():
+        with network.limit_head():
             connection.request("GET", target, headers=headers)
             response = connection.getresponse()
         with response:
             yield response
 
 
-def _split(url: str) -> SplitResult:
+def _split_url(url: str) -> SplitResult:
     """The parts of a `url`; its text is in no error, since a password may be in any part."""
     try:
         parts = urlsplit(url)
@@ -336,25 +336,25 @@ def _split(url: str) -> SplitResult:
     return parts
 
 
-def _host_and_port(url: SplitResult) -> tuple[str, int]:
+def _get_host_and_port(url: SplitResult) -> tuple[str, int]:
     """The host's name in ASCII, and the port."""
     host = url.hostname or ""
     name = host if host.isascii() else host.encode("idna").decode()
     return name, _PORTS[url.scheme] if url.port is None else url.port
 
 
-def _proxy_of(scheme: str, host: str, port: int) -> SplitResult | None:
+def _find_proxy(scheme: str, host: str, port: int) -> SplitResult | None:
     """The proxy that the system or the environment names for a host; None to do without."""
     proxy = getproxies().get(scheme)
     if not proxy or proxy_bypass(f"{host}:{port}"):
         return None
     try:
-        return _split(proxy if "://" in proxy else f"http://{proxy}")
+        return _split_url(proxy if "://" in proxy else f"http://{proxy}")
     except DownloadError as error:
         raise DownloadError(f"the proxy for {scheme} cannot be used: {error}") from None
 
 
-def _proxy_login(proxy: SplitResult) -> dict[str, str]:
+def _build_login_header(proxy: SplitResult) -> dict[str, str]:
     """The header with the user name and password of `proxy`, if it has any."""
     if proxy.username is None:
         return {}
@@ -362,13 +362,13 @@ def _proxy_login(proxy: SplitResult) -> dict[str, str]:
     return {"Proxy-Authorization": f"Basic {base64.b64encode(login.encode()).decode()}"}
 
 
-def _status(response: http.client.HTTPResponse) -> str:
+def _describe_status(response: http.client.HTTPResponse) -> str:
     """The status of `response` in words."""
     reason = f", {one_line(response.reason)}" if response.reason else ""
     return f"HTTP {response.status}{reason}"
 
 
-def _content_length(response: http.client.HTTPResponse) -> int | None:
+def _read_content_length(response: http.client.HTTPResponse) -> int | None:
     """The size in bytes that `response` says its body has; None if it does not say.
 
     Raises:

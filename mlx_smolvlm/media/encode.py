@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 TILE_BATCH = 4  # tiles that go through the encoder at once; bounds its memory
 
-Tile = tuple["Frame | None", np.ndarray]
+FrameTile = tuple["Frame | None", np.ndarray]
 
 
 class Picture:
@@ -47,15 +47,15 @@ class Picture:
         if self._digest is None:
             assert self.image is not None
             size, pixels = self.image.size, self.image.tobytes()
-            self._digest = _digest(f"picture {size} {self.grid} {self._detail}", pixels)
+            self._digest = _compute_digest(f"picture {size} {self.grid} {self._detail}", pixels)
         return self._digest
 
-    def tiles(self, config: Config) -> Iterator[Tile]:
+    def make_tiles(self, config: Config) -> Iterator[FrameTile]:
         """Its tiles, (H, W, 3) each."""
-        from mlx_smolvlm.media.tiles import tiles
+        from mlx_smolvlm.media.tiles import tile_picture
 
         assert self.image is not None
-        for tile in tiles(self.image, config, self._detail).pixel_values:
+        for tile in tile_picture(self.image, config, self._detail).pixel_values:
             yield None, tile
 
 
@@ -82,20 +82,20 @@ class Footage:
         """Of the file and of the frames taken from it."""
         if self._digest is None:
             assert self.clip is not None
-            self._digest = _digest("video", self.clip.digest())
+            self._digest = _compute_digest("video", self.clip.digest())
         return self._digest
 
-    def tiles(self, config: Config) -> Iterator[Tile]:
+    def make_tiles(self, config: Config) -> Iterator[FrameTile]:
         """Its frames, each with its tile (H, W, 3), decoded as they are asked for."""
-        from mlx_smolvlm.media.tiles import frame_tile
+        from mlx_smolvlm.media.tiles import tile_frame
 
         assert self.clip is not None
         edge = config.video.longest_edge if config.video else config.tile_size
-        for frame in self.clip.frames():
-            yield frame, frame_tile(frame.picture, edge, config)[0]
+        for frame in self.clip.read_frames():
+            yield frame, tile_frame(frame.picture, edge, config)[0]
 
 
-def _digest(text: str, data: bytes) -> str:
+def _compute_digest(text: str, data: bytes) -> str:
     """Digest of a description and of data."""
     total = hashlib.blake2b(text.encode(), digest_size=16)
     total.update(data)
@@ -121,7 +121,7 @@ class Progress:
     name: str = ""
 
 
-def in_order(
+def order_media(
     messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture], footage: Sequence[Footage]
 ) -> tuple[Medium, ...]:
     """The media in the order of their items in `messages`."""
@@ -157,7 +157,7 @@ def encode(
     for medium in todo:
         done: list[mx.array] = []
         batch: list[np.ndarray] = []
-        for count, (frame, tile) in enumerate(medium.tiles(config), 1):
+        for count, (frame, tile) in enumerate(medium.make_tiles(config), 1):
             batch.append(tile)
             decoded += 1
             if isinstance(medium, Footage) and medium.clip is not None:
@@ -174,7 +174,7 @@ def encode(
         mx.eval(medium.image_embeds)
 
 
-def joined(media: Sequence[Medium]) -> mx.array | None:
+def join_embeds(media: Sequence[Medium]) -> mx.array | None:
     """`image_embeds` (N, I, D) of all encoded `media`, in order; None without any."""
     parts = [medium.image_embeds for medium in media if medium.image_embeds is not None]
     return mx.concatenate(parts) if parts else None

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from http.client import HTTPResponse
 
 
-VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the hub's client heeds the same
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the hub's client heeds the same
 
 
 def is_offline(asked: bool = False) -> bool:
     """Whether no connection may be opened: `asked` for, or by the environment."""
-    values = (os.environ.get(name, "") for name in VARIABLES)
+    values = (os.environ.get(name, "") for name in _OFFLINE_VARIABLES)
     return asked or any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
 
 
@@ -32,13 +32,13 @@ MAX_VIDEO_BYTES = 4 * 1024**3  # of such a video, which is kept in a temporary f
 TIMEOUT_S = 20.0  # without an answer
 DEADLINE_S = 120.0  # from the connection to the last byte, redirects included
 VIDEO_DEADLINE_S = 3600.0
-VIDEO_GRACE_S = 120.0  # until a video must have come at `download.LEAST_RATE` so far
+VIDEO_GRACE_S = 120.0  # until a video must have come at `download.MIN_RATE` so far
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", re.IGNORECASE)
 _CHUNK = 1 << 16
 
 
-def short_name(source: str | Path) -> str:
+def describe_source(source: str | Path) -> str:
     """What to call `source` in an error: one short line, a URL without its secrets."""
     text = str(source)
     if text == "-":
@@ -66,22 +66,23 @@ def open_bytes(source: str | Path, *, video: bool = False) -> BinaryIO:
         MediaError: It is missing, cannot be read, or is too large.
     """
     if isinstance(source, str) and source == "-":
-        return _copied(sys.stdin.buffer, "standard input", video)
+        return _copy_stream(sys.stdin.buffer, "standard input", video)
     match = _SCHEME.match(source) if isinstance(source, str) else None
     if not isinstance(source, str) or match is None:
         return _open_file(source, video)
     if match[2]:
-        return io.BytesIO(_data_uri(source, _limit(video)))
+        return io.BytesIO(_decode_data_uri(source, _get_max_bytes(video)))
     if match[1].lower() in ("http", "https"):
         return _download(source, video)
     raise MediaError(
-        f"{short_name(source)} has the scheme '{match[1]}'; give an http or https URL, or a path"
+        f"{describe_source(source)} has the scheme '{match[1]}'; "
+        "give an http or https URL, or a path"
     )
 
 
 def _open_file(source: str | Path, video: bool) -> BinaryIO:
     """The file at `source`; a pipe is copied first."""
-    name = short_name(source)
+    name = describe_source(source)
     if not str(source):
         raise MediaError("the path is empty; give a file, URL or data URI")
     try:
@@ -89,7 +90,7 @@ def _open_file(source: str | Path, video: bool) -> BinaryIO:
         if stream.seekable():
             return stream
         with stream:
-            return _copied(stream, name, video)
+            return _copy_stream(stream, name, video)
     except FileNotFoundError:
         raise MediaError(f"{name} does not exist; check the path") from None
     except IsADirectoryError:
@@ -101,7 +102,7 @@ def _open_file(source: str | Path, video: bool) -> BinaryIO:
         raise MediaError(f"{name} cannot be opened: {reason}") from None
 
 
-def _data_uri(source: str, limit: int) -> bytes:
+def _decode_data_uri(source: str, limit: int) -> bytes:
     """The bytes that a data URI carries, at most `limit`."""
     import base64
     import binascii
@@ -117,7 +118,7 @@ def _data_uri(source: str, limit: int) -> bytes:
         blanks = sum(source.count(blank, comma) for blank in " \t\r\n")
         nbytes = (nbytes - blanks) * 3 // 4 - 2  # where it is padded
     if nbytes > limit:
-        raise _too_large("the data URI", limit)
+        raise _make_size_error("the data URI", limit)
     data = unquote_to_bytes(source[comma + 1 :])
     if not is_base64:
         return data
@@ -134,15 +135,15 @@ def _download(url: str, video: bool) -> BinaryIO:
 
     from mlx_smolvlm.media.download import open_url
 
-    name, limit = short_name(url), _limit(video)
+    name, limit = describe_source(url), _get_max_bytes(video)
     if is_offline():
         raise MediaError(f"{name} needs the network, and HF_HUB_OFFLINE is set; give a file")
     times_s = (VIDEO_DEADLINE_S, VIDEO_GRACE_S) if video else (DEADLINE_S,)
     try:
         with open_url(url, TIMEOUT_S, *times_s) as (response, length):
             if length is not None and length > limit:
-                raise _too_large(name, limit)
-            copy = _copied(response, name, video)
+                raise _make_size_error(name, limit)
+            copy = _copy_stream(response, name, video)
     except TimeoutError as error:
         raise MediaError(f"{name} {error}; try again") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
@@ -156,16 +157,16 @@ def _download(url: str, video: bool) -> BinaryIO:
     return copy
 
 
-def _limit(video: bool) -> int:
+def _get_max_bytes(video: bool) -> int:
     """How many bytes may be copied."""
     return MAX_VIDEO_BYTES if video else MAX_BYTES
 
 
-def _too_large(name: str, limit: int) -> MediaError:
+def _make_size_error(name: str, limit: int) -> MediaError:
     return MediaError(f"{name} is larger than {limit // 1024**2} MiB; make it smaller")
 
 
-class Rereading(io.RawIOBase):
+class DescriptorReader(io.RawIOBase):
     """The file behind a descriptor from its beginning, wherever others are in it."""
 
     def __init__(self, descriptor: int) -> None:
@@ -200,15 +201,15 @@ class Rereading(io.RawIOBase):
         return len(data)
 
 
-def _copied(stream: BinaryIO | HTTPResponse, name: str, video: bool) -> BinaryIO:
+def _copy_stream(stream: BinaryIO | HTTPResponse, name: str, video: bool) -> BinaryIO:
     """A copy of all of `stream`, if it fits."""
-    limit = _limit(video)
+    limit = _get_max_bytes(video)
     copy = tempfile.TemporaryFile() if video else io.BytesIO()  # noqa: SIM115 (the caller's)
     try:
         while chunk := stream.read(_CHUNK):
             copy.write(chunk)
             if copy.tell() > limit:
-                raise _too_large(name, limit)
+                raise _make_size_error(name, limit)
     except BaseException:
         copy.close()
         raise

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 
 from mlx_smolvlm.errors import MediaError, one_line
 from mlx_smolvlm.media.budget import MAX_EXIF_BYTES, PictureStream, check_size
-from mlx_smolvlm.media.fetch import is_remote, open_bytes, short_name
+from mlx_smolvlm.media.fetch import describe_source, is_remote, open_bytes
 
 Size = tuple[int, int]  # width, height
 
@@ -57,66 +57,66 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
         MediaError: It cannot be read or decoded, or exceeds a limit of `budget`.
     """
     if isinstance(source, np.ndarray):
-        return _from_array(source)
+        return _convert_array(source)
     if isinstance(source, Image.Image):
         check_size(source.size, "the image")
-        return _guarded(source, "the image")
+        return _load_rgb(source, "the image")
     if isinstance(source, bytes | bytearray | memoryview):
-        return _decode(io.BytesIO(source), "the data")
+        return _decode_stream(io.BytesIO(source), "the data")
     if hasattr(source, "savefig"):
-        return _decode(_draw_figure(source), "the figure")
+        return _decode_stream(_draw_figure(source), "the figure")
     if not isinstance(source, str | Path):
         raise MediaError(
             f"a picture cannot be of type {type(source).__name__}; "
             "give a path, URL, data URI, bytes, PIL image, numpy array or matplotlib figure"
         )
     if is_remote(source):
-        return _decode(open_bytes(source), short_name(source))
+        return _decode_stream(open_bytes(source), describe_source(source))
     with open_bytes(source) as stream:
-        return _decode(stream, short_name(source))
+        return _decode_stream(stream, describe_source(source))
 
 
 def _draw_figure(figure: Any) -> io.BytesIO:
     """The PNG file that a matplotlib figure, or what saves itself like one, writes."""
     buffer = io.BytesIO()
-    with damage_named("the figure"):
+    with convert_errors("the figure"):
         figure.savefig(buffer, format="png")
     buffer.seek(0)
     return buffer
 
 
-def upright_size(source: str | Path) -> Size:
+def read_upright_size(source: str | Path) -> Size:
     """Size of the picture in the file `source` as `open_image` gives it, from its header alone.
 
     Raises:
         MediaError: It is no picture, or exceeds a limit of `budget`.
     """
-    with open_bytes(source) as stream, without_warnings():
-        image = _header(stream, short_name(source))
+    with open_bytes(source) as stream, ignore_warnings():
+        image = _open_header(stream, describe_source(source))
         width, height = image.size
-        is_turned = _orientation(image) in (5, 6, 7, 8)
+        is_turned = _read_orientation(image) in (5, 6, 7, 8)
     return (height, width) if is_turned else (width, height)
 
 
-def _decode(stream: BinaryIO, name: str) -> Image.Image:
+def _decode_stream(stream: BinaryIO, name: str) -> Image.Image:
     """The picture in an open file."""
-    with without_warnings():
-        return _guarded(_header(stream, name), name)
+    with ignore_warnings():
+        return _load_rgb(_open_header(stream, name), name)
 
 
-def _header(stream: BinaryIO, name: str) -> Image.Image:
+def _open_header(stream: BinaryIO, name: str) -> Image.Image:
     """The picture in an open file, not decoded yet."""
     if not stream.read(1):
         raise MediaError(f"{name} is empty")
     limited: Any = PictureStream(stream, name)
-    with damage_named(name):
-        image = open_format(limited, name)
+    with convert_errors(name):
+        image = open_lazily(limited, name)
     limited.end_header()
     check_size(image.size, name)
     return image
 
 
-def open_format(stream: BinaryIO, name: str) -> Image.Image:
+def open_lazily(stream: BinaryIO, name: str) -> Image.Image:
     """The picture in an open file, if it is in one of `FORMATS`; not decoded yet.
 
     Raises:
@@ -132,15 +132,15 @@ def open_format(stream: BinaryIO, name: str) -> Image.Image:
         raise MediaError(f"{name} is too large: {error}") from None
 
 
-def _guarded(image: Image.Image, name: str) -> Image.Image:
-    """`_upright_rgb` with any failure of the decoder as a MediaError."""
-    with damage_named(name):
+def _load_rgb(image: Image.Image, name: str) -> Image.Image:
+    """`_to_upright_rgb` with any failure of the decoder as a MediaError."""
+    with convert_errors(name):
         image.load()
-        return _upright_rgb(image, name)
+        return _to_upright_rgb(image, name)
 
 
 @contextlib.contextmanager
-def damage_named(name: str) -> Iterator[None]:
+def convert_errors(name: str) -> Iterator[None]:
     """Any failure of a decoder as a MediaError that names the file."""
     try:
         yield
@@ -153,17 +153,17 @@ def damage_named(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def without_warnings() -> Iterator[None]:
+def ignore_warnings() -> Iterator[None]:
     """Pillow warns of large pictures and damaged metadata; that would reach the terminal."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
     """`image`, decoded, as RGB and turned; the same object if there is nothing to do."""
-    rgb = _rgb(image, name)
-    turn = _TURNS.get(_orientation(image))
+    rgb = _to_rgb(image, name)
+    turn = _TURNS.get(_read_orientation(image))
     if turn is not None:
         rgb = rgb.transpose(turn)
     if rgb is not image:
@@ -171,7 +171,7 @@ def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
     return rgb
 
 
-def _orientation(image: Image.Image) -> int:
+def _read_orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 to 8; 1 where it is absent or the metadata is damaged."""
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return 1
@@ -182,31 +182,33 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     """`image` as RGB: transparency on white, 16 bits and floats brought to 8 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
-        return _from_deep(image, name)
+        return _convert_deep_gray(image, name)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
-        return _by_bands(image, _on_white)
+        return _convert_bands(image, _put_on_white)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _by_bands(image: Image.Image, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _convert_bands(
+    image: Image.Image, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     """RGB of `image`, converted some rows at a time: only two pictures are in memory."""
     rgb = Image.new("RGB", image.size)
-    for top, band in _bands(image):
+    for top, band in _split_bands(image):
         rgb.paste(convert(band), (0, top))
     return rgb
 
 
-def _bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
+def _split_bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
     """The number of the first row, and the rows, of pieces of about `_BAND_PIXELS`."""
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def _put_on_white(image: Image.Image) -> Image.Image:
     """RGB of a picture with transparency."""
     if image.mode == "La":  # Pillow has no direct way from here to RGBA
         image = image.convert("LA")
@@ -214,13 +216,13 @@ def _on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
-def _from_deep(image: Image.Image, name: str) -> Image.Image:
+def _convert_deep_gray(image: Image.Image, name: str) -> Image.Image:
     """RGB of a gray picture with more than 8 bits.
 
     Integers are 16 bits; floats are 0..1, 0..255 or 0..65535, whichever is the
     first that holds them all. Pillow and transformers clip at 255 instead.
     """
-    extremes = [f(np.asarray(band)) for _, band in _bands(image) for f in (np.min, np.max)]
+    extremes = [f(np.asarray(band)) for _, band in _split_bands(image) for f in (np.min, np.max)]
     low, high = float(np.min(extremes)), float(np.max(extremes))
     peaks = (1, 255, 65535) if image.mode == "F" else (65535,)
     peak = next((peak for peak in peaks if low >= 0 and high <= peak), None)
@@ -231,17 +233,17 @@ def _from_deep(image: Image.Image, name: str) -> Image.Image:
         )
     transparent: Any = image.info.get("transparency")
 
-    def eight_bits(band: Image.Image) -> Image.Image:
+    def to_8_bits(band: Image.Image) -> Image.Image:
         values = np.asarray(band).astype(np.float64)
         gray = np.rint(values * (255 / peak)).astype(np.uint8)
         if isinstance(transparent, int):
             gray[values == transparent] = 255
         return Image.fromarray(gray).convert("RGB")
 
-    return _by_bands(image, eight_bits)
+    return _convert_bands(image, to_8_bits)
 
 
-def _from_array(array: np.ndarray) -> Image.Image:
+def _convert_array(array: np.ndarray) -> Image.Image:
     """RGB of an array of pixels."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
@@ -258,15 +260,15 @@ def _from_array(array: np.ndarray) -> Image.Image:
                 f"a float array must hold finite values in 0..1, not {low:g}..{high:g}; "
                 "divide by the largest possible value, or give uint8"
             )
-        array = _bytes_of(array)
+        array = _to_uint8(array)
     elif array.dtype != np.uint8:
         raise MediaError(
             f"an array of dtype {array.dtype} is not a picture; give uint8, or float in 0..1"
         )
-    return _rgb(Image.fromarray(np.ascontiguousarray(array)), "the array")
+    return _to_rgb(Image.fromarray(np.ascontiguousarray(array)), "the array")
 
 
-def _bytes_of(array: np.ndarray) -> np.ndarray:
+def _to_uint8(array: np.ndarray) -> np.ndarray:
     """uint8 of floats in 0..1, some rows at a time."""
     result = np.empty(array.shape, np.uint8)
     rows = max(1, _BAND_PIXELS // array.shape[1])

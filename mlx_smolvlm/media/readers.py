@@ -22,14 +22,19 @@ from mlx_smolvlm.files import digest_stream
 from mlx_smolvlm.media.animation import AnimationReader
 from mlx_smolvlm.media.budget import check_size
 from mlx_smolvlm.media.picture import open_image
-from mlx_smolvlm.media.timeline import Timed, Timeline, even_timeline, measured_timeline
+from mlx_smolvlm.media.timeline import (
+    HasTimeline,
+    Timeline,
+    build_even_timeline,
+    build_measured_timeline,
+)
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
-    from mlx_smolvlm.media.decode import Index
+    from mlx_smolvlm.media.decode import FrameIndex
 
 # Signs of the display matrix's a, b, c and d: a point (x, y) goes to (ax + cy, bx + dy).
 _TURNS = {
@@ -49,11 +54,11 @@ _FORMATS = (
     "dv,vc1,mjpeg,yuv4mpegpipe,mp3,wav,aac,flac"
 )
 _BUFFER = 1 << 18  # bytes that PyAV reads at a time
-_LEAST_LOSS_S = 0.5  # between the last frame and the end that a file claims
-_USUAL_FPS = Fraction(25)  # of a stream that says nothing of times, as FFmpeg takes it
+_MIN_LOSS_S = 0.5  # between the last frame and the end that a file claims
+_DEFAULT_FPS = Fraction(25)  # of a stream that says nothing of times, as FFmpeg takes it
 
 
-class Reader(Protocol):
+class VideoReader(Protocol):
     """What every kind of video can do; `notes` tell what was wrong with it."""
 
     timeline: Timeline
@@ -68,7 +73,7 @@ class Reader(Protocol):
         ...
 
 
-class FramesReader(Timed):
+class FramesReader(HasTimeline):
     """Frames that are at hand: pictures of any source, or an array (T, H, W, 3)."""
 
     def __init__(self, frames: Sequence[Any] | np.ndarray, fps: float) -> None:
@@ -79,7 +84,7 @@ class FramesReader(Timed):
             )
         if not len(frames):
             raise MediaError("the video has no frames; give at least one")
-        self._frames, self.timeline = frames, even_timeline(len(frames), fps)
+        self._frames, self.timeline = frames, build_even_timeline(len(frames), fps)
         open_image(frames[0])  # so that what is no picture is refused now
         self.notes: list[str] = []
 
@@ -139,7 +144,7 @@ class _QuietFile:
             raise MediaError(f"{name} cannot be read: {reason}") from None
 
 
-class FileReader(Timed):
+class FileReader(HasTimeline):
     """A video file through PyAV.
 
     Its packets are gone through once, without decoding, so that number and times of the
@@ -150,29 +155,29 @@ class FileReader(Timed):
     def __init__(self, open_stream: Callable[[], BinaryIO], name: str) -> None:
         from mlx_smolvlm.media.decode import read_index
 
-        self._open, self._name, self.notes = open_stream, name, list[str]()
-        with self.opened() as (container, stream):
+        self._open_stream, self._name, self.notes = open_stream, name, list[str]()
+        with self._open_container() as (container, stream):
             self._index = read_index(container, stream, name)
-            rate, claimed = stream.average_rate or stream.guessed_rate, stream.frames
+            rate, stated_frames = stream.average_rate or stream.guessed_rate, stream.frames
             unit = stream.time_base or Fraction(1)
-            end_s, claimed_s = _ends(stream, self._index)
+            end_s, stated_s = _read_ends(stream, self._index)
         if not len(self._index.times):
             raise MediaError(f"{name} has no frames; it may be truncated or damaged")
-        self.timeline = _timeline(self._index, unit, rate)
-        # Of an AVI, frames that repeat the one before are claimed too, but take no packet.
-        if claimed > max(self._index.packets, self.duration_s * (rate or 0)):
+        self.timeline = _build_timeline(self._index, unit, rate)
+        # Of an AVI, frames that repeat the one before are stated_frames too, but take no packet.
+        if stated_frames > max(self._index.packets, self.duration_s * (rate or 0)):
             self.notes.append(
-                f"{name} is cut off: {self._index.packets} of {claimed} frames are there"
+                f"{name} is cut off: {self._index.packets} of {stated_frames} frames are there"
             )
-        elif claimed_s - end_s > _LEAST_LOSS_S:
-            self.notes.append(f"{name} is cut off: {end_s:.2f} of {claimed_s:.2f} s are there")
+        elif stated_s - end_s > _MIN_LOSS_S:
+            self.notes.append(f"{name} is cut off: {end_s:.2f} of {stated_s:.2f} s are there")
 
     @contextlib.contextmanager
-    def opened(self) -> Iterator[tuple[InputContainer, VideoStream]]:
+    def _open_container(self) -> Iterator[tuple[InputContainer, VideoStream]]:
         """The file and its video stream, with PyAV's errors as MediaErrors."""
         import av
 
-        with self._open() as stream:
+        with self._open_stream() as stream:
             file: Any = _QuietFile(stream)
             try:
                 if not file.read(1):
@@ -183,9 +188,9 @@ class FileReader(Timed):
                     "r",
                     options={"format_whitelist": _FORMATS, "protocol_whitelist": "none"},
                     buffer_size=_BUFFER,
-                    **_metadata_options(av.__version__),
+                    **_get_metadata_options(av.__version__),
                 ) as container:
-                    yield container, _video_stream(container, self._name)
+                    yield container, _find_video_stream(container, self._name)
             except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
                 reason = getattr(error, "strerror", None) or one_line(error)
                 raise MediaError(
@@ -205,12 +210,12 @@ class FileReader(Timed):
 
         done, replaced = 0, 0
         for jump in (True, False):
-            with self.opened() as (container, stream):
+            with self._open_container() as (container, stream):
                 decoder = Decoder(container, stream, self._index, indices[done:], jump)
-                for frame, exact in decoder.frames():
+                for frame, exact in decoder.decode_frames():
                     if not exact and jump:
                         break
-                    yield _upright(frame, self._name)
+                    yield _to_upright_picture(frame, self._name)
                     done, replaced = done + 1, replaced + (not exact)
             if done == len(indices):
                 break
@@ -224,11 +229,11 @@ class FileReader(Timed):
 
     def digest(self, indices: Sequence[int]) -> bytes:
         """Digest of the file."""
-        with self._open() as stream:
+        with self._open_stream() as stream:
             return digest_stream(stream)
 
 
-def open_reader(open_stream: Callable[[], BinaryIO], name: str) -> Reader:
+def open_reader(open_stream: Callable[[], BinaryIO], name: str) -> VideoReader:
     """The reader for what `open_stream` gives, by its first bytes.
 
     Raises:
@@ -242,7 +247,7 @@ def open_reader(open_stream: Callable[[], BinaryIO], name: str) -> Reader:
     return (AnimationReader if animated else FileReader)(open_stream, name)
 
 
-def _metadata_options(pyav_version: str) -> dict[str, Any]:
+def _get_metadata_options(pyav_version: str) -> dict[str, Any]:
     """Options of `av.open` that let it open files whose metadata is not UTF-8.
 
     PyAV 19, which needs Python 3.12, opens them by itself and knows no such option.
@@ -250,7 +255,7 @@ def _metadata_options(pyav_version: str) -> dict[str, Any]:
     return {} if int(pyav_version.partition(".")[0]) >= 19 else {"metadata_errors": "ignore"}
 
 
-def _video_stream(container: InputContainer, name: str) -> VideoStream:
+def _find_video_stream(container: InputContainer, name: str) -> VideoStream:
     """The stream to look at; the picture on a record's sleeve is none."""
     from av.stream import Disposition
 
@@ -267,18 +272,18 @@ def _video_stream(container: InputContainer, name: str) -> VideoStream:
     raise MediaError(f"{name} has no picture track")
 
 
-def _timeline(index: Index, unit: Fraction, rate: Fraction | None) -> Timeline:
+def _build_timeline(index: FrameIndex, unit: Fraction, rate: Fraction | None) -> Timeline:
     """The timeline of a file that states `rate`, with times in `unit`s of a second."""
     if index.clock is None:
-        return even_timeline(len(index.times), rate or _USUAL_FPS)
+        return build_even_timeline(len(index.times), rate or _DEFAULT_FPS)
     first, last = int(index.clock[0]), int(index.clock[-1])
     if not rate:
-        rate = (len(index.clock) - 1) / ((last - first) * unit) if last > first else _USUAL_FPS
+        rate = (len(index.clock) - 1) / ((last - first) * unit) if last > first else _DEFAULT_FPS
     times_s = (index.clock - first) * float(unit)
-    return measured_timeline(times_s, index.last * float(unit), rate)
+    return build_measured_timeline(times_s, index.last * float(unit), rate)
 
 
-def _ends(stream: VideoStream, index: Index) -> tuple[float, float]:
+def _read_ends(stream: VideoStream, index: FrameIndex) -> tuple[float, float]:
     """When the last frame begins, and when the stream ends as Matroska and WebM have it.
 
     Both in seconds; 0 where it is not known.
@@ -290,15 +295,15 @@ def _ends(stream: VideoStream, index: Index) -> tuple[float, float]:
     return float(int(index.clock[-1]) * stream.time_base), 3600 * hours + 60 * minutes + seconds
 
 
-def _upright(frame: VideoFrame, name: str) -> Image.Image:
+def _to_upright_picture(frame: VideoFrame, name: str) -> Image.Image:
     """RGB of a frame, turned and mirrored as the file says."""
     check_size((frame.width, frame.height), name)
     picture = Image.fromarray(frame.to_ndarray(format="rgb24"))
-    turn = _turn(frame)
+    turn = _find_turn(frame)
     return picture if turn is None else picture.transpose(turn)
 
 
-def _turn(frame: VideoFrame) -> Image.Transpose | None:
+def _find_turn(frame: VideoFrame) -> Image.Transpose | None:
     """How to turn a frame, from its display matrix; other angles than right ones are left."""
     from av.sidedata.sidedata import SideDataContainer
 

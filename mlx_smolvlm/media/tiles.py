@@ -16,19 +16,7 @@ from PIL import Image
 
 from mlx_smolvlm.config import Config, ImageConfig
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.media.budget import MAX_PIXELS
 from mlx_smolvlm.media.picture import open_image
-
-__all__ = [
-    "MAX_PIXELS",
-    "Detail",
-    "Grid",
-    "Tiles",
-    "frame_tile",
-    "grid_of",
-    "open_image",
-    "tiles",
-]
 
 Detail = Literal["high", "auto", "low"] | int
 Size = tuple[int, int]  # width, height
@@ -58,21 +46,21 @@ class Tiles:
     grid: Grid
 
 
-def tiles(picture: Image.Image, config: Config, detail: Detail = "high") -> Tiles:
+def tile_picture(picture: Image.Image, config: Config, detail: Detail = "high") -> Tiles:
     """Tiles of `picture`: crops row by row, then the whole picture as one tile.
 
     Args:
         picture: From `open_image`.
         config: Tile size, longest edge, mean and std are read from it.
-        detail: See `grid_of`.
+        detail: See `compute_grid`.
 
     Raises:
-        MediaError: As `grid_of`.
+        MediaError: As `compute_grid`.
     """
-    grid = grid_of(picture.size, config, detail)
+    grid = compute_grid(picture.size, config, detail)
     if picture.mode != "RGB":
         picture = open_image(picture)
-    for size in _resizes(picture.size, config, detail):
+    for size in _compute_sizes(picture.size, config, detail):
         if picture.size != size:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
     tile = config.tile_size
@@ -83,10 +71,10 @@ def tiles(picture: Image.Image, config: Config, detail: Detail = "high") -> Tile
         for row in range(grid.rows)
         for col in range(grid.cols)
     ]
-    return Tiles(_normalized([*crops, np.asarray(whole)], config), grid)
+    return Tiles(_normalize([*crops, np.asarray(whole)], config), grid)
 
 
-def frame_tile(picture: Image.Image, longest_edge: int, config: Config) -> np.ndarray:
+def tile_frame(picture: Image.Image, longest_edge: int, config: Config) -> np.ndarray:
     """`pixel_values` float32 (1, H, W, 3) of a frame: one tile, whatever `do_image_splitting`.
 
     It is resized to `longest_edge` first and squashed to the tile then.
@@ -97,10 +85,10 @@ def frame_tile(picture: Image.Image, longest_edge: int, config: Config) -> np.nd
     for size in (_fit(picture.size, longest_edge), (tile, tile)):
         if picture.size != size:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
-    return _normalized([np.asarray(picture)], config)
+    return _normalize([np.asarray(picture)], config)
 
 
-def grid_of(size: Size, config: Config, detail: Detail = "high") -> Grid:
+def compute_grid(size: Size, config: Config, detail: Detail = "high") -> Grid:
     """Grid of a picture of `size` (width, height), without looking at pixels.
 
     Args:
@@ -116,7 +104,7 @@ def grid_of(size: Size, config: Config, detail: Detail = "high") -> Grid:
     """
     if min(size) < 1:
         raise MediaError(f"the picture is {size[0]} x {size[1]} pixels; it has nothing to look at")
-    width, height = _resizes(size, config, detail)[-1]
+    width, height = _compute_sizes(size, config, detail)[-1]
     rows, cols = height // config.tile_size, width // config.tile_size
     if rows * cols == 1:
         return Grid(0, 0)
@@ -128,13 +116,13 @@ def grid_of(size: Size, config: Config, detail: Detail = "high") -> Grid:
     return Grid(rows, cols)
 
 
-def _resizes(size: Size, config: Config, detail: Detail) -> tuple[Size, Size]:
+def _compute_sizes(size: Size, config: Config, detail: Detail) -> tuple[Size, Size]:
     """Sizes that a picture of `size` is resized to, one after the other.
 
     The second has sides that are multiples of the tile.
     """
     tile = config.tile_size
-    longest_edge = _longest_edge(max(size), config, detail)
+    longest_edge = _choose_longest_edge(max(size), config, detail)
     width, height = first = _fit(size, longest_edge)
     if detail == "low" or not config.image.do_image_splitting:
         return first, (tile, tile)
@@ -148,7 +136,7 @@ def _resizes(size: Size, config: Config, detail: Detail) -> tuple[Size, Size]:
     return first, (width, height)
 
 
-def _longest_edge(long_side: int, config: Config, detail: Detail) -> int:
+def _choose_longest_edge(long_side: int, config: Config, detail: Detail) -> int:
     """Pixels that the longer side of a picture is resized to first."""
     trained, tile = config.image.longest_edge, config.tile_size
     if isinstance(detail, str) and detail in ("high", "auto", "low"):
@@ -187,11 +175,13 @@ def _fit(size: Size, longest_edge: int) -> Size:
     return max(width, 1), max(height, 1)
 
 
-def _normalized(crops: list[np.ndarray], config: Config) -> np.ndarray:
+def _normalize(crops: list[np.ndarray], config: Config) -> np.ndarray:
     """`pixel_values` float32 (N, H, W, 3) of uint8 crops (H, W, 3): (x / 255 - mean) / std."""
     tile = config.tile_size
     # As wide as a row of pixels: numpy is several times slower with rows of three numbers.
-    scale, shift = (np.tile(one, (tile, 1)) for one in scale_and_shift(config.image))  # (W, 3)
+    scale, shift = (
+        np.tile(one, (tile, 1)) for one in compute_scale_and_shift(config.image)
+    )  # (W, 3)
     pixel_values = np.empty((len(crops), tile, tile, 3), np.float32)
     for out, crop in zip(pixel_values, crops, strict=True):
         np.multiply(crop, scale, out=out)
@@ -199,7 +189,7 @@ def _normalized(crops: list[np.ndarray], config: Config) -> np.ndarray:
     return pixel_values
 
 
-def scale_and_shift(image: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
+def compute_scale_and_shift(image: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
     """What a byte of each channel is multiplied by, and what is added then; float32 (3,) each."""
     mean, std = np.array(image.mean), np.array(image.std)
     return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

@@ -20,12 +20,12 @@ from PIL import Image
 from mlx_smolvlm.config import Config, VideoConfig
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.media.budget import check_parts
-from mlx_smolvlm.media.fetch import Rereading, open_bytes, short_name
-from mlx_smolvlm.media.readers import FramesReader, Reader, open_reader
-from mlx_smolvlm.media.timeline import stamp
+from mlx_smolvlm.media.fetch import DescriptorReader, describe_source, open_bytes
+from mlx_smolvlm.media.readers import FramesReader, VideoReader, open_reader
+from mlx_smolvlm.media.timeline import format_timestamp
 
 # For checkpoints that state none: SmolVLM2's.
-USUAL_FPS, USUAL_MAX_FRAMES, USUAL_SKIP_SECS = 1.0, 64, 1.0
+DEFAULT_FPS, DEFAULT_MAX_FRAMES, DEFAULT_SKIP_SECS = 1.0, 64, 1.0
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class Video:
             if not holds:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
 
-    def opened(self) -> Video:
+    def open(self) -> Video:
         """The same, with its source opened and its frames counted, so that errors come now.
 
         Raises:
             MediaError: It cannot be read.
         """
-        return replace(self, source=_opened(self))
+        return replace(self, source=_open_source(self))
 
     @property
     def is_part(self) -> bool:
@@ -98,7 +98,7 @@ class Frame:
     @property
     def stamp(self) -> str:
         """The time as the prompt writes it, MM:SS."""
-        return stamp(self.timestamp_s)
+        return format_timestamp(self.timestamp_s)
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Clip:
     num_frames: int
     indices: tuple[int, ...]
     rate: float
-    _reader: Reader = field(repr=False)
+    _reader: VideoReader = field(repr=False)
 
     @property
     def duration_s(self) -> float:
@@ -128,7 +128,7 @@ class Clip:
     @property
     def timestamps_s(self) -> tuple[float, ...]:
         """When each of the chosen frames is shown."""
-        return tuple(map(self._reader.timeline.time_of, self.indices))
+        return tuple(map(self._reader.timeline.get_time, self.indices))
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -139,7 +139,7 @@ class Clip:
         """Digest of the source and of the choice from it."""
         return self._reader.digest(self.indices) + repr(self.indices).encode()
 
-    def frames(self) -> Iterator[Frame]:
+    def read_frames(self) -> Iterator[Frame]:
         """The chosen frames, decoded as they are asked for.
 
         Raises:
@@ -162,7 +162,7 @@ def open_video(video: Any, config: Config) -> Clip:
         return video
     if not isinstance(video, Video):
         video = Video(video)
-    return _sampled(video, _opened(video), settings(video, config))
+    return _sample_clip(video, _open_source(video), choose_settings(video, config))
 
 
 ClipPart = tuple[float, float, Clip]  # start and end in seconds, and the clip
@@ -179,26 +179,26 @@ def open_parts(video: Any, config: Config, seconds: float) -> Iterator[ClipPart]
         raise ValueError(f"seconds is {seconds!r}; it must be above 0")
     if not isinstance(video, Video):
         video = Video(video)
-    opened = _opened(video)
-    start, end = _span(video, opened)
+    opened = _open_source(video)
+    start, end = _find_span(video, opened)
     check_parts((end - start) / seconds, seconds, opened.name)
-    return _parts(replace(video, source=opened), settings(video, config), seconds)
+    return _cut_parts(replace(video, source=opened), choose_settings(video, config), seconds)
 
 
-def _parts(video: Video, chosen: VideoConfig, seconds: float) -> Iterator[ClipPart]:
+def _cut_parts(video: Video, chosen: VideoConfig, seconds: float) -> Iterator[ClipPart]:
     """The parts of an opened `video`."""
-    opened: _Opened = video.source
-    start, end = _span(video, opened)
+    opened: _Source = video.source
+    start, end = _find_span(video, opened)
     number = max(1, math.ceil((end - start) / seconds - 1e-6))
     for part in range(number):
         low, high = start + part * seconds, min(start + (part + 1) * seconds, end)
-        yield low, high, _sampled(replace(video, start_s=low, end_s=high), opened, chosen)
+        yield low, high, _sample_clip(replace(video, start_s=low, end_s=high), opened, chosen)
 
 
-def settings(video: Video, config: Config) -> VideoConfig:
+def choose_settings(video: Video, config: Config) -> VideoConfig:
     """How `video` is sampled: by its own wishes, else as the checkpoint was trained."""
     trained = config.video or VideoConfig(
-        USUAL_FPS, USUAL_MAX_FRAMES, config.tile_size, USUAL_SKIP_SECS
+        DEFAULT_FPS, DEFAULT_MAX_FRAMES, config.tile_size, DEFAULT_SKIP_SECS
     )
     return replace(
         trained,
@@ -208,17 +208,17 @@ def settings(video: Video, config: Config) -> VideoConfig:
 
 
 @dataclass(frozen=True)
-class _Opened:
+class _Source:
     """A source that can be read, and what to call it."""
 
-    reader: Reader
+    reader: VideoReader
     name: str
 
 
-def _opened(video: Video) -> _Opened:
+def _open_source(video: Video) -> _Source:
     """The source of `video`, opened."""
     source = video.source
-    if isinstance(source, _Opened):
+    if isinstance(source, _Source):
         return source
     if isinstance(source, np.ndarray | list | tuple):
         if video.source_fps is None:
@@ -226,20 +226,20 @@ def _opened(video: Video) -> _Opened:
                 "how many frames a second the frames were taken is not known; "
                 "give Video(frames, source_fps=...)"
             )
-        return _Opened(FramesReader(source, video.source_fps), "the frames")
+        return _Source(FramesReader(source, video.source_fps), "the frames")
     if isinstance(source, bytes | bytearray | memoryview):
         data = bytes(source)
-        return _Opened(open_reader(lambda: io.BytesIO(data), "the data"), "the data")
+        return _Source(open_reader(lambda: io.BytesIO(data), "the data"), "the data")
     if not isinstance(source, str | Path):
         raise MediaError(
             f"a video cannot be of type {type(source).__name__}; "
             "give a path, URL, data URI, bytes, an array (T, H, W, 3) or a list of pictures"
         )
-    name = short_name(source)
-    return _Opened(open_reader(_opener(source), name), name)
+    name = describe_source(source)
+    return _Source(open_reader(_make_opener(source), name), name)
 
 
-def _opener(source: str | Path) -> Callable[[], BinaryIO]:
+def _make_opener(source: str | Path) -> Callable[[], BinaryIO]:
     """Opens `source` anew; what had to be copied is copied once."""
     stream = open_bytes(source, video=True)
     if isinstance(stream, io.BytesIO):
@@ -252,23 +252,23 @@ def _opener(source: str | Path) -> Callable[[], BinaryIO]:
     descriptor = os.dup(stream.fileno())
     stream.close()
 
-    def reopened() -> BinaryIO:
-        return io.BufferedReader(Rereading(descriptor))
+    def reopen() -> BinaryIO:
+        return io.BufferedReader(DescriptorReader(descriptor))
 
-    weakref.finalize(reopened, os.close, descriptor)
-    return reopened
+    weakref.finalize(reopen, os.close, descriptor)
+    return reopen
 
 
-def _sampled(video: Video, opened: _Opened, chosen: VideoConfig) -> Clip:
+def _sample_clip(video: Video, opened: _Source, chosen: VideoConfig) -> Clip:
     """The clip of an opened `video`."""
     reader, timeline = opened.reader, opened.reader.timeline
-    start, end = _span(video, opened)
+    start, end = _find_span(video, opened)
     if video.sample == "scene":
-        from mlx_smolvlm.media.timeline import scene_starts
+        from mlx_smolvlm.media.timeline import find_scene_starts
 
-        first, last = timeline.between(start, end)
+        first, last = timeline.find_range(start, end)
         numbers = range(first, last + 1)
-        indices = scene_starts(numbers, reader.read(numbers), chosen.max_frames)
+        indices = find_scene_starts(numbers, reader.read(numbers), chosen.max_frames)
         rate = len(indices) * timeline.fps / len(numbers)
     else:
         if video.is_part:
@@ -278,7 +278,7 @@ def _sampled(video: Video, opened: _Opened, chosen: VideoConfig) -> Clip:
     return Clip(opened.name, timeline.fps, timeline.num_frames, indices, rate, reader)
 
 
-def _span(video: Video, opened: _Opened) -> tuple[float, float]:
+def _find_span(video: Video, opened: _Source) -> tuple[float, float]:
     """Start and end of the part of a video that is asked for, in seconds."""
     start, duration_s = video.start_s or 0.0, opened.reader.timeline.duration_s
     if start >= duration_s:

@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, PromptError
-from mlx_smolvlm.media.timeline import FrameTimes, clock, stamp
+from mlx_smolvlm.media.timeline import FrameTimes, format_duration, format_timestamp
 from mlx_smolvlm.prompt.template import (
     ChatTemplate,
     Message,
@@ -74,12 +74,12 @@ def _make_frame_items(clip: FrameTimes) -> list[dict[str, str]]:
 
     text = (
         f"You are provided the following series of {num2words(len(clip.timestamps_s))} frames "
-        f"from a {clock(clip.duration_s)} [H:MM:SS] video.\n"
+        f"from a {format_duration(clip.duration_s)} [H:MM:SS] video.\n"
     )
     items = []
     for seconds in clip.timestamps_s:
         items += [
-            {"type": "text", "text": f"{text}\nFrame from {stamp(seconds)}:"},
+            {"type": "text", "text": f"{text}\nFrame from {format_timestamp(seconds)}:"},
             {"type": "image"},
         ]
         text = ""

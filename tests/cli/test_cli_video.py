@@ -23,11 +23,11 @@ from tests.helpers.dumb_terminal import Terminal
 SLOW = """
 import time
 import mlx_smolvlm.media.readers as readers
-original = readers._upright
+original = readers._to_upright_picture
 def upright(*arguments):
     time.sleep(0.1)
     return original(*arguments)
-readers._upright = upright
+readers._to_upright_picture = upright
 from mlx_smolvlm.cli.app import main
 main()
 """

@@ -201,10 +201,10 @@ def test_whatever_a_source_raises_the_session_goes_on(
         yield from ()
 
     monkeypatch.setattr("mlx_smolvlm.generate.stream.encode", fail)
-    monkeypatch.setattr("mlx_smolvlm.media.video.Video.opened", lambda _: list(fail(True)))
+    monkeypatch.setattr("mlx_smolvlm.media.video.Video.open", lambda _: list(fail(True)))
     lines = (f"/image {PICTURE}", "What is seen?", f"/video {PICTURE}")
     assert converse(*lines).count("error: ") == 2
-    monkeypatch.setattr("mlx_smolvlm.media.tiles.open_image", lambda _: list(fail(True)))
+    monkeypatch.setattr("mlx_smolvlm.media.picture.open_image", lambda _: list(fail(True)))
     assert converse(lines[0]).count("error: ") == 1
 
 

@@ -46,7 +46,7 @@ from demo_recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokeniz
 from demo_recipe.topics import ORDINALS, ask_several, shape_glyphs, shapes
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.convert.hub import DEMO, resolve
-from mlx_smolvlm.media.tiles import Grid, tiles
+from mlx_smolvlm.media.tiles import Grid, tile_picture
 from mlx_smolvlm.model import text, vision
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
@@ -522,7 +522,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) ->
 
 def test_raw_pixels_are_normalized_as_the_model_wants_them(demo_builder: PromptBuilder) -> None:
     drawn = shapes(np.random.default_rng(3), (250, 180))
-    expected = tiles(drawn.picture, demo_builder.config).pixel_values
+    expected = tile_picture(drawn.picture, demo_builder.config).pixel_values
     pixels = batches.told_tiles(drawn, demo_builder.config, "high")[0].pixels
     assert pixels.dtype == np.uint8
     assert np.abs(np.array(normalized(pixels, demo_builder.config.image)) - expected).max() <= 1e-5

@@ -371,6 +371,6 @@ def test_files_hold_the_frames(demo_builder: PromptBuilder, tmp_path: Path) -> N
     write_mp4(clip, tmp_path / "clip.mp4")
     opened = open_video(tmp_path / "clip.mp4", demo_builder.config)
     assert (opened.fps, opened.num_frames) == (clip.fps, clip.frames)
-    for frame in opened.frames():
+    for frame in opened.read_frames():
         drawn = np.asarray(render(clip.scene(frame.index)), float)
         assert np.abs(np.asarray(frame.picture, float) - drawn).mean() < 6

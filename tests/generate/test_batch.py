@@ -26,7 +26,8 @@ from mlx_smolvlm import (
 from mlx_smolvlm.checkpoint.load import find_tokenizer
 from mlx_smolvlm.generate.batch import RowDecoder, split_into_groups
 from mlx_smolvlm.generate.engine import Engine
-from mlx_smolvlm.media.tiles import grid_of, open_image
+from mlx_smolvlm.media.picture import open_image
+from mlx_smolvlm.media.tiles import compute_grid
 from mlx_smolvlm.model.text import TextModel
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
@@ -352,7 +353,7 @@ def test_answers_held_to_a_regex() -> None:
     sampling = Sampling(regex="[0-9]")
     questions = ["How many shapes are there?", "How many triangles are there?"]
     replies = vlm.ask_many([picture], questions, sampling=sampling)
-    tiles = grid_of(open_image(picture).size, vlm.config).num_tiles
+    tiles = compute_grid(open_image(picture).size, vlm.config).num_tiles
     assert [reply.encoded_tiles for reply in replies] == [tiles, 0]
     vlm.engine.memory.clear()
     single = [vlm.ask(one, images=[picture], sampling=sampling).text for one in questions]

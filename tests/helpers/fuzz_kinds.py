@@ -25,7 +25,8 @@ from PIL import Image
 
 from mlx_smolvlm import CacheOptions, Sampling, Video, load
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.media.tiles import open_image, tiles
+from mlx_smolvlm.media.picture import open_image
+from mlx_smolvlm.media.tiles import tile_picture
 from mlx_smolvlm.media.video import open_video
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.smolvlm import SmolVLM
@@ -99,7 +100,7 @@ def pictures(folder: Path) -> Case:
     def case(random: Random) -> Action:
         path = folder / "photo.png"
         path.write_bytes(file_damage.damage_bytes(seeds[random.randrange(len(seeds))], random))
-        return lambda: tiles(open_image(path), config)
+        return lambda: tile_picture(open_image(path), config)
 
     return case
 
@@ -130,7 +131,7 @@ def clips(folder: Path) -> Case:
         path = folder / "clip.mp4"
         path.write_bytes(file_damage.damage_bytes(seeds[random.randrange(len(seeds))], random))
         options: Any = ranges[random.randrange(len(ranges))]
-        return lambda: [0 for _ in open_video(Video(path, **options), config).frames()]
+        return lambda: [0 for _ in open_video(Video(path, **options), config).read_frames()]
 
     return case
 

@@ -294,7 +294,7 @@ def test_frames_and_delays_are_those_that_pillow_finds(form, seed):
     reader = reader_of(data)
     assert reader.num_frames == len(found)
     assert reader.duration_s == pytest.approx(sum(found))
-    times = [reader.timeline.time_of(number) for number in range(len(found))]
+    times = [reader.timeline.get_time(number) for number in range(len(found))]
     assert times == pytest.approx([sum(found[:number]) for number in range(len(found))])
 
 
@@ -305,7 +305,7 @@ def test_a_delay_is_of_one_frame_alone():
     first, second = data.index(b"!\xf9"), data.rindex(b"!\xf9", 0, data.rindex(b"!\xf9"))
     data = data[:first] + control + data[first + 8 : second] + data[second + 8 :]
     reader = reader_of(data)
-    assert [reader.timeline.time_of(i) for i in range(3)] == pytest.approx([0, 0.5, 0.6])
+    assert [reader.timeline.get_time(i) for i in range(3)] == pytest.approx([0, 0.5, 0.6])
 
 
 def test_an_animation_that_is_cut_off():
@@ -346,9 +346,11 @@ def test_a_day_of_video_may_be_read():
 
 
 def test_a_keyframe_is_looked_up_once_for_a_frame(monkeypatch):
-    asked, original = [], decode.Index.key_before
+    asked, original = [], decode.FrameIndex.find_keyframe
     monkeypatch.setattr(
-        decode.Index, "key_before", lambda self, time: asked.append(time) or original(self, time)
+        decode.FrameIndex,
+        "find_keyframe",
+        lambda self, time: asked.append(time) or original(self, time),
     )
     list(reader_of(clips.data("h264 mp4")).read([0, 20, 60]))
     assert len(asked) == 3

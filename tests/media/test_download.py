@@ -100,8 +100,8 @@ def test_the_pace_that_a_video_must_keep(monkeypatch, nbytes, passed_s):
     monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
     network, reads = download.Network(20, 3600, 120), 0
     with contextlib.suppress(TimeoutError):
-        while network.timeout() > 0:
-            network.count(nbytes)
+        while network.compute_timeout() > 0:
+            network.count_bytes(nbytes)
             reads += 1
     assert abs(5 * reads - passed_s) <= 10
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps
 
 from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.media import fetch
-from mlx_smolvlm.media.tiles import open_image
+from mlx_smolvlm.media.picture import open_image
 from tests.helpers import media_cases as cases
 
 PICTURE = cases.picture((37, 23))

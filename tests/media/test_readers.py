@@ -73,14 +73,14 @@ def test_rate_and_duration_are_the_files(name):
 
 def count_decoded(monkeypatch):
     """A list that grows by the number of frames that decoders give out."""
-    counts, original = [], decode.Decoder._decode
+    counts, original = [], decode.Decoder._decode_packet
 
     def counted(self, packet):
         frames = original(self, packet)
         counts.append(len(frames))
         return frames
 
-    monkeypatch.setattr(decode.Decoder, "_decode", counted)
+    monkeypatch.setattr(decode.Decoder, "_decode_packet", counted)
     return counts
 
 
@@ -168,7 +168,7 @@ def test_other_angles_are_left_alone():
 )
 def test_sound_is_no_video_even_with_a_cover(container, with_cover):
     with pytest.raises(MediaError, match="the file has sound only"):
-        reader_of(cases.cases.sound(container, with_cover))
+        reader_of(cases.sound(container, with_cover))
 
 
 def test_a_stream_that_starts_late():

@@ -12,13 +12,13 @@ from PIL import Image
 
 from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.errors import MediaError
-from mlx_smolvlm.media.fetch import Rereading
+from mlx_smolvlm.media.fetch import DescriptorReader
 from mlx_smolvlm.media.readers import _QuietFile, open_reader
 from mlx_smolvlm.media.timeline import (
     Timeline,
-    delays_timeline,
-    even_timeline,
-    measured_timeline,
+    build_delay_timeline,
+    build_even_timeline,
+    build_measured_timeline,
     sample_indices,
 )
 from mlx_smolvlm.media.video import Video, open_parts, open_video
@@ -83,7 +83,7 @@ def test_frames_are_spread_over_the_time_that_they_are_shown(name):
     assert list(clip.indices) == [bisect.bisect_right(times, one + 1e-6) - 1 for one in points]
     assert len(clip.indices) == 20
     whole = clips.decoded(data)
-    assert clips.same([one.picture for one in clip.frames()], [whole[i] for i in clip.indices])
+    assert clips.same([one.picture for one in clip.read_frames()], [whole[i] for i in clip.indices])
     assert clip.notes == ()
 
 
@@ -120,7 +120,7 @@ def test_two_frames_at_the_same_time_do_not_make_the_times_useless():
     reader = open_reader(lambda: io.BytesIO(data), "it")
     expected = shown_at(data)
     assert reader.num_frames == len(expected) == len(times)
-    assert [reader.timeline.time_of(i) for i in range(len(times))] == pytest.approx(expected)
+    assert [reader.timeline.get_time(i) for i in range(len(times))] == pytest.approx(expected)
     whole = clips.decoded(data)
     assert clips.same(list(reader.read([0, 49, 50, 152])), [whole[i] for i in (0, 49, 50, 152)])
 
@@ -128,19 +128,19 @@ def test_two_frames_at_the_same_time_do_not_make_the_times_useless():
 def test_a_rate_that_drifts():
     """29.97 frames a second in milliseconds, which FFmpeg may take for 30."""
     times = np.round(np.arange(6000) / 29.97, 3)
-    assert measured_timeline(times, 0.033, Fraction(30000, 1001)).times_s is None
-    uneven = measured_timeline(times, 0.033, 30)
+    assert build_measured_timeline(times, 0.033, Fraction(30000, 1001)).times_s is None
+    uneven = build_measured_timeline(times, 0.033, 30)
     assert uneven.duration_s == pytest.approx(6000 / 29.97, abs=0.002)
-    assert uneven.time_of(5999) == times[5999]
+    assert uneven.get_time(5999) == times[5999]
 
 
 def test_small_jitter_leaves_the_rate_in_charge():
     """Else a phone's recordings would not be sampled as in training."""
     jitter = np.random.default_rng(0).uniform(-0.015, 0.015, 900)
     times = np.sort(np.arange(900) / 30 + jitter - jitter[0])
-    assert measured_timeline(times, 0.033, 30).times_s is None
+    assert build_measured_timeline(times, 0.033, 30).times_s is None
     times[450:] += 0.3
-    assert measured_timeline(times, 0.033, 30).times_s is not None
+    assert build_measured_timeline(times, 0.033, 30).times_s is not None
 
 
 @pytest.mark.parametrize(
@@ -148,11 +148,11 @@ def test_small_jitter_leaves_the_rate_in_charge():
 )
 def test_how_long_the_last_frame_is_shown(last_s, expected):
     """As its packet says, unless that is longer than all else or missing: then the mean."""
-    assert measured_timeline(np.array([0, 0.1, 3.0]), last_s, 10).duration_s == expected
+    assert build_measured_timeline(np.array([0, 0.1, 3.0]), last_s, 10).duration_s == expected
 
 
 def test_frames_that_all_have_one_time():
-    timeline = measured_timeline(np.zeros(5), 0.0, 25)
+    timeline = build_measured_timeline(np.zeros(5), 0.0, 25)
     assert (timeline.duration_s, timeline.times_s) == (0.2, None)
 
 
@@ -181,13 +181,13 @@ def test_any_range(uneven):
         number = int(random.integers(1, 40))
         if uneven:
             delays = random.choice([0.04, 0.1, 0.5, 2.0], number)
-            timeline = delays_timeline(delays.tolist())
+            timeline = build_delay_timeline(delays.tolist())
         else:
-            timeline = even_timeline(number, float(random.choice([0.1, 1, 7.5, 25, 29.97])))
+            timeline = build_even_timeline(number, float(random.choice([0.1, 1, 7.5, 25, 29.97])))
         start, end = sorted(random.uniform(0, timeline.duration_s, 2))
-        times = [timeline.time_of(index) for index in range(number)]
+        times = [timeline.get_time(index) for index in range(number)]
         ends = [*times[1:], timeline.duration_s]
-        first, last = timeline.between(start, end)
+        first, last = timeline.find_range(start, end)
         on_screen = [i for i in range(number) if times[i] < end and ends[i] > start]
         assert set(range(first, last + 1)) <= set(on_screen)
         for left_out in set(on_screen) - set(range(first, last + 1)):
@@ -202,7 +202,7 @@ def test_any_range(uneven):
 def test_uneven_sampling_of_even_frames_is_the_same():
     """The two ways to choose agree where both can be used."""
     for number, fps in ((270, 30.0), (40, 8.0), (10, 25.0), (7, 0.5), (4000, 25.0)):
-        even = even_timeline(number, fps)
+        even = build_even_timeline(number, fps)
         uneven = Timeline(number, fps, even.duration_s, np.arange(number) / fps)
         for chosen in (TRAINED, replace(TRAINED, fps=2.0, max_frames=7, skip_secs=0.0)):
             expected = sample_indices(number, fps, even.duration_s, chosen)
@@ -270,7 +270,7 @@ def test_every_source_answers_a_seek_alike(tmp_path, offset):
     path.write_bytes(data)
     found = []
     with path.open("rb") as file, path.open("rb") as other:
-        copy = io.BufferedReader(Rereading(other.fileno()))
+        copy = io.BufferedReader(DescriptorReader(other.fileno()))
         for stream in (file, Disk(data), io.BytesIO(data), copy):
             quiet = _QuietFile(stream)
             quiet.seek(3)

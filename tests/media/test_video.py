@@ -27,8 +27,8 @@ from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.media import fetch, readers
 from mlx_smolvlm.media import tiles as image
 from mlx_smolvlm.media.encode import TILE_BATCH
-from mlx_smolvlm.media.tiles import frame_tile
-from mlx_smolvlm.media.timeline import sample_indices, scene_scores
+from mlx_smolvlm.media.tiles import tile_frame
+from mlx_smolvlm.media.timeline import sample_indices, score_scenes
 from mlx_smolvlm.media.video import Clip, Video, open_parts, open_video
 from mlx_smolvlm.prompt.builder import PromptBuilder
 from mlx_smolvlm.prompt.messages import read_request
@@ -89,7 +89,7 @@ def test_frames_pixels_and_prompts_are_those_of_transformers(name, tmp_path):
         assert list(clip.indices) == expected["indices"]
         assert list(clip.timestamps_s) == expected["timestamps_s"]
         assert builder.build(ask, [], clips=[clip]).tolist() == expected["input_ids"]
-        pixels = np.concatenate([frame_tile(f.picture, edge, config) for f in clip.frames()])
+        pixels = np.concatenate([tile_frame(f.picture, edge, config) for f in clip.read_frames()])
         np.testing.assert_allclose(cases.sampled(pixels), expected["values"], rtol=0, atol=1e-5)
 
 
@@ -150,7 +150,7 @@ def test_start_end_rate_and_number(path, config, options, expected):
     assert clip.indices == expected
     assert clip.timestamps_s == tuple(index / 25 for index in expected)
     assert (clip.fps, clip.num_frames, clip.duration_s) == (25.0, 75, 3.0)
-    frames = list(clip.frames())
+    frames = list(clip.read_frames())
     whole = clips.decoded(path.read_bytes())
     assert [frame.index for frame in frames] == list(expected)
     assert clips.same([frame.picture for frame in frames], [whole[i] for i in expected])
@@ -171,7 +171,7 @@ def test_a_start_behind_the_end(path, config):
 
 def test_stamps_are_cut_to_whole_seconds(path, config):
     clip = open_video(Video(path, fps=1000, max_frames=1000), config)
-    stamps = [frame.stamp for frame in clip.frames()]
+    stamps = [frame.stamp for frame in clip.read_frames()]
     assert stamps == ["00:00"] * 25 + ["00:01"] * 25 + ["00:02"] * 25
 
 
@@ -217,7 +217,7 @@ def test_scene_scores_are_scdets():
         frame.pts = number
         graph.push(frame)
         expected.append(float(graph.pull().metadata["lavfi.scd.score"]))
-    scores = list(scene_scores(map(Image.fromarray, frames)))
+    scores = list(score_scenes(map(Image.fromarray, frames)))
     assert scores == pytest.approx(expected, abs=2e-3)  # it prints three decimals
     assert max(scores) > 10
 
@@ -351,7 +351,7 @@ def test_answers_that_exceed_the_context_are_halved(tiny_video, long_path, monke
 
 
 def pictures(source, config, **options):
-    return [frame.picture for frame in open_video(Video(source, **options), config).frames()]
+    return [frame.picture for frame in open_video(Video(source, **options), config).read_frames()]
 
 
 @pytest.fixture(scope="module")
@@ -421,13 +421,13 @@ def test_sources_that_are_none(config):
 
 
 def test_an_opened_video_is_opened_once(path, config, expected, monkeypatch):
-    opened = Video(path).opened()
+    opened = Video(path).open()
     monkeypatch.setattr("mlx_smolvlm.media.decode.read_index", None)
     clip = open_video(opened, config)
     assert isinstance(clip, Clip)
     assert open_video(clip, config) is clip
-    assert clips.same([frame.picture for frame in clip.frames()], expected)
-    assert clips.same([frame.picture for frame in clip.frames()], expected)  # once more
+    assert clips.same([frame.picture for frame in clip.read_frames()], expected)
+    assert clips.same([frame.picture for frame in clip.read_frames()], expected)  # once more
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -467,7 +467,7 @@ def site():
 
 def test_url(site, config, expected):
     clip = open_video(f"{site}/größe.mp4?token=hidden#t", config)
-    assert clips.same([frame.picture for frame in clip.frames()], expected)
+    assert clips.same([frame.picture for frame in clip.read_frames()], expected)
     assert "hidden" not in clip.name
 
 
@@ -489,8 +489,8 @@ def test_a_url_is_named_without_its_secrets(site, config):
 
 
 def test_two_readings_of_a_copy_do_not_disturb_each_other(site, config, expected):
-    opened = Video(site + "/a.mp4").opened()
-    clips_ = [open_video(opened, config).frames() for _ in range(2)]
+    opened = Video(site + "/a.mp4").open()
+    clips_ = [open_video(opened, config).read_frames() for _ in range(2)]
     for first, second, third in zip(*clips_, expected, strict=True):
         assert clips.same([first.picture, second.picture], [third, third])
 
@@ -579,8 +579,8 @@ def alive(monkeypatch, module, name):
 
 
 def test_few_frames_are_held_at_once(tiny_video, path, monkeypatch):
-    pictures, tiles = alive(monkeypatch, readers, "_upright"), alive(
-        monkeypatch, image, "frame_tile"
+    pictures, tiles = alive(monkeypatch, readers, "_to_upright_picture"), alive(
+        monkeypatch, image, "tile_frame"
     )  # fmt: skip
     stream = tiny_video.stream("?", videos=[Video(path, fps=9)], sampling=SHORT)
     assert stream.reply.video_frames == 27
@@ -687,7 +687,7 @@ def advice(vlm, videos, images=()):
     ],
 )
 def test_following_the_advice_fits(tiny_video, name, options):
-    video = Video(clips.data(name), **options).opened()
+    video = Video(clips.data(name), **options).open()
     frames, fps, max_frames, seconds = advice(tiny_video, [video])
     assert 8 < frames == max_frames
     for change in ({"fps": fps}, {"max_frames": max_frames}):
@@ -702,7 +702,7 @@ def test_following_the_advice_fits(tiny_video, name, options):
 
 def test_advice_for_two_videos_and_a_picture(tiny_video, path):
     picture = Image.new("RGB", (64, 64))
-    videos = [Video(path, fps=20).opened(), Video(path, fps=20).opened()]
+    videos = [Video(path, fps=20).open(), Video(path, fps=20).open()]
     frames, fps, max_frames, _ = advice(tiny_video, videos, [picture])
     assert frames // 2 == max_frames
     for change in ({"fps": fps}, {"max_frames": max_frames}):

@@ -65,7 +65,7 @@ def test_frames_are_let_go_without_the_garbage_collector(tmp_path: Path) -> None
     gc.disable()
     try:
         others = frames_alive()
-        held = [frames_alive() - others for _ in clip.frames()]
+        held = [frames_alive() - others for _ in clip.read_frames()]
     finally:
         gc.enable()
     assert len(held) == 120

@@ -19,7 +19,7 @@ from PIL import Image
 from mlx_smolvlm import MediaError, SmolVLMWarning
 from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.media.readers import AnimationReader
-from mlx_smolvlm.media.timeline import clock, sample_indices
+from mlx_smolvlm.media.timeline import format_duration, sample_indices
 from mlx_smolvlm.media.video import Video, open_video
 from tests.helpers import media_cases as cases
 from tests.helpers import video_cases as clips
@@ -30,7 +30,7 @@ CONFIG = replace(cases.config(), video=VideoConfig(1.0, 64, 512, 1.0))
 def refused(source):
     """The message of the MediaError that `source` gives."""
     with pytest.raises(MediaError) as caught:
-        list(open_video(source, CONFIG).frames())
+        list(open_video(source, CONFIG).read_frames())
     message = str(caught.value)
     assert "\n" not in message
     assert len(message) < 400
@@ -40,7 +40,7 @@ def refused(source):
 def shown(source):
     """(clip, its pictures)."""
     clip = open_video(source, CONFIG)
-    return clip, [frame.picture for frame in clip.frames()]
+    return clip, [frame.picture for frame in clip.read_frames()]
 
 
 # Cut off
@@ -173,7 +173,7 @@ def fuzz(rounds):
             try:
                 clip, pictures = shown(Video(damaged(data, random), **options))
                 assert len(pictures) == len(clip.indices)
-                assert clock(clip.duration_s)
+                assert format_duration(clip.duration_s)
                 counts["shown"] += 1
             except MediaError:
                 counts["refused"] += 1
@@ -220,7 +220,7 @@ def test_an_mp4_that_lies_about_its_duration():
 def test_an_mp4_that_lies_about_its_unit_of_time(units):
     clip, pictures = shown(patched(clips.data("h264 mp4"), b"mdhd", 12, ">I", units))
     assert 1 <= len(pictures) <= clip.num_frames <= 75
-    assert clock(clip.duration_s)
+    assert format_duration(clip.duration_s)
 
 
 def test_an_avi_that_lies_about_its_number_of_frames():
@@ -238,7 +238,7 @@ def test_an_avi_that_lies_about_its_rate(rate):
     clip, pictures = shown(Video(data, max_frames=4))
     assert clip.num_frames == 60
     assert 1 <= len(pictures) <= 4
-    assert re.fullmatch(r"(\d+ days?, )?\d+:\d\d:\d\d", clock(clip.duration_s))
+    assert re.fullmatch(r"(\d+ days?, )?\d+:\d\d:\d\d", format_duration(clip.duration_s))
 
 
 def test_rates_that_no_clock_can_show():
@@ -249,7 +249,7 @@ def test_rates_that_no_clock_can_show():
     for rate in (1e-6, 1e6):
         clip = open_video(Video(frames, source_fps=rate), CONFIG)
         assert clip.indices
-        assert clock(clip.duration_s)
+        assert format_duration(clip.duration_s)
     assert len(sample_indices(100, 1e-320, float("inf"), CONFIG.video)) == 64
 
 
@@ -386,7 +386,7 @@ def test_a_file_that_is_gone_when_it_is_decoded(tmp_path):
     clip = open_video(path, CONFIG)
     path.unlink()
     with pytest.raises(MediaError, match="does not exist"):
-        list(clip.frames())
+        list(clip.read_frames())
 
 
 def test_a_file_that_changes_before_it_is_decoded(tmp_path):
@@ -394,8 +394,8 @@ def test_a_file_that_changes_before_it_is_decoded(tmp_path):
     path.write_bytes(clips.data("b frames"))
     clip = open_video(path, CONFIG)
     path.write_bytes(clips.data("0.3 s"))
-    assert len(list(clip.frames())) == len(clip.indices)
+    assert len(list(clip.read_frames())) == len(clip.indices)
     assert "frames are damaged themselves, or replaced" in clip.notes[0]
     path.write_bytes(b"")
     with pytest.raises(MediaError, match="is empty"):
-        list(clip.frames())
+        list(clip.read_frames())

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mlx_smolvlm.generate.sampling import Sampling  # noqa: E402
-from mlx_smolvlm.media.tiles import open_image  # noqa: E402
+from mlx_smolvlm.media.picture import open_image  # noqa: E402
 from tests.helpers import model_pairs as pairs  # noqa: E402
 
 CHOICES = ["red", "A red circle.", "no picture at all, only words", "3"]

@@ -33,7 +33,7 @@ from mlx_smolvlm.convert.options import ConvertOptions  # noqa: E402
 from mlx_smolvlm.convert.run import convert_checkpoint  # noqa: E402
 from mlx_smolvlm.convert.source import open_source  # noqa: E402
 from mlx_smolvlm.generate.sampling import Sampling  # noqa: E402
-from mlx_smolvlm.media.tiles import tiles  # noqa: E402
+from mlx_smolvlm.media.tiles import tile_picture  # noqa: E402
 from mlx_smolvlm.prompt.messages import read_request  # noqa: E402
 from mlx_smolvlm.smolvlm import load  # noqa: E402
 
@@ -198,7 +198,7 @@ def test_texts(trio: Trio, found: Comparison) -> None:
 def pixels_of(trio: Trio, picture: Image.Image) -> Any:
     """The picture's tiles as transformers takes them."""
     config = FolderReader(trio.folders[0]).config
-    tiled = np.ascontiguousarray(tiles(picture, config, "high").pixel_values)
+    tiled = np.ascontiguousarray(tile_picture(picture, config, "high").pixel_values)
     return torch.from_numpy(tiled).permute(0, 3, 1, 2)[None]
 
 

@@ -11,7 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from mlx_smolvlm.media.tiles import Grid, grid_of, open_image, tiles
+from mlx_smolvlm.media.picture import open_image
+from mlx_smolvlm.media.tiles import Grid, compute_grid, tile_picture
 from tests.helpers import media_cases as cases
 from tests.helpers import oracle
 
@@ -20,7 +21,7 @@ KINDS = ("idefics3", "smolvlm")
 
 def check(processor, config, picture, theirs=None, detail="high"):
     """Compare `picture`, opened here, with `theirs`, or the same, given to transformers."""
-    result = tiles(open_image(picture), config, detail)
+    result = tile_picture(open_image(picture), config, detail)
     expected, grid = oracle.processed(processor, picture if theirs is None else theirs)
     assert result.grid == Grid(*grid)
     assert result.pixel_values.shape == expected.shape
@@ -132,6 +133,6 @@ def test_grids(kind, tile, longest_edge):
     @example(size=(1, 200_000))
     @settings(max_examples=400, deadline=None)
     def compare(size):
-        assert grid_of(size, config) == their_grid(processor, *size)
+        assert compute_grid(size, config) == their_grid(processor, *size)
 
     compare()

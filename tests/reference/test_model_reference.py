@@ -16,7 +16,8 @@ torch = pytest.importorskip("torch")
 
 from mlx_smolvlm.generate.loop import prefill  # noqa: E402
 from mlx_smolvlm.generate.sampling import Sampling  # noqa: E402
-from mlx_smolvlm.media.tiles import open_image, tiles  # noqa: E402
+from mlx_smolvlm.media.picture import open_image  # noqa: E402
+from mlx_smolvlm.media.tiles import tile_picture  # noqa: E402
 from tests.helpers import recorder  # noqa: E402
 from tests.helpers.model_pairs import (  # noqa: E402
     CASES,
@@ -47,7 +48,7 @@ def assert_close(ours: mx.array, theirs: Any, tolerance: float, name: str) -> No
 @pytest.mark.parametrize("name", PICTURES)
 def test_pixel_values(pair: Pair, name: str) -> None:
     picture = open_image(PICTURES[name]())
-    ours = tiles(picture, pair.ours.config)
+    ours = tile_picture(picture, pair.ours.config)
     inputs = theirs_inputs(pair, prompt(1), [picture])
     pixels = inputs["pixel_values"][0].permute(0, 2, 3, 1).numpy()
     assert ours.pixel_values.shape == pixels.shape
@@ -78,7 +79,9 @@ def test_every_stage_and_the_answer(pair: Pair, names: tuple[str, ...]) -> None:
 
     image_embeds = None
     if pictures:
-        pixel_values = np.concatenate([tiles(p, pair.ours.config).pixel_values for p in pictures])
+        pixel_values = np.concatenate(
+            [tile_picture(p, pair.ours.config).pixel_values for p in pictures]
+        )
         x = model.vision_model.embeddings(mx.array(pixel_values))
         assert_close(x, seen["patch embedding"], STATES, "patch embedding")
         for number, layer in enumerate(model.vision_model.encoder.layers):

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 
 from mlx_smolvlm.convert.run import convert_checkpoint  # noqa: E402
 from mlx_smolvlm.generate.sampling import Sampling  # noqa: E402
-from mlx_smolvlm.media.encode import encode, joined  # noqa: E402
+from mlx_smolvlm.media.encode import encode, join_embeds  # noqa: E402
 from mlx_smolvlm.prompt.messages import read_request  # noqa: E402
 from mlx_smolvlm.smolvlm import load  # noqa: E402
 from tests.helpers import model_pairs  # noqa: E402
@@ -110,7 +110,7 @@ def test_logits_and_answer(pair, files, items, names, pictures):
     assert prompt.input_ids.tolist() == inputs["input_ids"][0].tolist()
     for _ in encode(prompt.media, pair.ours.engine.encoder, pair.ours.config):
         pass
-    logits = pair.ours.model(pair.ours.model.embed(prompt.input_ids, joined(prompt.media)))
+    logits = pair.ours.model(pair.ours.model.embed(prompt.input_ids, join_embeds(prompt.media)))
     with torch.no_grad():
         expected = pair.theirs(**inputs).logits.numpy()
     assert np.abs(np.array(logits) - expected).max() <= STATES

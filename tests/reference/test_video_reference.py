@@ -16,7 +16,7 @@ from transformers.video_utils import VideoMetadata
 
 from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.convert.hf_processor import read_processors, read_video_config
-from mlx_smolvlm.media.tiles import Grid, frame_tile
+from mlx_smolvlm.media.tiles import Grid, tile_frame
 from mlx_smolvlm.media.timeline import sample_indices
 from mlx_smolvlm.media.video import Video, open_video
 from mlx_smolvlm.prompt.builder import PromptBuilder
@@ -55,7 +55,7 @@ class Pair:
 
     def pixels(self, clip):
         edge = self.config.video.longest_edge
-        return [frame_tile(frame.picture, edge, self.config)[0] for frame in clip.frames()]
+        return [tile_frame(frame.picture, edge, self.config)[0] for frame in clip.read_frames()]
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -158,7 +158,7 @@ def test_uneven_frames_have_the_times_that_are_stored(tile_pair, fps, max_frames
     assert list(clip.indices) != list(metadata.frames_indices)
     strayed = [abs(times[i] - i / metadata.fps) for i in metadata.frames_indices]
     assert max(strayed) > 0.5
-    shown = [frame.picture for frame in clip.frames()]
+    shown = [frame.picture for frame in clip.read_frames()]
     assert clips.same(shown, [frames[i][1] for i in clip.indices])
 
 

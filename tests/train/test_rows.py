@@ -30,7 +30,7 @@ from demo_recipe.rows import make_row
 from demo_recipe.sample_clips import sample_clip
 from demo_recipe.topics import TOPICS, Focus, ask, ask_several, draw, shapes, talk
 from mlx_smolvlm.kv.cache import Mask
-from mlx_smolvlm.media.tiles import Detail, Grid, tiles
+from mlx_smolvlm.media.tiles import Detail, Grid, tile_picture
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
@@ -72,7 +72,7 @@ def test_a_picture_is_tokenized_as_prompts_are(
         rng = np.random.default_rng(seed)
         drawn = draw(rng, topic, (200, 150))
         turns = ask(drawn, rng, count)
-        grid = tiles(drawn.picture, demo_builder.config, detail).grid
+        grid = tile_picture(drawn.picture, demo_builder.config, detail).grid
         row = make_row(demo_builder, turns, "")
         ids = [*picture_prefix(demo_builder, [grid], system), *row.ids]
         built = demo_builder.build(

@@ -108,7 +108,7 @@ def test_the_features_of_a_batch_are_those_of_its_frames(tiny_video: SmolVLM, wo
     expected, counts = [], []
     for example in examples:
         media = open_media(tiny_video, example, MediaOptions())
-        tiles = [np.stack([t for _, t in m.tiles(tiny_video.config)]) for m in media]
+        tiles = [np.stack([t for _, t in m.make_tiles(tiny_video.config)]) for m in media]
         expected += [tiny_video.model.encode(mx.array(pixels)) for pixels in tiles]
         counts.append(sum(map(len, tiles)) * tiny_video.config.image_seq_len)
     assert places.sum(1).tolist() == counts
