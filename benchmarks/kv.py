@@ -27,7 +27,7 @@ from mlx_smolvlm import CacheOptions, SmolVLM, load
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.generate.sampling import log_softmax
 from mlx_smolvlm.kv.bounded import BoundedKVCache
-from mlx_smolvlm.kv.cache import FLOAT, Held, KVCache, Mask, PackedStorage
+from mlx_smolvlm.kv.cache import FLOAT_STORAGE, Buffers, KVCache, Mask, PackedStorage
 from tests.helpers import smollm2
 
 ROOT = Path(__file__).parent.parent
@@ -39,15 +39,15 @@ SHAPES = {"256M": (30, 3), "500M": (32, 5), "2.2B": (24, 32)}  # layers, heads o
 class Unpacking(PackedStorage):
     """Packed, and unpacked for the attention: on a CPU faster, and but for rounding the same."""
 
-    def attend(self, queries: mx.array, held: Held, mask: Mask) -> mx.array:
+    def attend(self, queries: mx.array, held: Buffers, mask: Mask) -> mx.array:
         whole = mx.dequantize(*held, self.group_size, self.bits)
-        return FLOAT.attend(queries, (whole,), mask)
+        return FLOAT_STORAGE.attend(queries, (whole,), mask)
 
 
 class BFloat16Scales(Unpacking):
     """Scales and biases rounded as where the network computes in bfloat16."""
 
-    def pack(self, keys_values: mx.array) -> Held:
+    def pack(self, keys_values: mx.array) -> Buffers:
         numbers, *others = super().pack(keys_values)
         return numbers, *(part.astype(mx.bfloat16).astype(mx.float32) for part in others)
 
@@ -197,7 +197,7 @@ def bytes_a_token() -> dict[str, dict[str, float]]:
     for name, (options, dtype) in choices.items():
         results[name] = {}
         for shape, (layers, heads) in SHAPES.items():
-            cache, tokens = options.make(1), 256
+            cache, tokens = options.make_cache(1), 256
             new = mx.zeros((1, 2 * heads, tokens, 64), dtype)
             mx.eval(cache.attend(0, new[:, :heads], new, "causal"))
             results[name][shape] = layers * cache.nbytes / tokens

@@ -26,7 +26,7 @@ from mlx_smolvlm.cli.output import (
     write,
 )
 from mlx_smolvlm.cli.train import TRAIN_EPILOG, train
-from mlx_smolvlm.errors import SmolVLMError, message_line
+from mlx_smolvlm.errors import SmolVLMError, format_message
 
 OUTPUT_CLOSED = 141
 # Of Click or of the part of it in Typer, by version; Typer exports neither.
@@ -60,7 +60,7 @@ def run_command() -> int:
     except _ClickError as error:
         if len(sys.argv) > 1:  # without arguments, the message is the help
             # Typer checks values with Pydantic, which writes this in front of each message.
-            error.message = message_line(error.message.removeprefix("Value error, "))
+            error.message = format_message(error.message.removeprefix("Value error, "))
         text = io.StringIO()
         error.show(text)
         say(text.getvalue(), end="")

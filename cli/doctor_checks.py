@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from mlx_smolvlm.cli.output import format_size
-from mlx_smolvlm.errors import SmolVLMError, one_line, redact
+from mlx_smolvlm.errors import SmolVLMError, format_error, redact
 
 if TYPE_CHECKING:
     from mlx_smolvlm.config import Config
@@ -96,7 +96,7 @@ def check_device() -> Iterator[Finding]:
         x = mx.arange(64.0).reshape(8, 8)
         is_correct = (x @ mx.eye(8) == x).all().item()
     except Exception as error:  # a broken driver can raise anything
-        yield Finding("device", "broken", f"{name}: {one_line(error)}", "reinstall mlx")
+        yield Finding("device", "broken", f"{name}: {format_error(error)}", "reinstall mlx")
     else:
         if is_correct:
             yield Finding("device", "ok", name)
@@ -113,18 +113,18 @@ def check_device() -> Iterator[Finding]:
 
 def _check_blas() -> Finding:
     """Return which library multiplies matrices on the CPU."""
-    from mlx_smolvlm import blas
+    from mlx_smolvlm import runtime
 
-    if blas.problem is None:
+    if runtime.openblas_problem is None:
         return Finding("blas", "ok", "OpenBLAS")
     advice = "pip install cmeel-openblas"
-    if "libgfortran" in blas.problem:
+    if "libgfortran" in runtime.openblas_problem:
         advice = "install libgfortran5 (apt install libgfortran5)"
-    elif "imported" in blas.problem:
+    elif "imported" in runtime.openblas_problem:
         advice = "import mlx_smolvlm first"
-    elif blas.VARIABLE in blas.problem:
-        advice = f"unset {blas.VARIABLE}"
-    return Finding("blas", "note", f"MLX's own, which is slow: {blas.problem}", advice)
+    elif runtime.OPENBLAS_VARIABLE in runtime.openblas_problem:
+        advice = f"unset {runtime.OPENBLAS_VARIABLE}"
+    return Finding("blas", "note", f"MLX's own, which is slow: {runtime.openblas_problem}", advice)
 
 
 def check_storage() -> Iterator[Finding]:
@@ -204,7 +204,7 @@ def check_pictures() -> Iterator[Finding]:
             Image.new("RGB", (CLIP_SIDE, CLIP_SIDE), (200, 30, 30)).save(stream, kind)
             red, green, _ = open_image(stream.getvalue()).getpixel((8, 8))  # type: ignore[misc]
         except Exception as error:  # a broken library can raise anything
-            unreadable.append(f"{kind} ({one_line(error)})")
+            unreadable.append(f"{kind} ({format_error(error)})")
         else:
             (readable if red > 150 > green else unreadable).append(kind)
     if readable:
@@ -227,7 +227,7 @@ def check_videos() -> Iterator[Finding]:
         count = len(list(reader.read(range(reader.timeline.num_frames))))
         decoders = [name for name in DECODERS if name in av.codecs_available]
     except Exception as error:  # a broken library can raise anything
-        yield Finding("videos", "broken", one_line(error), f"{REINSTALL} av")
+        yield Finding("videos", "broken", format_error(error), f"{REINSTALL} av")
         return
     if count != CLIP_FRAMES:
         text = f"{count} of {CLIP_FRAMES} frames are read"
@@ -265,7 +265,7 @@ def check_demo() -> Iterator[Finding]:
     try:
         reply = load("demo").ask("What is this?", sampling=Sampling(max_tokens=4))
     except Exception as error:  # any failure is a finding
-        yield Finding("demo", "broken", one_line(error), f"{REINSTALL} mlx-smolvlm")
+        yield Finding("demo", "broken", format_error(error), f"{REINSTALL} mlx-smolvlm")
         return
     text = f"answers, {reply.generation_tokens} tokens"
     yield Finding("demo", "ok" if reply.token_ids else "broken", text)

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from mlx_smolvlm.errors import SmolVLMWarning, escape_controls, message_line
+from mlx_smolvlm.errors import SmolVLMWarning, escape_controls, format_message
 
 if TYPE_CHECKING:
     from mlx_smolvlm import Reply
@@ -99,12 +99,12 @@ def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
 
 def warn(message: object) -> None:
     """Write "warning: ..." to stderr, in one line without secrets."""
-    say(f"warning: {message_line(str(message))}")
+    say(f"warning: {format_message(str(message))}")
 
 
 def fail(message: object) -> None:
     """Write "error: ..." to stderr, in one line without secrets."""
-    say(f"error: {message_line(str(message))}")
+    say(f"error: {format_message(str(message))}")
 
 
 def describe_os_error(error: OSError) -> str:

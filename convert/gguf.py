@@ -23,7 +23,7 @@ from mlx_smolvlm.checkpoint.headers import WEIGHTS_FILE, write_arrays
 from mlx_smolvlm.checkpoint.load import TEMPLATE_FILE, TOKENIZER_FILE, read_chat_template
 from mlx_smolvlm.config import LARGEST
 from mlx_smolvlm.convert.gguf_file import GROUP, PACKED_BITS, GgufFile, decode_tensor, open_gguf
-from mlx_smolvlm.errors import CheckpointError, one_line, shorten
+from mlx_smolvlm.errors import CheckpointError, format_error, shorten
 from mlx_smolvlm.records import read_json
 
 SPLITTERS = ("smollm",)  # llama.cpp's names of how text is split; others differ
@@ -59,7 +59,7 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int) ->
         model = models.BPE(vocab=vocabulary, merges=merges)
     except Exception as error:  # tokenizers raises plain Exception
         raise CheckpointError(
-            f"{path}: the metadata's tokenizer is damaged ({one_line(error):.200}); put the "
+            f"{path}: the metadata's tokenizer is damaged ({format_error(error):.200}); put the "
             f"model's {TOKENIZER_FILE} beside it"
         ) from None
     tokenizer = Tokenizer(model)

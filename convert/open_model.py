@@ -112,7 +112,7 @@ class FolderReader:
         names = {s: f"{path}.{s}" for s in ("weight", "scales", "biases")}
         weights = self._weights
         arrays = {s: weights.read(name) for s, name in names.items() if name in weights.tensors}
-        return Matrix(arrays, self.config.quantization.of(path) if len(arrays) > 1 else None)
+        return Matrix(arrays, self.config.quantization.find(path) if len(arrays) > 1 else None)
 
 
 class SourceReader:

@@ -22,7 +22,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_smolvlm.config import DTYPES, PARTS, Quantization, QuantizationConfig, part_of
+from mlx_smolvlm.config import DTYPES, PARTS, Quantization, QuantizationConfig, find_part
 from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.files import expand_path, read_toml
 from mlx_smolvlm.records import read_value
@@ -237,9 +237,9 @@ def summarize_quantization(modules: Mapping[str, Quantization | None]) -> Quanti
     """The quantization of every module, by path, as what most of a part has and the exceptions."""
     usual: dict[str, Quantization | None] = {}
     for part in PARTS:
-        counts = Counter(q for path, q in modules.items() if part_of(path) == part)
+        counts = Counter(q for path, q in modules.items() if find_part(path) == part)
         usual[part] = counts.most_common(1)[0][0] if counts else None
-    overrides = tuple((path, q) for path, q in modules.items() if q != usual[part_of(path)])
+    overrides = tuple((path, q) for path, q in modules.items() if q != usual[find_part(path)])
     return QuantizationConfig(**usual, overrides=overrides)
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_smolvlm.checkpoint.headers import FLOATS, TensorInfo
-from mlx_smolvlm.config import Config, Quantization, part_of
+from mlx_smolvlm.config import Config, Quantization, find_part
 from mlx_smolvlm.convert.names import Entry, list_entries, normalize_name
 from mlx_smolvlm.convert.options import (
     AFFINE_BITS,
@@ -236,7 +236,7 @@ def _set_target(step: Step, wanted: Mapping[str, Quantization | None]) -> Step:
     """`step` with what is wanted for its path, else its part, else as its members are."""
     if not step.entry.quantizable:
         return step
-    for key in (step.entry.path, part_of(step.entry.path)):
+    for key in (step.entry.path, find_part(step.entry.path)):
         if key in wanted:
             return dataclasses.replace(step, target=wanted[key])
     kinds = {member.quantization for member in step.members}

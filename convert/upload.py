@@ -19,7 +19,7 @@ from mlx_smolvlm.checkpoint.provenance import ORIGIN_FILE, SUMS_FILE, format_sum
 from mlx_smolvlm.convert.card import format_model_card
 from mlx_smolvlm.convert.source import is_hub_id
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
-from mlx_smolvlm.files import sha256_file
+from mlx_smolvlm.files import compute_sha256
 from mlx_smolvlm.media.fetch import is_offline
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def _compute_sums(folder: Path, files: list[Path]) -> dict[str, str]:
     """
     stated = read_sums(folder) or {}
     try:
-        sums = {path.name: sha256_file(path) for path in files}
+        sums = {path.name: compute_sha256(path) for path in files}
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from None
     for name, value in sums.items():

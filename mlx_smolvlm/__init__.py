@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if sys.platform == "linux":
-    from mlx_smolvlm.blas import load_openblas
+    from mlx_smolvlm.runtime import load_openblas
 
     load_openblas()  # only works before mlx.core is imported
 

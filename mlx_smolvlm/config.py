@@ -130,16 +130,16 @@ class QuantizationConfig:
         usual = [getattr(self, part) for part in PARTS]
         return any(one is not None for one in (*usual, *(q for _, q in self.overrides)))
 
-    def of(self, path: str) -> Quantization | None:
+    def find(self, path: str) -> Quantization | None:
         """Quantization of the module at `path`, such as `text_model.layers.0.mlp.down_proj`."""
         for name, quantization in self.overrides:
             if name == path:
                 return quantization
-        quantization = getattr(self, part_of(path))
+        quantization = getattr(self, find_part(path))
         return quantization if isinstance(quantization, Quantization) else None
 
 
-def part_of(path: str) -> str:
+def find_part(path: str) -> str:
     """Which of `PARTS` the module or tensor at `path` belongs to."""
     if path.startswith(("text_model.embed_tokens", "lm_head")):
         return "embeddings"

@@ -29,8 +29,16 @@ from mlx_smolvlm.prompt.messages import (
     read_request,
 )
 from mlx_smolvlm.prompt.template import normalize_message
-from mlx_smolvlm.reuse.content import Content, State
-from mlx_smolvlm.reuse.disk import content_in, content_values, is_plain, kept, read, restored, write
+from mlx_smolvlm.reuse.content import CachedState, Content
+from mlx_smolvlm.reuse.disk import (
+    extract_tensors,
+    is_plain,
+    parse_content,
+    read_state_file,
+    rebuild_cache,
+    serialize_content,
+    write_state_file,
+)
 
 if TYPE_CHECKING:
     from mlx_smolvlm.media.tiles import Detail
@@ -57,23 +65,23 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedConversation:
     """What a conversation is made of."""
 
     system: str | None
     turns: list[Turn]
-    state: State | None
+    state: CachedState | None
 
 
 @dataclass(frozen=True)
-class Times:
+class FrameTimes:
     """When the frames of a saved video are shown, and how long it is."""
 
     timestamps_s: tuple[float, ...]
     duration_s: float
 
 
-def save(saved: Saved, path: Path, checkpoint: str) -> None:
+def write_conversation(saved: SavedConversation, path: Path, checkpoint: str) -> None:
     """Write `saved`, whose media are encoded, to `path`, whole or not at all.
 
     Raises:
@@ -87,40 +95,42 @@ def save(saved: Saved, path: Path, checkpoint: str) -> None:
             assert medium.image_embeds is not None
             name = f"media.{len(tensors)}"
             tensors[name] = medium.image_embeds
-            media.append({"tensor": name, "digest": medium.digest, **_values(medium)})
+            media.append({"tensor": name, "digest": medium.digest, **_describe_medium(medium)})
         turns.append({"question": turn.question, "answer": turn.answer, "media": media})
     values: dict[str, Any] = {"system": saved.system, "turns": turns, "content": None}
     state = saved.state
-    if state is not None and state.held and is_plain(state.cache):
-        tensors |= kept(state.cache, state.held)
-        ids, spans = state.content.ids[: state.held], state.content.spans
-        whole = tuple(span for span in spans if span.stop <= state.held)
-        values["content"] = content_values(Content(ids, whole))
+    if state is not None and state.num_tokens and is_plain(state.cache):
+        tensors |= extract_tensors(state.cache, state.num_tokens)
+        ids, spans = state.content.ids[: state.num_tokens], state.content.spans
+        whole = tuple(span for span in spans if span.stop <= state.num_tokens)
+        values["content"] = serialize_content(Content(ids, whole))
     if not tensors:
         tensors["empty"] = mx.zeros((1,))
-    write(path, KIND, checkpoint, tensors, values, follow_links=True)
+    write_state_file(path, KIND, checkpoint, tensors, values, follow_links=True)
 
 
-def load(path: Path, checkpoint: str, config: Config) -> Saved:
+def read_conversation(path: Path, checkpoint: str, config: Config) -> SavedConversation:
     """What `save` wrote to `path`, or what could have been.
 
     Raises:
         CheckpointError: It is no such file, damaged, or of another checkpoint or version.
     """
-    tensors, values = read(path, KIND, checkpoint)
+    tensors, values = read_state_file(path, KIND, checkpoint)
     try:
-        turns = [_turn(turn, tensors, config) for turn in values["turns"]]
+        turns = [_read_turn(turn, tensors, config) for turn in values["turns"]]
         system, content = values["system"], values["content"]
         if system is not None:
-            system = _text("system", system)
+            system = _read_text("system", system)
     except (KeyError, TypeError, ValueError, OverflowError, PromptError):
         raise CheckpointError(f"{path} is damaged") from None
     if content is None:
-        return Saved(system, turns, None)
-    return Saved(system, turns, State(content_in(content, config), restored(tensors, config)))
+        return SavedConversation(system, turns, None)
+    return SavedConversation(
+        system, turns, CachedState(parse_content(content, config), rebuild_cache(tensors, config))
+    )
 
 
-def _turn(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config) -> Turn:
+def _read_turn(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config) -> Turn:
     """The turn that `values` describe.
 
     Raises:
@@ -128,24 +138,24 @@ def _turn(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Co
         KeyError, TypeError, ValueError, OverflowError: A value is missing or of another kind.
     """
     question = normalize_message(values["question"], 1)
-    media = tuple(_medium(one, tensors, config) for one in values["media"])
+    media = tuple(_read_medium(one, tensors, config) for one in values["media"])
     items = [item["type"] for item in question["content"] if item["type"] in NOUNS]
     kinds = ["image" if isinstance(one, Picture) else "video" for one in media]
     if question["role"] != "user" or items != kinds:
         raise ValueError
     answer = values["answer"]
-    return Turn(question, media, None if answer is None else _text("assistant", answer))
+    return Turn(question, media, None if answer is None else _read_text("assistant", answer))
 
 
-def _text(role: str, value: Any) -> str:
-    """`value` as the text of a message of `role`; errors as `_turn`."""
+def _read_text(role: str, value: Any) -> str:
+    """`value` as the text of a message of `role`; errors as `_read_turn`."""
     if not isinstance(value, str):
         raise TypeError
     message: Message = normalize_message({"role": role, "content": value}, 1)
     return str(message["content"][0]["text"])
 
 
-def _values(medium: Medium) -> dict[str, Any]:
+def _describe_medium(medium: Medium) -> dict[str, Any]:
     """What the prompt says of `medium`, as JSON values."""
     if isinstance(medium, Picture):
         return {"kind": "picture", "grid": [medium.grid.rows, medium.grid.cols]}
@@ -157,8 +167,10 @@ def _values(medium: Medium) -> dict[str, Any]:
     }
 
 
-def _medium(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config) -> Medium:
-    """The medium that `_values` described, with its embeddings; errors as `_turn`."""
+def _read_medium(
+    values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config
+) -> Medium:
+    """The medium that `_describe_medium` described, with its embeddings; errors as `_read_turn`."""
     from mlx_smolvlm.media.tiles import Grid
 
     medium: Medium
@@ -168,7 +180,7 @@ def _medium(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: 
             raise TypeError
         medium = Picture(None, Grid(rows, cols), "high", str(values["digest"]))
     else:
-        times = Times(tuple(map(float, values["timestamps_s"])), float(values["duration_s"]))
+        times = FrameTimes(tuple(map(float, values["timestamps_s"])), float(values["duration_s"]))
         if not all(map(math.isfinite, times.timestamps_s)) or not 0 <= times.duration_s < math.inf:
             raise ValueError
         medium = Footage(times, None, str(values["digest"]))
@@ -214,7 +226,7 @@ class Conversation:
         self._engine, self._system, self._options = engine, system, options
         self._turns: list[Turn] = []
         self._open: AnswerStream | None = None
-        self._state: State | None = None
+        self._state: CachedState | None = None
         self._lock = threading.RLock()  # threads that ask wait for each other's whole answers
 
     @property
@@ -228,7 +240,7 @@ class Conversation:
         turns, stream = self._turns, self._open
         if stream is not None and stream.reply.token_ids:
             turns = [*turns[:-1], replace(turns[-1], answer=stream.reply.text)]
-        return self._transcript(turns)
+        return self._list_messages(turns)
 
     @property
     def context_size(self) -> int:
@@ -238,16 +250,16 @@ class Conversation:
     @property
     def context_used(self) -> int:
         """Tokens of the transcript, and of the answer that is being given."""
-        messages = self._transcript(self._turns)
+        messages = self._list_messages(self._turns)
         if not messages:
             return 0
         is_answering = self._open is not None
-        size = self._engine.count_tokens(messages, _media(self._turns), is_answering)
+        size = self._engine.count_tokens(messages, _list_media(self._turns), is_answering)
         return size + (0 if self._open is None else self._open.reply.generation_tokens)
 
     def reset(self) -> None:
         """Forget everything but the system message."""
-        self._settle()
+        self._finish_answer()
         self._turns, self._state = [], None
 
     def ask(
@@ -294,12 +306,12 @@ class Conversation:
         """
         sampling = choose_sampling(sampling, options, self._options.sampling)
         with self._lock:
-            self._settle()
+            self._finish_answer()
             request = read_request(prompt, images, videos, None)
             if len(request.messages) != 1 or request.messages[0]["role"] != "user":
                 raise PromptError("a turn is one message of the user")
             turn = Turn(request.messages[0], self._engine.open_media(request, self._options.detail))
-            return self._begin([*self._turns, turn], sampling)
+            return self._start_answer([*self._turns, turn], sampling)
 
     def retry(self, sampling: Sampling | None = None) -> AnswerStream:
         """Another answer to the last question, in place of the one that was given.
@@ -310,14 +322,16 @@ class Conversation:
         Raises:
             PromptError: There is no question.
         """
-        self._settle()
+        self._finish_answer()
         if not self._turns:
             raise PromptError("there is no question to ask again")
-        return self._begin([*self._turns[:-1], replace(self._turns[-1], answer=None)], sampling)
+        return self._start_answer(
+            [*self._turns[:-1], replace(self._turns[-1], answer=None)], sampling
+        )
 
     def undo(self) -> str | None:
         """Take the last question and its answer back; its text, or None if there is none."""
-        self._settle()
+        self._finish_answer()
         if not self._turns:
             return None
         question = self._turns.pop().question
@@ -325,7 +339,7 @@ class Conversation:
 
     def fork(self) -> Conversation:
         """A conversation that goes on from here by itself; nothing is encoded or run again."""
-        self._settle()
+        self._finish_answer()
         twin = Conversation(self._engine, self._system, self._options)
         twin._turns = list(self._turns)
         twin._state = None if self._state is None else self._state.fork()
@@ -340,11 +354,11 @@ class Conversation:
             MediaError: A video that was not looked at yet cannot be decoded.
         """
         target = expand_path(os.fspath(path))
-        self._settle()
-        for medium in _media(self._turns):
+        self._finish_answer()
+        for medium in _list_media(self._turns):
             self._engine.encode([medium])
-        saved = Saved(self._system, self._turns, self._state)
-        save(saved, target, self._engine.checkpoint_digest)
+        saved = SavedConversation(self._system, self._turns, self._state)
+        write_conversation(saved, target, self._engine.checkpoint_digest)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote to `path`; what was said here is forgotten.
@@ -355,7 +369,7 @@ class Conversation:
         """
         engine = self._engine
         source = expand_path(os.fspath(path), CheckpointError)
-        saved = load(source, engine.checkpoint_digest, engine.config)
+        saved = read_conversation(source, engine.checkpoint_digest, engine.config)
         other = Conversation(engine, saved.system, self._options)
         other._turns = saved.turns
         try:
@@ -367,12 +381,12 @@ class Conversation:
         if engine.cache_options.is_plain:  # as files are; other caches begin anew
             self._state = saved.state
 
-    def _begin(self, wanted: list[Turn], sampling: Sampling | None = None) -> AnswerStream:
+    def _start_answer(self, wanted: list[Turn], sampling: Sampling | None = None) -> AnswerStream:
         """The stream of the last answer to `wanted`, which replaces the turns so far.
 
         Warns of the oldest turns that the context does not hold.
         """
-        turns, stream = self._fit(wanted, sampling or self._options.sampling)
+        turns, stream = self._fit_context(wanted, sampling or self._options.sampling)
         dropped = len(wanted) - len(turns)
         if dropped:
             warnings.warn(
@@ -384,7 +398,9 @@ class Conversation:
         self._turns, self._open = turns, stream
         return stream
 
-    def _fit(self, turns: list[Turn], sampling: Sampling) -> tuple[list[Turn], AnswerStream]:
+    def _fit_context(
+        self, turns: list[Turn], sampling: Sampling
+    ) -> tuple[list[Turn], AnswerStream]:
         """The turns that the context has room for, and the stream of the last one's answer.
 
         All turns after a dropped one are run again. So once one has to go, as many go as make
@@ -394,7 +410,7 @@ class Conversation:
         answer = min(sampling.max_tokens, size // ANSWER_SHARE)
         limit = size - answer
         while True:
-            messages, media = self._transcript(turns), _media(turns)
+            messages, media = self._list_messages(turns), _list_media(turns)
             may_drop = drops and len(turns) > 1
             try:
                 prompt = self._engine.make_prompt(messages, media)
@@ -408,12 +424,12 @@ class Conversation:
             limit = size - answer - size // DROP_SHARE
             turns = turns[1:]
 
-    def _transcript(self, turns: Sequence[Turn]) -> list[Message]:
+    def _list_messages(self, turns: Sequence[Turn]) -> list[Message]:
         """The messages of `turns`, after the system message."""
         said = [message for turn in turns for message in turn.messages]
         return [*make_system_messages(self._system), *said]
 
-    def _settle(self) -> None:
+    def _finish_answer(self) -> None:
         """Write down what was said in the last turn, and keep what it has computed."""
         if self._open is not None:
             self._open.close()
@@ -422,6 +438,6 @@ class Conversation:
             self._open = None
 
 
-def _media(turns: Sequence[Turn]) -> list[Medium]:
+def _list_media(turns: Sequence[Turn]) -> list[Medium]:
     """All media of `turns`, in order."""
     return [medium for turn in turns for medium in turn.media]

@@ -76,14 +76,14 @@ def cut_middle(text: str, limit: int) -> str:
     return f"{text[:half]} ... {text[-half:]}"
 
 
-def message_line(text: str) -> str:
+def format_message(text: str) -> str:
     """`text` as a message: one line, at most `MAX_MESSAGE` characters, all of it fit to print."""
     escaped = redact(escape_controls(redact(text)))  # again: an escape may look like a URL's part
     line = " ".join(part.strip() for part in escaped.split("\n"))
     return cut_middle(line.strip(), MAX_MESSAGE)
 
 
-def one_line(error: object) -> str:
+def format_error(error: object) -> str:
     """What `error` says, on one line of at most `MAX_QUOTE` characters; its type if nothing."""
     text = " ".join(redact(str(error)).split())
     return cut_middle(escape_controls(text), MAX_QUOTE) or type(error).__name__
@@ -122,7 +122,7 @@ class SmolVLMError(Exception):
     """Base of every error that this package raises on purpose."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(message_line(str(message)))
+        super().__init__(format_message(str(message)))
 
 
 class CheckpointError(SmolVLMError):
@@ -157,4 +157,4 @@ class SmolVLMWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""
 
     def __init__(self, message: object = "") -> None:
-        super().__init__(message_line(str(message)))
+        super().__init__(format_message(str(message)))

@@ -32,7 +32,7 @@ def check_owner(status: os.stat_result, path: str | Path) -> None:
         PermissionError: It belongs to somebody else.
     """
     if status.st_uid not in (os.geteuid(), 0):
-        raise _foreign(path, f"Owned by another user, uid {status.st_uid}")
+        raise _make_owner_error(path, f"Owned by another user, uid {status.st_uid}")
 
 
 def check_folder(path: Path) -> None:
@@ -45,7 +45,9 @@ def check_folder(path: Path) -> None:
     status = path.stat()
     check_owner(status, path)
     if status.st_uid != os.geteuid() and status.st_mode & _OTHERS_WRITE:
-        raise _foreign(path, f"Owned by uid {status.st_uid}, and other users can write to it")
+        raise _make_owner_error(
+            path, f"Owned by uid {status.st_uid}, and other users can write to it"
+        )
 
 
 def make_private_folder(path: Path) -> None:
@@ -63,10 +65,10 @@ def make_private_folder(path: Path) -> None:
     around = path.parent.stat()
     if around.st_uid not in (os.geteuid(), 0) and around.st_mode & _OTHERS_WRITE:
         reason = f"It lies in a folder of uid {around.st_uid} that other users can write to"
-        raise _foreign(path, reason)
+        raise _make_owner_error(path, reason)
 
 
-def _foreign(path: str | Path, reason: str) -> PermissionError:
+def _make_owner_error(path: str | Path, reason: str) -> PermissionError:
     return PermissionError(errno.EPERM, reason, str(path))
 
 
@@ -122,7 +124,7 @@ def open_regular(path: str | Path, flags: int) -> int:
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    raise _refusal(path, mode)
+    raise _make_type_error(path, mode)
 
 
 def open_file(path: str | Path, *, own_only: bool = False) -> BinaryIO:
@@ -219,7 +221,7 @@ def replace_file(
     path = Path(path)
     if follow_links and path.is_symlink():
         path = Path(os.path.realpath(path))
-    old = _regular_mode(path, follow_links)
+    old = _read_mode(path, follow_links)
     part = path.with_name(f".{secrets.token_hex(8)}.part{suffix}")
     os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode))
     try:
@@ -330,7 +332,7 @@ def lock_descriptor(descriptor: int, *, wait: bool = False) -> None:
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
-def sha256_file(path: str | Path) -> str:
+def compute_sha256(path: str | Path) -> str:
     """The hexadecimal SHA-256 of the regular file `path`; OSError as `open_file`."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
@@ -348,14 +350,14 @@ def digest_stream(stream: BinaryIO) -> bytes:
     return total.digest()
 
 
-def _refusal(path: str | Path, mode: int) -> OSError:
+def _make_type_error(path: str | Path, mode: int) -> OSError:
     """The error for a path whose mode is not that of a regular file."""
     if stat.S_ISDIR(mode):
         return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
-def _regular_mode(path: Path, follow_links: bool) -> int | None:
+def _read_mode(path: Path, follow_links: bool) -> int | None:
     """The permissions of the regular file that is to be replaced; None if there is none."""
     try:
         status = path.lstat()
@@ -364,7 +366,7 @@ def _regular_mode(path: Path, follow_links: bool) -> int | None:
     if stat.S_ISLNK(status.st_mode) and not follow_links:
         return None
     if not stat.S_ISREG(status.st_mode):
-        raise _refusal(path, status.st_mode)
+        raise _make_type_error(path, status.st_mode)
     if _is_standard_stream(path):
         raise OSError(errno.EINVAL, "Open as a standard stream", str(path))
     return stat.S_IMODE(status.st_mode)

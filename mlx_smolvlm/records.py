@@ -88,7 +88,7 @@ def read_json(path: Path, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
 def parse_json(text: str, path: Path) -> dict[str, Any]:
     """The JSON object in `text`, the content of the file at `path`; see `read_json`."""
     try:
-        values = json.loads(text, parse_int=_integer)
+        values = json.loads(text, parse_int=_parse_integer)
         if _ESCAPED_SURROGATE.search(text):
             json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
@@ -102,7 +102,7 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
     return values
 
 
-def _integer(text: str) -> int | float:
+def _parse_integer(text: str) -> int | float:
     """A JSON integer."""
     return int(text) if len(text) < 20 else float(text)
 
@@ -124,7 +124,7 @@ def read_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 T = TypeVar("T")
 
-_NAMES: dict[Any, str] = {
+_TYPE_NAMES: dict[Any, str] = {
     str: "a text",
     int: "a whole number",
     float: "a number",
@@ -165,7 +165,7 @@ def read_record(cls: type[T], values: Any, where: str = "", skip: Collection[str
 
 def read_value(kind: Any, value: Any, where: str) -> Any:
     """`value` as the type `kind`, see `read_record`; `where` names it in messages."""
-    for one in _choices(kind):
+    for one in _list_types(kind):
         if isinstance(one, type) and dataclasses.is_dataclass(one) and isinstance(value, dict):
             return read_record(one, value, f"{where}.")
         if one is Any:
@@ -182,30 +182,32 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
             return value
         if one is float and type(value) is int and abs(value) < 2**63:
             return float(value)
-    raise ValueError(f"{where} must be {_described(kind)}, not {shorten(value)}")
+    raise ValueError(f"{where} must be {_describe_type(kind)}, not {shorten(value)}")
 
 
-def _choices(kind: Any) -> tuple[Any, ...]:
+def _list_types(kind: Any) -> tuple[Any, ...]:
     """The members of a union, and any other type alone."""
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
-def _described(kind: Any) -> str:
+def _describe_type(kind: Any) -> str:
     """What a value of type `kind` is called; that it may be absent goes without saying."""
     names = []
-    for one in _choices(kind):
+    for one in _list_types(kind):
         if typing.get_origin(one) is tuple:
-            inner = _described(typing.get_args(one)[0])
+            inner = _describe_type(typing.get_args(one)[0])
             names.append(
-                f"a list, each item {inner}" if " or " in inner else f"a list of {_many(inner)}"
+                f"a list, each item {inner}"
+                if " or " in inner
+                else f"a list of {_pluralize(inner)}"
             )
         elif typing.get_origin(one) is Literal:
             names.append(f"one of {', '.join(typing.get_args(one))}")
         elif one is not type(None):
-            names.append(_NAMES.get(one, "a table"))
+            names.append(_TYPE_NAMES.get(one, "a table"))
     return " or ".join(names) or "null"
 
 
-def _many(name: str) -> str:
-    """The plural of one of `_NAMES`: of "a text" "texts"."""
+def _pluralize(name: str) -> str:
+    """The plural of one of `_TYPE_NAMES`: of "a text" "texts"."""
     return f"{name.removeprefix('a ')}s"

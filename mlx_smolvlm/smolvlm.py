@@ -19,8 +19,8 @@ from mlx_smolvlm.generate.long_video import Part, answer_by_part
 from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
 from mlx_smolvlm.generate.stream import AnswerStream, Reply
 from mlx_smolvlm.kv.options import CacheOptions
-from mlx_smolvlm.process import check_process
 from mlx_smolvlm.prompt.messages import ImageSource, Message, VideoSource, read_request
+from mlx_smolvlm.runtime import check_process
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -293,7 +293,7 @@ def load(
     path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
     config = read_config(path)
     cache.check(config.text)
-    dtype = dtype or _usual_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
+    dtype = dtype or _choose_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
     builder = PromptBuilder(find_tokenizer(path), read_chat_template(path), config)
     network = load_model(path, dtype)
     if adapter is None:
@@ -305,7 +305,7 @@ def load(
     return SmolVLM(Engine(path, config, network, builder, cache, folder))
 
 
-def _usual_dtype(config: Config, on_cpu: bool) -> str:
+def _choose_dtype(config: Config, on_cpu: bool) -> str:
     """The type to compute in if the user names none."""
     if on_cpu:
         return "float32"

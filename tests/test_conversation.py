@@ -308,7 +308,7 @@ def test_detail_is_part_of_the_content(warm: SmolVLM) -> None:
 
 def test_a_part_of_a_picture_is_never_common() -> None:
     content = Content(np.arange(12), (Span(2, 5, "a"), Span(6, 10, "b")))
-    lengths = {most: content.common(content, most) for most in (1, 2, 3, 5, 6, 7, 9, 10, 12)}
+    lengths = {most: content.count_common(content, most) for most in (1, 2, 3, 5, 6, 7, 9, 10, 12)}
     assert lengths == {1: 1, 2: 2, 3: 2, 5: 5, 6: 6, 7: 6, 9: 6, 10: 10, 12: 12}
 
 
@@ -540,10 +540,10 @@ def test_encoded_pictures_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mlx_smolvlm.reuse.memory.FEATURE_BYTES", int(2.5 * 4 * 4 * 64))
     memory = Memory(CacheOptions())
     memory.keep_features(pictures[:2])
-    memory.lend_features([Picture(None, pictures[0].grid, "high", "a")])  # so it goes later
+    memory.fill_features([Picture(None, pictures[0].grid, "high", "a")])  # so it goes later
     memory.keep_features(pictures[2:])
     again = [Picture(None, one.grid, "high", one.digest) for one in pictures]
-    memory.lend_features(again)
+    memory.fill_features(again)
     assert [one.image_embeds is not None for one in again] == [True, False, True]
 
 

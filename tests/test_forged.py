@@ -26,7 +26,7 @@ from mlx_smolvlm import (
     load,
 )
 from mlx_smolvlm.conversation import KIND
-from mlx_smolvlm.reuse.disk import OWN_FOLDER, read, write
+from mlx_smolvlm.reuse.disk import OWN_FOLDER, read_state_file, write_state_file
 
 SHORT = Sampling(max_tokens=2)
 PICTURE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
@@ -218,8 +218,10 @@ def test_tensors_of_another_type(
     saved: Path, tiny_video: SmolVLM, tmp_path: Path, name: str, to: mx.Dtype
 ) -> None:
     digest = tiny_video.engine.checkpoint_digest
-    tensors, values = read(saved, KIND, digest)
-    write(tmp_path / "chat", KIND, digest, {**tensors, name: tensors[name].astype(to)}, values)
+    tensors, values = read_state_file(saved, KIND, digest)
+    write_state_file(
+        tmp_path / "chat", KIND, digest, {**tensors, name: tensors[name].astype(to)}, values
+    )
     with pytest.raises(CheckpointError):
         tiny_video.chat().load(tmp_path / "chat")
 

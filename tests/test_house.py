@@ -22,9 +22,9 @@ LIBRARY = ROOT / "mlx_smolvlm"
 PACKAGE_FOLDERS = ("mlx_smolvlm", "convert", "cli", "train")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Declared, but never imported.
-LOADED_OTHERWISE = {"cmeel-openblas"}  # a shared library that blas.py opens by its path
+LOADED_OTHERWISE = {"cmeel-openblas"}  # a shared library that runtime.py opens by its path
 LEAVES = {
-    "blas", "files", "process", "records",
+    "files", "records", "runtime",
     "kv.bounded", "kv.cache", "kv.options", "model.connector", "model.text", "model.vision",
     "media.animation", "media.budget", "media.decode", "media.download", "media.fetch",
     "media.picture", "media.readers", "media.tiles", "media.timeline", "media.video",
@@ -35,7 +35,7 @@ PACKAGE = "mlx_smolvlm"
 # Lowest first. A module imports its own folder and those before it; a file directly in the
 # package stands for itself.
 LAYERS = (
-    *("blas", "errors", "process", "files", "records", "config"),
+    *("errors", "runtime", "files", "records", "config"),
     *("kv", "model", "checkpoint", "media", "prompt", "reuse", "generate"),
     *("conversation", "smolvlm", "mlx_smolvlm"),
     *("train", "train/evaluate", "convert", "convert/compare", "convert/quant"),

@@ -20,7 +20,7 @@ from mlx_smolvlm.errors import (
     MediaError,
     SmolVLMWarning,
     escape_controls,
-    message_line,
+    format_message,
     redact,
     redact_url,
 )
@@ -248,13 +248,13 @@ def test_the_environment_is_told_without_its_secrets(monkeypatch):
 
 def test_the_middle_of_a_long_message_is_left_out(command):
     for message in ("x" * 100_000, "\x1b" * 100_000, "http://u:secret@h/ " * 10_000):
-        line = message_line(f"begin {message} end")
+        line = format_message(f"begin {message} end")
         assert len(line) <= MAX_MESSAGE
         assert line.startswith("begin ")
         assert line.endswith(" end")
         assert " ... " in line
         assert "secret" not in line
-        assert message_line(line) == line
+        assert format_message(line) == line
     for arguments in (
         ("chat", "hi", "--schema", "x" * 100_000),
         ("chat", "hi", "x" * 100_000),
@@ -271,8 +271,8 @@ def test_the_middle_of_a_long_message_is_left_out(command):
 
 @given(st.text(alphabet="htp:/\\@?#'\" au1[]\x1b\u202e\n", max_size=60))
 def test_a_message_is_not_changed_a_second_time(text):
-    line = message_line(text)
-    assert message_line(line) == line
+    line = format_message(text)
+    assert format_message(line) == line
     assert "\n" not in line
 
 

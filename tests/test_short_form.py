@@ -89,4 +89,4 @@ def test_dir_shows_the_public_surface(tiny: SmolVLM) -> None:
     names = dir(tiny)
     assert {"ask", "stream", "ask_many", "choose", "chat", "stream_parts"} <= set(names)
     assert all(hasattr(tiny, name) and not name.startswith("_") for name in names)
-    assert not {"make_prompt", "content_of", "opened", "answer", "memory"} & set(names)
+    assert not {"make_prompt", "make_content", "opened", "answer", "memory"} & set(names)

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, SmolVLMError, load, process
+from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, SmolVLMError, load, runtime
 from mlx_smolvlm.generate.stream import Answer
-from mlx_smolvlm.kv.cache import NONE
+from mlx_smolvlm.kv.cache import NO_PINS
 from mlx_smolvlm.model.model import compile_encoder
-from mlx_smolvlm.reuse.content import Content, State
+from mlx_smolvlm.reuse.content import CachedState, Content
 from mlx_smolvlm.reuse.memory import Memory
 
 SHORT = Sampling(max_tokens=4)
@@ -158,16 +158,16 @@ def test_one_thread_at_a_time_changes_the_memory(tiny: SmolVLM) -> None:
             self.done.wait(0.3)
             self.is_busy = False
 
-        def put(self, state: State, prompt: Content) -> None:
+        def save(self, state: CachedState, prompt: Content) -> None:
             assert not self.is_busy
 
     store, content = SlowStore(), Content(np.arange(4, dtype=np.int32))
     memory = Memory(CacheOptions(), store)  # type: ignore[arg-type]
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(memory.recall, content, NONE, None)
+        first = pool.submit(memory.find_state, content, NO_PINS, None)
         assert store.reached.wait(10)
         second = pool.submit(
-            memory.remember, State(content, tiny.engine.make_cache()), content, False
+            memory.keep_state, CachedState(content, tiny.engine.make_cache()), content, False
         )
         second.add_done_callback(lambda _: store.done.set())
         second.result(20)
@@ -201,8 +201,8 @@ def test_the_end_of_the_program_waits_for_threads(
     tiny: SmolVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: set[int] = set()
-    monkeypatch.setattr(process, "_threads", used)
-    monkeypatch.setattr(process, "_TASKS", tmp_path)
+    monkeypatch.setattr(runtime, "_threads", used)
+    monkeypatch.setattr(runtime, "_TASKS", tmp_path)
     tiny.ask(QUESTIONS[0], sampling=SHORT)
     assert not used  # the main thread ends last
     thread = threading.Thread(target=tiny.ask, args=(QUESTIONS[0],), kwargs={"sampling": SHORT})
@@ -212,7 +212,7 @@ def test_the_end_of_the_program_waits_for_threads(
     task = tmp_path / str(thread.native_id)
     task.touch()  # it still releases what it holds
     threading.Timer(0.05, task.unlink).start()
-    process._wait_for_threads()
+    runtime._wait_for_threads()
     assert not task.exists()
 
 

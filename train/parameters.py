@@ -26,7 +26,7 @@ from mlx_smolvlm.checkpoint.lora import (
     load_adapter,
 )
 from mlx_smolvlm.checkpoint.writer import FolderWriter, ShardWriter, stage_folder
-from mlx_smolvlm.config import Config, part_of
+from mlx_smolvlm.config import Config, find_part
 from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.train.settings import LoraSettings
@@ -61,7 +61,7 @@ def freeze_other_parts(model: Model, parts: tuple[str, ...]) -> None:
     """
     packed = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     for path, module in model.named_modules():
-        if isinstance(module, packed) and part_of(path) in parts:
+        if isinstance(module, packed) and find_part(path) in parts:
             raise TrainingError(
                 f"'{path}' is quantized to {module.bits} bits, and method full trains floats; "
                 'use method "lora", leave the part out, or convert the checkpoint with --bits 16'
@@ -69,7 +69,7 @@ def freeze_other_parts(model: Model, parts: tuple[str, ...]) -> None:
     model.freeze()
     for path, module in model.named_modules():
         own = [name for name, value in module.items() if isinstance(value, mx.array)]
-        trained = [name for name in own if part_of(f"{path}.{name}") in parts]
+        trained = [name for name in own if find_part(f"{path}.{name}") in parts]
         if trained:
             module.unfreeze(recurse=False, keys=trained)
 
@@ -77,7 +77,7 @@ def freeze_other_parts(model: Model, parts: tuple[str, ...]) -> None:
 def trains_encoder(model: Model) -> bool:
     """Whether what `model` makes of a picture changes in training."""
     names: Any = tree_flatten(model.trainable_parameters())
-    return any(part_of(name) in ("vision", "connector") for name, _ in names)
+    return any(find_part(name) in ("vision", "connector") for name, _ in names)
 
 
 def write_model(model: Model, base: Path, config: Config, dest: Path) -> None:
@@ -127,7 +127,7 @@ def fuse(base: Path, adapter: Path, dest: Path) -> Path:
     model.update_modules(tree_unflatten(whole))
     old = config.quantization
     kept = tuple(one for one in old.overrides if one[0] not in adapted.modules)
-    unpacked = tuple((path, None) for path in adapted.modules if old.of(path) is not None)
+    unpacked = tuple((path, None) for path in adapted.modules if old.find(path) is not None)
     quantization = replace(old, overrides=(*kept, *unpacked))
     write_model(model, base, mark_as_tuned(replace(config, quantization=quantization)), dest)
     return dest

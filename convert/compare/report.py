@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mlx_smolvlm.config import PARTS, part_of
+from mlx_smolvlm.config import PARTS, find_part
 from mlx_smolvlm.convert.compare.observe import Predictions
 
 # Counts of tokens are given by KL divergence: below the first edge, between two, above the last.
@@ -274,7 +274,7 @@ def _token_rows(name: str, loss: TokenLoss) -> Iterator[tuple[str, str]]:
 def part_errors(matrices: Sequence[MatrixLoss]) -> Iterator[tuple[str, float, MatrixLoss]]:
     """Each part with its relative errors' mean, weighed by parameters, and its worst matrix."""
     for part in PARTS:
-        own = [one for one in matrices if part_of(one.path) == part]
+        own = [one for one in matrices if find_part(one.path) == part]
         if own:
             total = sum(one.parameters for one in own)
             mean = sum(one.relative_error * one.parameters for one in own) / total

@@ -124,7 +124,7 @@ def build_model(config: Config) -> Model:
     def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in NEVER_QUANTIZED or not hasattr(module, "to_quantized"):
             return False
-        quantization = config.quantization.of(path)
+        quantization = config.quantization.find(path)
         if quantization is None:
             return False
         width = module.weight.shape[-1]

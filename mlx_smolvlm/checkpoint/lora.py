@@ -21,7 +21,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_smolvlm.checkpoint.headers import load_tensors, read_header, save_tensors
 from mlx_smolvlm.checkpoint.load import NEVER_QUANTIZED
-from mlx_smolvlm.config import LONGEST_SOURCE, part_of
+from mlx_smolvlm.config import LONGEST_SOURCE, find_part
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import write_file
 from mlx_smolvlm.model.model import Model
@@ -113,7 +113,9 @@ def list_adaptable(model: Model, parts: tuple[str, ...]) -> tuple[str, ...]:
         sorted(
             path
             for path, module in model.named_modules()
-            if isinstance(module, kinds) and path not in NEVER_QUANTIZED and part_of(path) in parts
+            if isinstance(module, kinds)
+            and path not in NEVER_QUANTIZED
+            and find_part(path) in parts
         )
     )
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from mlx_smolvlm.checkpoint.headers import TensorInfo, read_headers
 from mlx_smolvlm.checkpoint.load import read_config
-from mlx_smolvlm.config import PARTS, Config, part_of
+from mlx_smolvlm.config import PARTS, Config, find_part
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.files import sha256_file
+from mlx_smolvlm.files import compute_sha256
 from mlx_smolvlm.records import read_json, read_record, read_text
 
 SUMS_FILE = "SHA256SUMS"
@@ -57,7 +57,7 @@ def check_sums(folder: Path) -> Iterator[tuple[str, str | None]]:
         return
     for name, wanted in sums.items():
         try:
-            found = sha256_file(folder / name)
+            found = compute_sha256(folder / name)
         except FileNotFoundError:
             yield name, "is missing"
         except OSError as error:
@@ -151,7 +151,7 @@ def measure_parts(folder: Path) -> dict[str, PartSize]:
     tensors = read_headers(folder)
     for name, info in tensors.items():
         weights = _count_weights(name, info, config, tensors)
-        sizes[part_of(name)] += PartSize(weights, info.nbytes)
+        sizes[find_part(name)] += PartSize(weights, info.nbytes)
     return sizes
 
 
@@ -167,5 +167,5 @@ def _count_weights(
         return count
     if suffix in ("scales", "biases"):
         return 0
-    packed = config.quantization.of(path)
+    packed = config.quantization.find(path)
     return count * 32 // packed.bits if suffix == "weight" and packed is not None else count

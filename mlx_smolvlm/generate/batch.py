@@ -16,7 +16,7 @@ from mlx_smolvlm.generate.stream import Answer, AnswerStream, PreparedPrompt, Re
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.model.text import Placement
-from mlx_smolvlm.reuse.content import State, common
+from mlx_smolvlm.reuse.content import CachedState, count_common
 
 CONTEXTS = 2  # the cache of rows that go together holds at most so many times the context
 MAX_ROWS = 64  # and their logits are at most so many rows
@@ -76,7 +76,7 @@ class RowDecoder:
 
 def count_shared_tokens(sequences: Sequence[np.ndarray]) -> int:
     """Tokens that all `sequences` begin with; each has at least one more."""
-    shared = min(common(sequences[0], sequence) for sequence in sequences)
+    shared = min(count_common(sequences[0], sequence) for sequence in sequences)
     return min(shared, *(sequence.size - 1 for sequence in sequences))
 
 
@@ -179,7 +179,7 @@ def make_prefix_cache(engine: Engine, beginning: Prompt, reply: Reply) -> KVCach
             break
     prefill(engine.model, ready.inputs_embeds, ready.cache)
     mx.eval(ready.cache.arrays)
-    engine.memory.remember(State(ready.content, ready.cache.fork()), ready.content, False)
+    engine.memory.keep_state(CachedState(ready.content, ready.cache.fork()), ready.content, False)
     return ready.cache
 
 

@@ -14,7 +14,7 @@ from mlx_smolvlm.generate.batch import RowDecoder, make_prefix_cache, split_into
 from mlx_smolvlm.generate.engine import Engine, Prompt
 from mlx_smolvlm.generate.sampling import log_normalizer
 from mlx_smolvlm.generate.stream import Reply
-from mlx_smolvlm.reuse.content import common
+from mlx_smolvlm.reuse.content import count_common
 
 Normalize = Literal["none", "tokens"]
 SCORE_CHUNK = 128  # positions that go through the output head at once; bounds the logits
@@ -107,7 +107,7 @@ def choose_answer(
         PromptError: The chat template does not end an answer.
     """
     transcripts = [
-        cut_after_answer(engine, one.input_ids, common(prompt.input_ids, one.input_ids))
+        cut_after_answer(engine, one.input_ids, count_common(prompt.input_ids, one.input_ids))
         for one in told
     ]
     return make_choice(choices, compute_log_probabilities(engine, prompt, transcripts), normalize)
@@ -141,7 +141,7 @@ def compute_log_probabilities(
         prompt: The question, up to where the answer begins.
         transcripts: Input ids of the question with each answer, up to the answer's end.
     """
-    starts = [common(prompt.input_ids, told) for told in transcripts]
+    starts = [count_common(prompt.input_ids, told) for told in transcripts]
     shared = min(starts) - 1  # the token before an answer is in its row: it foretells the first
     cache = make_prefix_cache(engine, replace(prompt, input_ids=prompt.input_ids[:shared]), Reply())
     context = engine.context_size

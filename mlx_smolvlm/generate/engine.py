@@ -16,14 +16,14 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import ContextError, PromptError, SmolVLMWarning
 from mlx_smolvlm.generate.grammar import Constrainer
 from mlx_smolvlm.kv.bounded import RECENT, SINKS
-from mlx_smolvlm.kv.cache import NONE, KVCache
-from mlx_smolvlm.kv.options import PLAIN, CacheOptions
+from mlx_smolvlm.kv.cache import NO_PINS, KVCache
+from mlx_smolvlm.kv.options import DEFAULT_OPTIONS, CacheOptions
 from mlx_smolvlm.media.encode import Footage, Medium, Picture, encode, join_embeds, order_media
 from mlx_smolvlm.model.model import Model, compile_encoder
-from mlx_smolvlm.process import check_process
 from mlx_smolvlm.prompt.messages import Message, Request, VideoSource
-from mlx_smolvlm.reuse.content import Content, State, content_of
+from mlx_smolvlm.reuse.content import CachedState, Content, make_content
 from mlx_smolvlm.reuse.memory import make_memory
+from mlx_smolvlm.runtime import check_process
 
 if TYPE_CHECKING:
     from mlx_smolvlm.media.tiles import Detail
@@ -47,9 +47,9 @@ class Prompt:
 
     input_ids: np.ndarray
     media: tuple[Medium, ...]
-    state: State | None = None
+    state: CachedState | None = None
     is_turn: bool = False
-    pins: np.ndarray = field(default_factory=lambda: NONE)
+    pins: np.ndarray = field(default_factory=lambda: NO_PINS)
 
     def limit_tokens(self, context: int, max_tokens: int) -> int:
         """Number of tokens that its answer may take: `max_tokens`, or what the context leaves."""
@@ -72,7 +72,7 @@ class Engine:
         config: Config,
         model: Model,
         prompt_builder: PromptBuilder,
-        cache_options: CacheOptions = PLAIN,
+        cache_options: CacheOptions = DEFAULT_OPTIONS,
         adapter: Path | None = None,
     ) -> None:
         self.path, self.config, self.model = path, config, model
@@ -97,9 +97,9 @@ class Engine:
     @cached_property
     def checkpoint_digest(self) -> str:
         """Digest of the files of the checkpoint and of its adapter; reads them all."""
-        from mlx_smolvlm.reuse.disk import checkpoint_digest
+        from mlx_smolvlm.reuse.disk import digest_checkpoint
 
-        return checkpoint_digest(self.path, adapter=self.adapter)
+        return digest_checkpoint(self.path, adapter=self.adapter)
 
     @property
     def context_size(self) -> int:
@@ -177,7 +177,7 @@ class Engine:
     def describe_content(self, prompt: Prompt) -> Content:
         """The meaning of the tokens of `prompt`, to compare them with earlier ones."""
         config = self.config
-        return content_of(
+        return make_content(
             prompt.input_ids, prompt.media, config.image_token_id, config.image_seq_len
         )
 

@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from mlx_smolvlm.errors import ConstraintError, SmolVLMWarning, one_line
+from mlx_smolvlm.errors import ConstraintError, SmolVLMWarning, format_error
 
 if TYPE_CHECKING:
     import llguidance
@@ -100,7 +100,7 @@ def read_matcher_error(matcher: llguidance.LLMatcher) -> str:
         return "no answer can fit it"
     found = re.search(r"^error: (.*)", message, re.MULTILINE)  # of a regular expression
     line = found[1] if found else message.splitlines()[0]
-    return one_line(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", line))
+    return format_error(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", line))
 
 
 def read_schema(schema: Schema) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def parse_answer(text: str, schema: Schema | None) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         warnings.warn(
-            f"the answer fits the schema and is not parsed: {one_line(error)}",
+            f"the answer fits the schema and is not parsed: {format_error(error)}",
             SmolVLMWarning,
             stacklevel=2,
         )

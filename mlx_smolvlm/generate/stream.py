@@ -19,8 +19,8 @@ from mlx_smolvlm.generate.loop import StopText, generate_constrained_tokens, gen
 from mlx_smolvlm.generate.sampling import Sampling, make_sampler
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.media.encode import Footage, Picture, Progress, encode, join_embeds
-from mlx_smolvlm.process import check_process
-from mlx_smolvlm.reuse.content import Content, State
+from mlx_smolvlm.reuse.content import CachedState, Content
+from mlx_smolvlm.runtime import check_process
 
 
 @dataclass(frozen=True)
@@ -186,10 +186,10 @@ def prepare_answer(
     check_process()
     mx.reset_peak_memory()
     content = engine.describe_content(prompt)
-    state, start = engine.memory.recall(content, prompt.pins, prompt.state)
+    state, start = engine.memory.find_state(content, prompt.pins, prompt.state)
     spans = zip(prompt.media, content.spans, strict=True)
     todo = [medium for medium, span in spans if span.stop > start]
-    engine.memory.lend_features(todo)
+    engine.memory.fill_features(todo)
     with closing(encode(todo, engine.encoder, engine.config)) as steps:
         for step in steps:
             reply.encoded_tiles = step.encoded
@@ -313,8 +313,8 @@ class AnswerStream(Iterator[Chunk]):
         if self._token_ids is not None:
             self._token_ids.close()
             content, _, cache = self._ready
-            self.state = State(content.followed_by(self.reply.token_ids), cache)
-            self._engine.memory.remember(self.state, content, self._prompt.is_turn)
+            self.state = CachedState(content.with_tokens(self.reply.token_ids), cache)
+            self._engine.memory.keep_state(self.state, content, self._prompt.is_turn)
 
     def _complete(self) -> str:
         """Set why the answer ended, and its value; the text that was held back until now."""

@@ -14,14 +14,14 @@ from typing import Self
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.kv.cache import FLOAT, NONE, KVCache, Mask, Storage
+from mlx_smolvlm.kv.cache import FLOAT_STORAGE, NO_PINS, KVCache, Mask, Storage
 
 SINKS = 4  # first tokens that attention leans on whatever they say (arXiv 2309.17453)
 RECENT = 32  # latest tokens that must fit beside the pinned ones
 
 
 @dataclass(frozen=True)
-class _Chunk:
+class _ChunkPlan:
     """What several new tokens, after those held, see (`mask`), and which of all then stay."""
 
     positions: np.ndarray  # of those that stay, (max_tokens,)
@@ -36,14 +36,14 @@ class BoundedKVCache(KVCache):
     does not mind. `pins` are positions, in order; the first `SINKS` are always among them.
     """
 
-    def __init__(self, num_layers: int, max_tokens: int, storage: Storage = FLOAT) -> None:
+    def __init__(self, num_layers: int, max_tokens: int, storage: Storage = FLOAT_STORAGE) -> None:
         if max_tokens < SINKS + RECENT:
             raise ValueError(f"max_tokens is {max_tokens}, and must be {SINKS + RECENT} or more")
         super().__init__(num_layers, storage)
         self.max_tokens = max_tokens
         self.pins, self.positions = np.arange(SINKS), np.arange(0)
         # What is the same in every layer of the forward pass that is under way.
-        self._chunk: _Chunk | None = None
+        self._chunk: _ChunkPlan | None = None
         self._slot: int | None = None
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
@@ -63,14 +63,14 @@ class BoundedKVCache(KVCache):
         new, held = self.storage.pack(keys_values), self.buffers[layer]
         if length == 1:
             assert held is not None
-            slot = self._oldest()
+            slot = self._find_oldest_slot()
             for buffer, part in zip(held, new, strict=True):
                 buffer[:, :, slot : slot + 1] = part
             return self.storage.attend(queries, held, None)
         if held is not None:
             kept = (buffer[:, :, : self.positions.size] for buffer in held)
             new = tuple(mx.concatenate([*pair], axis=2) for pair in zip(kept, new, strict=True))
-        self._chunk = self._chunk or self._plan(length)
+        self._chunk = self._chunk or self._plan_chunk(length)
         stay = self._chunk.stay
         self.buffers[layer] = tuple(mx.take(part, stay, axis=2) for part in new)
         return self.storage.attend(queries, new, self._chunk.mask)
@@ -80,9 +80,9 @@ class BoundedKVCache(KVCache):
         if self.offset + length <= self.max_tokens:
             self.positions = np.arange(self.offset + length)
         elif length == 1:
-            self.positions[self._oldest()] = self.offset
+            self.positions[self._find_oldest_slot()] = self.offset
         else:
-            self.positions = (self._chunk or self._plan(length)).positions
+            self.positions = (self._chunk or self._plan_chunk(length)).positions
         self._chunk = self._slot = None
         super().advance(length)
 
@@ -92,14 +92,14 @@ class BoundedKVCache(KVCache):
         twin.positions = self.positions.copy()
         return twin
 
-    def can_resume(self, offset: int, pins: np.ndarray = NONE) -> bool:
+    def can_resume(self, offset: int, pins: np.ndarray = NO_PINS) -> bool:
         """Whether `trim(offset)` and `pin(pins)` give the cache of those tokens alone.
 
         Once a token was dropped, only the very state that the cache is in will do.
         """
-        if not self.dropped:
+        if not self.num_dropped:
             return super().can_resume(offset, pins)
-        return offset == self.offset and self._agree(pins)
+        return offset == self.offset and self._has_same_pins(pins)
 
     def trim(self, offset: int) -> None:
         """Forget every token from `offset` on.
@@ -107,10 +107,10 @@ class BoundedKVCache(KVCache):
         Raises:
             ValueError: It is no token seen, or a token was dropped: `can_resume` says no.
         """
-        if self.dropped and 0 <= offset < self.offset:
+        if self.num_dropped and 0 <= offset < self.offset:
             raise ValueError(
                 f"the cache cannot go back to {offset} of {self.offset} tokens, since it has "
-                f"dropped {self.dropped}; ask can_resume first, and begin a new cache"
+                f"dropped {self.num_dropped}; ask can_resume first, and begin a new cache"
             )
         super().trim(offset)
         self._chunk = self._slot = None  # of a forward pass that was interrupted
@@ -123,12 +123,12 @@ class BoundedKVCache(KVCache):
             ValueError: They leave no room for the latest tokens, or differ from those before
                 which a token was dropped.
         """
-        if self.dropped and not self._agree(pins):
+        if self.num_dropped and not self._has_same_pins(pins):
             raise ValueError(
                 f"the cache cannot pin other tokens among the first {self.offset}, since it has "
-                f"dropped {self.dropped}; ask can_resume first, and begin a new cache"
+                f"dropped {self.num_dropped}; ask can_resume first, and begin a new cache"
             )
-        pins = _with_sinks(pins)
+        pins = _add_sinks(pins)
         if pins.size > self.max_tokens - RECENT:
             raise ValueError(
                 f"{pins.size} tokens to pin and {RECENT} recent ones exceed {self.max_tokens}"
@@ -137,26 +137,26 @@ class BoundedKVCache(KVCache):
         self._chunk = self._slot = None
 
     @property
-    def dropped(self) -> int:
+    def num_dropped(self) -> int:
         """Tokens that were seen and are no longer held."""
         return self.offset - self.positions.size
 
     def _capacity(self, end: int) -> int:
         return min(super()._capacity(end), self.max_tokens)
 
-    def _agree(self, pins: np.ndarray) -> bool:
+    def _has_same_pins(self, pins: np.ndarray) -> bool:
         """Whether the same tokens are pinned of those that were seen."""
-        old, new = self.pins, _with_sinks(pins)
+        old, new = self.pins, _add_sinks(pins)
         return np.array_equal(old[old < self.offset], new[new < self.offset])
 
-    def _oldest(self) -> int:
+    def _find_oldest_slot(self) -> int:
         """The slot of the oldest token that is not pinned, computed once a forward pass."""
         if self._slot is None:
             free = np.where(np.isin(self.positions, self.pins), self.offset, self.positions)
             self._slot = int(np.argmin(free))
         return self._slot
 
-    def _plan(self, length: int) -> _Chunk:
+    def _plan_chunk(self, length: int) -> _ChunkPlan:
         """What `length` new tokens see and leave.
 
         A token t has room for `max_tokens` less the pinned ones up to it. So it sees an
@@ -169,9 +169,9 @@ class BoundedKVCache(KVCache):
         pinned = np.isin(positions, self.pins)
         mask = (positions <= new[:, None]) & (pinned | recent)
         stay = np.flatnonzero(mask[-1])
-        return _Chunk(positions[stay], mx.array(mask), mx.array(stay))
+        return _ChunkPlan(positions[stay], mx.array(mask), mx.array(stay))
 
 
-def _with_sinks(pins: np.ndarray) -> np.ndarray:
+def _add_sinks(pins: np.ndarray) -> np.ndarray:
     """`pins` and the first tokens, in order, each once."""
     return np.union1d(pins, np.arange(SINKS)).astype(np.int64)

@@ -8,28 +8,28 @@ from typing import Literal, Protocol, Self
 import mlx.core as mx
 import numpy as np
 
-Held = tuple[mx.array, ...]  # each (B, 2*kv_heads, tokens, a width)
+Buffers = tuple[mx.array, ...]  # each (B, 2*kv_heads, tokens, a width)
 Mask = mx.array | Literal["causal"] | None  # (L, tokens) of bool, True where a query sees
 
 
 class Storage(Protocol):
     """Keys and values of a cache."""
 
-    def pack(self, keys_values: mx.array) -> Held:
+    def pack(self, keys_values: mx.array) -> Buffers:
         """`keys_values` (B, 2*kv_heads, L, head_dim) as they are held."""
 
-    def attend(self, queries: mx.array, held: Held, mask: Mask) -> mx.array:
+    def attend(self, queries: mx.array, held: Buffers, mask: Mask) -> mx.array:
         """(B, heads, L, head_dim): what `queries` of that shape find in `held`."""
 
 
 class FloatStorage:
     """Keys and values as they come, for MLX's fused attention."""
 
-    def pack(self, keys_values: mx.array) -> Held:
+    def pack(self, keys_values: mx.array) -> Buffers:
         """`keys_values` (B, 2*kv_heads, L, head_dim) themselves."""
         return (keys_values,)
 
-    def attend(self, queries: mx.array, held: Held, mask: Mask) -> mx.array:
+    def attend(self, queries: mx.array, held: Buffers, mask: Mask) -> mx.array:
         """(B, heads, L, head_dim): what `queries` of that shape find in `held`."""
         keys, values = mx.split(held[0], 2, axis=1)
         scale = queries.shape[-1] ** -0.5
@@ -47,14 +47,14 @@ class PackedStorage:
     def __init__(self, bits: int, group_size: int) -> None:
         self.bits, self.group_size = bits, group_size
 
-    def pack(self, keys_values: mx.array) -> Held:
+    def pack(self, keys_values: mx.array) -> Buffers:
         """Numbers, scales and biases of `keys_values` (B, 2*kv_heads, L, head_dim)."""
         if keys_values.dtype == mx.bfloat16:  # too coarse for scales: docs/decisions/kv.md
             keys_values = keys_values.astype(mx.float32)
         packed, scales, biases = mx.quantize(keys_values, self.group_size, self.bits)
         return packed, scales, biases
 
-    def attend(self, queries: mx.array, held: Held, mask: Mask) -> mx.array:
+    def attend(self, queries: mx.array, held: Buffers, mask: Mask) -> mx.array:
         """(B, heads, L, head_dim): what `queries` of that shape find in `held`."""
         b, heads, length, width = queries.shape
         kv_heads, tokens = held[0].shape[1] // 2, held[0].shape[2]
@@ -63,30 +63,30 @@ class PackedStorage:
         scores = self._product(rows, keys, transpose=True)  # (B, kv_heads, share*L, tokens)
         if mask is not None:
             scores = scores.reshape(b, kv_heads, -1, length, tokens)
-            seen = causal(length, tokens) if isinstance(mask, str) else mask
+            seen = make_causal_mask(length, tokens) if isinstance(mask, str) else mask
             scores = mx.where(seen, scores, mx.finfo(scores.dtype).min)
             scores = scores.reshape(b, kv_heads, -1, tokens)
         weights = mx.softmax(scores, axis=-1, precise=True)
         found = self._product(weights, values, transpose=False)
         return found.reshape(b, heads, length, width).astype(queries.dtype)
 
-    def _product(self, rows: mx.array, packed: Held, transpose: bool) -> mx.array:
+    def _product(self, rows: mx.array, packed: Buffers, transpose: bool) -> mx.array:
         numbers, scales, biases = packed
         return mx.quantized_matmul(
             rows, numbers, scales, biases, transpose, self.group_size, self.bits
         )
 
 
-def causal(length: int, tokens: int) -> mx.array:
+def make_causal_mask(length: int, tokens: int) -> mx.array:
     """(length, tokens), True where the last `length` of `tokens` see themselves and all before."""
     return mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)[None]
 
 
-FLOAT = FloatStorage()
+FLOAT_STORAGE = FloatStorage()
 
 
 STEP = 256  # tokens by which a full buffer grows
-NONE = np.arange(0)
+NO_PINS = np.arange(0)
 
 
 class KVCache:
@@ -96,8 +96,8 @@ class KVCache:
     layer. A layer's buffers have room for more tokens than were seen.
     """
 
-    def __init__(self, num_layers: int, storage: Storage = FLOAT) -> None:
-        self.buffers: list[Held | None] = [None] * num_layers
+    def __init__(self, num_layers: int, storage: Storage = FLOAT_STORAGE) -> None:
+        self.buffers: list[Buffers | None] = [None] * num_layers
         self.storage = storage
         self.offset = 0
 
@@ -130,7 +130,7 @@ class KVCache:
         twin.buffers = [held and tuple(buffer[:] for buffer in held) for held in self.buffers]
         return twin
 
-    def can_resume(self, offset: int, pins: np.ndarray = NONE) -> bool:
+    def can_resume(self, offset: int, pins: np.ndarray = NO_PINS) -> bool:
         """Whether `trim(offset)` and `pin(pins)` give the cache of those tokens alone."""
         return 0 <= offset <= self.offset
 
@@ -157,7 +157,7 @@ class KVCache:
         """Bytes that the buffers take."""
         return sum(buffer.nbytes for buffer in self.arrays)
 
-    def _with_room(self, layer: int, new: Held, end: int) -> Held:
+    def _with_room(self, layer: int, new: Buffers, end: int) -> Buffers:
         """The buffers of `layer`, of `new`'s widths, with room for `end` tokens."""
         held = self.buffers[layer]
         capacity = 0 if held is None else held[0].shape[2]

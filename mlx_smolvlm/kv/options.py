@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mlx_smolvlm.config import TextConfig
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.kv.bounded import RECENT, SINKS, BoundedKVCache
-from mlx_smolvlm.kv.cache import FLOAT, KVCache, PackedStorage, Storage
+from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache, PackedStorage, Storage
 
 PREFIX_BYTES = 256 * 1024**2
 FOLDER_BYTES = 4 * 1024**3
@@ -78,9 +78,9 @@ class CacheOptions:
                 f"kv_group_size {self.kv_group_size}; {advice}"
             )
 
-    def make(self, num_layers: int) -> KVCache:
+    def make_cache(self, num_layers: int) -> KVCache:
         """An empty cache for a decoder of `num_layers`."""
-        storage: Storage = FLOAT
+        storage: Storage = FLOAT_STORAGE
         if self.kv_bits is not None:
             storage = PackedStorage(self.kv_bits, self.kv_group_size)
         if self.max_kv_tokens is None:
@@ -88,4 +88,4 @@ class CacheOptions:
         return BoundedKVCache(num_layers, self.max_kv_tokens, storage)
 
 
-PLAIN = CacheOptions()
+DEFAULT_OPTIONS = CacheOptions()

@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-from mlx_smolvlm.errors import one_line
+from mlx_smolvlm.errors import format_error
 
 MAX_REDIRECTS = 10
 MAX_HEAD_BYTES = 1 << 20  # before a response's body, any number of "100 Continue" included
@@ -364,7 +364,7 @@ def _build_login_header(proxy: SplitResult) -> dict[str, str]:
 
 def _describe_status(response: http.client.HTTPResponse) -> str:
     """The status of `response` in words."""
-    reason = f", {one_line(response.reason)}" if response.reason else ""
+    reason = f", {format_error(response.reason)}" if response.reason else ""
     return f"HTTP {response.status}{reason}"
 
 

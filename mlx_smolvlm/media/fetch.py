@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-from mlx_smolvlm.errors import MediaError, one_line, redact_url
+from mlx_smolvlm.errors import MediaError, format_error, redact_url
 from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def _open_file(source: str | Path, video: bool) -> BinaryIO:
     except PermissionError:
         raise MediaError(f"{name} may not be read; check its permissions") from None
     except (OSError, ValueError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
+        reason = getattr(error, "strerror", None) or format_error(error)
         raise MediaError(f"{name} cannot be opened: {reason}") from None
 
 
@@ -147,7 +147,7 @@ def _download(url: str, video: bool) -> BinaryIO:
     except TimeoutError as error:
         raise MediaError(f"{name} {error}; try again") from None
     except (OSError, http.client.HTTPException, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
+        reason = getattr(error, "strerror", None) or format_error(error)
         raise MediaError(f"{name} cannot be fetched: {reason}") from None
     size = copy.seek(0, io.SEEK_END)
     copy.seek(0)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from mlx_smolvlm.errors import MediaError, one_line
+from mlx_smolvlm.errors import MediaError, format_error
 from mlx_smolvlm.media.budget import MAX_EXIF_BYTES, PictureStream, check_size
 from mlx_smolvlm.media.fetch import describe_source, is_remote, open_bytes
 
@@ -148,7 +148,7 @@ def convert_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:  # a format plugin raises anything on damaged data
         raise MediaError(
-            f"{name} cannot be decoded; it may be truncated or damaged ({one_line(error)})"
+            f"{name} cannot be decoded; it may be truncated or damaged ({format_error(error)})"
         ) from None
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 import numpy as np
 from PIL import Image
 
-from mlx_smolvlm.errors import MediaError, one_line
+from mlx_smolvlm.errors import MediaError, format_error
 from mlx_smolvlm.files import digest_stream
 from mlx_smolvlm.media.animation import AnimationReader
 from mlx_smolvlm.media.budget import check_size
@@ -140,7 +140,7 @@ class _QuietFile:
     def raise_error(self, name: str) -> None:
         """Raise what went wrong in `read`."""
         if self._error is not None:
-            reason = self._error.strerror or one_line(self._error)
+            reason = self._error.strerror or format_error(self._error)
             raise MediaError(f"{name} cannot be read: {reason}") from None
 
 
@@ -192,7 +192,7 @@ class FileReader(HasTimeline):
                 ) as container:
                     yield container, _find_video_stream(container, self._name)
             except (av.FFmpegError, OSError, ValueError, MemoryError) as error:
-                reason = getattr(error, "strerror", None) or one_line(error)
+                reason = getattr(error, "strerror", None) or format_error(error)
                 raise MediaError(
                     f"{self._name} is not a video that can be read; it may be truncated, "
                     f"damaged or of another kind ({reason})"

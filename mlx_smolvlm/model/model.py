@@ -20,7 +20,7 @@ import numpy as np
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.kv.cache import KVCache
-from mlx_smolvlm.kv.options import PLAIN, CacheOptions
+from mlx_smolvlm.kv.options import DEFAULT_OPTIONS, CacheOptions
 from mlx_smolvlm.model.connector import Connector
 from mlx_smolvlm.model.text import TextModel
 from mlx_smolvlm.model.vision import VisionModel
@@ -44,9 +44,9 @@ class Model(nn.Module):
         dtype: mx.Dtype = self.text_model.norm.weight.dtype
         return dtype
 
-    def make_cache(self, options: CacheOptions = PLAIN) -> KVCache:
+    def make_cache(self, options: CacheOptions = DEFAULT_OPTIONS) -> KVCache:
         """An empty cache for one conversation; by default of every token, unpacked."""
-        return options.make(len(self.text_model.layers))
+        return options.make_cache(len(self.text_model.layers))
 
     def encode(self, pixel_values: mx.array) -> mx.array:
         """`image_embeds` (N, I, D) of `pixel_values` (N, H, W, 3), all tiles at once."""

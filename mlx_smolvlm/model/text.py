@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_smolvlm.config import TextConfig
-from mlx_smolvlm.kv.cache import FLOAT, KVCache, Mask
+from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache, Mask
 
 
 @partial(mx.compile, shapeless=True)
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         queries, keys_values = qkv[:, : self.heads], qkv[:, self.heads :]
         sees: Mask = "causal" if mask is None and length > 1 else mask
         if cache is None:
-            x = FLOAT.attend(queries, FLOAT.pack(keys_values), sees)
+            x = FLOAT_STORAGE.attend(queries, FLOAT_STORAGE.pack(keys_values), sees)
         else:
             x = cache.attend(self.layer, queries, keys_values, sees)
         return self.o_proj(x.swapaxes(1, 2).reshape(b, length, -1))

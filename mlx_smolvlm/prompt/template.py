@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_smolvlm.errors import CheckpointError, PromptError, one_line
+from mlx_smolvlm.errors import CheckpointError, PromptError, format_error
 
 Message = Mapping[str, Any]
 
@@ -32,7 +32,9 @@ class ChatTemplate:
         try:
             self._template = BoundedEnvironment().read(source)
         except Exception as error:
-            raise CheckpointError(f"the chat template cannot be read: {one_line(error)}") from None
+            raise CheckpointError(
+                f"the chat template cannot be read: {format_error(error)}"
+            ) from None
         self.takes_images = self._probe()
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
@@ -49,7 +51,7 @@ class ChatTemplate:
             return self._run(messages, add_generation_prompt)
         except Exception as error:  # a template runs any expression
             raise PromptError(
-                f"the chat template refuses the messages: {one_line(error)}"
+                f"the chat template refuses the messages: {format_error(error)}"
             ) from None
 
     def find_answer_lead(self) -> str:
@@ -89,7 +91,7 @@ class ChatTemplate:
                 continue
             if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text:
                 return takes_images
-        reason = f": {one_line(failure)}" if failure else ", it leaves the text out"
+        reason = f": {format_error(failure)}" if failure else ", it leaves the text out"
         raise CheckpointError(f"the chat template cannot render a plain question{reason}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_smolvlm.config import LARGEST
-from mlx_smolvlm.errors import CheckpointError, SmolVLMError, one_line
+from mlx_smolvlm.errors import CheckpointError, SmolVLMError, format_error
 from mlx_smolvlm.records import read_text, read_unique_keys
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def parse_tokenizer(text: str, path: Path, vocab_size: int) -> Tokenizer:
         values = json.loads(text, object_pairs_hook=read_unique_keys)
         _check(values, vocab_size)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not a tokenizer: {one_line(error)}") from None
+        raise CheckpointError(f"{path} is not a tokenizer: {format_error(error)}") from None
     framing = [
         token for token in values["added_tokens"] if FRAMING_TOKEN.fullmatch(token["content"])
     ]
@@ -93,7 +93,7 @@ def convert_native_errors(kind: type[SmolVLMError], message: str) -> Iterator[No
     except BaseException as error:
         # A panic is no Exception, and its class stands in no module.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise kind(f"{message}: {one_line(error)}") from None
+            raise kind(f"{message}: {format_error(error)}") from None
         raise
 
 

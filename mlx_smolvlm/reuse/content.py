@@ -32,13 +32,13 @@ class Content:
     ids: np.ndarray
     spans: tuple[Span, ...] = ()
 
-    def followed_by(self, token_ids: Sequence[int]) -> Content:
+    def with_tokens(self, token_ids: Sequence[int]) -> Content:
         """These tokens and then `token_ids`, which are no placeholders."""
         return Content(np.concatenate([self.ids, np.array(token_ids, np.int32)]), self.spans)
 
-    def common(self, other: Content, most: int) -> int:
+    def count_common(self, other: Content, most: int) -> int:
         """How many tokens both begin with, at most `most`; never a part of a medium."""
-        length = common(self.ids[:most], other.ids[:most])
+        length = count_common(self.ids[:most], other.ids[:most])
         for mine, theirs in zip_longest(self.spans, other.spans):
             starts = [span.start for span in (mine, theirs) if span is not None]
             if min(starts) >= length:
@@ -48,14 +48,14 @@ class Content:
         return length
 
 
-def common(first: np.ndarray, second: np.ndarray) -> int:
+def count_common(first: np.ndarray, second: np.ndarray) -> int:
     """Tokens that the ids `first` and `second` begin with both."""
     length = min(first.size, second.size)
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if different.size else length
 
 
-def content_of(ids: np.ndarray, media: Sequence[Medium], placeholder: int, each: int) -> Content:
+def make_content(ids: np.ndarray, media: Sequence[Medium], placeholder: int, each: int) -> Content:
     """The content of a prompt `ids` (L,) with `media`, of `each` placeholders a tile."""
     places = np.flatnonzero(ids == placeholder)
     spans, at = [], 0
@@ -67,22 +67,22 @@ def content_of(ids: np.ndarray, media: Sequence[Medium], placeholder: int, each:
 
 
 @dataclass
-class State:
+class CachedState:
     """A cache, and the content that it holds keys and values of."""
 
     content: Content
     cache: KVCache
 
     @property
-    def held(self) -> int:
+    def num_tokens(self) -> int:
         """Tokens that are known and whose keys and values are there."""
         return min(len(self.content.ids), self.cache.offset)
 
-    def resumes(self, content: Content, pins: np.ndarray, most: int) -> int:
+    def count_reusable(self, content: Content, pins: np.ndarray, most: int) -> int:
         """How many tokens of `content`, at most `most`, can be taken from here."""
-        length = self.content.common(content, min(most, self.held))
+        length = self.content.count_common(content, min(most, self.num_tokens))
         return length if self.cache.can_resume(length, pins) else 0
 
-    def fork(self) -> State:
+    def fork(self) -> CachedState:
         """The same, to go on with by itself."""
-        return State(self.content, self.cache.fork())
+        return CachedState(self.content, self.cache.fork())

@@ -31,8 +31,8 @@ from mlx_smolvlm.files import (
     remove_leftovers,
     write_file,
 )
-from mlx_smolvlm.kv.cache import FLOAT, KVCache
-from mlx_smolvlm.reuse.content import Content, Span, State
+from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache
+from mlx_smolvlm.reuse.content import CachedState, Content, Span
 
 VERSION = 1
 LEAST_TOKENS = 16  # of a prompt that is worth a file
@@ -50,7 +50,7 @@ _LARGEST_MEMO = 1 << 24
 _BLOCK = 1 << 20
 
 
-class Store:
+class DiskStore:
     """States of prompts in a folder, for later runs of the same checkpoint.
 
     They lie in the subfolder `OWN_FOLDER`, which a tag file marks. Files are found by content;
@@ -68,10 +68,10 @@ class Store:
     ) -> None:
         try:
             self._own = _make_folder(expand_path(folder))
-            with contextlib.suppress(OSError):  # no room: `put` tries again, and says so
+            with contextlib.suppress(OSError):  # no room: `save` tries again, and says so
                 _mark(self._own)
             memo = self._own / MEMO_FILE if _is_marked(self._own) else None
-            self._checkpoint = checkpoint_digest(checkpoint, memo, adapter)
+            self._checkpoint = digest_checkpoint(checkpoint, memo, adapter)
         except OSError as error:
             raise CheckpointError(
                 f"the cache folder {folder} cannot be used ({error.strerror}); choose another"
@@ -80,62 +80,64 @@ class Store:
         self._limit, self._config = limit, config
         self._warned = False
 
-    def find(self, content: Content, most: int, above: int) -> State | None:
+    def find(self, content: Content, most: int, above: int) -> CachedState | None:
         """The state that begins as `content` does for longest, if for more than `above` tokens."""
         best, chosen = above, None
-        for path, stored in self._stored():
-            length = stored.common(content, most)
+        for path, stored in self._read_contents():
+            length = stored.count_common(content, most)
             if length > best:
                 best, chosen = length, path
         if chosen is None:
             return None
-        with self._tolerant(chosen):
-            tensors, header = read(chosen, _PREFIX, self._checkpoint)
-            state = State(content_in(header, self._config), restored(tensors, self._config))
+        with self._skip_unusable(chosen):
+            tensors, header = read_state_file(chosen, _PREFIX, self._checkpoint)
+            state = CachedState(
+                parse_content(header, self._config), rebuild_cache(tensors, self._config)
+            )
             os.utime(chosen)
             return state
         return None
 
-    def put(self, state: State, prompt: Content) -> None:
+    def save(self, state: CachedState, prompt: Content) -> None:
         """Keep keys and values of `prompt`, which `state` begins with, if that is worth it.
 
         What is stored already, but for less than `LEAST_TOKENS` tokens, is not stored again.
         Files that the new one holds all of are removed.
         """
         length = len(prompt.ids)
-        if not is_plain(state.cache) or state.held < length:
+        if not is_plain(state.cache) or state.num_tokens < length:
             return
         contained = []
-        for path, stored in self._stored():
-            common = stored.common(prompt, length)
+        for path, stored in self._read_contents():
+            common = stored.count_common(prompt, length)
             if common > length - LEAST_TOKENS:
                 return
             if common == len(stored.ids):
                 contained.append(path)
         if length < LEAST_TOKENS:
             return
-        name = hashlib.sha256(json.dumps(content_values(prompt)).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps(serialize_content(prompt)).encode()).hexdigest()[:32]
         path = self._own / f"{self._start}{name}.safetensors"
-        with self._tolerant(path):
+        with self._skip_unusable(path):
             _mark(self._own)
-            tensors = kept(state.cache, length)
-            write(path, _PREFIX, self._checkpoint, tensors, content_values(prompt))
+            tensors = extract_tensors(state.cache, length)
+            write_state_file(path, _PREFIX, self._checkpoint, tensors, serialize_content(prompt))
             for old in contained:
                 old.unlink(missing_ok=True)
             self._shrink(path)
 
-    def _stored(self) -> Iterator[tuple[Path, Content]]:
+    def _read_contents(self) -> Iterator[tuple[Path, Content]]:
         """The files of this checkpoint that can be read, with their contents."""
-        for path, _ in _named(self._own):
+        for path, _ in _list_files(self._own):
             if path.name.startswith(self._start):
-                with self._tolerant(path):
-                    values = read_values(path, _PREFIX, self._checkpoint)
-                    yield path, content_in(values, self._config)
+                with self._skip_unusable(path):
+                    values = read_state_values(path, _PREFIX, self._checkpoint)
+                    yield path, parse_content(values, self._config)
 
     def _shrink(self, newest: Path) -> None:
         """Remove what was not used for longest until the limit holds, and what was left half."""
         remove_leftovers(self._own)
-        files = [(status, path) for path, status in _named(self._own)]
+        files = [(status, path) for path, status in _list_files(self._own)]
         if sum(status.st_size for status, _ in files) <= self._limit:
             return  # without reading every header
         files = [one for one in files if _is_own(one[1])]
@@ -147,7 +149,7 @@ class Store:
             total -= status.st_size
 
     @contextlib.contextmanager
-    def _tolerant(self, path: Path) -> Iterator[None]:
+    def _skip_unusable(self, path: Path) -> Iterator[None]:
         """Within it, a file that cannot be used is told of once and passed over."""
         try:
             yield
@@ -196,7 +198,7 @@ def _is_marked(own: Path) -> bool:
         return False
 
 
-def _named(own: Path) -> list[tuple[Path, os.stat_result]]:
+def _list_files(own: Path) -> list[tuple[Path, os.stat_result]]:
     """Regular files of `own` that are called as the cache calls its own, in order; no links."""
     found = []
     with contextlib.suppress(OSError), os.scandir(own) as entries:
@@ -211,7 +213,7 @@ def _is_own(path: Path) -> bool:
     """Whether the header of the file at `path` is one that the cache wrote under this name."""
     match = _NAME.fullmatch(path.name)
     try:
-        header = _any_header(path, own_only=True)
+        header = _read_header(path, own_only=True)
     except CheckpointError:
         return False
     if match is None or header is None or header.get("kind") != _PREFIX:
@@ -219,7 +221,7 @@ def _is_own(path: Path) -> bool:
     return str(header.get("checkpoint")).startswith(match[1])
 
 
-def write(
+def write_state_file(
     path: Path,
     kind: str,
     checkpoint: str,
@@ -243,22 +245,24 @@ def write(
     save_tensors(path, tensors, metadata, mode=0o600, follow_links=follow_links)
 
 
-def read_values(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
+def read_state_values(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
     """The JSON values in the file at `path`, of the given kind and checkpoint.
 
     Raises:
         CheckpointError: It is none, or of another version or checkpoint, or damaged.
     """
-    return _header(path, kind, checkpoint)["values"]  # type: ignore[no-any-return]
+    return _check_header(path, kind, checkpoint)["values"]  # type: ignore[no-any-return]
 
 
-def read(path: Path, kind: str, checkpoint: str) -> tuple[dict[str, mx.array], dict[str, Any]]:
+def read_state_file(
+    path: Path, kind: str, checkpoint: str
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Tensors and JSON values in the file at `path`, of the given kind and checkpoint.
 
     Raises:
         CheckpointError: It is none, or of another version or checkpoint, or damaged.
     """
-    header = _header(path, kind, checkpoint)
+    header = _check_header(path, kind, checkpoint)
     tensors = load_tensors(path)
     try:
         is_whole = _digest(tensors) == header.get("digest")
@@ -269,7 +273,7 @@ def read(path: Path, kind: str, checkpoint: str) -> tuple[dict[str, mx.array], d
     return tensors, header["values"]
 
 
-def _any_header(path: Path, own_only: bool) -> dict[str, Any] | None:
+def _read_header(path: Path, own_only: bool) -> dict[str, Any] | None:
     """What `write` stated in the file at `path`, of whatever kind; None if it wrote nothing.
 
     Args:
@@ -284,13 +288,13 @@ def _any_header(path: Path, own_only: bool) -> dict[str, Any] | None:
     return header if isinstance(header, dict) else None
 
 
-def _header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
+def _check_header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
     """What `write` stated in the file at `path`.
 
     A conversation is a file that the user names; the others are found by name in a folder,
     where another user may have put one.
     """
-    header = _any_header(path, own_only=kind == _PREFIX)
+    header = _read_header(path, own_only=kind == _PREFIX)
     if header is None or header.get("kind") != kind:
         raise CheckpointError(f"{path} is no {kind} file of mlx-smolvlm")
     if header.get("version") != VERSION or not isinstance(header.get("values"), dict):
@@ -301,17 +305,17 @@ def _header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
 
 
 def is_plain(cache: KVCache) -> bool:
-    """Whether `cache` holds every token as it was computed, as `kept` needs it."""
-    return type(cache) is KVCache and cache.storage is FLOAT
+    """Whether `cache` holds every token as it was computed, as `extract_tensors` needs it."""
+    return type(cache) is KVCache and cache.storage is FLOAT_STORAGE
 
 
-def kept(cache: KVCache, length: int) -> dict[str, mx.array]:
+def extract_tensors(cache: KVCache, length: int) -> dict[str, mx.array]:
     """Keys and values of the first `length` tokens, by name."""
     return {f"layer.{i}": buffer[:, :, :length] for i, buffer in enumerate(cache.arrays)}
 
 
-def restored(tensors: Mapping[str, mx.array], config: Config) -> KVCache:
-    """The cache that `kept` took apart.
+def rebuild_cache(tensors: Mapping[str, mx.array], config: Config) -> KVCache:
+    """The cache that `extract_tensors` took apart.
 
     Raises:
         CheckpointError: The arrays are not those of such a model.
@@ -331,8 +335,8 @@ def restored(tensors: Mapping[str, mx.array], config: Config) -> KVCache:
     return cache
 
 
-def content_in(values: Any, config: Config) -> Content:
-    """The content that `content_values` described.
+def parse_content(values: Any, config: Config) -> Content:
+    """The content that `serialize_content` described.
 
     Raises:
         CheckpointError: It describes none, or tokens that the checkpoint does not have.
@@ -353,7 +357,7 @@ def content_in(values: Any, config: Config) -> Content:
     raise CheckpointError("the tokens of a cache file are damaged")
 
 
-def content_values(content: Content) -> dict[str, Any]:
+def serialize_content(content: Content) -> dict[str, Any]:
     """`content` as JSON values."""
     spans = [[span.start, span.stop, span.digest] for span in content.spans]
     return {"ids": content.ids.tolist(), "spans": spans}
@@ -369,7 +373,7 @@ def _digest(tensors: Mapping[str, mx.array]) -> str:
     return total.hexdigest()
 
 
-def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | None = None) -> str:
+def digest_checkpoint(folder: Path, memo: Path | None = None, adapter: Path | None = None) -> str:
     """Digest of the checkpoint's files in `folder`, without its card, which may grow.
 
     Hidden files are notes and leftovers, which say nothing of the model.
@@ -383,7 +387,7 @@ def checkpoint_digest(folder: Path, memo: Path | None = None, adapter: Path | No
         CheckpointError: A file cannot be read.
     """
     if adapter is not None:
-        both = checkpoint_digest(folder, memo) + checkpoint_digest(adapter, memo)
+        both = digest_checkpoint(folder, memo) + digest_checkpoint(adapter, memo)
         return hashlib.sha256(both.encode()).hexdigest()
     try:
         paths = [path for path in folder.iterdir() if path.name[0] != "." and path.is_file()]

@@ -14,10 +14,10 @@ import numpy as np
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.kv.options import CacheOptions
 from mlx_smolvlm.media.encode import Medium
-from mlx_smolvlm.reuse.content import Content, State
+from mlx_smolvlm.reuse.content import CachedState, Content
 
 if TYPE_CHECKING:
-    from mlx_smolvlm.reuse.disk import Store
+    from mlx_smolvlm.reuse.disk import DiskStore
 
 FEATURE_BYTES = 64 * 1024**2
 
@@ -32,18 +32,18 @@ def make_memory(
     """
     if options.folder is None:
         return Memory(options)
-    from mlx_smolvlm.reuse.disk import Store
+    from mlx_smolvlm.reuse.disk import DiskStore
 
-    store = Store(Path(options.folder), options.folder_bytes, checkpoint, config, adapter)
+    store = DiskStore(Path(options.folder), options.folder_bytes, checkpoint, config, adapter)
     return Memory(options, store)
 
 
 class Memory:
     """What one loaded model remembers of its prompts, within bounds."""
 
-    def __init__(self, options: CacheOptions, store: Store | None = None) -> None:
+    def __init__(self, options: CacheOptions, store: DiskStore | None = None) -> None:
         self._options, self._store = options, store
-        self._states: list[State] = []  # the one used last is at the end
+        self._states: list[CachedState] = []  # the one used last is at the end
         self._features: OrderedDict[str, mx.array] = OrderedDict()
         # Reentrant: a stream that nobody closed remembers its state whenever it is collected.
         self._lock = threading.RLock()
@@ -54,9 +54,9 @@ class Memory:
             self._states.clear()
             self._features.clear()
 
-    def recall(
-        self, content: Content, pins: np.ndarray, own: State | None
-    ) -> tuple[State | None, int]:
+    def find_state(
+        self, content: Content, pins: np.ndarray, own: CachedState | None
+    ) -> tuple[CachedState | None, int]:
         """The state that begins as `content` does for longest, and for how many tokens.
 
         At least one token of `content` is left to be done. `own`, a conversation's, is given
@@ -64,37 +64,40 @@ class Memory:
         """
         with self._lock:
             most = len(content.ids) - 1
-            best, length = own, 0 if own is None else own.resumes(content, pins, most)
+            best, length = own, 0 if own is None else own.count_reusable(content, pins, most)
             for state in reversed(self._states):
-                found = state.resumes(content, pins, most)
+                found = state.count_reusable(content, pins, most)
                 if found > length:
                     best, length = state, found
             stored = self._store and self._store.find(content, most, length)
             if stored:
-                best, length = stored, stored.content.common(content, min(most, stored.held))
+                best, length = (
+                    stored,
+                    stored.content.count_common(content, min(most, stored.num_tokens)),
+                )
             elif best is not None and best is not own:
                 self._states.sort(key=lambda state: state is best)
                 best = best.fork()
             return (best, length) if length else (None, 0)
 
-    def remember(self, state: State, prompt: Content, is_own: bool) -> None:
+    def keep_state(self, state: CachedState, prompt: Content, is_own: bool) -> None:
         """Keep `state` after an answer to `prompt`; a conversation keeps its own itself."""
         with self._lock:
             if self._store is not None:
-                self._store.put(state, prompt)
+                self._store.save(state, prompt)
             limit = self._options.memory_bytes
             if is_own or state.cache.nbytes > limit:
                 return
             self._states = [
                 old
                 for old in self._states
-                if old.content.common(state.content, old.held) < old.held
+                if old.content.count_common(state.content, old.num_tokens) < old.num_tokens
             ]
             self._states.append(state)
             while sum(one.cache.nbytes for one in self._states) > limit:
                 del self._states[0]
 
-    def lend_features(self, media: Sequence[Medium]) -> None:
+    def fill_features(self, media: Sequence[Medium]) -> None:
         """Give `media` the embeddings of equal ones that were encoded before."""
         with self._lock:
             for medium in media:

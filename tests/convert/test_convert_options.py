@@ -329,7 +329,7 @@ def test_fused_members_that_differ_meet_at_the_finest(tmp_path, parts, kind):
     source = packed_source(tmp_path / "s", parts)
     out = convert_checkpoint(source, tmp_path / "out")
     path = "text_model.layers.0.self_attn.qkv_proj"
-    assert read_config(out).quantization.of(path) == kind
+    assert read_config(out).quantization.find(path) == kind
     found = unpacked(stored(out), path, kind).astype(mx.float32)
     old = stored(source)
     for rows, letter in ((slice(0, 64), "q"), (slice(64, 96), "k"), (slice(96, 128), "v")):

@@ -122,7 +122,7 @@ def test_a_later_layer_is_fitted_to_inputs_from_the_rounded_ones(source, texts):
     for sample in samples:
         model.text_model(model.embed(sample.input_ids))
     inputs = mx.concatenate(seen)
-    q = plan.config.quantization.of(path)
+    q = plan.config.quantization.find(path)
     expected = compensate(weight, inputs.T @ inputs, q, mx.float32)
     same = mx.array_equal(expected["scales"], done[path]["scales"])
     close = mx.abs(expected["scales"] - done[path]["scales"]).max() / expected["scales"].max()

@@ -169,7 +169,7 @@ def test_a_mixture_fits_loads_answers_and_beats_equal_bits(source, plain, texts,
     quantization = read_config(found.folder).quantization
     assert len({q for _, q in quantization.overrides}) > 1
     chosen = found.mixture.choices.items()
-    assert all(quantization.of(path) == one.quantization for path, one in chosen)
+    assert all(quantization.find(path) == one.quantization for path, one in chosen)
     seen = [one.quantization.bits for path, one in chosen if path.startswith("vision_model")]
     assert set(seen) == {8}  # no pictures were there to tell what it needs
     assert (

@@ -36,12 +36,12 @@ def test_a_file_says_what_parts_and_patterns_get(tmp_path):
     assert (options.bits, options.embeddings_bits, options.group_size) == (4, 16, 64)
     out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out", options)
     q = read_config(out).quantization
-    assert q.of("text_model.layers.0.mlp.down_proj") == SIX
-    assert q.of("text_model.layers.1.mlp.down_proj") is None  # the last pattern that fits
-    assert q.of("connector.modality_projection.proj") == Quantization(4, 32, "mxfp4")
-    assert q.of("text_model.layers.0.self_attn.o_proj") == Quantization(3, 64, "affine")
-    assert q.of("text_model.layers.1.self_attn.o_proj") == FOUR
-    assert q.of("lm_head") is None
+    assert q.find("text_model.layers.0.mlp.down_proj") == SIX
+    assert q.find("text_model.layers.1.mlp.down_proj") is None  # the last pattern that fits
+    assert q.find("connector.modality_projection.proj") == Quantization(4, 32, "mxfp4")
+    assert q.find("text_model.layers.0.self_attn.o_proj") == Quantization(3, 64, "affine")
+    assert q.find("text_model.layers.1.self_attn.o_proj") == FOUR
+    assert q.find("lm_head") is None
     assert dict(q.overrides)["text_model.layers.0.mlp.down_proj"] == SIX
     load_model(out)  # strictly
 

@@ -11,7 +11,7 @@ from mlx_smolvlm.config import TextConfig
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.generate.loop import PREFILL_CHUNK, prefill
 from mlx_smolvlm.kv.bounded import RECENT, SINKS, BoundedKVCache
-from mlx_smolvlm.kv.cache import FLOAT, STEP, Held, KVCache, Mask, PackedStorage
+from mlx_smolvlm.kv.cache import FLOAT_STORAGE, STEP, Buffers, KVCache, Mask, PackedStorage
 from mlx_smolvlm.kv.options import CacheOptions
 from mlx_smolvlm.model.model import Model
 
@@ -43,7 +43,7 @@ def far(first: mx.array, second: mx.array) -> float:
     return float(mx.abs(first - second).max().item())
 
 
-def unpacked(storage: PackedStorage, held: Held) -> mx.array:
+def unpacked(storage: PackedStorage, held: Buffers) -> mx.array:
     """What `held` stands for, by MLX."""
     return mx.dequantize(*held, storage.group_size, storage.bits)
 
@@ -62,7 +62,7 @@ class Masked(KVCache):
                 held.remove(next(token for token in held if token not in self.pins))
             held.append(now)
             seen.append([token in held for token in range(queries.shape[2])])
-        return FLOAT.attend(queries, (keys_values,), mx.array(seen))
+        return FLOAT_STORAGE.attend(queries, (keys_values,), mx.array(seen))
 
 
 # Attention to packed keys and values
@@ -96,7 +96,7 @@ def test_attention_in_half_precision(dtype: mx.Dtype) -> None:
     held = storage.pack(keys_values)
     assert held[1].dtype == {mx.float16: mx.float16, mx.bfloat16: mx.float32}[dtype]
     got = storage.attend(queries, held, "causal")
-    expected = FLOAT.attend(
+    expected = FLOAT_STORAGE.attend(
         queries.astype(mx.float32), (unpacked(storage, held).astype(mx.float32),), "causal"
     )
     assert got.dtype == dtype
@@ -329,7 +329,7 @@ def test_the_pinned_and_the_latest_stay(wide: Model, cuts: Sequence[int]) -> Non
     logits(wide, normal(1, 251, 64), cache, cuts)
     kept = [0, 1, 2, 3, 9, 100, 101, *range(251 - LIMIT + 7, 251)]
     assert sorted(cache.positions.tolist()) == kept
-    assert cache.dropped == 251 - LIMIT
+    assert cache.num_dropped == 251 - LIMIT
 
 
 def test_what_to_drop_is_computed_once_a_forward_pass(

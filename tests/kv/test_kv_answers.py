@@ -77,7 +77,7 @@ def test_a_bounded_conversation_equals_a_cold_run(bounded: SmolVLM, cold: SmolVL
         cache = chat._state.cache
         assert isinstance(cache, BoundedKVCache)
         assert cache.positions.size <= LIMIT
-        dropped = cache.dropped
+        dropped = cache.num_dropped
     images = np.flatnonzero(np.array(chat._state.content.ids) == IMAGE)
     assert images.size == 2 * 5 * bounded.config.image_seq_len  # 5 tiles each
     assert set(images) <= set(cache.positions)  # both pictures are still there
@@ -113,7 +113,7 @@ def test_a_long_answer_still_sees_its_question_and_picture(bounded: SmolVLM) -> 
     assert isinstance(cache, BoundedKVCache)
     assert set(range(int(np.flatnonzero(ids == END)[0]) + 1)) <= set(cache.positions.tolist())
     assert (ids == IMAGE).any()
-    assert cache.dropped > 0
+    assert cache.num_dropped > 0
 
 
 def test_pictures_that_do_not_fit_are_refused(bounded: SmolVLM) -> None:

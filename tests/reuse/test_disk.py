@@ -21,7 +21,7 @@ from mlx_smolvlm import (
     SmolVLMWarning,
     load,
 )
-from mlx_smolvlm.reuse.disk import OWN_FOLDER, checkpoint_digest, write
+from mlx_smolvlm.reuse.disk import OWN_FOLDER, digest_checkpoint, write_state_file
 
 SHORT = Sampling(max_tokens=4)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -102,24 +102,24 @@ def test_the_digest_of_a_checkpoint_is_remembered_by_size_and_time(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memo = tmp_path / "checkpoints.json"
-    digest = checkpoint_digest(tiny_folder, memo)
-    assert digest == checkpoint_digest(tiny_folder)
+    digest = digest_checkpoint(tiny_folder, memo)
+    assert digest == digest_checkpoint(tiny_folder)
     values = json.loads(memo.read_text())
     values[str(tiny_folder.resolve())][1] = "ab" * 32
     memo.write_text(json.dumps(values))
-    assert checkpoint_digest(tiny_folder, memo) == "ab" * 32
+    assert digest_checkpoint(tiny_folder, memo) == "ab" * 32
     twin = Path(shutil.copytree(tiny_folder, tmp_path / "twin"))
-    assert checkpoint_digest(twin, memo) == digest
+    assert digest_checkpoint(twin, memo) == digest
     (twin / "README.md").write_text("What it can do is written here once it was judged.")
-    assert checkpoint_digest(twin, memo) == digest
+    assert digest_checkpoint(twin, memo) == digest
     (twin / "more.json").write_text("{}")
-    assert checkpoint_digest(twin, memo) != digest
+    assert digest_checkpoint(twin, memo) != digest
     os.utime(tiny_folder / "config.json", ns=(1, 1))
-    assert checkpoint_digest(tiny_folder, memo) == digest
+    assert digest_checkpoint(tiny_folder, memo) == digest
     memo.write_text("not json")
-    assert checkpoint_digest(tiny_folder, memo) == digest
+    assert digest_checkpoint(tiny_folder, memo) == digest
     with pytest.raises(CheckpointError):
-        checkpoint_digest(tmp_path / "none")
+        digest_checkpoint(tmp_path / "none")
 
 
 def damages(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -139,10 +139,10 @@ def damages(path: Path) -> Iterator[tuple[str, bytes]]:
 
 def test_an_adapter_is_part_of_the_digest(tiny_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "adapters.safetensors").write_bytes(b"one")
-    without = checkpoint_digest(tiny_folder)
-    first = checkpoint_digest(tiny_folder, adapter=tmp_path)
+    without = digest_checkpoint(tiny_folder)
+    first = digest_checkpoint(tiny_folder, adapter=tmp_path)
     (tmp_path / "adapters.safetensors").write_bytes(b"two")
-    second = checkpoint_digest(tiny_folder, adapter=tmp_path)
+    second = digest_checkpoint(tiny_folder, adapter=tmp_path)
     assert len({without, first, second}) == 3
 
 
@@ -165,12 +165,12 @@ def test_spoilt_files_are_passed_over_with_one_warning(tiny_folder: Path, folder
 def test_a_foreign_file_of_another_shape_is_passed_over(tiny_folder: Path, folder: Path) -> None:
     run(tiny_folder, folder)
     [path] = files(folder)
-    from mlx_smolvlm.reuse.disk import read
+    from mlx_smolvlm.reuse.disk import read_state_file
 
-    digest = checkpoint_digest(tiny_folder)
-    _, values = read(path, "prefix", digest)
+    digest = digest_checkpoint(tiny_folder)
+    _, values = read_state_file(path, "prefix", digest)
     for tensors in ({"x": mx.zeros((3,))}, {"layer.0": mx.zeros((1, 2, 3, 4))}):
-        write(path, "prefix", digest, tensors, values)
+        write_state_file(path, "prefix", digest, tensors, values)
         with pytest.warns(SmolVLMWarning, match="layer 0 are missing or of another shape"):
             assert run(tiny_folder, folder).encoded_tiles == 5
 
@@ -225,12 +225,12 @@ def test_a_digest_that_another_user_noted_is_not_used(
     tiny_folder: Path, tmp_path: Path, give_away: Callable[[Path], None]
 ) -> None:
     memo = tmp_path / "checkpoints.json"
-    digest = checkpoint_digest(tiny_folder, memo)
+    digest = digest_checkpoint(tiny_folder, memo)
     values = json.loads(memo.read_text())
     values[str(tiny_folder.resolve())][1] = "ab" * 32
     memo.write_text(json.dumps(values))
     give_away(memo)
-    assert checkpoint_digest(tiny_folder, memo) == digest
+    assert digest_checkpoint(tiny_folder, memo) == digest
 
 
 def test_a_folder_of_another_user_is_refused(
@@ -386,13 +386,13 @@ def test_a_cache_that_is_removed_meanwhile_is_made_again(tiny_folder: Path, fold
 @pytest.mark.parametrize("memo", ["5", "[]", "[" * 100_000, '{"FOLDER": [STAMP, "../../../x"]}'])
 def test_remembered_digests_are_not_trusted(tiny_folder: Path, tmp_path: Path, memo: str) -> None:
     path = tmp_path / "checkpoints.json"
-    digest = checkpoint_digest(tiny_folder, path)
+    digest = digest_checkpoint(tiny_folder, path)
     stamp = json.dumps(json.loads(path.read_text())[str(tiny_folder.resolve())][0])
     path.write_text(memo.replace("FOLDER", str(tiny_folder.resolve())).replace("STAMP", stamp))
-    assert checkpoint_digest(tiny_folder, path) == digest
+    assert digest_checkpoint(tiny_folder, path) == digest
 
 
 def test_hidden_files_are_no_part_of_a_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
     twin = Path(shutil.copytree(tiny_folder, tmp_path / "twin"))
     (twin / ".last-used").touch()
-    assert checkpoint_digest(twin) == checkpoint_digest(tiny_folder)
+    assert digest_checkpoint(twin) == digest_checkpoint(tiny_folder)

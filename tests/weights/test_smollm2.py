@@ -100,7 +100,7 @@ def test_the_gguf_file_is_a_source_that_stays_packed(
     folder = convert_checkpoint(GGUF, tmp_path / "gguf", ConvertOptions(dtype="float32"))
     assert list(between.iterdir()) == []
     again = load(folder)
-    quantization = again.config.quantization.of("text_model.layers.0.self_attn.qkv_proj")
+    quantization = again.config.quantization.find("text_model.layers.0.self_attn.qkv_proj")
     assert quantization is not None
     assert (quantization.bits, quantization.group_size) == (4, 32)
     input_ids = vlm.engine.prompt_builder.build([{"role": "user", "content": QUESTION}], [])

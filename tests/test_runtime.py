@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mlx_smolvlm import blas
+from mlx_smolvlm import runtime
 from mlx_smolvlm.cli import doctor_checks
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="other systems have a fast BLAS")
@@ -17,7 +17,7 @@ import mlx_smolvlm
 import mlx.core as mx
 mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))
 maps = open("/proc/self/maps").read()
-print("libopenblas" in maps, mlx_smolvlm.blas.problem)
+print("libopenblas" in maps, mlx_smolvlm.runtime.openblas_problem)
 """
 
 
@@ -57,20 +57,20 @@ def test_it_is_left_out_if_asked_or_too_late() -> None:
 def test_doctor_says_what_is_in_the_way(
     monkeypatch: pytest.MonkeyPatch, problem: str, advice: str
 ) -> None:
-    monkeypatch.setattr(blas, "problem", problem)
+    monkeypatch.setattr(runtime, "openblas_problem", problem)
     finding = doctor_checks._check_blas()
     assert finding.status == "note"
     assert problem in finding.text
     assert finding.advice.startswith(advice)
-    monkeypatch.setattr(blas, "problem", None)
+    monkeypatch.setattr(runtime, "openblas_problem", None)
     assert doctor_checks._check_blas().status == "ok"
 
 
 def test_a_library_that_is_missing_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.delitem(sys.modules, "mlx.core")
-    monkeypatch.setattr(blas, "find_spec", lambda name: None)
-    monkeypatch.setattr(blas, "problem", blas.problem)
-    monkeypatch.delenv(blas.VARIABLE, raising=False)
-    blas.load_openblas()
-    assert blas.problem == "cmeel-openblas is not installed"
+    monkeypatch.setattr(runtime, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtime, "openblas_problem", runtime.openblas_problem)
+    monkeypatch.delenv(runtime.OPENBLAS_VARIABLE, raising=False)
+    runtime.load_openblas()
+    assert runtime.openblas_problem == "cmeel-openblas is not installed"
