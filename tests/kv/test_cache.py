@@ -233,7 +233,7 @@ def test_bytes_of_packed_keys_and_values(wide: Model, bits: int, group: int) -> 
 
 def peak(options: CacheOptions, tokens: int) -> int:
     """The most bytes that MLX holds while a cache takes `tokens`, a few at a time."""
-    cache, few = options.make(4), 16
+    cache, few = options.make_cache(4), 16
     new = normal(1, 4, few, 64)
     mx.eval(new)
     mx.clear_cache()
