@@ -24,8 +24,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_smolvlm.convert.compare.observe import head_of, last_hidden, predictions, windows
-from mlx_smolvlm.convert.compare.report import token_loss
+from mlx_smolvlm.convert.compare.observe import (
+    compare_predictions,
+    compute_last_hidden,
+    get_head,
+    split_texts,
+)
+from mlx_smolvlm.convert.compare.report import summarize_tokens
 from mlx_smolvlm.convert.open_model import SourceReader, unpack_weight
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.quant.calibration import BUNDLED, Sample, read_samples
@@ -52,11 +57,11 @@ class Judge:
     """What a model loses on held-out text against the float one."""
 
     def __init__(self, vlm: SmolVLM) -> None:
-        self._passages = windows(vlm, [HELD_OUT.read_text(encoding="utf-8")], TOKENS)
-        self._expected, self._head = self._hidden(vlm), head_of(vlm.model)
+        self._passages = split_texts(vlm, [HELD_OUT.read_text(encoding="utf-8")], TOKENS)
+        self._expected, self._head = self._hidden(vlm), get_head(vlm.model)
 
     def _hidden(self, vlm: SmolVLM) -> mx.array:
-        return mx.concatenate([last_hidden(vlm.model, one) for one in self._passages])
+        return mx.concatenate([compute_last_hidden(vlm.model, one) for one in self._passages])
 
     def show(self, name: str, source: Source, plan: Plan, began: float) -> None:
         """Print a line about what `plan` makes of `source`, scales rounded as they are stored."""
@@ -65,8 +70,10 @@ class Judge:
         vlm.model.text_model.embed_tokens = nn.Embedding(1, 1)
         vlm.model.text_model.embed_tokens.weight = unpack_weight(packed)
         targets = np.concatenate([passage.targets for passage in self._passages])
-        heads = (self._head, head_of(vlm.model))
-        loss = token_loss([predictions((self._expected, self._hidden(vlm)), heads, targets)])
+        heads = (self._head, get_head(vlm.model))
+        loss = summarize_tokens(
+            [compare_predictions((self._expected, self._hidden(vlm)), heads, targets)]
+        )
         assert loss is not None
         size = sum(s.nbytes(2) for s in plan.steps if s.entry.path.startswith("text_model"))
         print(
@@ -123,7 +130,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     if options.mixed:
         target = BetterOptions(target_bits=options.bits + 32 / options.group_size)
         mixture = mix(plan, vlm.model, spread(samples, MEASURED), target, progress)
-        print("\n".join(mixture.lines()), file=sys.stderr, flush=True)
+        print("\n".join(mixture.format_lines()), file=sys.stderr, flush=True)
         overrides = tuple((path, one.quantization) for path, one in mixture.choices.items())
         mixed = ConvertOptions(dtype="bfloat16", overrides=overrides)
         name, plan = "mixed", plan_checkpoint(source, mixed)

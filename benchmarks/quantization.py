@@ -28,8 +28,13 @@ import numpy as np
 
 from mlx_smolvlm import SmolVLM, load
 from mlx_smolvlm.config import Quantization
-from mlx_smolvlm.convert.compare.observe import head_of, last_hidden, predictions, windows
-from mlx_smolvlm.convert.compare.report import token_loss
+from mlx_smolvlm.convert.compare.observe import (
+    compare_predictions,
+    compute_last_hidden,
+    get_head,
+    split_texts,
+)
+from mlx_smolvlm.convert.compare.report import summarize_tokens
 from mlx_smolvlm.convert.options import (
     AFFINE_BITS,
     AFFINE_GROUPS,
@@ -92,14 +97,14 @@ def matrices(vlm: SmolVLM) -> Iterator[tuple[nn.Module, bool]]:
 
 def measure(vlm: SmolVLM, texts: list[str], tokens: int) -> dict[str, dict[str, float]]:
     """The losses of every mode, by its name; the weights of `vlm` are float again afterwards."""
-    passages = windows(vlm, texts, tokens)
+    passages = split_texts(vlm, texts, tokens)
     targets = np.concatenate([passage.targets for passage in passages])
     modules = [one for one in matrices(vlm) if one[0].weight.ndim == 2]
     originals = [module.weight for module, _ in modules]
     total = sum(weight.size for weight in originals)
 
     def hidden() -> mx.array:
-        return mx.concatenate([last_hidden(vlm.model, passage) for passage in passages])
+        return mx.concatenate([compute_last_hidden(vlm.model, passage) for passage in passages])
 
     expected = hidden()
     original = originals[0]  # the embeddings, which are the head too
@@ -111,10 +116,10 @@ def measure(vlm: SmolVLM, texts: list[str], tokens: int) -> dict[str, dict[str, 
             module.weight = weight if kind is None else rounded(weight, kind)
             mx.eval(module.weight)
             bits += weight.size * (16 if kind is None else bits_per_weight(kind)) / total
-        found = predictions(
-            (expected, hidden()), (lambda x: x @ original.T, head_of(vlm.model)), targets
+        found = compare_predictions(
+            (expected, hidden()), (lambda x: x @ original.T, get_head(vlm.model)), targets
         )
-        loss = token_loss([found])
+        loss = summarize_tokens([found])
         assert loss is not None
         results[name] = {
             "bits_per_weight": round(bits, 3),
@@ -138,7 +143,7 @@ def check(vlm: SmolVLM, source: Path) -> dict[str, float]:
     for module, _ in matrices(vlm):
         if module.weight.ndim == 2:
             module.weight = rounded(module.weight, quantization)
-    ids = windows(vlm, [TEXT.read_text(encoding="utf-8")], CHECKED_TOKENS)[0].input_ids
+    ids = split_texts(vlm, [TEXT.read_text(encoding="utf-8")], CHECKED_TOKENS)[0].input_ids
     logits = [one.model(one.model.embed(ids))[0] for one in (packed, vlm)]
     return {
         "difference": mx.abs(logits[0] - logits[1]).max().item(),
@@ -165,7 +170,7 @@ def main() -> None:
         if options.check:
             print(json.dumps(check(vlm, source), indent=2))
             return
-        tokens = sum(passage.targets.size for passage in windows(vlm, texts, options.tokens))
+        tokens = sum(passage.targets.size for passage in split_texts(vlm, texts, options.tokens))
         results = measure(vlm, texts, options.tokens)
     if options.json:
         values = {"texts": [path.name for path in paths], "tokens": tokens, "results": results}

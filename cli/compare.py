@@ -181,7 +181,7 @@ def verify(source: Source, dest: Path, inputs: ComparisonInputs) -> None:
         CheckpointError: One of the two cannot be used.
         MediaError: A picture cannot be opened.
     """
-    from mlx_smolvlm.convert.compare.verify import VERIFY_FILE, VERIFY_PLOT, verify_conversion
+    from mlx_smolvlm.convert.compare.measure import VERIFY_FILE, VERIFY_PLOT, verify_conversion
 
     bar = ProgressBar()
     with contextlib.closing(bar):
@@ -192,10 +192,10 @@ def verify(source: Source, dest: Path, inputs: ComparisonInputs) -> None:
 
 def print_result(comparison: Comparison) -> None:
     """Print a table of differences, and the answers that differ."""
-    from mlx_smolvlm.convert.compare.report import differing_answers, summary_rows
+    from mlx_smolvlm.convert.compare.report import format_differences, make_summary_rows
 
-    write(format_table(list(summary_rows(comparison))))
-    if lines := list(differing_answers(comparison)):
+    write(format_table(list(make_summary_rows(comparison))))
+    if lines := list(format_differences(comparison)):
         write("\n" + "\n".join(lines) + "\n")
 
 

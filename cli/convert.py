@@ -280,14 +280,14 @@ def write_converted(source: Source, dest: Path, request: ConvertRequest) -> None
 def publish(folder: Path, request: ConvertRequest) -> None:
     """Upload the checkpoint in `folder`, and print the URL of the commit."""
     from mlx_smolvlm.checkpoint.provenance import read_origin
-    from mlx_smolvlm.convert.compare.verify import verification_section
+    from mlx_smolvlm.convert.compare.measure import format_verification
     from mlx_smolvlm.convert.upload import upload
 
     assert request.upload is not None
     origin = read_origin(folder)
     if origin is None or origin.license is None:
         warn(f"{folder} states no licence, so its card says license: unknown")
-    section = verification_section(folder) or ""
+    section = format_verification(folder) or ""
     say(f"uploading {folder} to {request.upload}", dim=True)
     url = upload(
         folder, request.upload, private=request.private, force=request.force, section=section

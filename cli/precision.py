@@ -115,7 +115,7 @@ class PrecisionOptions:
         bar = ProgressBar()
         with contextlib.closing(bar):
             report = convert_better(source, dest, options, better, bar.draw)
-        for line in report.lines():
+        for line in report.format_lines():
             say(line)
 
 

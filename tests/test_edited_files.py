@@ -27,7 +27,7 @@ from mlx_smolvlm.checkpoint.lora import (
     save_adapter,
 )
 from mlx_smolvlm.checkpoint.lora import compute_signature as signature_of
-from mlx_smolvlm.convert.compare.verify import VERIFY_FILE, verification_section
+from mlx_smolvlm.convert.compare.measure import VERIFY_FILE, format_verification
 from mlx_smolvlm.convert.options import read_recipe
 from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMError, TrainingError, shorten
 from mlx_smolvlm.train.dataset import read_dataset
@@ -318,10 +318,10 @@ def test_a_result_may_name_a_file_whose_name_is_no_text(tmp_path: Path) -> None:
 def test_what_a_conversion_lost(tmp_path: Path) -> None:
     path, text = tmp_path / VERIFY_FILE, json.dumps(FOUND)
     path.write_text(text)
-    assert "KL" in str(verification_section(tmp_path))
+    assert "KL" in str(format_verification(tmp_path))
     assert_read_or_refused(
         lambda rng: path.write_bytes(file_damage.damage_json(text, rng)),
-        lambda: verification_section(tmp_path),
+        lambda: format_verification(tmp_path),
         150,
     )
     for change in (
@@ -333,7 +333,7 @@ def test_what_a_conversion_lost(tmp_path: Path) -> None:
     ):
         path.write_text(json.dumps({**FOUND, **change}))
         with pytest.raises(CheckpointError, match=r"damaged.*; verify the checkpoint again"):
-            verification_section(tmp_path)
+            format_verification(tmp_path)
 
 
 def make_loop() -> Loop:

@@ -21,7 +21,7 @@ from mlx_smolvlm.checkpoint.lora import save_adapter
 from mlx_smolvlm.cli import compare as cli_compare
 from mlx_smolvlm.cli.media import FrameWriter
 from mlx_smolvlm.cli.terminal import editor
-from mlx_smolvlm.convert.compare import verify
+from mlx_smolvlm.convert.compare import measure
 from mlx_smolvlm.convert.compare.measure import CompareOptions, compare
 from mlx_smolvlm.convert.compare.report import Comparison
 from mlx_smolvlm.errors import CheckpointError
@@ -116,7 +116,7 @@ def write_comparison(model: Path, out: Path) -> list[str]:
 def write_verification(model: Path, out: Path) -> list[str]:
     """`convert --verify`."""
     shutil.copytree(model, out, dirs_exist_ok=True)
-    verify.verify_conversion(model, out)
+    measure.verify_conversion(model, out)
     return ["verify.json", "verify.png"]
 
 
@@ -168,7 +168,7 @@ class Disk:
 def out(tmp_path: Path, found: Comparison, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to write into; nothing is measured."""
     monkeypatch.setattr("mlx_smolvlm.convert.compare.measure.compare", lambda *_, **__: found)
-    monkeypatch.setattr(verify, "compare_opened", lambda *_: found)
+    monkeypatch.setattr(measure, "compare_checkpoints", lambda *_: found)
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
 

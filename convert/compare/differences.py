@@ -12,11 +12,11 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.convert.compare.observe import (
     Observation,
     Predictions,
-    cosines,
-    predictions,
-    recorded,
-    relative_errors,
-    relative_frobenius,
+    compare_predictions,
+    compute_cosines,
+    compute_frobenius_error,
+    compute_relative_errors,
+    record_outputs,
 )
 from mlx_smolvlm.convert.compare.report import (
     AnswerPair,
@@ -24,9 +24,9 @@ from mlx_smolvlm.convert.compare.report import (
     LayerLoss,
     MatrixLoss,
     Surprise,
-    feature_loss,
+    summarize_feature,
 )
-from mlx_smolvlm.convert.compare.samples import Asked
+from mlx_smolvlm.convert.compare.samples import PictureQuestion
 from mlx_smolvlm.convert.names import list_entries
 from mlx_smolvlm.convert.open_model import CheckpointReader
 from mlx_smolvlm.media.encode import Medium
@@ -36,18 +36,18 @@ CONTEXT_TOKENS = 12  # shown before a surprise
 TEXT_LAYER, VISION_LAYER = "text_model.layers", "vision_model.encoder.layers"
 
 
-def all_predictions(a: Observation, b: Observation) -> list[Predictions]:
+def compare_passages(a: Observation, b: Observation) -> list[Predictions]:
     """What both say about each passage."""
     return [
-        predictions((one, other), (a.head, b.head), passage.targets)
+        compare_predictions((one, other), (a.head, b.head), passage.targets)
         for one, other, passage in zip(a.hidden, b.hidden, a.passages, strict=True)
     ]
 
 
-def surprises(
+def find_surprises(
     a: Observation, found: Sequence[Predictions], decode: Callable[[list[int]], str]
 ) -> tuple[Surprise, ...]:
-    """The tokens of the texts where both differ most, from `found` of `all_predictions`."""
+    """The tokens of the texts where both differ most, from `found` of `compare_passages`."""
     places = [
         (float(kl), number, place)
         for number, part in enumerate(found[: a.num_texts])
@@ -72,7 +72,9 @@ def surprises(
     return tuple(result)
 
 
-def answer_pairs(asked: Sequence[Asked], a: Observation, b: Observation) -> tuple[AnswerPair, ...]:
+def pair_answers(
+    asked: Sequence[PictureQuestion], a: Observation, b: Observation
+) -> tuple[AnswerPair, ...]:
     """Answers side by side."""
     result = []
     for question, one, other in zip(asked, a.answers, b.answers, strict=True):
@@ -85,19 +87,19 @@ def answer_pairs(asked: Sequence[Asked], a: Observation, b: Observation) -> tupl
     return tuple(result)
 
 
-def decoder_losses(a: Observation, b: Observation) -> tuple[LayerLoss, ...]:
+def measure_decoder_layers(a: Observation, b: Observation) -> tuple[LayerLoss, ...]:
     """Errors of the states after each decoder layer; none if the decoders have other sizes."""
     text, other = a.config.text, b.config.text
     sizes = [(one.hidden_size, one.num_hidden_layers) for one in (text, other)]
     if sizes[0] != sizes[1]:
         return ()
     return tuple(
-        LayerLoss(f"{TEXT_LAYER}.{number}", float(relative_errors(x, y).mean()))
+        LayerLoss(f"{TEXT_LAYER}.{number}", float(compute_relative_errors(x, y).mean()))
         for number, (x, y) in enumerate(zip(a.layers, b.layers, strict=True))
     )
 
 
-def picture_losses(
+def measure_pictures(
     a: Observation, b: Observation, media: Sequence[Medium]
 ) -> tuple[tuple[FeatureLoss, ...], tuple[LayerLoss, ...]]:
     """Errors of the features of pictures, and of the states after each encoder layer.
@@ -105,56 +107,58 @@ def picture_losses(
     A tile at a time goes through both encoders, so that few features are held. There are
     none if the checkpoints cut pictures in other ways or have other widths.
     """
-    if not media or _seen(a.config) != _seen(b.config):
+    if not media or _list_encoder_settings(a.config) != _list_encoder_settings(b.config):
         return (), ()
     layers: list[list[float]] = []
     rows: list[tuple[np.ndarray, ...]] = []
     for medium in media:
         for _, tile in medium.make_tiles(b.config):
             pixels = mx.array(tile)[None]
-            one, other = _encoded(a.encoder, pixels), _encoded(b.encoder, pixels)
+            one, other = _encode_tile(a.encoder, pixels), _encode_tile(b.encoder, pixels)
             pairs = zip(one[2], other[2], strict=True)
-            layers.append([float(relative_errors(x, y).mean()) for x, y in pairs])
+            layers.append([float(compute_relative_errors(x, y).mean()) for x, y in pairs])
             both = [(one[0], other[0]), (one[1], other[1])]
             both = [pair for pair in both if pair[0].shape == pair[1].shape]
-            rows.append(tuple(f(*pair) for pair in both for f in (cosines, relative_errors)))
+            rows.append(
+                tuple(f(*pair) for pair in both for f in (compute_cosines, compute_relative_errors))
+            )
             mx.clear_cache()
     columns = [np.concatenate(column) for column in zip(*rows, strict=True)]
-    features = [feature_loss("patch_features", *columns[:2])]
+    features = [summarize_feature("patch_features", *columns[:2])]
     if len(columns) > 2:
-        features.append(feature_loss("image_embeds", *columns[2:]))
+        features.append(summarize_feature("image_embeds", *columns[2:]))
     means = np.mean(layers, 0)
     named = (LayerLoss(f"{VISION_LAYER}.{i}", float(mean)) for i, mean in enumerate(means))
     return tuple(features), tuple(named)
 
 
-def _seen(config: Config) -> tuple[object, ...]:
+def _list_encoder_settings(config: Config) -> tuple[object, ...]:
     """What of `config` has to be equal for its encoder's features to be comparable."""
     vision, image = config.vision, config.image
     sizes = (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
     return (*sizes, image.mean, image.std, image.longest_edge)
 
 
-def _encoded(
+def _encode_tile(
     encoder: tuple[nn.Module, nn.Module], pixels: mx.array
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """`patch_features`, `image_embeds` and the states after every layer, of `pixels`."""
     vision, connector = encoder
-    with recorded(vision.encoder.layers) as states:
+    with record_outputs(vision.encoder.layers) as states:
         features = vision(pixels)
         embeds = connector(features)
         mx.eval(features, embeds, states)
     return features, embeds, states
 
 
-def matrix_losses(
+def measure_matrices(
     a: CheckpointReader, b: CheckpointReader, step: Callable[[str], None]
 ) -> tuple[MatrixLoss, ...]:
     """Errors of every matrix that has the same shape in both, one read at a time.
 
     `step` is called with the path of each. The vision MLP may be padded in one of them.
     """
-    paths = matrix_paths(a, b)
+    paths = find_matrix_paths(a, b)
     result = []
     for path in paths:
         step(path)
@@ -163,13 +167,13 @@ def matrix_losses(
         if one.shape == other.shape or padded:
             bits = None if other.quantization is None else other.quantization.bits
             count = one.shape[0] * one.shape[1]
-            result.append(MatrixLoss(path, bits, count, relative_frobenius(one, other)))
+            result.append(MatrixLoss(path, bits, count, compute_frobenius_error(one, other)))
         del one, other
         mx.clear_cache()
     return tuple(result)
 
 
-def matrix_paths(a: CheckpointReader, b: CheckpointReader) -> list[str]:
+def find_matrix_paths(a: CheckpointReader, b: CheckpointReader) -> list[str]:
     """Paths of the modules that have a matrix in both."""
     others = {entry.path for entry in list_entries(b.config)}
     return [one.path for one in list_entries(a.config) if one.quantizable and one.path in others]

@@ -7,6 +7,7 @@ vision encoder are in memory, and the last hidden states of the texts.
 from __future__ import annotations
 
 import gc
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,31 +17,41 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_smolvlm.convert.compare.differences import (
-    all_predictions,
-    answer_pairs,
-    decoder_losses,
-    matrix_losses,
-    matrix_paths,
-    picture_losses,
-    surprises,
+    compare_passages,
+    find_matrix_paths,
+    find_surprises,
+    measure_decoder_layers,
+    measure_matrices,
+    measure_pictures,
+    pair_answers,
 )
-from mlx_smolvlm.convert.compare.observe import Work, observe
-from mlx_smolvlm.convert.compare.report import Comparison, Side, TaskScore, token_loss
+from mlx_smolvlm.convert.compare.observe import Workload, observe
+from mlx_smolvlm.convert.compare.plot import render_plot
+from mlx_smolvlm.convert.compare.report import (
+    Comparison,
+    Side,
+    TaskScore,
+    format_card_section,
+    summarize_tokens,
+)
 from mlx_smolvlm.convert.compare.samples import (
     PLAIN_QUESTION,
     QUESTIONS,
     TEXTS,
-    Asked,
-    drawn_pictures,
+    PictureQuestion,
+    draw_pictures,
 )
 from mlx_smolvlm.convert.hub import ResolveOptions, resolve
 from mlx_smolvlm.convert.names import list_entries
-from mlx_smolvlm.convert.open_model import CheckpointReader, FolderReader
+from mlx_smolvlm.convert.open_model import CheckpointReader, FolderReader, SourceReader
 from mlx_smolvlm.convert.run import Progress
+from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.files import remove_leftovers, write_file
 from mlx_smolvlm.media.encode import Medium
 from mlx_smolvlm.media.tiles import Detail
 from mlx_smolvlm.prompt.messages import ImageSource, read_request
+from mlx_smolvlm.records import read_json, read_record
 from mlx_smolvlm.smolvlm import SmolVLM
 
 if TYPE_CHECKING:
@@ -88,19 +99,19 @@ class CompareOptions:
     @property
     def named_pictures(self) -> list[tuple[str, ImageSource]]:
         """Names and pictures."""
-        return list(drawn_pictures().items()) if self.pictures is None else list(self.pictures)
+        return list(draw_pictures().items()) if self.pictures is None else list(self.pictures)
 
-    def work(self) -> Work:
+    def work(self) -> Workload:
         """Texts and questions."""
         pictures = self.named_pictures[:ASKED_PICTURES] if self.questions else []
         count = len(self.questions)
         asked = [
-            Asked(self.questions[number % count], picture, name)
+            PictureQuestion(self.questions[number % count], picture, name)
             for number, (name, picture) in enumerate(pictures)
         ]
         texts = TEXTS if self.texts is None else self.texts
-        questions = (*asked, Asked(PLAIN_QUESTION))
-        return Work(texts, self.text_tokens, questions, self.max_tokens, self.detail)
+        questions = (*asked, PictureQuestion(PLAIN_QUESTION))
+        return Workload(texts, self.text_tokens, questions, self.max_tokens, self.detail)
 
 
 def read_data(paths: Sequence[Path], limit: int | None) -> Dataset | None:
@@ -135,7 +146,7 @@ def judge(vlm: SmolVLM, data: Dataset | None, step: Callable[[str], None]) -> li
     return results
 
 
-def task_scores(a: Sequence[Result], b: Sequence[Result]) -> tuple[TaskScore, ...]:
+def score_tasks(a: Sequence[Result], b: Sequence[Result]) -> tuple[TaskScore, ...]:
     """Scores of both by task and metric, from results of the same lines."""
     pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
     for one, other in zip(a, b, strict=True):
@@ -176,10 +187,10 @@ def compare(
     """
     how = ResolveOptions(offline=offline)
     sides = [FolderReader(resolve(one, how), str(one)) for one in (reference, other)]
-    return compare_opened(sides[0], sides[1], options or CompareOptions(), progress)
+    return compare_checkpoints(sides[0], sides[1], options or CompareOptions(), progress)
 
 
-def compare_opened(
+def compare_checkpoints(
     reference: CheckpointReader,
     other: CheckpointReader,
     options: CompareOptions,
@@ -189,31 +200,31 @@ def compare_opened(
     check_tokenizers(reference, other)
     data = read_data(options.data, options.data_limit)
     work, lines = options.work(), 0 if data is None else len(data.cases)
-    steps = 2 * (work.steps + lines) + 1 + len(matrix_paths(reference, other))
-    tally = _Tally(progress, steps)
+    steps = 2 * (work.steps + lines) + 1 + len(find_matrix_paths(reference, other))
+    tally = _StepCounter(progress, steps)
     vlm = reference.load()
     a, scores = observe(vlm, work, tally), judge(vlm, data, tally)
     del vlm
-    _free()
+    _free_memory()
     vlm = other.load()
     b = observe(vlm, work, tally, a.answers)
-    tasks = task_scores(scores, judge(vlm, data, tally))
-    found, texts = all_predictions(a, b), a.num_texts
-    strange = surprises(a, found, vlm.engine.prompt_builder.tokenizer.decode)
-    answers = answer_pairs(work.asked, a, b)
+    tasks = score_tasks(scores, judge(vlm, data, tally))
+    found, texts = compare_passages(a, b), a.num_texts
+    strange = find_surprises(a, found, vlm.engine.prompt_builder.tokenizer.decode)
+    answers = pair_answers(work.asked, a, b)
     tally("pictures")
-    features, layers = picture_losses(a, b, _opened(vlm, options))
-    layers = (*decoder_losses(a, b), *layers)
+    features, layers = measure_pictures(a, b, _open_pictures(vlm, options))
+    layers = (*measure_decoder_layers(a, b), *layers)
     del vlm, a, b
-    _free()
+    _free_memory()
     return Comparison(
-        reference=_side(reference),
-        other=_side(other),
-        texts=token_loss(found[:texts]),
-        answers_forced=token_loss(found[texts:]),
+        reference=_make_side(reference),
+        other=_make_side(other),
+        texts=summarize_tokens(found[:texts]),
+        answers_forced=summarize_tokens(found[texts:]),
         features=features,
         layers=layers,
-        matrices=matrix_losses(reference, other, tally),
+        matrices=measure_matrices(reference, other, tally),
         answers=answers,
         surprises=strange,
         tasks=tasks,
@@ -221,7 +232,7 @@ def compare_opened(
     )
 
 
-def _opened(vlm: SmolVLM, options: CompareOptions) -> tuple[Medium, ...]:
+def _open_pictures(vlm: SmolVLM, options: CompareOptions) -> tuple[Medium, ...]:
     """The pictures of `options`, ready to be cut into tiles."""
     pictures = [picture for _, picture in options.named_pictures]
     return vlm.engine.open_media(read_request("", pictures, (), None), options.detail)
@@ -241,7 +252,7 @@ def check_tokenizers(reference: CheckpointReader, other: CheckpointReader) -> No
         )
 
 
-class _Tally:
+class _StepCounter:
     """Counts steps, and tells `progress` of each as it begins.
 
     Every answer starts MLX's count of the most memory anew, so it is looked at before each step.
@@ -265,13 +276,13 @@ class _Tally:
         self._done += 1
 
 
-def _free() -> None:
+def _free_memory() -> None:
     """Let go of a model that nothing needs any more."""
     gc.collect()
     mx.clear_cache()
 
 
-def _side(opened: CheckpointReader) -> Side:
+def _make_side(opened: CheckpointReader) -> Side:
     """Name and size."""
     count = sum(
         math.prod(shape) + (shape[0] if entry.bias else 0)
@@ -279,3 +290,77 @@ def _side(opened: CheckpointReader) -> Side:
         for shape in entry.shapes
     )
     return Side(opened.name, opened.nbytes, 8 * opened.nbytes / count)
+
+
+VERIFY_FILE = "verify.json"
+VERIFY_PLOT = "verify.png"
+
+
+def verify_conversion(
+    source: str | Path | Source,
+    folder: Path,
+    options: CompareOptions | None = None,
+    *,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> Comparison:
+    """How far the converted `folder` lies from the weights of `source`, which become no file.
+
+    `VERIFY_FILE` and `VERIFY_PLOT` are written into `folder`.
+
+    Args:
+        source: What was converted, as `convert_checkpoint` takes it; packed weights are unpacked.
+        folder: The result, in this package's format.
+        options: Texts, pictures and questions.
+        offline: Take a hub id from the local cache alone.
+        progress: Called with the steps done, the steps in all, and the step that begins.
+
+    Raises:
+        CheckpointError: One cannot be read, or `folder` was made from something else.
+        MediaError: A picture cannot be opened.
+    """
+    source = open_source(source, offline)
+    reference = SourceReader(source)
+    name = folder.resolve().name  # what is published should not tell where it was made
+    options = options or CompareOptions()
+    found = compare_checkpoints(reference, FolderReader(folder, name), options, progress)
+    source.check_unchanged()
+    remove_leftovers(folder)
+    write_file(folder / VERIFY_PLOT, render_plot(found), follow_links=False)
+    text = json.dumps(found.to_dict(), indent=2) + "\n"
+    write_file(folder / VERIFY_FILE, text, follow_links=False)
+    return found
+
+
+def read_verification(folder: Path) -> Comparison | None:
+    """What `verify_conversion` found of `folder`; None if it was never asked.
+
+    Raises:
+        CheckpointError: The file is damaged.
+    """
+    path = folder / VERIFY_FILE
+    if not path.is_file():
+        return None
+    values = read_json(path)
+    values.pop("kl_edges_nats", None)  # `Comparison.to_dict` adds them for people who plot
+    try:
+        return read_record(Comparison, values)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}; verify the checkpoint again") from None
+
+
+def format_verification(folder: Path) -> str | None:
+    """The section of a model card about what `folder` lost; None if it was never measured.
+
+    Raises:
+        CheckpointError: As `read_verification`.
+    """
+    found = read_verification(folder)
+    if found is None:
+        return None
+    plot = VERIFY_PLOT if (folder / VERIFY_PLOT).is_file() else None
+    try:
+        return format_card_section(found, plot)
+    except (ArithmeticError, ValueError):  # such as a perplexity of 0, or a matrix of no model
+        path = folder / VERIFY_FILE
+        raise CheckpointError(f"{path} is damaged; verify the checkpoint again") from None

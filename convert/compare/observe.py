@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.convert.compare.samples import Asked
+from mlx_smolvlm.convert.compare.samples import PictureQuestion
 from mlx_smolvlm.convert.open_model import Matrix
 from mlx_smolvlm.generate.sampling import Sampling, log_softmax, sum_last
 from mlx_smolvlm.generate.stream import AnswerStream
@@ -34,7 +34,7 @@ BLOCK = 2**22  # elements of a matrix that are compared at once
 Head = Callable[[mx.array], mx.array]
 
 
-def head_of(model: Model) -> Head:
+def get_head(model: Model) -> Head:
     """The output head of `model`, which needs nothing else of it."""
     if "lm_head" in model:
         head: Head = model.lm_head
@@ -58,7 +58,7 @@ class Predictions:
     likeliest: np.ndarray
 
 
-def predictions(
+def compare_predictions(
     hidden: tuple[mx.array, mx.array], heads: tuple[Head, Head], targets: np.ndarray
 ) -> Predictions:
     """What two models say about `targets` (L,), from their last hidden states (L, D).
@@ -84,49 +84,49 @@ def predictions(
     )
 
 
-def cosines(a: mx.array, b: mx.array) -> np.ndarray:
+def compute_cosines(a: mx.array, b: mx.array) -> np.ndarray:
     """Cosines of the angles between vectors of `a` and `b`, along the last axis, flat."""
-    one, other = _vectors(a), _vectors(b)
+    one, other = _to_vectors(a), _to_vectors(b)
     lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
     result: np.ndarray = np.minimum((one * other).sum(-1) / np.maximum(lengths, 1e-30), 1)
     return result
 
 
-def relative_errors(a: mx.array, b: mx.array) -> np.ndarray:
+def compute_relative_errors(a: mx.array, b: mx.array) -> np.ndarray:
     """Length of each vector of `b - a` over that of `a`, along the last axis, flat.
 
     Vectors are taken one by one since a few are very much longer than the others.
     """
-    one, other = _vectors(a), _vectors(b)
+    one, other = _to_vectors(a), _to_vectors(b)
     lengths = np.maximum(np.linalg.norm(one, axis=-1), 1e-30)
     errors: np.ndarray = np.linalg.norm(other - one, axis=-1) / lengths
     return errors
 
 
-def _vectors(x: mx.array) -> np.ndarray:
+def _to_vectors(x: mx.array) -> np.ndarray:
     """The vectors along the last axis of `x`, in float64: near 1 a cosine needs the digits."""
     vectors: np.ndarray = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
     return vectors.astype(np.float64)
 
 
-def relative_frobenius(a: Matrix, b: Matrix) -> float:
+def compute_frobenius_error(a: Matrix, b: Matrix) -> float:
     """|b - a| / |a| in the Frobenius norm, over the rows and columns that both have.
 
     If `a` is all zeros, it is |b|.
     """
     total = difference = 0.0
-    for one, other in _blocks(a, b):
-        total += _squares(one)
-        difference += _squares(other - one)
+    for one, other in _iterate_blocks(a, b):
+        total += _sum_squares(one)
+        difference += _sum_squares(other - one)
     return math.sqrt(difference / total) if total else math.sqrt(difference)
 
 
-def _squares(x: mx.array) -> float:
+def _sum_squares(x: mx.array) -> float:
     """The sum of the squares of `x`; millions of them lose digits in float32, a row does not."""
     return float(np.array((x * x).sum(-1)).sum(dtype=np.float64))
 
 
-def _blocks(a: Matrix, b: Matrix) -> Iterator[tuple[mx.array, mx.array]]:
+def _iterate_blocks(a: Matrix, b: Matrix) -> Iterator[tuple[mx.array, mx.array]]:
     """Rows of both in float32, some at a time."""
     rows, width = min(a.shape[0], b.shape[0]), min(a.shape[1], b.shape[1])
     step = max(1, BLOCK // width)
@@ -140,7 +140,7 @@ LAYER_TOKENS = 256  # tokens whose states are kept after every layer
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What a model is given.
 
     Attributes:
@@ -153,7 +153,7 @@ class Work:
 
     texts: tuple[str, ...]
     text_tokens: int
-    asked: tuple[Asked, ...]
+    asked: tuple[PictureQuestion, ...]
     max_tokens: int
     detail: Detail
 
@@ -178,7 +178,7 @@ class Passage:
 
 
 @dataclass(frozen=True)
-class Answered:
+class GreedyAnswer:
     """A greedy answer."""
 
     text: str
@@ -206,10 +206,10 @@ class Observation:
     num_texts: int
     hidden: list[mx.array]
     layers: list[mx.array]
-    answers: list[Answered]
+    answers: list[GreedyAnswer]
 
 
-def windows(vlm: SmolVLM, texts: Sequence[str], most: int) -> list[Passage]:
+def split_texts(vlm: SmolVLM, texts: Sequence[str], most: int) -> list[Passage]:
     """The tokens of `texts`, at most `WINDOW` at once and `most` in all."""
     passages: list[Passage] = []
     for text in texts:
@@ -222,9 +222,9 @@ def windows(vlm: SmolVLM, texts: Sequence[str], most: int) -> list[Passage]:
 
 def observe(
     vlm: SmolVLM,
-    work: Work,
+    work: Workload,
     step: Callable[[str], None],
-    expected: Sequence[Answered] | None = None,
+    expected: Sequence[GreedyAnswer] | None = None,
 ) -> Observation:
     """What `vlm` does.
 
@@ -239,8 +239,8 @@ def observe(
         MediaError: A picture cannot be opened.
         PromptError: A question is longer than the context.
     """
-    passages = texts = windows(vlm, work.texts, work.text_tokens)
-    answers: list[Answered] = []
+    passages = texts = split_texts(vlm, work.texts, work.text_tokens)
+    answers: list[GreedyAnswer] = []
     for number, one in enumerate(work.asked):
         step(f"answer {number + 1}")
         prompt, answer = _answer(vlm, one, work)
@@ -252,28 +252,28 @@ def observe(
     model = vlm.model
     return Observation(
         config=vlm.config,
-        head=head_of(model),
+        head=get_head(model),
         encoder=(model.vision_model, model.connector),
         passages=passages,
         num_texts=len(texts),
-        hidden=[last_hidden(model, passage) for passage in passages],
-        layers=layer_states(model, texts[0].input_ids[:LAYER_TOKENS]) if texts else [],
+        hidden=[compute_last_hidden(model, passage) for passage in passages],
+        layers=compute_layer_states(model, texts[0].input_ids[:LAYER_TOKENS]) if texts else [],
         answers=answers,
     )
 
 
-def _answer(vlm: SmolVLM, asked: Asked, work: Work) -> tuple[Passage, Answered]:
+def _answer(vlm: SmolVLM, asked: PictureQuestion, work: Workload) -> tuple[Passage, GreedyAnswer]:
     """The prompt of a question, and the answer to it."""
     pictures = () if asked.picture is None else (asked.picture,)
     request = read_request(asked.text, pictures, (), None)
     media = vlm.engine.open_media(request, work.detail)
     prompt = vlm.engine.make_prompt(request.messages, media)
     reply = AnswerStream(vlm.engine, prompt, Sampling(max_tokens=work.max_tokens)).finish()
-    answer = Answered(reply.text, tuple(reply.token_ids))
+    answer = GreedyAnswer(reply.text, tuple(reply.token_ids))
     return Passage(prompt.input_ids, prompt.input_ids.size, join_embeds(media)), answer
 
 
-def last_hidden(model: Model, passage: Passage) -> mx.array:
+def compute_last_hidden(model: Model, passage: Passage) -> mx.array:
     """Hidden states (L, D) from which the head predicts the passage's targets."""
     embeds = model.embed(passage.input_ids, passage.image_embeds)
     hidden: mx.array = model.text_model(embeds)[0, passage.start - 1 : -1]
@@ -281,15 +281,15 @@ def last_hidden(model: Model, passage: Passage) -> mx.array:
     return hidden
 
 
-def layer_states(model: Model, input_ids: np.ndarray) -> list[mx.array]:
+def compute_layer_states(model: Model, input_ids: np.ndarray) -> list[mx.array]:
     """States (L, D) after every decoder layer, for the text `input_ids` (L,)."""
-    with recorded(model.text_model.layers) as states:
+    with record_outputs(model.text_model.layers) as states:
         mx.eval(model.text_model(model.embed(input_ids)))
     return [state[0] for state in states]
 
 
 @contextlib.contextmanager
-def recorded(layers: list[Any]) -> Iterator[list[mx.array]]:
+def record_outputs(layers: list[Any]) -> Iterator[list[mx.array]]:
     """What the `layers` of a model give in this block, in the order they are called."""
     states: list[mx.array] = []
     originals = list(layers)

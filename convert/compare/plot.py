@@ -14,7 +14,7 @@ from mlx_smolvlm.convert.compare.report import (
     Comparison,
     LayerLoss,
     MatrixLoss,
-    summary_rows,
+    make_summary_rows,
 )
 from mlx_smolvlm.files import write_output
 
@@ -27,32 +27,32 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 def draw_plot(found: Comparison, path: Path) -> None:
     """Write the picture of `found` as a PNG to `path`; errors as `write_output`."""
-    write_output(path, plot_png(found))
+    write_output(path, render_plot(found))
 
 
-def plot_png(found: Comparison) -> bytes:
+def render_plot(found: Comparison) -> bytes:
     """The picture of `found` as a PNG file."""
     from PIL import Image, ImageDraw
 
-    rows = [f"{name}: {text}" for name, text in summary_rows(found)]
-    grid = heat_rows(found.matrices)
+    rows = [f"{name}: {text}" for name, text in make_summary_rows(found)]
+    grid = group_by_kind(found.matrices)
     top = MARGIN + 26 * len(rows) + 20
     middle = top + 50 + 26 * len(grid) + (60 if grid else -50)
     image = Image.new("RGB", (WIDTH, middle + 420), "white")
     draw = ImageDraw.Draw(image)
     for number, row in enumerate(rows):
-        _text(draw, (MARGIN, MARGIN + 26 * number), _fitted(row, 135), 17)
+        _draw_text(draw, (MARGIN, MARGIN + 26 * number), _truncate(row, 135), 17)
     if grid:
-        _heat_map(draw, grid, (MARGIN, top, WIDTH - MARGIN, middle))
+        _draw_heat_map(draw, grid, (MARGIN, top, WIDTH - MARGIN, middle))
     half = WIDTH // 2
-    _layers(draw, found.layers, (MARGIN, middle + 20, half - 30, middle + 370))
-    _histogram(draw, found, (half + 30, middle + 20, WIDTH - MARGIN, middle + 370))
+    _draw_layers(draw, found.layers, (MARGIN, middle + 20, half - 30, middle + 370))
+    _draw_histogram(draw, found, (half + 30, middle + 20, WIDTH - MARGIN, middle + 370))
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return stream.getvalue()
 
 
-def heat_rows(matrices: Sequence[MatrixLoss]) -> dict[str, list[tuple[int, float]]]:
+def group_by_kind(matrices: Sequence[MatrixLoss]) -> dict[str, list[tuple[int, float]]]:
     """Kinds of matrices, each with pairs of a layer and the relative error there.
 
     A matrix that is no layer's stands at layer 0.
@@ -67,17 +67,17 @@ def heat_rows(matrices: Sequence[MatrixLoss]) -> dict[str, list[tuple[int, float
     return rows
 
 
-def _heat_map(draw: Any, rows: dict[str, list[tuple[int, float]]], box: Box) -> None:
+def _draw_heat_map(draw: Any, rows: dict[str, list[tuple[int, float]]], box: Box) -> None:
     """One line a kind of matrix, one cell a layer, the redder the more error."""
     left, top, right, _ = box
     most = max((error for row in rows.values() for _, error in row), default=0) or 1e-9
     columns = max(layer for row in rows.values() for layer, _ in row) + 1
-    _text(draw, (left, top), f"Relative error of each matrix, by layer (red: {most:.4f})", 20)
+    _draw_text(draw, (left, top), f"Relative error of each matrix, by layer (red: {most:.4f})", 20)
     begin = left + 290
     cell = min(26, (right - begin - 80) / columns)
     for number, (kind, row) in enumerate(rows.items()):
         y = top + 40 + 26 * number
-        _text(draw, (left, y), kind, 16)
+        _draw_text(draw, (left, y), kind, 16)
         for layer, error in row:
             x = begin + cell * layer
             color = tuple(
@@ -85,16 +85,16 @@ def _heat_map(draw: Any, rows: dict[str, list[tuple[int, float]]], box: Box) -> 
                 for low, high in zip(LOW, HIGH, strict=True)
             )
             draw.rectangle([x, y, x + cell - 2, y + 22], fill=color)
-        _text(draw, (begin + cell * columns + 10, y), f"{max(e for _, e in row):.4f}", 16)
+        _draw_text(draw, (begin + cell * columns + 10, y), f"{max(e for _, e in row):.4f}", 16)
     y = top + 42 + 26 * len(rows)
     for layer in range(0, columns, 5):
-        _text(draw, (begin + cell * layer, y), str(layer), 14, PALE)
+        _draw_text(draw, (begin + cell * layer, y), str(layer), 14, PALE)
 
 
-def _layers(draw: Any, layers: Sequence[LayerLoss], box: Box) -> None:
+def _draw_layers(draw: Any, layers: Sequence[LayerLoss], box: Box) -> None:
     """Error of the states after each layer, a line for the decoder and one for the encoder."""
     left, top, right, bottom = box
-    _text(draw, (left, top), "Relative error of the states after each layer", 20)
+    _draw_text(draw, (left, top), "Relative error of the states after each layer", 20)
     series = (
         ("decoder", BLUE, [one for one in layers if one.path.startswith("text")]),
         ("encoder", ORANGE, [one for one in layers if one.path.startswith("vision")]),
@@ -103,12 +103,12 @@ def _layers(draw: Any, layers: Sequence[LayerLoss], box: Box) -> None:
     columns = max(len(values) for _, _, values in series)
     base, head, begin = bottom - 30, top + 60, left + 60
     draw.line([(begin, head), (begin, base), (right, base)], fill=PALE)
-    _text(draw, (left, head - 10), f"{most:.3f}", 14, PALE)
+    _draw_text(draw, (left, head - 10), f"{most:.3f}", 14, PALE)
     step = (right - begin) / max(columns - 1, 1)
     for number, (name, color, values) in enumerate(series):
         if not values:
             continue
-        _text(draw, (begin + 15 + 110 * number, head - 28), name, 16, color)
+        _draw_text(draw, (begin + 15 + 110 * number, head - 28), name, 16, color)
         points = [
             (begin + step * i, base - (base - head) * one.relative_error / most)
             for i, one in enumerate(values)
@@ -117,13 +117,13 @@ def _layers(draw: Any, layers: Sequence[LayerLoss], box: Box) -> None:
         for x, y in points:
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=color)
     for i in range(0, columns, 5):
-        _text(draw, (begin + step * i - 4, base + 6), str(i), 14, PALE)
+        _draw_text(draw, (begin + step * i - 4, base + 6), str(i), 14, PALE)
 
 
-def _histogram(draw: Any, found: Comparison, box: Box) -> None:
+def _draw_histogram(draw: Any, found: Comparison, box: Box) -> None:
     """Share of tokens by their KL divergence."""
     left, top, right, bottom = box
-    _text(draw, (left, top), "Tokens by KL divergence, nats (log scale)", 20)
+    _draw_text(draw, (left, top), "Tokens by KL divergence, nats (log scale)", 20)
     base, head = bottom - 30, top + 60
     draw.line([(left, base), (right, base)], fill=PALE)
     bars = len(KL_EDGES_NATS) + 1
@@ -135,7 +135,7 @@ def _histogram(draw: Any, found: Comparison, box: Box) -> None:
     for number, (name, color, loss) in enumerate(losses):
         if loss is None:
             continue
-        _text(draw, (left + 15 + 110 * number, head - 28), name, 16, color)
+        _draw_text(draw, (left + 15 + 110 * number, head - 28), name, 16, color)
         most = max(loss.kl_counts) / loss.tokens
         for i, count in enumerate(loss.kl_counts):
             height = (base - head) * count / loss.tokens / most
@@ -145,10 +145,10 @@ def _histogram(draw: Any, found: Comparison, box: Box) -> None:
     for i, edge in enumerate(KL_EDGES_NATS):
         power = round(math.log10(edge), 3)
         if power.is_integer() and int(power) % 2 == 0:
-            _text(draw, (left + step * (i + 1) - 12, base + 6), f"{edge:g}", 14, PALE)
+            _draw_text(draw, (left + step * (i + 1) - 12, base + 6), f"{edge:g}", 14, PALE)
 
 
-def _text(
+def _draw_text(
     draw: Any, place: tuple[float, float], text: str, size: int, color: tuple[int, ...] = INK
 ) -> None:
     """Put `text` at `place`."""
@@ -157,6 +157,6 @@ def _text(
     draw.text(place, text, fill=color, font=ImageFont.load_default(size))
 
 
-def _fitted(text: str, most: int) -> str:
+def _truncate(text: str, most: int) -> str:
     """`text`, cut to `most` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -181,7 +181,7 @@ class Comparison:
         return {**dataclasses.asdict(self), "kl_edges_nats": list(KL_EDGES_NATS)}
 
 
-def token_loss(parts: Sequence[Predictions]) -> TokenLoss | None:
+def summarize_tokens(parts: Sequence[Predictions]) -> TokenLoss | None:
     """`parts` summed up; None without any token."""
     if not sum(part.kl_nats.size for part in parts):
         return None
@@ -202,7 +202,7 @@ def token_loss(parts: Sequence[Predictions]) -> TokenLoss | None:
     )
 
 
-def feature_loss(
+def summarize_feature(
     name: Literal["patch_features", "image_embeds"], cosines: np.ndarray, errors: np.ndarray
 ) -> FeatureLoss:
     """Cosines and relative errors of vectors summed up."""
@@ -222,14 +222,14 @@ FEATURE_NAMES = {
 WORST = 5  # matrices that are named
 
 
-def summary_rows(found: Comparison) -> Iterator[tuple[str, str]]:
+def make_summary_rows(found: Comparison) -> Iterator[tuple[str, str]]:
     """Pairs of what was measured and the number, for every part that could be compared."""
-    yield "reference", _side(found.reference)
-    yield "compared", _side(found.other)
+    yield "reference", _format_side(found.reference)
+    yield "compared", _format_side(found.other)
     if found.texts is not None:
-        yield from _token_rows("texts", found.texts)
+        yield from _make_token_rows("texts", found.texts)
     if found.answers_forced is not None:
-        yield from _token_rows("reference's answers", found.answers_forced)
+        yield from _make_token_rows("reference's answers", found.answers_forced)
     for feature in found.features:
         yield (
             f"pictures, {FEATURE_NAMES[feature.name]}",
@@ -239,7 +239,7 @@ def summary_rows(found: Comparison) -> Iterator[tuple[str, str]]:
     if found.answers:
         share = f"{found.equal_share:.1%} of tokens up to the first difference"
         yield "answers", f"{found.equal_answers} of {len(found.answers)} the same; {share}"
-    for part, error, worst in part_errors(found.matrices):
+    for part, error, worst in average_by_part(found.matrices):
         text = f"relative error {error:.4f}, greatest {worst.relative_error:.4f}"
         yield f"weights, {part}", f"{text} ({worst.path})" if worst.relative_error else text
     for task in found.tasks:
@@ -250,13 +250,13 @@ def summary_rows(found: Comparison) -> Iterator[tuple[str, str]]:
         )
 
 
-def _side(side: Side) -> str:
+def _format_side(side: Side) -> str:
     """Name and size."""
     megabytes = side.nbytes / 1e6
     return f"{side.name}, {megabytes:,.1f} MB, {side.bits_per_weight:.2f} bits a weight"
 
 
-def _token_rows(name: str, loss: TokenLoss) -> Iterator[tuple[str, str]]:
+def _make_token_rows(name: str, loss: TokenLoss) -> Iterator[tuple[str, str]]:
     """What was found of tokens."""
     yield f"{name}, top-1 agreement", f"{loss.top_1_agreement:.2%} of {loss.tokens} tokens"
     yield (
@@ -271,7 +271,7 @@ def _token_rows(name: str, loss: TokenLoss) -> Iterator[tuple[str, str]]:
     )
 
 
-def part_errors(matrices: Sequence[MatrixLoss]) -> Iterator[tuple[str, float, MatrixLoss]]:
+def average_by_part(matrices: Sequence[MatrixLoss]) -> Iterator[tuple[str, float, MatrixLoss]]:
     """Each part with its relative errors' mean, weighed by parameters, and its worst matrix."""
     for part in PARTS:
         own = [one for one in matrices if find_part(one.path) == part]
@@ -281,28 +281,28 @@ def part_errors(matrices: Sequence[MatrixLoss]) -> Iterator[tuple[str, float, Ma
             yield part, mean, max(own, key=lambda one: one.relative_error)
 
 
-def differing_answers(found: Comparison) -> Iterator[str]:
+def format_differences(found: Comparison) -> Iterator[str]:
     """Lines that show the answers that differ, and the tokens of the texts that differ most."""
     for pair in found.answers:
         if pair.equal_tokens == pair.tokens:
             continue
         about = f" ({pair.picture})" if pair.picture else ""
         yield f"{pair.question}{about}: {pair.equal_tokens} of {pair.tokens} tokens the same"
-        yield f"  reference: {one_line(pair.reference)}"
-        yield f"  compared:  {one_line(pair.other)}"
+        yield f"  reference: {join_lines(pair.reference)}"
+        yield f"  compared:  {join_lines(pair.other)}"
     for one in found.surprises:
         yield (
-            f"...{one_line(one.context)} [{one_line(one.true)}]: reference says "
+            f"...{join_lines(one.context)} [{join_lines(one.true)}]: reference says "
             f"{one.reference!r}, compared {one.other!r}, KL {one.kl_nats:.3g} nats"
         )
 
 
-def one_line(text: str) -> str:
+def join_lines(text: str) -> str:
     """`text` without line breaks."""
     return " ".join(text.split())
 
 
-def card_section(found: Comparison, plot: str | None = None) -> str:
+def format_card_section(found: Comparison, plot: str | None = None) -> str:
     """Markdown that says what the conversion lost, for a model card; `plot` is its picture's name.
 
     It begins with a heading of the second level.
@@ -314,7 +314,7 @@ def card_section(found: Comparison, plot: str | None = None) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        *(f"| {name} | {_cell(text)} |" for name, text in summary_rows(found)),
+        *(f"| {name} | {_format_cell(text)} |" for name, text in make_summary_rows(found)),
     ]
     worst = sorted(found.matrices, key=lambda one: -one.relative_error)[:WORST]
     if worst and worst[0].relative_error:
@@ -326,6 +326,6 @@ def card_section(found: Comparison, plot: str | None = None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(text: str) -> str:
+def _format_cell(text: str) -> str:
     """`text` as a cell of a Markdown table."""
-    return one_line(text).replace("|", "\\|")
+    return join_lines(text).replace("|", "\\|")

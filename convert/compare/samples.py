@@ -74,7 +74,7 @@ PLAIN_QUESTION = "Explain in two sentences why the sky is blue."
 
 
 @dataclass(frozen=True)
-class Asked:
+class PictureQuestion:
     """A question; `picture` is what it is about, and `name` what to call that, or None."""
 
     text: str
@@ -82,13 +82,13 @@ class Asked:
     name: str | None = None
 
 
-def drawn_pictures() -> dict[str, PIL.Image.Image]:
+def draw_pictures() -> dict[str, PIL.Image.Image]:
     """A page, a chart, shapes and a landscape, by name; the same pixels on every machine."""
     makers: dict[str, Callable[[Any], None]] = {
-        "page": _page,
-        "chart": _chart,
-        "shapes": _shapes,
-        "landscape": _landscape,
+        "page": _draw_page,
+        "chart": _draw_chart,
+        "shapes": _draw_shapes,
+        "landscape": _draw_landscape,
     }
     from PIL import Image, ImageDraw
 
@@ -99,37 +99,37 @@ def drawn_pictures() -> dict[str, PIL.Image.Image]:
     return pictures
 
 
-def _font(size: int) -> Any:
+def _load_font(size: int) -> Any:
     from PIL import ImageFont
 
     return ImageFont.load_default(size)
 
 
-def _page(draw: Any) -> None:
-    draw.text((30, 24), "OPENING HOURS", fill="black", font=_font(36))
+def _draw_page(draw: Any) -> None:
+    draw.text((30, 24), "OPENING HOURS", fill="black", font=_load_font(36))
     lines = ("Monday      9 - 17", "Tuesday     9 - 17", "Wednesday   9 - 13", "Closed on Sunday")
     for number, line in enumerate(lines):
-        draw.text((36, 110 + 56 * number), line, fill=(30, 30, 60), font=_font(30))
+        draw.text((36, 110 + 56 * number), line, fill=(30, 30, 60), font=_load_font(30))
 
 
-def _chart(draw: Any) -> None:
-    draw.text((90, 16), "Rain in mm", fill="black", font=_font(30))
+def _draw_chart(draw: Any) -> None:
+    draw.text((90, 16), "Rain in mm", fill="black", font=_load_font(30))
     draw.line([(50, 60), (50, 330), (360, 330)], fill="black", width=3)
     bars = (("Jan", 120, "red"), ("Feb", 210, "green"), ("Mar", 70, "blue"), ("Apr", 160, "orange"))
     for number, (name, height, color) in enumerate(bars):
         x = 75 + 72 * number
         draw.rectangle([x, 330 - height, x + 46, 329], fill=color)
-        draw.text((x, 340), name, fill="black", font=_font(24))
+        draw.text((x, 340), name, fill="black", font=_load_font(24))
 
 
-def _shapes(draw: Any) -> None:
+def _draw_shapes(draw: Any) -> None:
     draw.rectangle([0, 0, SIDE, SIDE], fill=(235, 235, 225))
     draw.ellipse([30, 40, 170, 180], fill=(200, 30, 40))
     draw.rectangle([220, 60, 350, 190], fill=(30, 80, 190))
     draw.polygon([(190, 220), (90, 360), (300, 360)], fill=(40, 150, 60))
 
 
-def _landscape(draw: Any) -> None:
+def _draw_landscape(draw: Any) -> None:
     for y in range(SIDE):
         shade = y / SIDE
         draw.line([(0, y), (SIDE, y)], fill=(int(90 + 150 * shade), int(150 + 70 * shade), 235))

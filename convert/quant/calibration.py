@@ -12,7 +12,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.convert.compare.samples import QUESTIONS, drawn_pictures
+from mlx_smolvlm.convert.compare.samples import QUESTIONS, draw_pictures
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.generate.sampling import Sampling
@@ -55,16 +55,19 @@ def read_samples(vlm: SmolVLM, paths: Sequence[Path] = ()) -> list[Sample]:
         MediaError: A picture cannot be opened.
     """
     if paths:
-        samples = [one for file in _files(paths) for one in _samples(vlm, file)]
+        samples = [one for file in _find_files(paths) for one in _read_file(vlm, file)]
     else:
-        samples = [*_windows(vlm, BUNDLED.read_text(encoding="utf-8")), *_drawn(vlm)]
+        samples = [
+            *_split_text(vlm, BUNDLED.read_text(encoding="utf-8")),
+            *_make_picture_samples(vlm),
+        ]
     if not samples:
         raise CheckpointError("the calibration files hold no token to predict; give longer ones")
     count = min(len(samples), MOST_SAMPLES)
     return [samples[number * len(samples) // count] for number in range(count)]
 
 
-def _files(paths: Sequence[Path]) -> Iterator[Path]:
+def _find_files(paths: Sequence[Path]) -> Iterator[Path]:
     """Files to read, those of folders in order of their names."""
     for path in paths:
         path = expand_path(path, CheckpointError)
@@ -77,14 +80,14 @@ def _files(paths: Sequence[Path]) -> Iterator[Path]:
         yield from files
 
 
-def _samples(vlm: SmolVLM, file: Path) -> Iterator[Sample]:
+def _read_file(vlm: SmolVLM, file: Path) -> Iterator[Sample]:
     """What `file` holds."""
     if file.suffix.lower() in TEXTS:
         try:
             text = file.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise CheckpointError(f"{file} cannot be read as UTF-8 text: {error}") from None
-        yield from _windows(vlm, text)
+        yield from _split_text(vlm, text)
         return
     from mlx_smolvlm.train.dataset import read_dataset
 
@@ -93,10 +96,10 @@ def _samples(vlm: SmolVLM, file: Path) -> Iterator[Sample]:
             raise CheckpointError(f"{example.where}: calibration takes pictures, no videos")
         request = read_request([*example.prompt], tuple(example.images), (), None)
         media = vlm.engine.open_media(request, "low")
-        yield from _answered(vlm, request.messages, media, example.answers[0])
+        yield from _make_answer_sample(vlm, request.messages, media, example.answers[0])
 
 
-def _windows(vlm: SmolVLM, text: str) -> Iterator[Sample]:
+def _split_text(vlm: SmolVLM, text: str) -> Iterator[Sample]:
     """The tokens of `text`, `WINDOW` at once."""
     ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids, dtype=np.int64)
     size = min(WINDOW, vlm.config.text.max_position_embeddings)
@@ -106,19 +109,19 @@ def _windows(vlm: SmolVLM, text: str) -> Iterator[Sample]:
             yield Sample(part)
 
 
-def _drawn(vlm: SmolVLM) -> Iterator[Sample]:
+def _make_picture_samples(vlm: SmolVLM) -> Iterator[Sample]:
     """Questions about the drawn pictures, with the model's own answers."""
-    for number, picture in enumerate(drawn_pictures().values()):
+    for number, picture in enumerate(draw_pictures().values()):
         source: ImageSource = picture
         request = read_request(QUESTIONS[number % len(QUESTIONS)], (source,), (), None)
         media = vlm.engine.open_media(request, "low")
         sampling = Sampling(max_tokens=ANSWER_TOKENS)
         prompt = vlm.engine.make_prompt(request.messages, media)
         reply = AnswerStream(vlm.engine, prompt, sampling).finish()
-        yield from _answered(vlm, request.messages, media, reply.text)
+        yield from _make_answer_sample(vlm, request.messages, media, reply.text)
 
 
-def _answered(
+def _make_answer_sample(
     vlm: SmolVLM, messages: list[dict[str, object]], media: Sequence[Medium], answer: str
 ) -> Iterator[Sample]:
     """The sample of predicting `answer` and its end; none if it is longer than the context."""

@@ -21,20 +21,20 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from mlx_smolvlm.convert.compare.observe import HEAD_ROWS, Head, head_of
+from mlx_smolvlm.convert.compare.observe import HEAD_ROWS, Head, get_head
 from mlx_smolvlm.convert.quant.calibration import Sample
 from mlx_smolvlm.generate.sampling import log_softmax, sum_last
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.train.loss import checkpoint_layers
 
-LEARNED_BELOW_BITS = 8  # 8 bits lose next to nothing; mlx-lm leaves them alone too
+LEARN_BELOW_BITS = 8  # 8 bits lose next to nothing; mlx-lm leaves them alone too
 PICTURE_PARTS = ("vision_model", "connector")
 BETAS = [0.9, 0.99]
-LOOKS = 6  # at what is held back, evenly spread over the steps
-MOST_HELD_BACK = 16  # samples
+CHECKS = 6  # at what is held back, evenly spread over the steps
+MAX_HELD_BACK = 16  # samples
 
 Progress = Callable[[int, int, str], None]  # steps done, steps in all, what is at hand
-Learned = dict[str, dict[str, mx.array]]  # module path -> "scales" and "biases"
+PackedArrays = dict[str, dict[str, mx.array]]  # module path -> "scales" and "biases"
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,15 @@ def make_targets(model: Model, samples: Sequence[Sample], progress: Progress) ->
     hidden, pictures = [], []
     for number, sample in enumerate(samples):
         progress(number, len(samples), "float model")
-        embeds = None if sample.pixel_values is None else encode(model, sample.pixel_values)
+        embeds = None if sample.pixel_values is None else encode_tiles(model, sample.pixel_values)
         states = model.text_model(model.embed(sample.input_ids, embeds))[0, sample.start - 1 : -1]
         mx.eval(states)
         hidden.append(states)
         pictures.append(embeds)
-    return Targets(hidden, head_of(model), pictures)
+    return Targets(hidden, get_head(model), pictures)
 
 
-def encode(model: Model, pixel_values: mx.array) -> mx.array:
+def encode_tiles(model: Model, pixel_values: mx.array) -> mx.array:
     """`image_embeds` (N, I, D) of `pixel_values` (N, H, W, 3), tile by tile for little memory."""
     tiles = []
     for tile in pixel_values:
@@ -118,7 +118,7 @@ class Tunable(nn.Module):
         self.bias_change = mx.zeros(packed.scales.shape, mx.float32)
 
     @property
-    def tuned(self) -> dict[str, mx.array]:
+    def arrays(self) -> dict[str, mx.array]:
         """Scales and biases as they are now, in float32."""
         scales = self._packed.scales.astype(mx.float32)
         biases = self._packed.biases.astype(mx.float32)
@@ -131,9 +131,9 @@ class Tunable(nn.Module):
     @property
     def weight(self) -> mx.array:
         """The float32 matrix that the integers stand for with them."""
-        return self._unpacked(self._packed.weight, **self.tuned)
+        return self._unpack(self._packed.weight, **self.arrays)
 
-    def _unpacked(self, levels: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
+    def _unpack(self, levels: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
         """The float rows of packed `levels`; MLX's own unpacking gives scales no gradient."""
         packed, ones = self._packed, mx.ones(scales.shape, mx.float32)
         whole = mx.dequantize(levels, ones, mx.zeros_like(ones), packed.group_size, packed.bits)
@@ -142,8 +142,8 @@ class Tunable(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if isinstance(self._packed, nn.QuantizedEmbedding):
-            arrays = {suffix: array[x] for suffix, array in self.tuned.items()}
-            return self._unpacked(self._packed.weight[x], **arrays)
+            arrays = {suffix: array[x] for suffix, array in self.arrays.items()}
+            return self._unpack(self._packed.weight[x], **arrays)
         product = self.as_linear(x)
         return product + self._packed.bias if "bias" in self._packed else product
 
@@ -158,7 +158,7 @@ def learn(
     samples: Sequence[Sample],
     options: LearnOptions,
     progress: Progress,
-) -> Learned:
+) -> PackedArrays:
     """Better scales and biases for the packed matrices of `model`, by path; it is used up.
 
     The encoder is tuned first, then the decoder on what the tuned encoder gives it.
@@ -172,16 +172,18 @@ def learn(
     pictured = [n for n, one in enumerate(samples) if one.pixel_values is not None]
     seen = {path: t for path, t in tunables.items() if path.startswith(PICTURE_PARTS)}
     if seen and pictured:
-        loss = partial(picture_loss, model, samples, targets)
+        loss = partial(compute_picture_loss, model, samples, targets)
         with checkpoint_layers():
             _tune(seen, loss, pictured, options.picture_steps, options, progress)
-    embeds = [None if s.pixel_values is None else encode(model, s.pixel_values) for s in samples]
+    embeds = [
+        None if s.pixel_values is None else encode_tiles(model, s.pixel_values) for s in samples
+    ]
     read = {path: t for path, t in tunables.items() if path not in seen}
     if read:
-        loss = partial(text_loss, model, samples, embeds, targets)
+        loss = partial(compute_text_loss, model, samples, embeds, targets)
         with checkpoint_layers():
             _tune(read, loss, list(range(len(samples))), options.steps, options, progress)
-    learned = {path: tunable.tuned for path, tunable in tunables.items()}
+    learned = {path: tunable.arrays for path, tunable in tunables.items()}
     mx.eval(learned)
     return learned
 
@@ -191,7 +193,7 @@ def make_tunable(model: Model) -> dict[str, Tunable]:
     found = {}
     leaves: Any = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
     for path, module in leaves:
-        if getattr(module, "mode", "") == "affine" and module.bits < LEARNED_BELOW_BITS:
+        if getattr(module, "mode", "") == "affine" and module.bits < LEARN_BELOW_BITS:
             found[path.removesuffix(".packed")] = Tunable(module)  # inside of UnpackingLinear
     model.update_modules(tree_unflatten(list(found.items())))
     return found
@@ -211,7 +213,7 @@ def _tune(
     """
 
     def total(parameters: dict[str, Any], number: int) -> mx.array:
-        _put(tunables, parameters)
+        _set_changes(tunables, parameters)
         return loss(number)
 
     held, numbers = hold_back(numbers)
@@ -220,8 +222,8 @@ def _tune(
     random = np.random.default_rng(options.seed)
     order: list[int] = []
     best = parameters = {path: tunable.parameters() for path, tunable in tunables.items()}
-    least = _mean_loss(loss, held)
-    looks = {steps * (part + 1) // LOOKS for part in range(LOOKS)}
+    least = _compute_mean_loss(loss, held)
+    looks = {steps * (part + 1) // CHECKS for part in range(CHECKS)}
     for step in range(steps):
         order = order or random.permutation(numbers).tolist()
         value, gradients = gradient(parameters, order.pop())
@@ -229,11 +231,11 @@ def _tune(
         mx.eval(value, parameters, optimizer.state)
         progress(step, steps, f"loss {value.item():.4f}, held back {least:.4f}")
         if step + 1 in looks:
-            _put(tunables, parameters)
-            found = _mean_loss(loss, held)
+            _set_changes(tunables, parameters)
+            found = _compute_mean_loss(loss, held)
             if found < least:
                 best, least = parameters, found
-    _put(tunables, best)
+    _set_changes(tunables, best)
 
 
 def hold_back(numbers: list[int]) -> tuple[list[int], list[int]]:
@@ -243,23 +245,23 @@ def hold_back(numbers: list[int]) -> tuple[list[int], list[int]]:
     """
     if len(numbers) < 2:
         return numbers, numbers
-    count = max(1, min(MOST_HELD_BACK, len(numbers) // 8))
+    count = max(1, min(MAX_HELD_BACK, len(numbers) // 8))
     held = [numbers[(2 * part + 1) * len(numbers) // (2 * count)] for part in range(count)]
     return held, [number for number in numbers if number not in held]
 
 
-def _put(tunables: dict[str, Tunable], parameters: dict[str, Any]) -> None:
+def _set_changes(tunables: dict[str, Tunable], parameters: dict[str, Any]) -> None:
     """Change `tunables` by `parameters`."""
     for path, tunable in tunables.items():
         tunable.update(parameters[path])
 
 
-def _mean_loss(loss: Callable[[int], mx.array], numbers: list[int]) -> float:
+def _compute_mean_loss(loss: Callable[[int], mx.array], numbers: list[int]) -> float:
     """The mean of `loss` over the samples `numbers`, one computed after the other."""
     return sum(float(loss(number)) for number in numbers) / len(numbers)
 
 
-def text_loss(
+def compute_text_loss(
     model: Model,
     samples: Sequence[Sample],
     image_embeds: Sequence[mx.array | None],
@@ -270,28 +272,28 @@ def text_loss(
     sample, expected = samples[number], targets.hidden[number]
     embeds = model.embed(sample.input_ids, image_embeds[number])
     hidden = model.text_model(embeds)[0, sample.start - 1 : -1]
-    head = nn.utils.checkpoint(_module_of_head(model), head_of(model))
+    head = nn.utils.checkpoint(_get_head_module(model), get_head(model))
     total = mx.array(0.0)
     for start in range(0, expected.shape[0], HEAD_ROWS):
         part = slice(start, start + HEAD_ROWS)
         true = mx.stop_gradient(targets.head(expected[part]))
-        total = total + _divergence(true, head(hidden[part]))
+        total = total + _compute_divergence(true, head(hidden[part]))
     return total / expected.shape[0]
 
 
-def _module_of_head(model: Model) -> nn.Module:
+def _get_head_module(model: Model) -> nn.Module:
     """The module whose parameters the head uses."""
     module: nn.Module = model.lm_head if "lm_head" in model else model.text_model.embed_tokens
     return module
 
 
-def _divergence(true: mx.array, logits: mx.array) -> mx.array:
+def _compute_divergence(true: mx.array, logits: mx.array) -> mx.array:
     """KL divergence of `logits` (L, vocabulary) from `true`, summed over L."""
     logs = [log_softmax(x) for x in (true, logits)]
     return sum_last(mx.exp(logs[0]) * (logs[0] - logs[1])).sum()
 
 
-def picture_loss(
+def compute_picture_loss(
     model: Model, samples: Sequence[Sample], targets: Targets, number: int
 ) -> mx.array:
     """Mean squared relative error of a sample's image embeddings."""

@@ -19,12 +19,12 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_smolvlm.config import Quantization
-from mlx_smolvlm.convert.compare.observe import recorded
+from mlx_smolvlm.convert.compare.observe import record_outputs
 from mlx_smolvlm.convert.open_model import Matrix
 from mlx_smolvlm.convert.options import pack
 from mlx_smolvlm.convert.plan import Step
 from mlx_smolvlm.convert.quant.calibration import Sample
-from mlx_smolvlm.convert.quant.dwq import Learned, Progress, encode
+from mlx_smolvlm.convert.quant.dwq import PackedArrays, Progress, encode_tiles
 from mlx_smolvlm.convert.run import Plan
 from mlx_smolvlm.model.model import Model
 
@@ -65,11 +65,11 @@ def compensate(
         quantization: Bits and group size; groups divide the width.
         dtype: Of scales and biases; what they lose by it is made up for as well.
     """
-    factor = inverse_factor(np.array(moment.astype(mx.float32)), options.damping)
+    factor = compute_inverse_factor(np.array(moment.astype(mx.float32)), options.damping)
     parts = []
     for start in range(0, weight.shape[0], ROWS):
         columns = np.array(weight[start : start + ROWS].astype(mx.float32).T)
-        levels, scales, biases = _round(columns, factor, quantization, dtype, options)
+        levels, scales, biases = _round_columns(columns, factor, quantization, dtype, options)
         packed = mx.array(pack_levels(np.ascontiguousarray(levels.T), quantization.bits))
         parts.append({"weight": packed, "scales": scales.T, "biases": biases.T})
     arrays = {suffix: mx.concatenate([one[suffix] for one in parts]) for suffix in parts[0]}
@@ -77,7 +77,7 @@ def compensate(
     return arrays
 
 
-def inverse_factor(moment: np.ndarray, damping: float) -> np.ndarray:
+def compute_inverse_factor(moment: np.ndarray, damping: float) -> np.ndarray:
     """The upper triangular U (width, width), float32, with U'U the inverse of the damped H.
 
     Row j of U is what is left of columns j and after once those before are rounded: U[j, k] /
@@ -90,7 +90,7 @@ def inverse_factor(moment: np.ndarray, damping: float) -> np.ndarray:
     return np.triu(np.linalg.inv(lower[::-1, ::-1])).astype(np.float32)
 
 
-def _round(
+def _round_columns(
     columns: np.ndarray,
     factor: np.ndarray,
     quantization: Quantization,
@@ -166,10 +166,10 @@ def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
     return packed.view("<u4")
 
 
-COMPENSATED_BELOW_BITS = 8  # 8 bits lose next to nothing
+COMPENSATE_BELOW_BITS = 8  # 8 bits lose next to nothing
 EMBEDDINGS = "text_model.embed_tokens"
 
-Through = Callable[[Any, mx.array], mx.array]  # a module and its input -> its output
+RunModule = Callable[[Any, mx.array], mx.array]  # a module and its input -> its output
 
 
 def compensate_model(
@@ -178,7 +178,7 @@ def compensate_model(
     samples: Sequence[Sample],
     options: GptqOptions,
     progress: Progress,
-) -> Learned:
+) -> PackedArrays:
     """The arrays of the packed matrices of `plan`, by path, where they differ from plain rounding.
 
     Those of 8 bits, of modes that are not affine, and those that the source has packed in the
@@ -191,85 +191,85 @@ def compensate_model(
         progress: Called before each matrix.
     """
     rounder = Rounder(plan, options, progress)
-    tied = None if "lm_head" in model else _tied_moment(model, samples)
+    tied = None if "lm_head" in model else _compute_tied_moment(model, samples)
     pictures = [one.pixel_values for one in samples if one.pixel_values is not None]
-    images = iter(see(rounder, model, pictures))
+    images = iter(round_encoder(rounder, model, pictures))
     embeds = [None if one.pixel_values is None else next(images) for one in samples]
     model.text_model.embed_tokens = embeddings = copy(model.text_model.embed_tokens)
-    rounder.settle(EMBEDDINGS, embeddings, tied)
+    rounder.round_matrix(EMBEDDINGS, embeddings, tied)
     states = [model.embed(one.input_ids, e) for one, e in zip(samples, embeds, strict=True)]
-    hidden = read(rounder, model, states)
+    hidden = round_decoder(rounder, model, states)
     if "lm_head" in model:
-        rounder.settle("lm_head", copy(model.lm_head), moment_of(hidden))
-    return rounder.done
+        rounder.round_matrix("lm_head", copy(model.lm_head), compute_moment(hidden))
+    return rounder.arrays
 
 
-def see(rounder: Rounder, model: Model, pictures: Sequence[mx.array]) -> list[mx.array]:
+def round_encoder(rounder: Rounder, model: Model, pictures: Sequence[mx.array]) -> list[mx.array]:
     """Image embeddings (N, I, D) of `pictures` (N, H, W, 3), encoder and connector rounded."""
     if not pictures:
         return []
     vision, connector = model.vision_model, model.connector
     states = [vision.embeddings(tile[None]) for one in pictures for tile in one]  # (1, P, V)
     layers, vision.encoder.layers = list(vision.encoder.layers), []
-    states = rounder.stack("vision_model.encoder.layers", layers, states, lambda f, x: f(x))
+    states = rounder.round_layers("vision_model.encoder.layers", layers, states, lambda f, x: f(x))
     features = [vision.post_layernorm(state) for state in states]
-    tiles = iter(rounder.module("connector", connector, features, lambda f, x: f(x)))
+    tiles = iter(rounder.round_module("connector", connector, features, lambda f, x: f(x)))
     return [mx.concatenate([next(tiles) for _ in one]) for one in pictures]
 
 
-def read(rounder: Rounder, model: Model, states: list[mx.array]) -> list[mx.array]:
+def round_decoder(rounder: Rounder, model: Model, states: list[mx.array]) -> list[mx.array]:
     """Last hidden states (1, L, D) of `inputs_embeds` (1, L, D) by the decoder rounded."""
     text = model.text_model
     layers, text.layers = list(text.layers), []
 
-    def through(layer: Any, state: mx.array) -> mx.array:
+    def run(layer: Any, state: mx.array) -> mx.array:
         text.layers = [layer]
-        with recorded(text.layers) as given:
+        with record_outputs(text.layers) as given:
             text(state)
         return given[0]
 
-    states = rounder.stack("text_model.layers", layers, states, through)
+    states = rounder.round_layers("text_model.layers", layers, states, run)
     text.layers = []
     return [text(state) for state in states]
 
 
 class Rounder:
-    """What goes from matrix to matrix; `done` holds the packed arrays by path."""
+    """What goes from matrix to matrix; `arrays` holds the packed arrays by path."""
 
     def __init__(self, plan: Plan, options: GptqOptions, progress: Progress) -> None:
         self._steps = {s.entry.path: s for s in plan.steps if s.entry.quantizable}
         self._dtype: mx.Dtype = getattr(mx, plan.config.dtype)
         self._options, self._progress = options, progress
         self._count = 0
-        self.done: Learned = {}
+        self.arrays: PackedArrays = {}
 
-    def stack(
-        self, path: str, layers: list[Any], states: list[mx.array], through: Through
+    def round_layers(
+        self, path: str, layers: list[Any], states: list[mx.array], run: RunModule
     ) -> list[mx.array]:
         """What the `layers` at `path` make of `states`, rounded one by one; they are used up."""
         mx.eval(states)
         for number in range(len(layers)):
-            states = self.module(f"{path}.{number}", layers.pop(0), states, through)
+            states = self.round_module(f"{path}.{number}", layers.pop(0), states, run)
             mx.clear_cache()
         return states
 
-    def module(
-        self, path: str, module: nn.Module, inputs: list[mx.array], through: Through
+    def round_module(
+        self, path: str, module: nn.Module, inputs: list[mx.array], run: RunModule
     ) -> list[mx.array]:
         """What the `module` at `path` makes of `inputs` after its matrices are rounded in order."""
         leaves = dict(module.named_modules())
         for full in [one for one in self._steps if one.startswith(f"{path}.")]:
             name, moment = full.removeprefix(f"{path}."), None
-            if gains(self._steps[full]):
-                moment = moment_of(_inputs_of(name, module, inputs, through))
-            self.settle(full, leaves[name], moment)
+            if is_compensated(self._steps[full]):
+                moment = compute_moment(_record_inputs(name, module, inputs, run))
+            self.round_matrix(full, leaves[name], moment)
         outputs = []
         for state in inputs:
-            outputs.append(through(module, state))
+            outputs.append(run(module, state))
             mx.eval(outputs[-1])
         return outputs
 
-    def settle(self, path: str, module: nn.Module, moment: mx.array | None) -> None:
+    def round_matrix(self, path: str, module: nn.Module, moment: mx.array | None) -> None:
         """Round the weight of `module` as the plan says, to inputs of `moment` if it is given."""
         self._progress(self._count, len(self._steps), path)
         self._count += 1
@@ -279,25 +279,25 @@ class Rounder:
         rows, width = module.weight.shape
         padding = [(0, step.extra_rows), (0, step.extra_columns)]
         weight = mx.pad(module.weight.astype(self._dtype), padding)
-        if moment is None or not gains(step):
+        if moment is None or not is_compensated(step):
             packed = pack(weight, step.target)
         else:
             moment = mx.pad(moment, [(0, step.extra_columns)] * 2)
             packed = compensate(weight, moment, step.target, self._dtype, self._options)
-            self.done[path] = packed
+            self.arrays[path] = packed
         module.weight = Matrix(packed, step.target).get_rows(0, rows)[:, :width]
         mx.eval(module.weight)
 
 
-def gains(step: Step) -> bool:
+def is_compensated(step: Step) -> bool:
     """Whether the matrix of `step` is rounded so that it is worth the work."""
     target = step.target
-    if target is None or target.mode != "affine" or target.bits >= COMPENSATED_BELOW_BITS:
+    if target is None or target.mode != "affine" or target.bits >= COMPENSATE_BELOW_BITS:
         return False
     return {member.quantization for member in step.members} != {target}
 
 
-def moment_of(inputs: Iterable[mx.array]) -> mx.array:
+def compute_moment(inputs: Iterable[mx.array]) -> mx.array:
     """The sum over tokens of x x' (width, width), of `inputs` (..., width)."""
     total = mx.array(0.0)
     for one in inputs:
@@ -307,44 +307,46 @@ def moment_of(inputs: Iterable[mx.array]) -> mx.array:
     return total
 
 
-def _inputs_of(
-    name: str, module: nn.Module, inputs: list[mx.array], through: Through
+def _record_inputs(
+    name: str, module: nn.Module, inputs: list[mx.array], run: RunModule
 ) -> Iterator[mx.array]:
     """What the linear layer called `name` in `module` is given when that is given `inputs`.
 
     Nothing after it is computed, since nobody asks for it.
     """
     leaf = dict(module.named_modules())[name]
-    watched = _Watched(leaf)
+    watched = _InputRecorder(leaf)
     module.update_modules(tree_unflatten([(name, watched)]))
     try:
         for state in inputs:
-            through(module, state)
-            yield watched.take()
+            run(module, state)
+            yield watched.pop_input()
     finally:
         module.update_modules(tree_unflatten([(name, leaf)]))
 
 
-class _Watched(nn.Module):
+class _InputRecorder(nn.Module):
     """A linear layer that notes what it is given."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self._layer = layer
-        self._seen: list[mx.array] = []
+        self._inputs: list[mx.array] = []
 
-    def take(self) -> mx.array:
+    def pop_input(self) -> mx.array:
         """What came last."""
-        return self._seen.pop()
+        return self._inputs.pop()
 
     def __call__(self, x: mx.array) -> mx.array:
-        self._seen.append(x)
+        self._inputs.append(x)
         result: mx.array = self._layer(x)
         return result
 
 
-def _tied_moment(model: Model, samples: Sequence[Sample]) -> mx.array:
+def _compute_tied_moment(model: Model, samples: Sequence[Sample]) -> mx.array:
     """The moment of what the float `model` gives its head, which is its embeddings as well."""
-    embeds = (None if s.pixel_values is None else encode(model, s.pixel_values) for s in samples)
+    embeds = (
+        None if s.pixel_values is None else encode_tiles(model, s.pixel_values) for s in samples
+    )
     pairs = zip(samples, embeds, strict=True)
-    return moment_of(model.text_model(model.embed(one.input_ids, e)) for one, e in pairs)
+    return compute_moment(model.text_model(model.embed(one.input_ids, e)) for one, e in pairs)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_smolvlm.checkpoint.load import TOKENIZER_FILE
 from mlx_smolvlm.checkpoint.writer import check_destination
@@ -18,17 +19,20 @@ from mlx_smolvlm.convert.options import (
     FINE_BITS,
     ConvertOptions,
     check_width,
+    pack,
+    unpack,
 )
 from mlx_smolvlm.convert.plan import Step
 from mlx_smolvlm.convert.quant.calibration import Sample, read_samples
 from mlx_smolvlm.convert.quant.dwq import PICTURE_PARTS, LearnOptions, Progress, learn, make_targets
-from mlx_smolvlm.convert.quant.gptq import GptqOptions, compensate_model, gains
-from mlx_smolvlm.convert.quant.mixed import Choice, choose, damage, importance
+from mlx_smolvlm.convert.quant.gptq import GptqOptions, compensate_model, is_compensated
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint, write_checkpoint
 from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.generate.sampling import cross_entropy
 from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.train.loss import checkpoint_layers
 
 CANDIDATES = tuple(Quantization(n, g, "affine") for n in AFFINE_BITS for g in (32, 64))
 MEASURED_SAMPLES = 32  # a matrix's number is a mean over many weights, so few are enough
@@ -63,11 +67,11 @@ class BetterOptions:
 class Mixture:
     """Precisions by path, in `choices`; bits of a weight, and the estimated damage in nats."""
 
-    choices: dict[str, Choice]
+    choices: dict[str, PrecisionChoice]
     bits_per_weight: float
     damage: float
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """What to tell of it."""
         counts: dict[str, int] = {}
         for one in self.choices.values():
@@ -82,15 +86,15 @@ class Mixture:
 
 
 @dataclass(frozen=True)
-class Result:
+class ConversionResult:
     """What `convert_better` did; `mixture` is None if precisions were given."""
 
     folder: Path
     mixture: Mixture | None
 
-    def lines(self) -> list[str]:
+    def format_lines(self) -> list[str]:
         """What to tell of it."""
-        return [] if self.mixture is None else self.mixture.lines()
+        return [] if self.mixture is None else self.mixture.format_lines()
 
 
 def convert_better(
@@ -99,7 +103,7 @@ def convert_better(
     options: ConvertOptions,
     better: BetterOptions,
     progress: Progress,
-) -> Result:
+) -> ConversionResult:
     """The folder `dest` with the checkpoint `source`, converted as `better` says.
 
     Args:
@@ -115,7 +119,11 @@ def convert_better(
     opened = open_source(source, better.offline)
     plan = plan_checkpoint(opened, options)
     targeted = better.target_bytes is not None or better.target_bits is not None
-    if better.gptq is not None and not targeted and not any(gains(step) for step in plan.steps):
+    if (
+        better.gptq is not None
+        and not targeted
+        and not any(is_compensated(step) for step in plan.steps)
+    ):
         raise CheckpointError(
             "GPTQ has nothing to do: no matrix is to be rounded to fewer than 8 bits; ask for "
             "fewer, such as 4"
@@ -138,7 +146,7 @@ def convert_better(
         assert targets is not None
         packed = SourceReader(opened, plan).load().model
         plan = plan.replace_arrays(learn(packed, targets, samples, better.learn, progress))
-    return Result(write_checkpoint(plan, dest, None, better.force), mixture)
+    return ConversionResult(write_checkpoint(plan, dest, None, better.force), mixture)
 
 
 def mix(
@@ -153,8 +161,8 @@ def mix(
         CheckpointError: Even the smallest mixture is larger; it names the smallest size.
     """
     steps = {step.entry.path: step for step in plan.steps if step.entry.quantizable}
-    choices = measure(plan, model, samples, progress)
-    weights = sum(_numbers(step) for step in steps.values())
+    choices = measure_choices(plan, model, samples, progress)
+    weights = sum(_count_weights(step) for step in steps.values())
     least = sum(min(one.nbytes for one in many) for many in choices.values())
     if better.target_bits is not None:
         fixed, budget = 0, int(better.target_bits * weights / 8)
@@ -162,20 +170,20 @@ def mix(
         asked = f"{better.target_bits:g} bits"
     else:
         assert better.target_bytes is not None
-        fixed = _fixed_bytes(plan)
+        fixed = _count_fixed_bytes(plan)
         budget = better.target_bytes - fixed
         smallest = f"{-(-(least + fixed) // 1000) / 1000:.3f} MB"
         asked = f"{better.target_bytes / 1e6:g} MB"
-    chosen = choose(choices, budget)
+    chosen = choose_precisions(choices, budget)
     if chosen is None:
         raise CheckpointError(f"this model does not fit {asked}; the smallest is {smallest}")
     size = sum(one.nbytes for one in chosen.values())
     return Mixture(chosen, size * 8 / weights, sum(one.damage for one in chosen.values()))
 
 
-def measure(
+def measure_choices(
     plan: Plan, model: Model, samples: Sequence[Sample], progress: Progress
-) -> dict[str, list[Choice]]:
+) -> dict[str, list[PrecisionChoice]]:
     """What each matrix of `plan` can have, its bytes and the estimated damage.
 
     Without pictures among `samples`, nothing is known of the encoder, and it gets 8 bits.
@@ -183,26 +191,28 @@ def measure(
     steps = {step.entry.path: step for step in plan.steps if step.entry.quantizable}
     count = min(len(samples), MEASURED_SAMPLES)
     spread = [samples[number * len(samples) // count] for number in range(count)]
-    information = importance(model, spread, list(steps), progress)
+    information = estimate_importance(model, spread, list(steps), progress)
     pictured = any(sample.pixel_values is not None for sample in spread)
     dtype: mx.Dtype = getattr(mx, plan.config.dtype)
     modules = dict(model.named_modules())
-    choices: dict[str, list[Choice]] = {}
+    choices: dict[str, list[PrecisionChoice]] = {}
     for number, (path, step) in enumerate(steps.items()):
         progress(number, len(steps), path)
         weight = modules[path].weight
         known = pictured or not path.startswith(PICTURE_PARTS)
-        choices[path] = [Choice(None, _nbytes(step, None, dtype), 0.0)] if known else []
+        choices[path] = (
+            [PrecisionChoice(None, _count_nbytes(step, None, dtype), 0.0)] if known else []
+        )
         for one in CANDIDATES:
-            if not _fits(step, one) or not (known or one.bits == FINE_BITS):
+            if not _can_quantize(step, one) or not (known or one.bits == FINE_BITS):
                 continue
-            lost = damage(weight, information[path], one, dtype)
-            choices[path].append(Choice(one, _nbytes(step, one, dtype), lost))
+            lost = estimate_damage(weight, information[path], one, dtype)
+            choices[path].append(PrecisionChoice(one, _count_nbytes(step, one, dtype), lost))
         mx.clear_cache()
     return choices
 
 
-def _fits(step: Step, quantization: Quantization) -> bool:
+def _can_quantize(step: Step, quantization: Quantization) -> bool:
     """Whether groups divide the width; the vision MLP is padded until they do."""
     if step.entry.path.endswith(".mlp.fc2"):
         return True
@@ -213,7 +223,7 @@ def _fits(step: Step, quantization: Quantization) -> bool:
     return True
 
 
-def _nbytes(step: Step, quantization: Quantization | None, dtype: mx.Dtype) -> int:
+def _count_nbytes(step: Step, quantization: Quantization | None, dtype: mx.Dtype) -> int:
     """At most so many bytes, padding of the vision MLP counted for the largest groups."""
     extra = max(one.group_size for one in CANDIDATES)
     rows = columns = 0
@@ -225,12 +235,12 @@ def _nbytes(step: Step, quantization: Quantization | None, dtype: mx.Dtype) -> i
     return changed.nbytes(dtype.size)
 
 
-def _numbers(step: Step) -> int:
+def _count_weights(step: Step) -> int:
     """Weights of a matrix, without padding."""
     return sum(shape[0] for shape in step.entry.shapes) * step.entry.width
 
 
-def _fixed_bytes(plan: Plan) -> int:
+def _count_fixed_bytes(plan: Plan) -> int:
     """At most what is in the folder besides matrices: norms, headers, tokenizer, config."""
     item_bytes = getattr(mx, plan.config.dtype).size
     others = [step for step in plan.steps if not step.entry.quantizable]
@@ -238,3 +248,126 @@ def _fixed_bytes(plan: Plan) -> int:
     tokenizer = (plan.source.folder / TOKENIZER_FILE).stat().st_size
     headers = len(plan.steps) * (4 * TENSOR_BYTES + MODULE_BYTES)
     return arrays + tokenizer + len(plan.template.encode()) + headers + FILE_BYTES
+
+
+STEPS = 30000  # sizes are counted in so many parts of the range that is possible
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """A precision that a matrix can have: None is float; its bytes, and the damage it does."""
+
+    quantization: Quantization | None
+    nbytes: int
+    damage: float
+
+
+def choose_precisions(
+    choices: Mapping[str, list[PrecisionChoice]], budget: int
+) -> dict[str, PrecisionChoice] | None:
+    """A choice for each path, of least total damage within `budget` bytes; None if none fits.
+
+    The knapsack is solved exactly up to its unit: bytes above the smallest choice are rounded
+    up to a `STEPS`th of what is possible. The unit does not depend on the budget, so
+    more bytes never do more damage.
+    """
+    smallest = {path: min(one.nbytes for one in many) for path, many in choices.items()}
+    largest = {path: max(one.nbytes for one in many) for path, many in choices.items()}
+    spare = budget - sum(smallest.values())
+    if spare < 0:
+        return None
+    unit = max(1, (sum(largest.values()) - sum(smallest.values())) // STEPS)
+    room = min(spare // unit, STEPS + 2 * len(choices) + 2)
+    best, picks = np.zeros(room + 1), []  # least damage of what came before, by units spent
+    for path, many in choices.items():
+        least, pick = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int16)
+        for number, one in enumerate(many):
+            cost = -(-(one.nbytes - smallest[path]) // unit)
+            if cost > room:
+                continue
+            tried = best[: room + 1 - cost] + one.damage
+            better = tried < least[cost:]
+            least[cost:][better], pick[cost:][better] = tried[better], number
+        best = least
+        picks.append((path, pick))
+    result, left = {}, room
+    for path, pick in reversed(picks):
+        result[path] = one = choices[path][pick[left]]
+        left -= -(-(one.nbytes - smallest[path]) // unit)
+    return {path: result[path] for path in choices}
+
+
+BLOCK = 32  # weights of a row that share a number; every group is a multiple
+SEED = 0
+
+Importance = Mapping[str, mx.array]  # path -> (rows, blocks), the mean of F's diagonal
+
+
+def estimate_importance(
+    model: Model, samples: Sequence[Sample], paths: Sequence[str], progress: Progress
+) -> Importance:
+    """The diagonal of F, per token to predict, for the matrices of `model` at `paths`.
+
+    Args:
+        model: With float weights; it is as it was afterwards.
+        samples: What it predicts; those with pictures are what the encoder is measured by.
+        progress: Called before each sample.
+    """
+    leaves = dict(model.named_modules())
+    modules = {path: leaves[path] for path in paths}
+    weights = {path: module.weight for path, module in modules.items()}
+
+    def loss(given: dict[str, mx.array], sample: Sample, key: mx.array) -> mx.array:
+        for path, module in modules.items():
+            module.weight = given[path]
+        return _compute_nll(model, sample, key)
+
+    total = {path: mx.zeros(_split_blocks(weight).shape[:2]) for path, weight in weights.items()}
+    try:
+        with checkpoint_layers():
+            for number, sample in enumerate(samples):
+                progress(number, len(samples), "sensitivity")
+                gradients = mx.grad(loss)(weights, sample, mx.random.key(SEED + number))
+                for path in list(gradients):
+                    total[path] = total[path] + (_split_blocks(gradients.pop(path)) ** 2).mean(-1)
+                mx.eval(total)
+    finally:
+        for path, module in modules.items():
+            module.weight = weights[path]
+    tokens = sum(sample.input_ids.size - sample.start for sample in samples)
+    return {path: one / tokens for path, one in total.items()}
+
+
+def _compute_nll(model: Model, sample: Sample, key: mx.array) -> mx.array:
+    """Negative log-likelihood, summed, of tokens drawn from the predictions themselves."""
+    pixels = sample.pixel_values
+    embeds = model.embed(sample.input_ids, None if pixels is None else model.encode(pixels))
+    hidden = model.text_model(embeds)[0, sample.start - 1 : -1]
+    logits = model.head(hidden).astype(mx.float32)
+    drawn = mx.random.categorical(mx.stop_gradient(logits), key=key)
+    return cross_entropy(logits, drawn).sum()
+
+
+def _split_blocks(weight: mx.array) -> mx.array:
+    """`weight` in float32 as (rows, blocks, `BLOCK`), zeros after the end of a row."""
+    rows, width = weight.shape
+    padded = mx.pad(weight.astype(mx.float32), [(0, 0), (0, -width % BLOCK)])
+    return padded.reshape(rows, -1, BLOCK)
+
+
+def estimate_damage(
+    weight: mx.array, information: mx.array, quantization: Quantization, dtype: mx.Dtype
+) -> float:
+    """Estimated KL divergence in nats a token if `weight` alone is packed.
+
+    Args:
+        weight: (rows, width), in floats.
+        information: Of `estimate_importance`, (rows, blocks).
+        quantization: How it is packed; a width that groups do not divide is padded.
+        dtype: Of its scales.
+    """
+    width = weight.shape[1]
+    padded = mx.pad(weight.astype(dtype), [(0, 0), (0, -width % quantization.group_size)])
+    packed = unpack(pack(padded, quantization), quantization, mx.float32)[:, :width]
+    squares = (_split_blocks(packed - weight.astype(mx.float32)) ** 2).sum(-1)
+    return 0.5 * float(np.array((squares * information).sum(-1)).sum(dtype=np.float64))

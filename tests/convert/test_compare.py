@@ -20,28 +20,28 @@ from PIL import Image
 from mlx_smolvlm.checkpoint.load import build_model
 from mlx_smolvlm.config import Config, Quantization
 from mlx_smolvlm.convert.compare import CompareOptions, Comparison, compare
-from mlx_smolvlm.convert.compare.differences import answer_pairs
+from mlx_smolvlm.convert.compare.differences import pair_answers
 from mlx_smolvlm.convert.compare.observe import (
     BLOCK,
     HEAD_ROWS,
-    Answered,
+    GreedyAnswer,
     Predictions,
-    cosines,
-    predictions,
-    recorded,
-    relative_errors,
-    relative_frobenius,
-    windows,
+    compare_predictions,
+    compute_cosines,
+    compute_frobenius_error,
+    compute_relative_errors,
+    record_outputs,
+    split_texts,
 )
 from mlx_smolvlm.convert.compare.plot import HIGH, draw_plot
 from mlx_smolvlm.convert.compare.report import (
     KL_EDGES_NATS,
-    card_section,
-    differing_answers,
-    summary_rows,
-    token_loss,
+    format_card_section,
+    format_differences,
+    make_summary_rows,
+    summarize_tokens,
 )
-from mlx_smolvlm.convert.compare.samples import TEXTS, Asked, drawn_pictures
+from mlx_smolvlm.convert.compare.samples import TEXTS, PictureQuestion, draw_pictures
 from mlx_smolvlm.convert.open_model import FolderReader, Matrix, UnpackingLinear
 from mlx_smolvlm.convert.options import pack
 from mlx_smolvlm.errors import CheckpointError
@@ -98,7 +98,7 @@ def test_predictions_are_those_of_numpy(count: int, vocabulary: int) -> None:
     logits = rng.standard_normal((2, count, vocabulary)) * 3
     targets = rng.integers(0, vocabulary, count)
     states = tuple(mx.array(one.astype(np.float32)) for one in logits)
-    found = predictions(states, (lambda x: x, lambda x: x), targets)
+    found = compare_predictions(states, (lambda x: x, lambda x: x), targets)
     p, q = softmax(logits[0]), softmax(logits[1])
     assert found.kl_nats == pytest.approx((p * np.log(p / q)).sum(-1), rel=1e-4, abs=1e-6)
     assert np.array_equal(found.likeliest, logits.argmax(-1))
@@ -110,9 +110,9 @@ def test_predictions_are_those_of_numpy(count: int, vocabulary: int) -> None:
 def test_divergence_is_of_the_second_from_the_first() -> None:
     sure, unsure = mx.array([[20.0, 0.0]]), mx.array([[0.0, 0.0]])
     heads = (lambda x: x, lambda x: x)
-    one_way = predictions((sure, unsure), heads, np.array([0])).kl_nats
+    one_way = compare_predictions((sure, unsure), heads, np.array([0])).kl_nats
     assert one_way == pytest.approx([math.log(2)], abs=1e-5)
-    assert predictions((unsure, sure), heads, np.array([0])).kl_nats[0] > 5
+    assert compare_predictions((unsure, sure), heads, np.array([0])).kl_nats[0] > 5
 
 
 def test_token_loss_sums_up_all_parts() -> None:
@@ -122,7 +122,7 @@ def test_token_loss_sums_up_all_parts() -> None:
     nll, likeliest = rng.exponential(1, (2, 1000)), rng.integers(0, 2, (2, 1000))
     cuts = (slice(0, 300), slice(300, 1000))
     parts = [Predictions(kl[cut], nll[:, cut], likeliest[:, cut]) for cut in cuts]
-    loss = token_loss(parts)
+    loss = summarize_tokens(parts)
     assert loss is not None
     assert loss.tokens == 1000
     assert loss.kl_nats == pytest.approx(sum(kl) / 1000)
@@ -136,15 +136,15 @@ def test_token_loss_sums_up_all_parts() -> None:
     counts = [sum(low <= x < high for x in kl) for low, high in itertools.pairwise(edges)]
     assert list(loss.kl_counts) == counts
     assert (counts[0], counts[-1]) == (1, 1)
-    assert token_loss([]) is None
+    assert summarize_tokens([]) is None
 
 
 def test_vectors_are_compared_one_by_one() -> None:
     a = mx.array([[1.0, 0.0], [0.0, 100.0], [3.0, 4.0]])
     b = mx.array([[0.0, 1.0], [0.0, 50.0], [3.0, 4.0]])
-    assert cosines(a, b) == pytest.approx([0, 1, 1])
-    assert relative_errors(a, b) == pytest.approx([math.sqrt(2), 0.5, 0])
-    assert cosines(a, -a).tolist() == [-1, -1, -1]
+    assert compute_cosines(a, b) == pytest.approx([0, 1, 1])
+    assert compute_relative_errors(a, b) == pytest.approx([math.sqrt(2), 0.5, 0])
+    assert compute_cosines(a, -a).tolist() == [-1, -1, -1]
 
 
 @pytest.mark.parametrize("q", [None, Quantization(4, 32, "affine"), Quantization(8, 32, "mxfp8")])
@@ -153,7 +153,7 @@ def test_matrices_are_compared_in_blocks(q: Quantization | None) -> None:
     weight = mx.random.normal((rows, 1024), key=mx.random.key(0))
     near = weight * 1.01 if q is None else mx.dequantize(*_packed(weight, q), **_how(q))
     arrays = {"weight": near} if q is None else pack(weight, q)
-    error = relative_frobenius(Matrix({"weight": weight}, None), Matrix(arrays, q))
+    error = compute_frobenius_error(Matrix({"weight": weight}, None), Matrix(arrays, q))
     one, other = np.array(weight, dtype=np.float64), np.array(near, dtype=np.float64)
     expected = np.linalg.norm(other - one) / np.linalg.norm(one)
     assert expected > 0.005
@@ -181,7 +181,7 @@ def test_unpacking_changes_nothing(rows: int, bias: bool) -> None:
 
 def test_recording_leaves_the_layers_as_they_were(tiny: SmolVLM) -> None:
     layers = list(tiny.model.text_model.layers)
-    with recorded(tiny.model.text_model.layers) as states:
+    with record_outputs(tiny.model.text_model.layers) as states:
         tiny.model(tiny.model.embed(np.array([1, 2, 3])))
     assert [state.shape for state in states] == [(1, 3, 64), (1, 3, 64)]
     assert all(a is b for a, b in zip(layers, tiny.model.text_model.layers, strict=True))
@@ -192,12 +192,12 @@ def test_windows_end_where_they_should(tiny: SmolVLM) -> None:
     long = " ".join(TEXTS)
     ids = encode(long).ids
     assert len(ids) > 1200
-    passages = windows(tiny, [TEXT, long], 1200)
+    passages = split_texts(tiny, [TEXT, long], 1200)
     assert [one.input_ids.size for one in passages[1:3]] == [512, 512]
     assert sum(one.input_ids.size for one in passages) == 1200
     assert passages[1].input_ids.tolist() == ids[:512]
     assert [one.start for one in passages] == [1] * len(passages)
-    assert windows(tiny, ["", "a"], 100) == []  # nothing to predict
+    assert split_texts(tiny, ["", "a"], 100) == []  # nothing to predict
 
 
 # Whole comparisons
@@ -213,9 +213,9 @@ def test_equal_checkpoints_differ_in_nothing(tiny_folder: Path) -> None:
         assert loss.perplexity_reference == loss.perplexity_other
     assert [one.relative_error for one in (*found.layers, *found.matrices)] == [0] * (4 + 19)
     assert [one.cosine for one in found.features] == pytest.approx([1, 1])
-    assert found.equal_answers == len(found.answers) == len(drawn_pictures()) + 1
+    assert found.equal_answers == len(found.answers) == len(draw_pictures()) + 1
     assert (found.equal_share, found.surprises) == (1, ())
-    assert list(differing_answers(found)) == []
+    assert list(format_differences(found)) == []
     assert [done for done, _ in steps] == list(range(steps[-1][1]))  # every step is told once
 
 
@@ -263,8 +263,10 @@ def test_surprises_are_the_worst_tokens(
 def test_answers_are_equal_up_to_the_first_difference(
     one: tuple[int, ...], other: tuple[int, ...], tokens: int, equal: int
 ) -> None:
-    sides: list[Any] = [SimpleNamespace(answers=[Answered("text", ids)]) for ids in (one, other)]
-    (pair,) = answer_pairs([Asked("What?", None, "name")], *sides)
+    sides: list[Any] = [
+        SimpleNamespace(answers=[GreedyAnswer("text", ids)]) for ids in (one, other)
+    ]
+    (pair,) = pair_answers([PictureQuestion("What?", None, "name")], *sides)
     assert (pair.tokens, pair.equal_tokens, pair.picture) == (tokens, equal, "name")
 
 
@@ -361,7 +363,7 @@ def test_datasets_are_answered_by_both(tiny: SmolVLM, other_folder: Path, tmp_pa
     assert (words.task, words.examples, words.reference, words.other) == ("words", 2, 1, 0)
     found = compare(tiny.path, tiny.path, replace(options, data_limit=1))
     assert [(one.examples, one.same_answers) for one in found.tasks] == [(1, 1), (1, 1)]
-    rows = dict(summary_rows(found))
+    rows = dict(make_summary_rows(found))
     assert rows["task red"] == "100.0% -> 100.0% (exact); 1 of 1 answers the same"
 
 
@@ -383,16 +385,16 @@ def test_matrix_shapes(tiny_folder: Path) -> None:
 
 def test_summary_and_card_say_the_numbers(found: Comparison) -> None:
     assert found.texts is not None
-    rows = dict(summary_rows(found))
+    rows = dict(make_summary_rows(found))
     assert f"{found.texts.kl_nats:.3g} nats a token" in rows["texts, KL"]
     assert rows["texts, top-1 agreement"].startswith(f"{found.texts.top_1_agreement:.2%} of ")
     assert f"cosine {found.features[0].cosine:.6f}" in rows["pictures, after the encoder"]
     worst = max(found.matrices, key=lambda one: one.relative_error)
-    card = card_section(found, "verify.png")
+    card = format_card_section(found, "verify.png")
     assert card.startswith("## What the conversion lost\n")
     assert f"| `{worst.path}` | float | {worst.relative_error:.4f} |" in card
     assert card.endswith("![Errors by matrix, by layer and by token](verify.png)\n")
-    assert "![" not in card_section(found)
+    assert "![" not in format_card_section(found)
     for row in [line for line in card.splitlines() if line.startswith("|")]:
         assert row.count("|") in (3, 4)
 
@@ -401,7 +403,7 @@ def test_a_mean_over_a_part_weighs_its_matrices(found: Comparison) -> None:
     text = [m for m in found.matrices if m.path.startswith("text_model.layers")]
     total = sum(one.parameters for one in text)
     mean = sum(one.relative_error * one.parameters for one in text) / total
-    assert dict(summary_rows(found))["weights, text"].startswith(f"relative error {mean:.4f}")
+    assert dict(make_summary_rows(found))["weights, text"].startswith(f"relative error {mean:.4f}")
 
 
 def test_the_plot_shows_the_worst_matrix_in_red(found: Comparison, tmp_path: Path) -> None:
@@ -414,6 +416,6 @@ def test_the_plot_shows_the_worst_matrix_in_red(found: Comparison, tmp_path: Pat
 
 
 def test_drawn_pictures_are_the_same_every_time() -> None:
-    one, other = drawn_pictures(), drawn_pictures()
+    one, other = draw_pictures(), draw_pictures()
     assert [a.tobytes() == other[name].tobytes() for name, a in one.items()] == [True] * 4
     assert len({a.tobytes() for a in one.values()}) == 4

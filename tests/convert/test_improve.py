@@ -14,21 +14,27 @@ import pytest
 from mlx_smolvlm import Sampling, load
 from mlx_smolvlm.checkpoint.load import read_config
 from mlx_smolvlm.config import Quantization
-from mlx_smolvlm.convert.compare.observe import head_of, predictions
+from mlx_smolvlm.convert.compare.observe import compare_predictions, get_head
 from mlx_smolvlm.convert.open_model import FolderReader, SourceReader
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.quant.calibration import BUNDLED, read_samples
 from mlx_smolvlm.convert.quant.dwq import (
     LearnOptions,
     Tunable,
+    compute_text_loss,
     hold_back,
     learn,
     make_targets,
     make_tunable,
-    text_loss,
 )
-from mlx_smolvlm.convert.quant.improve import BetterOptions, convert_better, measure
-from mlx_smolvlm.convert.quant.mixed import Choice, choose, importance
+from mlx_smolvlm.convert.quant.improve import (
+    BetterOptions,
+    PrecisionChoice,
+    choose_precisions,
+    convert_better,
+    estimate_importance,
+    measure_choices,
+)
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
@@ -71,7 +77,7 @@ def make_choices(seed, count=5):
     random = np.random.default_rng(seed)
     return {
         f"m{number}": [
-            Choice(Quantization(bits, 64, "affine"), int(b), float(d))
+            PrecisionChoice(Quantization(bits, 64, "affine"), int(b), float(d))
             for bits, b, d in zip(
                 (2, 4, 8),
                 np.cumsum(random.integers(50, 300, 3)),
@@ -93,7 +99,7 @@ def test_the_choice_is_the_best_of_all_that_fit_and_more_room_is_never_worse(see
             for combination in itertools.product(*choices.values())
             if sum(one.nbytes for one in combination) <= budget
         ]
-        found = choose(choices, budget)
+        found = choose_precisions(choices, budget)
         if not fitting:
             assert found is None
             continue
@@ -109,7 +115,7 @@ def test_the_choice_is_the_best_of_all_that_fit_and_more_room_is_never_worse(see
 
 def test_importance_is_the_mean_square_of_gradients_of_drawn_tokens(plain, texts):
     path, sample = "text_model.layers.1.mlp.down_proj", read_samples(plain, [texts])[0]
-    found = importance(plain.model, [sample], [path], quiet)[path]
+    found = estimate_importance(plain.model, [sample], [path], quiet)[path]
     module = plain.model.text_model.layers[1].mlp.down_proj
     weight, step, draws = module.weight, 1e-2, np.random.default_rng(0)
     logits = plain.model(plain.model.embed(sample.input_ids))[0, :-1]
@@ -134,7 +140,7 @@ def test_importance_is_the_mean_square_of_gradients_of_drawn_tokens(plain, texts
 
 def test_the_estimate_is_near_the_divergence_that_is_seen(source, plain, texts):
     plan = plan_checkpoint(open_source(source, True), ConvertOptions())
-    choices = measure(plan, plain.model, read_samples(plain, [texts]), quiet)
+    choices = measure_choices(plan, plain.model, read_samples(plain, [texts]), quiet)
     for bits in (3, 4):
         q = Quantization(bits, 64, "affine")
         kinds = [("text_model.layers.*", q), ("lm_head", q), ("text_model.embed_tokens", q)]
@@ -257,7 +263,7 @@ def test_steps_that_serve_no_sample_held_back_are_not_kept(source, plain, texts)
     samples = read_samples(plain, [texts])[:5]
     targets = make_targets(plain.model, samples, quiet)
     twin = SourceReader(opened, plan).load().model
-    before = {path: tunable.tuned for path, tunable in make_tunable(twin).items()}
+    before = {path: tunable.arrays for path, tunable in make_tunable(twin).items()}
     learned = learn(packed, targets, samples, LearnOptions(steps=3, rate=0.9), quiet)
     assert learned.keys() == before.keys()
     for path, arrays in learned.items():
@@ -294,10 +300,10 @@ def test_the_loss_is_that_of_compare(source, plain, texts):
     packed = SourceReader(opened, plan_checkpoint(opened, ConvertOptions(bits=3))).load().model
     samples = read_samples(plain, [texts])
     targets = make_targets(plain.model, samples, quiet)
-    found = float(text_loss(packed, samples, [None] * len(samples), targets, 0))
+    found = float(compute_text_loss(packed, samples, [None] * len(samples), targets, 0))
     hidden = packed.text_model(packed.embed(samples[0].input_ids))[0, :-1]
-    heads = (targets.head, head_of(packed))
-    expected = predictions((targets.hidden[0], hidden), heads, samples[0].input_ids[1:])
+    heads = (targets.head, get_head(packed))
+    expected = compare_predictions((targets.hidden[0], hidden), heads, samples[0].input_ids[1:])
     assert found == pytest.approx(float(expected.kl_nats.mean()), rel=1e-3)
 
 

@@ -17,11 +17,11 @@ from mlx_smolvlm.checkpoint.load import load_model
 from mlx_smolvlm.cli import app
 from mlx_smolvlm.cli.compare import ComparisonInputs
 from mlx_smolvlm.convert.compare import CompareOptions, Comparison
-from mlx_smolvlm.convert.compare.verify import (
+from mlx_smolvlm.convert.compare.measure import (
     VERIFY_FILE,
     VERIFY_PLOT,
+    format_verification,
     read_verification,
-    verification_section,
     verify_conversion,
 )
 from mlx_smolvlm.convert.open_model import FolderReader, SourceReader
@@ -54,7 +54,7 @@ def packed(source: Path) -> Path:
 @pytest.fixture(scope="module")
 def found(source: Path, packed: Path) -> Comparison:
     assert read_verification(packed) is None
-    assert verification_section(packed) is None
+    assert format_verification(packed) is None
     return verify_conversion(source, packed, FEW)
 
 
@@ -67,7 +67,7 @@ def test_what_is_kept_is_what_was_found(packed: Path, found: Comparison) -> None
     assert all(0 < m.relative_error < 0.2 for m in found.matrices)
     text = (packed / VERIFY_FILE).read_text(encoding="utf-8")
     assert str(packed.parent) not in text  # no word of where it was made
-    section = verification_section(packed)
+    section = format_verification(packed)
     assert section is not None
     assert f"]({VERIFY_PLOT})" in section
     with Image.open(packed / VERIFY_PLOT) as picture:

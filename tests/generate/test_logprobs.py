@@ -9,8 +9,8 @@ import mlx_lm.sample_utils
 import numpy as np
 import pytest
 
-from mlx_smolvlm.convert.compare.observe import predictions
-from mlx_smolvlm.convert.quant.dwq import _divergence
+from mlx_smolvlm.convert.compare.observe import compare_predictions
+from mlx_smolvlm.convert.quant.dwq import _compute_divergence
 from mlx_smolvlm.generate.choose import _score_tokens
 from mlx_smolvlm.generate.sampling import (
     Sampling,
@@ -112,7 +112,9 @@ def test_predictions_of_two_models() -> None:
     one = random_logits(3)
     other = one + np.random.default_rng(1).normal(0, 0.01, one.shape).astype(np.float32)
     targets = np.array([0, 9, VOCABULARY - 1])
-    found = predictions((mx.array(one), mx.array(other)), (lambda x: x, lambda x: x), targets)
+    found = compare_predictions(
+        (mx.array(one), mx.array(other)), (lambda x: x, lambda x: x), targets
+    )
     p, q = true_log_softmax(one), true_log_softmax(other)
     kl = (np.exp(p) * (p - q)).sum(-1)
     assert 1e-5 < kl.min() < kl.max() < 1e-3
@@ -120,7 +122,9 @@ def test_predictions_of_two_models() -> None:
     rows = np.arange(ROWS)
     nll = -np.stack([p[rows, targets], q[rows, targets]])
     np.testing.assert_allclose(found.nll_nats, nll, rtol=2e-7)
-    np.testing.assert_allclose(_divergence(mx.array(one), mx.array(other)), kl.sum(), atol=3e-6)
+    np.testing.assert_allclose(
+        _compute_divergence(mx.array(one), mx.array(other)), kl.sum(), atol=3e-6
+    )
 
 
 def test_the_loss_of_answers(tiny: SmolVLM) -> None:

@@ -3,7 +3,12 @@
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.convert.compare.observe import head_of, last_hidden, predictions, windows
+from mlx_smolvlm.convert.compare.observe import (
+    compare_predictions,
+    compute_last_hidden,
+    get_head,
+    split_texts,
+)
 from mlx_smolvlm.convert.compare.samples import TEXTS
 from tests.helpers import hf_folder as hf
 
@@ -29,8 +34,10 @@ def make_source(folder, **changes):
 
 def kl_of(plain, other):
     """KL divergence of `other` from `plain` in nats on held-out text."""
-    passages = windows(plain, [HELD_OUT], 800)
-    both = [mx.concatenate([last_hidden(v.model, p) for p in passages]) for v in (plain, other)]
+    passages = split_texts(plain, [HELD_OUT], 800)
+    both = [
+        mx.concatenate([compute_last_hidden(v.model, p) for p in passages]) for v in (plain, other)
+    ]
     targets = np.concatenate([passage.targets for passage in passages])
-    heads = (head_of(plain.model), head_of(other.model))
-    return float(predictions(tuple(both), heads, targets).kl_nats.mean())
+    heads = (get_head(plain.model), get_head(other.model))
+    return float(compare_predictions(tuple(both), heads, targets).kl_nats.mean())

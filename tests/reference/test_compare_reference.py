@@ -25,7 +25,7 @@ from transformers import (  # noqa: E402
 )
 
 from mlx_smolvlm.convert.compare import CompareOptions, Comparison, compare  # noqa: E402
-from mlx_smolvlm.convert.compare.measure import compare_opened  # noqa: E402
+from mlx_smolvlm.convert.compare.measure import compare_checkpoints  # noqa: E402
 from mlx_smolvlm.convert.compare.samples import PLAIN_QUESTION  # noqa: E402
 from mlx_smolvlm.convert.names import list_entries  # noqa: E402
 from mlx_smolvlm.convert.open_model import FolderReader, SourceReader  # noqa: E402
@@ -295,7 +295,7 @@ def test_matrices(trio: Trio, found: Comparison) -> None:
 def test_the_source_itself_is_the_same_reference(
     trio: Trio, found: Comparison, options: CompareOptions
 ) -> None:
-    again = compare_opened(
+    again = compare_checkpoints(
         SourceReader(open_source(trio.source)), FolderReader(trio.folders[1]), options
     )
     assert again.texts is not None
