@@ -12,10 +12,15 @@ from mlx_smolvlm.config import Config
 
 
 def pixel_shuffle(x: mx.array, scale: int) -> mx.array:
-    """Each square of scale x scale patches of `x` (N, P, V) as one vector: (N, I, scale^2*V).
+    """Join each square of scale x scale patches into one vector.
 
-    Channel dh*(scale*V) + dw*V + e of a vector is channel e of the patch in row dh
-    and column dw of its square.
+    Args:
+        x: (N, P, V).
+        scale: Side of a square, in patches.
+
+    Returns:
+        (N, I, scale^2*V) with I = P/scale^2. Channel dh*(scale*V) + dw*V + e of a vector is
+        channel e of the patch in row dh and column dw of the square.
     """
     n, p, v = x.shape
     side = int(p**0.5) // scale
@@ -24,7 +29,7 @@ def pixel_shuffle(x: mx.array, scale: int) -> mx.array:
 
 
 class ModalityProjection(nn.Module):
-    """One linear layer without a bias."""
+    """A linear layer without a bias."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -36,7 +41,7 @@ class ModalityProjection(nn.Module):
 
 
 class Connector(nn.Module):
-    """Patch features to image embeddings."""
+    """Maps patch features to image embeddings."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -44,5 +49,5 @@ class Connector(nn.Module):
         self.modality_projection = ModalityProjection(config)
 
     def __call__(self, patch_features: mx.array) -> mx.array:
-        """`image_embeds` (N, I, D) of `patch_features` (N, P, V)."""
+        """Return the `image_embeds` (N, I, D) of `patch_features` (N, P, V)."""
         return self.modality_projection(pixel_shuffle(patch_features, self.scale_factor))

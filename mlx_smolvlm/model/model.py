@@ -1,10 +1,10 @@
-"""Vision encoder, connector and decoder joined.
+"""The whole network: vision encoder, connector and text decoder.
 
-Letters in shapes: B batch, N tiles, H and W a tile's pixels, P patches of a tile,
-V vision width, I tokens of a tile, L prompt length, D text width.
+Shape letters, here and in the rest of the package: B batch, N tiles, H and W height and
+width of a tile in pixels, P patches per tile, V width of the vision encoder, I tokens per
+tile, L tokens, D width of the text decoder.
 
-A forward pass here never waits for the device: what needs a count is known on
-the host beforehand.
+A forward pass never waits for the device: all counts and positions are computed on the host.
 """
 
 from __future__ import annotations
@@ -40,28 +40,31 @@ class Model(nn.Module):
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Type that the network computes in."""
+        """Data type of the computations."""
         dtype: mx.Dtype = self.text_model.norm.weight.dtype
         return dtype
 
     def make_cache(self, options: CacheOptions = DEFAULT_OPTIONS) -> KVCache:
-        """An empty cache for one conversation; by default of every token, unpacked."""
+        """Return an empty cache; by default it keeps every token, in full precision."""
         return options.make_cache(len(self.text_model.layers))
 
     def encode(self, pixel_values: mx.array) -> mx.array:
-        """`image_embeds` (N, I, D) of `pixel_values` (N, H, W, 3), all tiles at once."""
+        """Return the `image_embeds` (N, I, D) of `pixel_values` (N, H, W, 3), in one batch."""
         image_embeds: mx.array = self.connector(self.vision_model(pixel_values.astype(self.dtype)))
         return image_embeds
 
     def embed(self, input_ids: np.ndarray, image_embeds: mx.array | None = None) -> mx.array:
-        """`inputs_embeds` (1, L, D) of `input_ids` (L,), with images at their placeholders.
+        """Embed a prompt, with image embeddings in place of the image placeholders.
 
         Args:
-            input_ids: On the host, since the placeholders are found there.
+            input_ids: (L,), a NumPy array, since the host looks for the placeholders.
             image_embeds: (N, I, D) in the order of the placeholders; None without images.
 
+        Returns:
+            `inputs_embeds` (1, L, D).
+
         Raises:
-            PromptError: The placeholders are not as many as the image embeddings.
+            PromptError: The numbers of placeholders and of image embeddings differ.
         """
         embeds: mx.array = self.text_model.embed_tokens(mx.array(input_ids))  # (L, D)
         places = np.flatnonzero(input_ids == self.image_token_id)
@@ -76,11 +79,11 @@ class Model(nn.Module):
         return embeds[None]
 
     def __call__(self, inputs_embeds: mx.array, cache: KVCache | None = None) -> mx.array:
-        """`logits` (B, L, vocabulary) of every position of `inputs_embeds` (B, L, D)."""
+        """Return the `logits` (B, L, vocabulary) of `inputs_embeds` (B, L, D)."""
         return self.head(self.text_model(inputs_embeds, cache))
 
     def head(self, hidden_states: mx.array) -> mx.array:
-        """`logits` of `hidden_states` (..., D)."""
+        """Return the `logits` (..., vocabulary) of `hidden_states` (..., D)."""
         if "lm_head" in self:
             logits: mx.array = self.lm_head(hidden_states)
         else:
@@ -88,39 +91,41 @@ class Model(nn.Module):
         return logits
 
     def step(self, token_id: mx.array, cache: KVCache) -> mx.array:
-        """`logits` (vocabulary,) after the one token `token_id` (1,)."""
+        """Feed `token_id` (1,) and return the `logits` (vocabulary,) of the next token."""
         embeds: mx.array = self.text_model.embed_tokens(token_id)[None]  # (1, 1, D)
         return self(embeds, cache)[0, -1]
 
 
 def compile_encoder(model: Model) -> Callable[[mx.array], mx.array]:
-    """`model.encode`, compiled: a quantized layer's biases join the kernels that follow them.
+    """Return `model.encode`, compiled with `mx.compile`.
 
-    The weights are arguments of what is compiled. As constants they would stay what they are at
-    the first call; as `inputs=` of `mx.compile` they would stay placeholders if a first call is
-    interrupted, since MLX does not put those back.
+    Compilation fuses the biases of quantized layers into the kernels that follow them.
 
-    One thread at a time: while a shape is compiled, which every thread does by itself, the
-    model's weights are placeholders.
+    The weights are passed as arguments. As constants of the compiled function, later changes of
+    the weights would have no effect. As `inputs=` of `mx.compile`, they would remain placeholders
+    if the first call is interrupted, since MLX does not restore them.
+
+    Only one thread at a time may call the result: each thread compiles every shape itself, and
+    while it does, the model's weights are placeholders.
     """
     lock = threading.Lock()
 
-    def weights() -> dict[str, Any]:
+    def read_weights() -> dict[str, Any]:
         return {name: model[name].parameters() for name in ("vision_model", "connector")}
 
-    def run(given: dict[str, Any], pixel_values: mx.array) -> mx.array:
-        own = weights()
+    def run(weights: dict[str, Any], pixel_values: mx.array) -> mx.array:
+        original = read_weights()
         try:
-            model.update(given)
+            model.update(weights)
             return model.encode(pixel_values)
         finally:
-            model.update(own)
+            model.update(original)
 
     compiled = mx.compile(run)
 
     def encode(pixel_values: mx.array) -> mx.array:
         with lock:
-            image_embeds: mx.array = compiled(weights(), pixel_values)
+            image_embeds: mx.array = compiled(read_weights(), pixel_values)
         return image_embeds
 
     return encode

@@ -1,9 +1,9 @@
-"""SmolLM2 decoder (Llama): embeddings to hidden states.
+"""The SmolLM2 decoder (Llama): embeddings to hidden states.
 
-Letters as in `model.py`. Attributes keep the checkpoint's names; `qkv_proj` and
-`gate_up_proj` are its projections with their rows concatenated.
+Attributes keep the checkpoint's names. `qkv_proj` concatenates the rows of q_proj, k_proj and
+v_proj, `gate_up_proj` those of gate_proj and up_proj.
 
-Source: SmolLM2, arXiv 2502.02737; kernels a token: docs/decisions/kernels.md.
+Source: SmolLM2, arXiv 2502.02737. Kernels per token: docs/decisions/kernels.md.
 """
 
 from __future__ import annotations
@@ -21,17 +21,18 @@ from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache, Mask
 
 @partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """silu(gate) * up, one kernel."""
+    """Return silu(gate) * up, computed in one kernel."""
     return gate * mx.sigmoid(gate) * up
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where tokens stand that do not simply follow those in the cache.
+    """Positions and mask of tokens that do not simply continue the sequence in the cache.
 
     Attributes:
-        positions: Of each token, integers (L,).
-        mask: Which of the cache's tokens and of these each one sees, bool (L, offset + L).
+        positions: Rotary position of each token, integers (L,).
+        mask: Whether each token attends to each token of the cache and of the input, bool
+            (L, offset + L).
     """
 
     positions: np.ndarray
@@ -39,7 +40,7 @@ class Placement:
 
 
 class Attention(nn.Module):
-    """Causal grouped-query attention with rotary positions."""
+    """Causal grouped-query attention with rotary position embeddings."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -69,12 +70,15 @@ class Attention(nn.Module):
         return self.o_proj(x.swapaxes(1, 2).reshape(b, length, -1))
 
     def _rotate(self, qkv: mx.array, positions: mx.array) -> mx.array:
-        """(B, heads + 2*kv_heads, L, head_dim), queries and keys of `qkv` rotated.
+        """Rotate the queries and keys of `qkv` (B, L, heads + 2*kv_heads, head_dim).
 
-        `positions` has one number for each head of each token, or only for each head of a
-        sequence, whose first token stands there. In the first case one rotation is enough:
-        every head is a row, and the values' rows stand at position 0, where a rotation
-        changes nothing. The second case needs the values apart.
+        If `positions` has a position per token and head, each head is a row of one rotation.
+        The values are rows at position 0, which a rotation does not change. Otherwise
+        `positions` has the position of the first token of each batch row, repeated per head,
+        and the values are split off.
+
+        Returns:
+            (B, heads + 2*kv_heads, L, head_dim).
         """
         b, length, rows, width = qkv.shape
         rope = partial(mx.fast.rope, dims=width, traditional=False, base=self.theta, scale=1.0)
@@ -86,7 +90,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated feed-forward."""
+    """The gated feed-forward network."""
 
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
@@ -99,7 +103,7 @@ class MLP(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One decoder layer, normalised before each half."""
+    """A decoder layer: attention and MLP, each after a normalization."""
 
     def __init__(self, config: TextConfig, layer: int) -> None:
         super().__init__()
@@ -136,21 +140,20 @@ class TextModel(nn.Module):
         cache: KVCache | None = None,
         placement: Placement | None = None,
     ) -> mx.array:
-        """Normalised hidden states (B, L, D) of `inputs_embeds` (B, L, D).
+        """Return the normalized hidden states (B, L, D) of `inputs_embeds` (B, L, D).
 
         Args:
-            cache: Holds the tokens before these, and these afterwards; None when
-                there are none before and none will follow, as in training.
-            placement: Of the tokens of one batch row (B = 1); None when they follow those in
-                the cache, each seeing all before it.
+            inputs_embeds: (B, L, D).
+            cache: Keys and values of the preceding tokens; those of `inputs_embeds` are
+                appended. None for a whole sequence that is not continued, as in training.
+            placement: Positions and mask of the tokens, for B = 1. None if they continue the
+                sequence in the cache, with causal attention.
         """
         b, length, _ = inputs_embeds.shape
         starts = [0 if cache is None else cache.offset] * b
         rotated = [1] * self.rotary_rows + [0] * self.value_rows
-        positions = np.outer(starts if placement is None else placement.positions, rotated).reshape(
-            -1
-        )
-        rows = mx.array(positions.astype(np.int32))
+        positions = np.outer(starts if placement is None else placement.positions, rotated)
+        rows = mx.array(positions.reshape(-1).astype(np.int32))
         mask = None if placement is None else placement.mask
         x = inputs_embeds
         for layer in self.layers:

@@ -1,7 +1,7 @@
-"""SigLIP vision encoder: tiles to patch features.
+"""The SigLIP vision encoder: tiles to patch features.
 
-Letters as in `model.py`. Attributes keep the checkpoint's names; `qkv_proj` is
-its q_proj, k_proj and v_proj with their rows concatenated.
+Attributes keep the checkpoint's names. `qkv_proj` concatenates the rows of q_proj, k_proj and
+v_proj.
 
 Source: SigLIP, arXiv 2303.15343; SmolVLM, arXiv 2504.05299, section 2.
 """
@@ -18,15 +18,16 @@ from mlx_smolvlm.config import VisionConfig
 
 @partial(mx.compile, shapeless=True)
 def gelu_tanh(x: mx.array) -> mx.array:
-    """GELU in its tanh form, (1 + tanh(z)) / 2 written as sigmoid(2 * z): one kernel.
+    """Return the tanh approximation of GELU, computed in one kernel.
 
-    With tanh and a power it is too deep for one kernel, and slow on a CPU.
+    (1 + tanh(z)) / 2 is written as sigmoid(2 * z). With tanh and a power, the expression is too
+    deep for one kernel, and slow on a CPU.
     """
     return x * mx.sigmoid(x * (1.5957691216057308 + 0.07135481627260025 * (x * x)))
 
 
 class VisionEmbeddings(nn.Module):
-    """Patches as vectors, with their learned positions."""
+    """Embeds patches and adds learned position embeddings."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -35,10 +36,10 @@ class VisionEmbeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.num_patches, config.hidden_size)
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
-        """Patch embeddings (N, P, V) of `pixel_values` (N, H, W, 3).
+        """Return the patch embeddings (N, P, V) of `pixel_values` (N, H, W, 3).
 
-        The convolution of the paper is a product with the flattened patches.
-        Positions are 0..P-1 in reading order, so no position is ever looked up.
+        The convolution of the paper is a matrix product with the flattened patches. Positions
+        are 0 to P-1 in reading order, so the whole position table is added.
         """
         n, grid, size = pixel_values.shape[0], self.patch_grid, self.patch_size
         x = pixel_values[:, : grid * size, : grid * size]
@@ -48,7 +49,7 @@ class VisionEmbeddings(nn.Module):
 
 
 class VisionAttention(nn.Module):
-    """Self-attention of every patch to every patch of its tile."""
+    """Self-attention among the patches of a tile, without a mask."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMLP(nn.Module):
-    """Two linear layers with a GELU between."""
+    """Two linear layers with a GELU between them."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -77,7 +78,7 @@ class VisionMLP(nn.Module):
 
 
 class VisionLayer(nn.Module):
-    """One encoder layer, normalised before each half."""
+    """An encoder layer: attention and MLP, each after a normalization."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -92,7 +93,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """The stack of layers."""
+    """The stack of encoder layers."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class VisionEncoder(nn.Module):
 
 
 class VisionModel(nn.Module):
-    """The SigLIP tower."""
+    """The complete vision encoder."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -114,6 +115,6 @@ class VisionModel(nn.Module):
         self.post_layernorm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
 
     def __call__(self, pixel_values: mx.array) -> mx.array:
-        """`patch_features` (N, P, V) of `pixel_values` (N, H, W, 3) from `image.tiles`."""
+        """Return the `patch_features` (N, P, V) of `pixel_values` (N, H, W, 3)."""
         x: mx.array = self.post_layernorm(self.encoder(self.embeddings(pixel_values)))
         return x

@@ -1,15 +1,14 @@
-"""Messages and image grids to `input_ids`.
+"""Turns messages and image grids into `input_ids`.
 
-The checkpoint's own chat template is rendered, and the result is tokenized piece
-by piece, so that a special token counts only where the template wrote it. What a
-user types, `<image>` or `<end_of_utterance>` included, stays text. Letter in
-shapes: L prompt length.
+The checkpoint's own chat template is rendered, and the result is tokenized piece by piece, so
+that special tokens are recognized only where the template wrote them. Special tokens that a user
+types, such as `<image>` or `<end_of_utterance>`, stay text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,7 +19,6 @@ from mlx_smolvlm.errors import CheckpointError, PromptError
 from mlx_smolvlm.media.timeline import FrameTimes, format_duration, format_timestamp
 from mlx_smolvlm.prompt.template import (
     ChatTemplate,
-    Message,
     find_unused_character,
     mark_special_tokens,
     normalize_message,
@@ -36,13 +34,16 @@ if TYPE_CHECKING:
 def insert_frames(
     messages: list[dict[str, Any]], grids: Sequence[Grid], clips: Sequence[FrameTimes]
 ) -> tuple[list[dict[str, Any]], list[Grid]]:
-    """`messages` with texts and images in place of videos, and the grids of all images.
+    """Replace the videos in `messages` by texts and images, one image per frame.
 
-    Source: transformers 5.23, SmolVLMProcessor.replace_video_token. It renders a template of
-    its own for videos; the checkpoint's, given these items, writes the same.
+    Source: transformers 5.23, SmolVLMProcessor.replace_video_token. It uses a separate template
+    for videos; the checkpoint's template writes the same text for these items.
+
+    Returns:
+        The new messages, and the grids of all their images in order.
 
     Raises:
-        PromptError: There are more or fewer videos than `clips`.
+        PromptError: The numbers of videos and of `clips` differ.
     """
     videos = sum(item["type"] == "video" for m in messages for item in m["content"])
     if videos != len(clips):
@@ -51,25 +52,25 @@ def insert_frames(
         return messages, list(grids)
     from mlx_smolvlm.media.tiles import Grid
 
-    rest, later, placed = list(grids), list(clips), list[Grid]()
+    image_grids, later_clips, all_grids = list(grids), list(clips), list[Grid]()
     result = []
     for message in messages:
         content: list[dict[str, str]] = []
         for item in message["content"]:
             if item["type"] == "video":
-                clip = later.pop(0)
+                clip = later_clips.pop(0)
                 content += _make_frame_items(clip)
-                placed += [Grid(0, 0)] * len(clip.timestamps_s)
+                all_grids += [Grid(0, 0)] * len(clip.timestamps_s)
             else:
                 content.append(item)
-                if item["type"] == "image" and rest:
-                    placed.append(rest.pop(0))
+                if item["type"] == "image" and image_grids:
+                    all_grids.append(image_grids.pop(0))
         result.append({**message, "content": content})
-    return result, placed + rest
+    return result, all_grids + image_grids
 
 
 def _make_frame_items(clip: FrameTimes) -> list[dict[str, str]]:
-    """The texts and images that stand for `clip`."""
+    """Return the texts and images that stand for `clip`."""
     from num2words import num2words
 
     text = (
@@ -92,11 +93,14 @@ GLOBAL = "<global-img>"
 
 
 class PromptBuilder:
-    """Prompts of one checkpoint.
+    """Builds the prompts of one checkpoint.
 
-    `tokenizer` is set to read special tokens in text as text; it decodes as usual.
-    `framing_token_ids` are of the tokens that frame turns and pictures, which are no part
-    of an answer's text. `answer_lead` is white space that every answer begins with.
+    Attributes:
+        config: The checkpoint's configuration.
+        tokenizer: Encodes special tokens in a text as text; decodes as usual.
+        framing_token_ids: Ids of the tokens that frame turns and pictures. They are not part
+            of an answer's text.
+        answer_lead: White space that every answer begins with.
     """
 
     def __init__(self, tokenizer: Path | Tokenizer, chat_template: str, config: Config) -> None:
@@ -120,23 +124,23 @@ class PromptBuilder:
 
     def build(
         self,
-        messages: Sequence[Message],
+        messages: Sequence[Mapping[str, Any]],
         grids: Sequence[Grid],
         add_generation_prompt: bool = True,
         clips: Sequence[FrameTimes] = (),
     ) -> np.ndarray:
-        """`input_ids` int32 (L,) of a conversation.
+        """Return the `input_ids` of a conversation, int32 (L,).
 
         Args:
-            messages: Each has a "role" of `ROLES` and a "content", a text or a list of
-                {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}.
+            messages: Each has a "role" (see `ROLES`) and a "content", which is a text or a list
+                of {"type": "text", "text": ...}, {"type": "image"} and {"type": "video"}.
             grids: One for each image item, in order.
             add_generation_prompt: Whether the prompt ends with the start of an answer.
             clips: One for each video item, in order.
 
         Raises:
-            PromptError: A message is malformed, images and grids or videos and clips differ
-                in number, or the chat template refuses the messages.
+            PromptError: A message is malformed, the numbers of images and grids or of videos
+                and clips differ, or the chat template refuses the messages.
         """
         plain = [normalize_message(message, number) for number, message in enumerate(messages, 1)]
         if not plain:
@@ -160,20 +164,20 @@ class PromptBuilder:
         return np.array(list(self._encode(prompt, mark, image_ids)), dtype=np.int32)
 
     def count_image_tokens(self, grid: Grid) -> int:
-        """Tokens that a picture cut into `grid` takes in the prompt."""
+        """Return the number of tokens of a picture with `grid` in the prompt."""
         return len(self.encode_grid(grid))
 
     def count_clip_tokens(self, clip: FrameTimes) -> int:
-        """Tokens that a clip takes in the prompt, with what introduces its frames."""
+        """Return the number of tokens of a clip in the prompt, its timestamps included."""
         question = {"role": "user", "content": [{"type": "text", "text": "?"}]}
-        shown = {"role": "user", "content": [{"type": "video"}, {"type": "text", "text": "?"}]}
-        return self.build([shown], [], clips=[clip]).size - self.build([question], []).size
+        about_clip = {"role": "user", "content": [{"type": "video"}, *question["content"]]}
+        return self.build([about_clip], [], clips=[clip]).size - self.build([question], []).size
 
     def encode_grid(self, grid: Grid) -> tuple[int, ...]:
-        """Ids that stand for a picture cut into `grid`.
+        """Return the token ids that stand for a picture with `grid` in the prompt.
 
         Raises:
-            PromptError: The grid has more rows or columns than the format can name.
+            PromptError: The grid has more rows or columns than there are tokens for.
         """
         if grid not in self._image_ids:
             text = _write_image_text(grid, self.config)
@@ -183,12 +187,13 @@ class PromptBuilder:
     def _encode(
         self, text: str, mark: str | None, images: list[tuple[int, ...]] | None
     ) -> Iterator[int]:
-        """Ids of `text`, whose added tokens are tokens.
+        """Yield the token ids of `text`, added tokens recognized.
 
         Args:
-            text: With `mark` where a user's text has to stay text.
-            mark: A character to take out; None if there is none.
-            images: Ids in place of each `<image>`, in order; None leaves `<image>` as it is.
+            text: A rendered chat template.
+            mark: The character that `mark_special_tokens` inserted, to remove again; None if it
+                inserted none.
+            images: The ids that replace each `<image>`, in order; None keeps the `<image>` token.
         """
         place, placeholders = 0, iter(images or [])
         for match in self._split.finditer(text):
@@ -204,7 +209,7 @@ class PromptBuilder:
             self._refuse_placeholders(len(images))
 
     def _encode_run(self, text: str, mark: str | None) -> list[int]:
-        """Ids of text between two added tokens."""
+        """Return the token ids of a text between two added tokens."""
         if mark is not None:
             text = text.replace(mark, "")
         if not text:
@@ -221,12 +226,12 @@ class PromptBuilder:
 
     def _refuse_placeholders(self, count: int) -> NoReturn:
         raise PromptError(
-            f"the messages have {count} images and the chat template writes another number of "
+            f"the messages have {count} images and the chat template writes a different number of "
             f"{IMAGE}; it may not take images in a system or assistant message"
         )
 
     def _check_tokens(self) -> None:
-        """Refuse a tokenizer that does not belong to this configuration."""
+        """Raise CheckpointError if the tokenizer does not fit the configuration."""
         limit = self.config.text.vocab_size
         added = [token_id for token_id, _ in self._tokens.values()]
         highest = max([self.tokenizer.get_vocab_size() - 1, *added])
@@ -249,13 +254,13 @@ class PromptBuilder:
 
 
 def _read_added_tokens(tokenizer: Tokenizer) -> dict[str, tuple[int, AddedToken]]:
-    """Id and flags of each added token, by its text."""
+    """Return the id and the flags of each added token, by its text."""
     decoder = tokenizer.get_added_tokens_decoder()
     return {token.content: (token_id, token) for token_id, token in decoder.items()}
 
 
 def _make_split_pattern(tokens: dict[str, tuple[int, AddedToken]]) -> re.Pattern[str]:
-    """A pattern that finds added tokens as the tokenizer does: leftmost, then longest."""
+    """Return a pattern that finds added tokens as the tokenizer does: leftmost, then longest."""
     parts = []
     for text in sorted(tokens, key=len, reverse=True):
         token = tokens[text][1]
@@ -268,14 +273,14 @@ def _make_split_pattern(tokens: dict[str, tuple[int, AddedToken]]) -> re.Pattern
 
 
 def _write_image_text(grid: Grid, config: Config) -> str:
-    """The text that stands for a picture cut into `grid`."""
+    """Return the text that stands for a picture with `grid` in the prompt."""
     from mlx_smolvlm.media.tiles import MAX_TILES_PER_SIDE
 
-    named = range(1, MAX_TILES_PER_SIDE + 1)
+    names = range(1, MAX_TILES_PER_SIDE + 1)
     single = grid.rows == grid.cols == 0
-    if not single and (grid.rows not in named or grid.cols not in named):
+    if not single and (grid.rows not in names or grid.cols not in names):
         raise PromptError(
-            f"a grid of {grid.rows} x {grid.cols} tiles has no name in the prompt; "
+            f"the prompt format has no tokens for a grid of {grid.rows} x {grid.cols} tiles; "
             f"rows and columns go to {MAX_TILES_PER_SIDE}"
         )
     tile = IMAGE * config.image_seq_len

@@ -1,4 +1,4 @@
-"""What a user asks, as messages for the prompt and the sources of their media."""
+"""Reads a user's prompt and media into messages and the sources of their media."""
 
 from __future__ import annotations
 
@@ -9,20 +9,26 @@ from typing import Any
 from mlx_smolvlm.errors import PromptError
 
 Message = dict[str, Any]
-ImageSource = Any  # path, URL, data URI, bytes, PIL image, array or figure: see image.open_image
-VideoSource = Any  # a Video, or what one can be made of: see video.Video
+ImageSource = Any  # path, URL, data URI, bytes, PIL image, array or figure: see tiles.open_image
+VideoSource = Any  # a Video, or the source of one: see video.Video
 
 
 @dataclass
 class Request:
-    """Messages without sources, and the sources of their image and video items, in order."""
+    """Messages and their media.
+
+    Attributes:
+        messages: Messages whose items have no sources.
+        images: Sources of the image items, in order.
+        videos: Sources of the video items, in order.
+    """
 
     messages: list[Message]
     images: list[ImageSource] = field(default_factory=list)
     videos: list[VideoSource] = field(default_factory=list)
 
     def replace_question(self, prompt: str) -> list[Message]:
-        """The messages of a request with a question as text, with `prompt` in its place."""
+        """Return the messages with `prompt` in place of the question, for a request from a text."""
         *before, user = self.messages
         content = [*user["content"][:-1], {"type": "text", "text": prompt}]
         return [*before, {**user, "content": content}]
@@ -34,11 +40,18 @@ def read_request(
     videos: VideoSource | Iterable[VideoSource],
     system: str | None,
 ) -> Request:
-    """The request that a user's arguments make; with a question as text, media come before it.
+    """Make a request of a user's arguments.
+
+    Args:
+        prompt: A question, which comes after all media; or a list of messages, whose items
+            may have sources. Items without one take the next of `images` or `videos`.
+        images: One source or several.
+        videos: One source or several.
+        system: A system message; None for none.
 
     Raises:
-        PromptError: The prompt or a message is malformed, or the messages have more or fewer
-            media items than there are media.
+        PromptError: The prompt or a message is malformed, or the numbers of media and of media
+            items differ.
     """
     pictures, clips = _list_sources(images), _list_sources(videos)
     if isinstance(prompt, str):
@@ -68,7 +81,7 @@ def read_request(
 
 NOUNS = {"image": "pictures", "video": "videos"}
 
-# How OpenAI's APIs name items, and what the chat templates call them.
+# Item types of OpenAI's APIs, and their names in chat templates.
 _KINDS = {
     **{"text": "text", "input_text": "text", "output_text": "text"},
     **{"image": "image", "image_url": "image", "input_image": "image"},
@@ -77,10 +90,10 @@ _KINDS = {
 
 
 def _read_items(message: Any, where: str) -> Iterator[tuple[Message, Any]]:
-    """Yields each content item of `message` without its source, and the source or None.
+    """Yield each content item of `message` without its source, and its source or None.
 
     Raises:
-        PromptError: The message or an item of it is malformed.
+        PromptError: The message or one of its items is malformed.
     """
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise PromptError(
@@ -109,7 +122,7 @@ def _read_items(message: Any, where: str) -> Iterator[tuple[Message, Any]]:
 
 
 def _read_source(item: Mapping[str, Any], kind: str, where: str) -> Any:
-    """The source that an image or video item carries; None if it takes the next one given."""
+    """Return the source in an image or video item, or None if it has none."""
     names = [name for name in (kind, f"{kind}_url", "url") if item.get(name) is not None]
     if not names:
         return None
@@ -122,23 +135,23 @@ def _read_source(item: Mapping[str, Any], kind: str, where: str) -> Any:
 
 
 def _take_next_source(kind: str, rest: list[Any]) -> Any:
-    """The next source that was given beside the messages."""
+    """Remove and return the next source that was passed next to the messages."""
     if not rest:
         raise PromptError(f"the messages have more {kind} items than there are {NOUNS[kind]}")
     return rest.pop(0)
 
 
 def make_system_messages(system: str | None) -> list[Message]:
-    """The messages that a conversation with this system message begins with."""
+    """Return a list of the system message, or an empty list without one."""
     content = [{"type": "text", "text": system}]
     return [] if system is None else [{"role": "system", "content": content}]
 
 
 def _list_sources(sources: Any) -> list[Any]:
-    """Several sources as a list, and a single one as a list of one; None is none.
+    """Return one source or several as a list; None is an empty list.
 
-    Texts, bytes, paths and arrays (whatever has a shape) are one source, although Python can
-    iterate over most of them.
+    A text, bytes, a path or an array (anything with a shape) is a single source, although most
+    of them are iterable.
     """
     if sources is None:
         return []

@@ -1,10 +1,10 @@
-"""A jinja2 environment that bounds what a template computes and writes.
+"""A jinja2 environment that limits the time and the memory of a template.
 
-jinja2's own sandbox keeps a template from the rest of the process, not from running for
-ever or filling the memory. Here every operation is paid from the budget of one rendering:
-characters that it may produce, and seconds of CPU time. Filters, methods and operators that
-could do without bound in a single call are checked before it, or are not there. Python runs
-between any two operations, so Ctrl-C is heard.
+jinja2's own sandbox isolates a template from the rest of the process, but does not prevent it
+from running forever or filling the memory. Here every operation is charged to the budget of the
+rendering: a number of characters, and seconds of CPU time. Filters, methods and operators whose
+cost in a single call has no bound are checked before the call, or are not available. Python
+code runs between any two operations, so Ctrl-C works.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 LONGEST_SOURCE = 2**17  # characters of a template; published ones have up to 2**15
-ROOM = 2**20  # characters that a template may produce, beside
-ROOM_PER_INPUT = 64  # so many for each character of the messages
-CPU_SECONDS = 2.0  # of one rendering, which usually takes a thousandth of this
-OPERATION = 16  # what any operation counts, as characters
-ELEMENT = 32  # what an element of a list counts
-LARGEST_PRODUCT = 64  # times the room: lengths of a method's arguments, multiplied
+ROOM = 2**20  # characters that a template may produce without any input
+ROOM_PER_INPUT = 64  # further characters for each character of the input
+CPU_SECONDS = 2.0  # per rendering; a usual one takes a thousandth of this
+OPERATION = 16  # cost of an operation, in characters
+ELEMENT = 32  # cost of an element of a list, in characters
+LARGEST_PRODUCT = 64  # product of the lengths of a call's arguments, as a multiple of the room
 LARGEST_BITS = 1024  # of an integer
-LARGEST_INDENT = 16  # spaces of tojson and indent
+LARGEST_INDENT = 16  # spaces, in tojson and indent
 
-# No filter and no method that takes a width, a precision or a format.
+# These exclude all filters and methods that take a width, a precision or a format.
 FILTERS = (
     *("abs", "attr", "capitalize", "count", "d", "default", "dictsort", "first", "float", "int"),
     *("items", "join", "last", "length", "list", "lower", "map", "max", "min", "reject"),
@@ -55,34 +55,32 @@ METHODS: tuple[tuple[Any, tuple[str, ...]], ...] = (
 )
 _SEQUENCES = (list, tuple, KeysView, ValuesView, ItemsView)
 
-# Names of filters that the environment itself puts into templates; no template can spell them.
+# Filters that the environment itself inserts into templates. The space makes sure that no
+# template can name them.
 _SPEND, _CONCAT, _SLICE = " spend", " concat", " slice"
 
 T = TypeVar("T")
 
 
 class LimitError(jinja2.TemplateError):
-    """A template computes or writes more than a rendering may.
+    """A template exceeded a limit; `reason` is a clause such as "it computes for more than 2 s"."""
 
-    `what` says of which, such as "it computes for more than 2 s".
-    """
-
-    def __init__(self, what: str) -> None:
-        super().__init__(f"stopped, since {what}")
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"stopped, since {reason}")
 
 
 class Budget:
-    """What one rendering may still use. `size` is that of what the template is given."""
+    """Characters and time left for one rendering, for an input of `size` characters."""
 
     def __init__(self, size: int) -> None:
         self.total = self.room = ROOM + ROOM_PER_INPUT * size
         self._deadline = time.thread_time() + CPU_SECONDS
 
     def spend(self, size: int = 0) -> None:
-        """Take what an operation counts and `size` characters more, and look at the time.
+        """Charge one operation and `size` characters, and check the time.
 
         Raises:
-            LimitError: There is none left of either.
+            LimitError: No characters or no time are left.
         """
         self.room -= OPERATION + size
         if self.room < 0:
@@ -91,12 +89,12 @@ class Budget:
             raise LimitError(f"it computes for more than {CPU_SECONDS:g} s")
 
     def charge(self, value: T) -> T:
-        """Take what `value` holds; returns it."""
+        """Charge the size of `value`, and return `value`."""
         self.spend(weigh(value, self.room))
         return value
 
     def check_product(self, *values: Any) -> None:
-        """Refuse a call whose cost or result may be as large as the product of its arguments."""
+        """Raise LimitError if the product of the sizes of a call's arguments is too large."""
         product = 1
         for value in values:
             product *= max(1, weigh(value, self.total))
@@ -108,9 +106,10 @@ _budget: ContextVar[Budget] = ContextVar("budget")
 
 
 def weigh(value: Any, limit: int) -> int:
-    """Characters in `value` and what its elements count, at any depth; stops above `limit`.
+    """Return the size of `value` and its elements at any depth, in characters.
 
-    A list that stands in another one twice counts twice, as it does when it is printed.
+    A list that occurs twice in another one counts twice, as if printed. Counting stops above
+    `limit`.
     """
     total, stack = 0, [value]
     while stack and total <= limit:
@@ -130,7 +129,7 @@ def weigh(value: Any, limit: int) -> int:
 
 
 class _Namespace(utils.Namespace):
-    """A namespace that does not print what it holds, which may be other namespaces."""
+    """A namespace whose repr does not include its values, which may be nested namespaces."""
 
     def __init__(self, /, *args: Any, **kwargs: Any) -> None:
         values = dict(*args, **kwargs)
@@ -142,7 +141,7 @@ class _Namespace(utils.Namespace):
 
 
 class BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The environment, with the names that transformers gives templates."""
+    """The environment, with the globals and filters that transformers provides to templates."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
@@ -151,12 +150,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=["jinja2.ext.loopcontrols"],
-            optimized=False,  # nothing is computed when a template is compiled
+            optimized=False,  # do not evaluate constants while compiling
             finalize=_charge_output,
         )
-        kept = {name: self.filters[name] for name in FILTERS}
         self.filters = {
-            **{name: _charge_result(function) for name, function in kept.items()},
+            **{name: _charge_result(self.filters[name]) for name in FILTERS},
             **{"tojson": _charge_result(_to_json), "indent": _charge_result(_indent)},
             **{_SPEND: _spend, _CONCAT: _concat, _SLICE: _slice},
         }
@@ -172,34 +170,36 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         }
 
     def read(self, source: str) -> jinja2.Template:
-        """The template in `source`.
+        """Compile the template `source`.
 
         Raises:
-            jinja2.TemplateError: It is longer than any template needs to be, or not one.
+            jinja2.TemplateError: The source is too long or not a template.
         """
         if len(source) > LONGEST_SOURCE:
-            raise LimitError(f"it has {len(source):,} characters, of {LONGEST_SOURCE:,} allowed")
+            raise LimitError(
+                f"it has {len(source):,} characters; at most {LONGEST_SOURCE:,} are allowed"
+            )
         tree = _ChargeInserter().visit(self.parse(source))
         tree.set_environment(self)
         return self.from_string(tree)
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        """Whether a template may have `value`, the attribute `attr` of `obj`."""
+        """Whether a template may access the attribute `attr` of `obj`."""
         for kind, names in METHODS:
             if isinstance(obj, kind):
                 return attr in names
         return super().is_safe_attribute(obj, attr, value)
 
     def wrap_str_format(self, value: Any) -> None:
-        """No method formats, since a format states a width."""
+        """Reject `str.format` like any other method, since a format may state a width."""
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        """`obj[argument]`, or the attribute of that name."""
+        """Return `obj[argument]`, or the attribute of that name."""
         _budget.get().spend()
         return super().getitem(obj, argument)
 
     def call_binop(self, context: runtime.Context, operator: str, left: Any, right: Any) -> Any:
-        """The result of an arithmetic operator."""
+        """Return the result of an arithmetic operator."""
         budget = _budget.get()
         if operator == "%" and isinstance(left, str):
             raise LimitError("it formats texts with %, which is not supported; use ~")
@@ -220,7 +220,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """The result of a call in a template."""
+        """Return the result of a call in a template."""
         budget = _budget.get()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str):
@@ -231,10 +231,11 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def render(template: jinja2.Template, values: dict[str, Any]) -> str:
-    """What a template of `BoundedEnvironment` writes, given `values`.
+    """Render a template of `BoundedEnvironment` with the variables `values`.
 
     Raises:
-        Exception: The template runs any expression; `LimitError` if it does not come to an end.
+        LimitError: The template exceeds a limit.
+        Exception: Any other error of an expression in the template.
     """
     token = _budget.set(Budget(weigh(list(values.values()), 2**40)))
     try:
@@ -244,19 +245,19 @@ def render(template: jinja2.Template, values: dict[str, Any]) -> str:
 
 
 class _ChargeInserter(NodeTransformer):
-    """Puts filters that charge into a template where jinja2 has no hook for it."""
+    """Inserts filters that charge the budget where jinja2 has no hook."""
 
     def visit_TemplateData(self, node: nodes.TemplateData) -> nodes.Node:  # noqa: N802
-        """Text of the template itself, as an expression, so that it is charged as output."""
+        """Turn a template's own text into an expression, so that it is charged as output."""
         return nodes.Const(node.data, lineno=node.lineno)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
-        """`a ~ b`."""
+        """Replace `a ~ b` by a filter."""
         self.generic_visit(node)
         return _make_filter(nodes.List(node.nodes, lineno=node.lineno), _CONCAT)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
-        """`a[1:2]`."""
+        """Replace a slice, such as `a[1:2]`, by a filter."""
         self.generic_visit(node)
         if not isinstance(node.arg, nodes.Slice):
             return node
@@ -264,7 +265,7 @@ class _ChargeInserter(NodeTransformer):
         return _make_filter(node.node, _SLICE, [end or nodes.Const(None) for end in ends])
 
     def generic_visit(self, node: nodes.Node, *args: Any, **kwargs: Any) -> nodes.Node:
-        """Values that are made, comparisons, and whatever runs more than once."""
+        """Charge new values, comparisons, and blocks that may run more than once."""
         super().generic_visit(node, *args, **kwargs)
         if isinstance(node, nodes.For | nodes.Macro | nodes.CallBlock | nodes.Block):
             step = _make_filter(nodes.Const(None, lineno=node.lineno), _SPEND)
@@ -276,58 +277,58 @@ class _ChargeInserter(NodeTransformer):
 
 
 def _make_filter(node: nodes.Expr, name: str, args: list[nodes.Expr] | None = None) -> nodes.Filter:
-    """The expression `node | name(args)`."""
+    """Return the expression `node | name(args)`."""
     return nodes.Filter(node, name, args or [], [], None, None, lineno=node.lineno)
 
 
 def _charge_result(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter or test that charges what it returns."""
+    """Return `function`, a filter or test, so that it charges its result."""
 
-    @functools.wraps(function)  # jinja2 marks functions by attributes
-    def bounded(*args: Any, **kwargs: Any) -> Any:
+    @functools.wraps(function)  # keeps the attributes by which jinja2 marks functions
+    def call(*args: Any, **kwargs: Any) -> Any:
         budget = _budget.get()
         budget.spend()
         return budget.charge(function(*args, **kwargs))
 
-    return bounded
+    return call
 
 
 def _bound_product(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose result may be as long as the product of its arguments."""
+    """Return `function`, a filter, so that it checks the product of its arguments' sizes."""
 
     @functools.wraps(function)
-    def checked(*args: Any, **kwargs: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
         args = tuple(map(_expand_iterator, args))
         _budget.get().check_product(*args, *kwargs.values())
         return function(*args, **kwargs)
 
-    return checked
+    return call
 
 
 def _expand_iterator(value: Any) -> Any:
-    """`value`, as a list if it is an iterator, whose length nobody knows."""
+    """Return `value`, an iterator as a list, since its length is not known."""
     return _budget.get().charge(list(value)) if isinstance(value, Iterator) else value
 
 
-@jinja2.pass_eval_context  # so jinja2 does not call it for constants when it compiles
+@jinja2.pass_eval_context  # keeps jinja2 from calling it for constants while compiling
 def _charge_output(eval_context: nodes.EvalContext, value: T) -> T:
-    """What is written."""
+    """Charge a value that the template writes."""
     return _budget.get().charge(value)
 
 
 def _spend(value: T) -> T:
-    """What an expression or a block costs."""
+    """Charge a new value, or the run of a block."""
     return _budget.get().charge(value)
 
 
 def _concat(values: list[Any]) -> str:
-    """The texts of `values`, joined."""
+    """Return the concatenated texts of `values`."""
     _budget.get().charge(values)
     return "".join(map(str, values))
 
 
 def _slice(value: Any, start: Any, stop: Any, step: Any) -> Any:
-    """`value[start:stop:step]`, whose elements were paid for already."""
+    """Return `value[start:stop:step]`; the elements of a list have already been charged."""
     part = value[start:stop:step]
     budget = _budget.get()
     if isinstance(part, list | tuple):
@@ -338,30 +339,30 @@ def _slice(value: Any, start: Any, stop: Any, step: Any) -> Any:
 
 
 def _check_integer(value: Any) -> None:
-    """Refuse an integer that takes long to compute with."""
+    """Raise LimitError for an integer that is slow to compute with."""
     if isinstance(value, int) and value.bit_length() > LARGEST_BITS:
         raise LimitError(f"it computes with an integer of more than {LARGEST_BITS} bits")
 
 
 def _to_json(value: Any, indent: int | None = None) -> str:
-    """JSON as transformers writes it, characters beyond ASCII as they are."""
+    """Return JSON as transformers writes it, without escapes of non-ASCII characters."""
     _check_indent(indent)
     return json.dumps(value, ensure_ascii=False, indent=indent)
 
 
 def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    """jinja2's filter of this name."""
+    """Call jinja2's filter `indent` after checking the width."""
     _check_indent(width)
     return jinja2.filters.do_indent(text, width, first, blank)
 
 
 def _check_indent(width: int | str | None) -> None:
-    """Refuse to indent by more than any text needs."""
+    """Raise LimitError if the indentation is too wide."""
     size = len(width) if isinstance(width, str) else width or 0
     if size > LARGEST_INDENT:
-        raise LimitError(f"it indents by {size}, of {LARGEST_INDENT} allowed")
+        raise LimitError(f"it indents by {size}; at most {LARGEST_INDENT} are allowed")
 
 
 def _raise_exception(message: str) -> NoReturn:
-    """What a template says of messages that it does not take."""
+    """Let a template refuse messages, with its own error message."""
     raise jinja2.TemplateError(message)

@@ -1,7 +1,7 @@
-"""A checkpoint's chat template, and the messages that it is given.
+"""A checkpoint's chat template, and checks of the messages that it renders.
 
-Templates come with checkpoints from anywhere: they run in a sandbox (see `sandbox.py`) and
-see nothing but strings, lists and dictionaries.
+Templates come from untrusted checkpoints. They run in a sandbox (see `sandbox.py`) and are given
+strings, lists and dictionaries only.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ from typing import Any
 
 from mlx_smolvlm.errors import CheckpointError, PromptError, format_error
 
-Message = Mapping[str, Any]
-
 ROLES = ("user", "assistant", "system")
 
 _PROBE = "probe"
 
 
 class ChatTemplate:
-    """The text of a conversation, as a checkpoint wants it.
+    """Renders a conversation in the format of a checkpoint.
 
-    `takes_images` says whether the template reads content as a list of items; one that
-    does not reads a text.
+    Attributes:
+        takes_images: Whether the template reads the content of a message as a list of items.
+            Otherwise it reads a text.
     """
 
     def __init__(self, source: str) -> None:
@@ -38,10 +37,10 @@ class ChatTemplate:
         self.takes_images = self._probe()
 
     def render(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-        """The text of `messages`, which `normalize_message` has made.
+        """Return the text of `messages`, which must come from `normalize_message`.
 
         Raises:
-            PromptError: The template refuses them.
+            PromptError: The template refuses the messages.
         """
         if not self.takes_images:
             messages = [
@@ -55,7 +54,7 @@ class ChatTemplate:
             ) from None
 
     def find_answer_lead(self) -> str:
-        """White space between the heading of an answer and the answer: that after "Assistant:"."""
+        """Return the white space between the heading of an answer, "Assistant:", and the answer."""
         messages = [
             {"role": role, "content": [{"type": "text", "text": _PROBE}]}
             for role in ("user", "assistant")
@@ -72,11 +71,11 @@ class ChatTemplate:
 
         values = {"messages": messages, "tools": None, "documents": None}
         text = render(self._template, {**values, "add_generation_prompt": add_generation_prompt})
-        text.encode()  # a template can write what is no character: '\ud800'
+        text.encode()  # fails if the template writes a lone surrogate, such as '\ud800'
         return text
 
     def _probe(self) -> bool:
-        """Whether content is a list of items; a template for text fails on one or prints it."""
+        """Whether content is a list of items: a template for text fails on a list or prints it."""
         from mlx_smolvlm.prompt.sandbox import LimitError
 
         failure: Exception | None = None
@@ -84,19 +83,27 @@ class ChatTemplate:
         for content, takes_images in ((items, True), (_PROBE, False)):
             try:
                 text = self._run([{"role": "user", "content": content}], True)
-            except LimitError as error:  # the other content would cost as much
+            except LimitError as error:  # another attempt would take as long
                 raise CheckpointError(f"the chat template was {error}") from None
             except Exception as error:  # a template runs any expression
                 failure = error
                 continue
             if _PROBE in text and f"'{_PROBE}'" not in text and f'"{_PROBE}"' not in text:
                 return takes_images
-        reason = f": {format_error(failure)}" if failure else ", it leaves the text out"
+        reason = f": {format_error(failure)}" if failure else ": it leaves the text out"
         raise CheckpointError(f"the chat template cannot render a plain question{reason}")
 
 
-def normalize_message(message: Message, number: int) -> dict[str, Any]:
-    """`message` rebuilt from plain values, its content a list of items."""
+def normalize_message(message: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """Return a checked copy of `message`, made of plain values, whose content is a list of items.
+
+    Args:
+        message: A message.
+        number: Its number in error messages, from 1.
+
+    Raises:
+        PromptError: The message is malformed.
+    """
     where = f"message {number}"
     if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
         raise PromptError(
@@ -110,12 +117,12 @@ def normalize_message(message: Message, number: int) -> dict[str, Any]:
     if isinstance(content, str):
         content = [{"type": "text", "text": content}]
     if not isinstance(content, Sequence) or not content:
-        raise PromptError(f"{where} ({role}) has no content; give it a text or an image")
+        raise PromptError(f"{where} ({role}) has no content; give a text or an image")
     return {"role": str(role), "content": [_normalize_item(item, where) for item in content]}
 
 
 def _normalize_item(item: Any, where: str) -> dict[str, str]:
-    """A content item rebuilt from plain values."""
+    """Return a checked copy of a content item, made of plain values."""
     kind = item.get("type") if isinstance(item, Mapping) else None
     if kind in ("image", "video"):
         return {"type": str(kind)}
@@ -137,12 +144,12 @@ def _normalize_item(item: Any, where: str) -> dict[str, str]:
 
 
 def _join_texts(items: list[dict[str, str]]) -> str:
-    """The text of items without images."""
+    """Return the text of `items`, which must all be texts."""
     return "".join(item["text"] for item in items)
 
 
 def find_unused_character(messages: list[dict[str, Any]]) -> str:
-    """A private-use character that no message holds."""
+    """Return a private-use character that occurs in no message."""
     texts = [
         item["text"]
         for message in messages
@@ -156,10 +163,18 @@ def find_unused_character(messages: list[dict[str, Any]]) -> str:
 def mark_special_tokens(
     messages: list[dict[str, Any]], mark: str, special: list[str]
 ) -> list[dict[str, Any]]:
-    """`messages` with `mark` inside every special token that a text spells, and around texts.
+    """Insert `mark` into every special token in the texts of `messages`, and around each text.
 
-    The marks around a text keep two texts from spelling a token together. They are set
-    inside of leading and trailing white space, which templates may strip.
+    The marks around a text prevent two adjacent texts from forming a special token. They are
+    placed after leading and before trailing white space, since templates may strip that.
+
+    Args:
+        messages: Messages from `normalize_message`.
+        mark: A character that occurs in no message.
+        special: The special tokens.
+
+    Returns:
+        New messages.
     """
     longest_first = sorted((re.escape(text) for text in special), key=len, reverse=True)
     starts = re.compile(f"(?=(?:{'|'.join(longest_first) or '(?!)'}))(.)", re.DOTALL)

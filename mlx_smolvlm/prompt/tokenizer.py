@@ -1,7 +1,7 @@
-"""A checkpoint's tokenizer.json, checked before the native reader of `tokenizers` sees it.
+"""Reads a checkpoint's tokenizer.json, after checking it for the native reader of `tokenizers`.
 
-That reader takes memory for the largest id, and some values make it panic instead of fail;
-patterns can make it run for hours. So only what tokenizers of this family are made of is read.
+That reader allocates memory up to the largest id, panics on some values, and can run for hours
+on some patterns. So only the features that tokenizers of this model family use are accepted.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from mlx_smolvlm.records import read_text, read_unique_keys
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-LARGEST_FILE = 2**25  # bytes; that of SmolVLM2 has 3.5 million
-MOST_ADDED = 2**13  # added tokens; Granite-Docling has some 600
+LARGEST_FILE = 2**25  # bytes; SmolVLM2's file has 3.5 million
+MOST_ADDED = 2**13  # added tokens; Granite-Docling has about 600
 LONGEST_PATTERN = 1000  # characters
 
 FRAMING_TOKEN = re.compile(
     r"<image>|<fake_token_around_image>|<global-img>|<row_\d+_col_\d+>|<end_of_utterance>"
     r"|<\|[^|]+\|>"
 )
-"""Tokens that frame turns and pictures."""
+"""Matches the tokens that frame turns and pictures."""
 
-# Kinds of parts, by the key of tokenizer.json that holds them.
+# The types that are accepted, by their key in tokenizer.json.
 _NORMALIZERS = frozenset(("NFC", "NFD", "NFKC", "NFKD", "Sequence"))
 _SPLITTERS = frozenset(("ByteLevel", "Digits", "Split", "Sequence"))
 _KINDS = {
@@ -38,31 +38,33 @@ _KINDS = {
     "pre_tokenizer": _SPLITTERS,
     "decoder": frozenset(("ByteLevel", "Sequence")),
 }
-# The key of a Sequence that lists its members.
+# The key under which a Sequence lists its members.
 _MEMBERS = {
     "normalizer": "normalizers",
     "pre_tokenizer": "pretokenizers",
     "decoder": "decoders",
 }
-# In a pattern: a group that is repeated, whose repetitions can be split in exponentially many
-# ways; a reference to a group; a call of one.
+# Slow parts of a pattern: a repeated group, which may match in exponentially many ways; a
+# reference to a group; a call of a group.
 _SLOW = re.compile(r"\)[*+{]|\\[1-9kg]")
 
 
 def read_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer in `path`, without truncation and padding, special tokens read as text.
+    """Read the tokenizer in the file `path`.
 
-    The tokens of `FRAMING_TOKEN` are special whatever the file says, since only special tokens can
-    be read as text.
+    It neither truncates nor pads, and encodes special tokens in a text as text. Tokens that
+    match `FRAMING_TOKEN` become special whatever the file says, since only special tokens can be
+    encoded as text.
 
     Raises:
-        CheckpointError: There is none, or one that no model with `vocab_size` tokens can have.
+        CheckpointError: The file is missing, malformed, or does not fit a model with `vocab_size`
+            tokens.
     """
     return parse_tokenizer(read_text(path, LARGEST_FILE), path, vocab_size)
 
 
 def parse_tokenizer(text: str, path: Path, vocab_size: int) -> Tokenizer:
-    """The tokenizer that `text`, read from `path`, describes; see `read_tokenizer`."""
+    """Parse `text`, the content of the file `path`; see `read_tokenizer`."""
     try:
         values = json.loads(text, object_pairs_hook=read_unique_keys)
         _check(values, vocab_size)
@@ -87,21 +89,21 @@ def parse_tokenizer(text: str, path: Path, vocab_size: int) -> Tokenizer:
 
 @contextlib.contextmanager
 def convert_native_errors(kind: type[SmolVLMError], message: str) -> Iterator[None]:
-    """Turns what `tokenizers` raises, panics of Rust included, into an error of ours."""
+    """Convert errors of `tokenizers`, Rust panics included, into `kind` with `message`."""
     try:
         yield
     except BaseException as error:
-        # A panic is no Exception, and its class stands in no module.
+        # A panic is not an Exception, and its class cannot be imported.
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise kind(f"{message}: {format_error(error)}") from None
         raise
 
 
 def _check(values: Any, vocab_size: int) -> None:
-    """Refuse a parsed tokenizer.json that is of another kind, or has impossible ids.
+    """Check the values of a tokenizer.json: types, token ids and patterns.
 
     Raises:
-        ValueError: It says what is wrong.
+        ValueError: A value is not accepted.
     """
     if not isinstance(values, dict) or not isinstance(values.get("model"), dict):
         raise ValueError("it has no model")
@@ -117,31 +119,31 @@ def _check(values: Any, vocab_size: int) -> None:
     contents, added_ids = [], []
     for token in added:
         if not isinstance(token, dict) or not isinstance(token.get("content"), str):
-            raise ValueError("added_tokens has one without content")
+            raise ValueError("added_tokens has a token without content")
         contents.append(token["content"])
         added_ids.append(token.get("id"))
     if "" in contents or len({*contents}) != len(contents):
-        raise ValueError("added_tokens has an empty text, or one twice")
+        raise ValueError("added_tokens has an empty token, or the same token twice")
     _check_ids(list(vocabulary.values()), vocab_size, "vocabulary")
-    # The reader numbers added tokens itself where the file is wrong: see PromptBuilder.
+    # The reader renumbers added tokens with wrong ids; PromptBuilder checks the result.
     _check_ids(added_ids, LARGEST, "list of added tokens")
     for key, kinds in _KINDS.items():
         _check_part(values.get(key), kinds, key)
 
 
 def _check_ids(ids: list[Any], limit: int, name: str) -> None:
-    """Refuse `ids` that are not different integers from 0 to below `limit`."""
+    """Raise ValueError unless `ids` are distinct integers from 0 to `limit` - 1."""
     for one in ids:
         if type(one) is not int or not 0 <= one < limit:
             raise ValueError(
                 f"the {name} has token id {one!r:.40} and text.vocab_size is {limit} in config"
             )
     if len({*ids}) != len(ids):
-        raise ValueError(f"the {name} has a token id twice")
+        raise ValueError(f"the {name} has the same token id twice")
 
 
 def _check_part(part: Any, kinds: frozenset[str], key: str) -> None:
-    """Refuse a normalizer, pre-tokenizer or decoder of none of `kinds`."""
+    """Raise ValueError if a normalizer, pre-tokenizer or decoder is not one of `kinds`."""
     if part is None:
         return
     kind = part.get("type") if isinstance(part, dict) else part
@@ -151,10 +153,10 @@ def _check_part(part: Any, kinds: frozenset[str], key: str) -> None:
         )
     if not isinstance(part, dict):
         if kind in ("Sequence", "Split"):
-            raise ValueError(f"its {key} of type {kind} states nothing else")
+            raise ValueError(f"its {key} of type {kind} has no settings")
         return
     if kind == "Sequence":
-        # Only this key: the reader ignores the others, so a part could hide behind them.
+        # The reader ignores every other key, so only these members are used.
         members = part.get(_MEMBERS[key])
         for member in members if isinstance(members, list) else [members]:
             _check_part(member, kinds, key)
@@ -162,6 +164,6 @@ def _check_part(part: Any, kinds: frozenset[str], key: str) -> None:
         pattern = part.get("pattern")
         text = next(iter(pattern.values()), None) if isinstance(pattern, dict) else None
         if pattern is None or not isinstance(text, str) or not 0 < len(text) <= LONGEST_PATTERN:
-            raise ValueError(f"its {key} splits at no pattern, or too long a one")
+            raise ValueError(f"its {key} splits at no pattern, or at one that is too long")
         if "Regex" in pattern and _SLOW.search(text):
             raise ValueError(f"its {key} has a pattern that can take forever: {text!r:.80}")

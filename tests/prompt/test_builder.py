@@ -338,13 +338,13 @@ def test_a_picture_for_a_text_only_template(builders):
 def test_a_template_that_drops_or_adds_pictures_is_noticed(make):
     text = "{% for m in messages %}{% for i in m.content %}{{ i.text }}{% endfor %}{% endfor %}"
     for template in (text, text + "<image><image>"):
-        with pytest.raises(PromptError, match="another number of <image>"):
+        with pytest.raises(PromptError, match="a different number of <image>"):
             make(template).build([user(IMAGE, "a")], [Grid(0, 0)])
 
 
 def test_an_extra_placeholder_without_pictures_is_noticed(make):
     builder = make("{{ messages[0].content[0].text }}<image>")
-    with pytest.raises(PromptError, match="another number of <image>"):
+    with pytest.raises(PromptError, match="a different number of <image>"):
         builder.build([user("a")], [])
 
 

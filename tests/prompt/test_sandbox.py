@@ -1,4 +1,4 @@
-"""Chat templates are bounded in time and memory, and otherwise render as jinja2 renders them."""
+"""Chat templates are limited in time and memory, and otherwise render as in jinja2."""
 
 import signal
 
@@ -14,7 +14,7 @@ DOUBLING = (
     "{% set n = namespace(x=START) %}{% for i in range(60) %}{% set n.x = NEXT %}{% endfor %}"
 )
 
-# Each would take hours or gigabytes; how it is stopped.
+# Templates that would take hours or gigabytes, and the error that stops each.
 ENDLESS = {
     "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}": "any conv",
     "{% for a in range(99999) %}{% for b in range(99999) if b is none %}{% endfor %}{% endfor %}":
@@ -59,13 +59,13 @@ ENDLESS = {
     "{% set s = 'a' * 90000 %}" + "".join(f"{{% set a{i} = s[1:] %}}" for i in range(99)):
         "any conv",
     "{{ " + "[" * 9999 + "]" * 9999 + " }}": "recursion",
-    "x" * 2**17: "of 131,072 allowed",
+    "x" * 2**17: "at most 131,072 are allowed",
 }  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
 def alarm():
-    """Ends a test that hangs; none needs a twentieth of this."""
+    """Stop a test that hangs; none takes a twentieth of this time."""
 
     def stop(*_):
         raise TimeoutError
@@ -133,7 +133,7 @@ def test_a_long_message_of_a_template_is_cut():
     assert len(str(error.value)) < 600
 
 
-# What real templates are made of; the values are those of plain jinja2.
+# Features that real templates use; the expected texts are those of plain jinja2.
 ORDINARY = [
     "{%- for m in messages %}\n  {{- m.role | capitalize }}: {{ m['content'] | trim }}\n"
     "{% endfor %}",
