@@ -9,7 +9,6 @@ import gzip
 import json
 import tempfile
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from tests.helpers import recorder
 TESTS = Path(__file__).parents[1]
 
 
-def record(cases: ModuleType, name: str, folder: Path) -> dict[str, Any]:
+def record(name: str, folder: Path) -> dict[str, Any]:
     """Sampled stages and greedy ids of one case."""
     source = cases.make(folder / name, name)
     idefics3 = cases.CASES[name]["model_type"] == "idefics3"
@@ -53,7 +52,7 @@ def record(cases: ModuleType, name: str, folder: Path) -> dict[str, Any]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        golden = {name: record(cases, name, Path(folder)) for name in cases.CASES}
+        golden = {name: record(name, Path(folder)) for name in cases.CASES}
     data = json.dumps(golden).encode()
     path = TESTS / "golden" / "network.json.gz"
     path.write_bytes(gzip.compress(data, mtime=0))
