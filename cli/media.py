@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import numpy as np
 import typer
 
 from mlx_smolvlm.cli.output import say
@@ -204,6 +203,8 @@ class FrameWriter:
     """
 
     def __init__(self, folder: Path, mean: Sequence[float], std: Sequence[float]) -> None:
+        import numpy as np
+
         folder = expand_path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self._folder, self._mean, self._std = folder, np.array(mean), np.array(std)
@@ -213,6 +214,7 @@ class FrameWriter:
 
     def write(self, step: Progress) -> None:
         """Write the frame of `step`, if it has one."""
+        import numpy as np
         from PIL import Image
 
         if step.frame is None or step.tile is None:
