@@ -17,16 +17,14 @@ from mlx_smolvlm.convert.hub import resolve
 from mlx_smolvlm.convert.run import convert_checkpoint
 from tests.helpers import hf_folder as hf
 
-hf.TEMPLATE = (  # one that renders a question, which the demo's does
-    resolve("demo") / "chat_template.jinja"
-).read_text()
-
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache."""
     monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    template = (resolve("demo") / "chat_template.jinja").read_text()  # one that renders a question
+    monkeypatch.setattr(hf, "TEMPLATE", template)
     return tmp_path / "cache"
 
 

@@ -60,7 +60,8 @@ KILLED = """
     import os, shutil, signal, sys
     from pathlib import Path
     import mlx.core as mx
-    from mlx_smolvlm import staging, writer
+    from mlx_smolvlm.checkpoint import writer
+    staging = writer
     from mlx_smolvlm.convert.run import convert_checkpoint
     from mlx_smolvlm.checkpoint.writer import Outbox
 
@@ -281,7 +282,7 @@ def test_two_conversions_at_once_give_one_checkpoint(tmp_path):
 MEASURE = """
     import json, resource, sys
     import mlx.core as mx
-    from mlx_smolvlm import writer
+    from mlx_smolvlm.checkpoint import writer
     from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.run import convert_checkpoint
     writer.SHARD_BYTES = 32 * 10**6

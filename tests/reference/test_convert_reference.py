@@ -20,6 +20,7 @@ from transformers import (
 
 from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.convert.run import convert_checkpoint
+from mlx_smolvlm.convert.source import Source
 
 torch.set_num_threads(1)
 
@@ -141,7 +142,7 @@ def test_defaults_that_transformers_fills_in_are_ours(tmp_path, kind):
     theirs = config_class.from_pretrained(tmp_path)
     values["scale_factor"] = 1  # the default of 2 does not divide the default grid of 7
     (tmp_path / "config.json").write_text(json.dumps(values))
-    ours = read_hf_config(tmp_path, "s")
+    ours = read_hf_config(Source(tmp_path, "s"))
     vision_fields = (*VISION, "layer_norm_eps")
     for name in vision_fields:
         assert getattr(ours.vision, name) == getattr(theirs.vision_config, name), name

@@ -16,6 +16,7 @@ from transformers.video_utils import VideoMetadata
 
 from mlx_smolvlm.config import VideoConfig
 from mlx_smolvlm.convert.hf_processor import read_processors, read_video_config
+from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.media.tiles import Grid, tile_frame
 from mlx_smolvlm.media.timeline import sample_indices
 from mlx_smolvlm.media.video import Video, open_video
@@ -34,6 +35,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+class PublishedFiles(Source):
+    """A folder of a checkpoint's settings, which lacks the config.json that a `Source` needs."""
+
+    def __post_init__(self):
+        pass
+
+
 class Pair:
     """A published checkpoint's processing, ours and transformers'."""
 
@@ -45,7 +53,8 @@ class Pair:
             tile=side, patch=patch, scale=scale, image_token_id=image_token_id,
             vocab_size=vocab_size,
         )  # fmt: skip
-        self.config = replace(config, video=read_video_config(*read_processors(folder)))
+        published = read_processors(PublishedFiles(folder, name))
+        self.config = replace(config, video=read_video_config(*published))
         assert self.config.image_seq_len == seq_len
         self.builder = PromptBuilder(
             oracle.tokenizer_json(name), oracle.chat_template(name), self.config
@@ -272,7 +281,7 @@ def test_transformers_gives_frames_the_size_of_pictures(name):
     """What SmolVLMVideoProcessor does with these files; once it does not, the page is old."""
     folder = oracle.REFERENCE / "checkpoints" / name
     loaded = videos.SmolVLMVideoProcessor.from_pretrained(folder)
-    ours = read_video_config(*read_processors(folder))
+    ours = read_video_config(*read_processors(PublishedFiles(folder, name)))
     assert loaded.size["longest_edge"] == 4 * ours.longest_edge
 
 
