@@ -1,4 +1,4 @@
-"""Measures what a conversion lost: two checkpoints side by side."""
+"""Comparison of two checkpoints, such as a conversion and its source."""
 
 from mlx_smolvlm.convert.compare.measure import CompareOptions, compare
 from mlx_smolvlm.convert.compare.report import Comparison

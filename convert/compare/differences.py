@@ -1,4 +1,4 @@
-"""What two observed checkpoints differ in, the reference first."""
+"""Computes the differences of two observed checkpoints; the reference comes first."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from mlx_smolvlm.convert.open_model import CheckpointReader
 from mlx_smolvlm.media.encode import Medium
 
 SURPRISES = 5
-CONTEXT_TOKENS = 12  # shown before a surprise
+CONTEXT_TOKENS = 12  # tokens that a surprise shows before it
 TEXT_LAYER, VISION_LAYER = "text_model.layers", "vision_model.encoder.layers"
 
 
 def compare_passages(a: Observation, b: Observation) -> list[Predictions]:
-    """What both say about each passage."""
+    """Compare the predictions of both for each passage."""
     return [
         compare_predictions((one, other), (a.head, b.head), passage.targets)
         for one, other, passage in zip(a.hidden, b.hidden, a.passages, strict=True)
@@ -45,19 +45,25 @@ def compare_passages(a: Observation, b: Observation) -> list[Predictions]:
 
 
 def find_surprises(
-    a: Observation, found: Sequence[Predictions], decode: Callable[[list[int]], str]
+    a: Observation, predictions: Sequence[Predictions], decode: Callable[[list[int]], str]
 ) -> tuple[Surprise, ...]:
-    """The tokens of the texts where both differ most, from `found` of `compare_passages`."""
+    """Find the tokens of the texts where the predictions of both differ most.
+
+    Args:
+        a: The observation of the reference.
+        predictions: The result of `compare_passages`.
+        decode: Turns token ids into text.
+    """
     places = [
         (float(kl), number, place)
-        for number, part in enumerate(found[: a.num_texts])
+        for number, part in enumerate(predictions[: a.num_texts])
         for place, kl in enumerate(part.kl_nats)
     ]
     result = []
     for kl, number, place in sorted(places, reverse=True)[:SURPRISES]:
         if kl == 0:
             break
-        passage, (best, other) = a.passages[number], found[number].likeliest[:, place]
+        passage, (best, other) = a.passages[number], predictions[number].likeliest[:, place]
         end = passage.start + place
         before = passage.input_ids[max(0, end - CONTEXT_TOKENS) : end]
         result.append(
@@ -75,7 +81,7 @@ def find_surprises(
 def pair_answers(
     asked: Sequence[PictureQuestion], a: Observation, b: Observation
 ) -> tuple[AnswerPair, ...]:
-    """Answers side by side."""
+    """Pair the answers of both to each question."""
     result = []
     for question, one, other in zip(asked, a.answers, b.answers, strict=True):
         equal = [x == y for x, y in zip(one.token_ids, other.token_ids, strict=False)]
@@ -88,7 +94,7 @@ def pair_answers(
 
 
 def measure_decoder_layers(a: Observation, b: Observation) -> tuple[LayerLoss, ...]:
-    """Errors of the states after each decoder layer; none if the decoders have other sizes."""
+    """Measure the states after each decoder layer; empty if the decoders differ in size."""
     text, other = a.config.text, b.config.text
     sizes = [(one.hidden_size, one.num_hidden_layers) for one in (text, other)]
     if sizes[0] != sizes[1]:
@@ -102,10 +108,10 @@ def measure_decoder_layers(a: Observation, b: Observation) -> tuple[LayerLoss, .
 def measure_pictures(
     a: Observation, b: Observation, media: Sequence[Medium]
 ) -> tuple[tuple[FeatureLoss, ...], tuple[LayerLoss, ...]]:
-    """Errors of the features of pictures, and of the states after each encoder layer.
+    """Measure the features of pictures, and the states after each encoder layer.
 
-    A tile at a time goes through both encoders, so that few features are held. There are
-    none if the checkpoints cut pictures in other ways or have other widths.
+    Each tile goes through both encoders before the next one, to keep few features in memory.
+    Both results are empty if the encoders differ in size or pictures are resized differently.
     """
     if not media or _list_encoder_settings(a.config) != _list_encoder_settings(b.config):
         return (), ()
@@ -133,7 +139,7 @@ def measure_pictures(
 
 
 def _list_encoder_settings(config: Config) -> tuple[object, ...]:
-    """What of `config` has to be equal for its encoder's features to be comparable."""
+    """List the settings that must be equal for features of two encoders to be comparable."""
     vision, image = config.vision, config.image
     sizes = (vision.image_size, vision.patch_size, vision.hidden_size, vision.num_hidden_layers)
     return (*sizes, image.mean, image.std, image.longest_edge)
@@ -142,7 +148,7 @@ def _list_encoder_settings(config: Config) -> tuple[object, ...]:
 def _encode_tile(
     encoder: tuple[nn.Module, nn.Module], pixels: mx.array
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """`patch_features`, `image_embeds` and the states after every layer, of `pixels`."""
+    """Return `patch_features`, `image_embeds` and the states after every layer."""
     vision, connector = encoder
     with record_outputs(vision.encoder.layers) as states:
         features = vision(pixels)
@@ -154,9 +160,9 @@ def _encode_tile(
 def measure_matrices(
     a: CheckpointReader, b: CheckpointReader, step: Callable[[str], None]
 ) -> tuple[MatrixLoss, ...]:
-    """Errors of every matrix that has the same shape in both, one read at a time.
+    """Measure every matrix that has the same shape in both, one at a time.
 
-    `step` is called with the path of each. The vision MLP may be padded in one of them.
+    `step` is called with the path of each. The vision MLP may be padded in either checkpoint.
     """
     paths = find_matrix_paths(a, b)
     result = []
@@ -174,6 +180,6 @@ def measure_matrices(
 
 
 def find_matrix_paths(a: CheckpointReader, b: CheckpointReader) -> list[str]:
-    """Paths of the modules that have a matrix in both."""
+    """Return the paths of the modules that have a matrix in both."""
     others = {entry.path for entry in list_entries(b.config)}
     return [one.path for one in list_entries(a.config) if one.quantizable and one.path in others]

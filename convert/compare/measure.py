@@ -1,7 +1,7 @@
-"""Two checkpoints of one tokenizer compared: predictions, pictures, answers, matrices.
+"""Compares two checkpoints, or a conversion with its source.
 
-They are loaded one after the other. Beside the one at hand, the reference's output head and
-vision encoder are in memory, and the last hidden states of the texts.
+The checkpoints are loaded one after the other. While the second is loaded, the output head and
+the vision encoder of the first stay in memory, and its last hidden states for the texts.
 """
 
 from __future__ import annotations
@@ -59,26 +59,30 @@ if TYPE_CHECKING:
     from mlx_smolvlm.train.evaluate.report import Result
 
 
-ASKED_PICTURES = 8  # how many pictures a question is asked about
+VERIFY_FILE = "verify.json"
+VERIFY_PLOT = "verify.png"
+ASKED_PICTURES = 8  # how many pictures get a question
 
 
 @dataclass(frozen=True)
 class CompareOptions:
-    """What two checkpoints are tried on.
+    """The texts, pictures, questions and datasets that two checkpoints are compared on.
 
     Attributes:
-        texts: Whose tokens are predicted; None takes those of this package.
-        pictures: Pairs of a name and a picture, as `SmolVLM.ask` takes one; None takes those
-            of this package.
-        questions: Asked about the first pictures, one each, in turn.
-        text_tokens: The most tokens of texts that are read, in all.
-        max_tokens: The longest answer, in tokens.
-        detail: How pictures are cut into tiles, see `SmolVLM.ask`; datasets' are by "high".
-        data: Datasets whose questions both answer, as `mlx-smolvlm eval` takes them.
-        data_limit: Of each of their tasks, the first so many lines; None takes all.
+        texts: Texts whose tokens are predicted; None takes the texts of this package.
+        pictures: Pairs of a name and a picture, as `SmolVLM.ask` takes one; None takes the
+            pictures of this package.
+        questions: Questions about the first pictures: one a picture, repeated in turn.
+        text_tokens: The maximum number of tokens of all texts together.
+        max_tokens: The maximum length of an answer, in tokens.
+        detail: How pictures are cut into tiles, see `SmolVLM.ask`. Pictures of datasets are
+            always cut by "high".
+        data: Datasets that both checkpoints answer, as `mlx-smolvlm eval` takes them.
+        data_limit: How many lines of each task of the datasets to use; None uses all.
 
     Raises:
-        ValueError: A number that is below 1.
+        ValueError: A number is not a whole number of 1 or above, or `texts`, `questions` or
+            `data` is a string.
     """
 
     texts: tuple[str, ...] | None = None
@@ -93,29 +97,34 @@ class CompareOptions:
     def __post_init__(self) -> None:
         for name in ("text_tokens", "max_tokens", "data_limit"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be 1 or above")
+            if value is None and name == "data_limit":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of 1 or above")
+        for name in ("texts", "questions", "data"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f"{name} is {value!r}; it must be a tuple, such as ({value!r},)")
 
     @property
     def named_pictures(self) -> list[tuple[str, ImageSource]]:
-        """Names and pictures."""
+        """Pairs of a name and a picture."""
         return list(draw_pictures().items()) if self.pictures is None else list(self.pictures)
 
-    def work(self) -> Workload:
-        """Texts and questions."""
+    def make_workload(self) -> Workload:
+        """Return the texts to predict and the questions to answer."""
         pictures = self.named_pictures[:ASKED_PICTURES] if self.questions else []
         count = len(self.questions)
-        asked = [
+        questions = [
             PictureQuestion(self.questions[number % count], picture, name)
             for number, (name, picture) in enumerate(pictures)
         ]
         texts = TEXTS if self.texts is None else self.texts
-        questions = (*asked, PictureQuestion(PLAIN_QUESTION))
-        return Workload(texts, self.text_tokens, questions, self.max_tokens, self.detail)
+        questions.append(PictureQuestion(PLAIN_QUESTION))
+        return Workload(texts, self.text_tokens, tuple(questions), self.max_tokens, self.detail)
 
 
 def read_data(paths: Sequence[Path], limit: int | None) -> Dataset | None:
-    """The lines of the datasets at `paths`, of each task the first `limit`; None without paths.
+    """Read the first `limit` lines of each task of the datasets at `paths`; None without paths.
 
     Raises:
         DatasetError: A file or a line cannot be used.
@@ -128,7 +137,9 @@ def read_data(paths: Sequence[Path], limit: int | None) -> Dataset | None:
 
 
 def judge(vlm: SmolVLM, data: Dataset | None, step: Callable[[str], None]) -> list[Result]:
-    """The answers of `vlm` to every line of `data`, judged; `step` is called for each.
+    """Answer every line of `data` with `vlm`, and score the answers.
+
+    `step` is called before each line with its name.
 
     Raises:
         MediaError: A picture or video cannot be read; it names the line.
@@ -147,7 +158,7 @@ def judge(vlm: SmolVLM, data: Dataset | None, step: Callable[[str], None]) -> li
 
 
 def score_tasks(a: Sequence[Result], b: Sequence[Result]) -> tuple[TaskScore, ...]:
-    """Scores of both by task and metric, from results of the same lines."""
+    """Average the scores of both by task and metric, from results of the same lines."""
     pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
     for one, other in zip(a, b, strict=True):
         pairs.setdefault((one.task, one.metric), []).append((one, other))
@@ -155,12 +166,12 @@ def score_tasks(a: Sequence[Result], b: Sequence[Result]) -> tuple[TaskScore, ..
         TaskScore(
             task=task,
             metric=metric,
-            examples=len(found),
-            reference=sum(one.score for one, _ in found) / len(found),
-            other=sum(other.score for _, other in found) / len(found),
-            same_answers=sum(one.answer == other.answer for one, other in found),
+            examples=len(both),
+            reference=sum(one.score for one, _ in both) / len(both),
+            other=sum(other.score for _, other in both) / len(both),
+            same_answers=sum(one.answer == other.answer for one, other in both),
         )
-        for (task, metric), found in sorted(pairs.items())
+        for (task, metric), both in sorted(pairs.items())
     )
 
 
@@ -172,17 +183,19 @@ def compare(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """How far the checkpoint `other` lies from `reference`.
+    """Compare the checkpoint `other` with `reference`.
 
     Args:
-        reference: As `load` takes it: a folder, a hub id, an alias, or "demo".
-        other: Likewise, with the same tokenizer.
-        options: Texts, pictures and questions.
+        reference: A folder, a hub id, an alias, or "demo", as `load` takes it.
+        other: Likewise. It must have the same tokenizer.
+        options: What to compare on; None takes the defaults.
         offline: Never use the network.
         progress: Called with the steps done, the steps in all, and the step that begins.
 
     Raises:
-        CheckpointError: One cannot be found, converted or read, or their tokenizers differ.
+        CheckpointError: A checkpoint cannot be found, converted or read, or their tokenizers
+            differ.
+        DatasetError: A dataset cannot be used.
         MediaError: A picture cannot be opened.
     """
     how = ResolveOptions(offline=offline)
@@ -196,23 +209,23 @@ def compare_checkpoints(
     options: CompareOptions,
     progress: Progress | None = None,
 ) -> Comparison:
-    """How far `other` lies from `reference`; arguments and errors as in `compare`."""
+    """Compare `other` with `reference`; the rest is as in `compare`."""
     check_tokenizers(reference, other)
     data = read_data(options.data, options.data_limit)
-    work, lines = options.work(), 0 if data is None else len(data.cases)
+    work, lines = options.make_workload(), 0 if data is None else len(data.cases)
     steps = 2 * (work.steps + lines) + 1 + len(find_matrix_paths(reference, other))
-    tally = _StepCounter(progress, steps)
+    step = _StepCounter(progress, steps)
     vlm = reference.load()
-    a, scores = observe(vlm, work, tally), judge(vlm, data, tally)
+    a, scores = observe(vlm, work, step), judge(vlm, data, step)
     del vlm
     _free_memory()
     vlm = other.load()
-    b = observe(vlm, work, tally, a.answers)
-    tasks = score_tasks(scores, judge(vlm, data, tally))
-    found, texts = compare_passages(a, b), a.num_texts
-    strange = find_surprises(a, found, vlm.engine.prompt_builder.tokenizer.decode)
-    answers = pair_answers(work.asked, a, b)
-    tally("pictures")
+    b = observe(vlm, work, step, a.answers)
+    tasks = score_tasks(scores, judge(vlm, data, step))
+    predictions, texts = compare_passages(a, b), a.num_texts
+    surprises = find_surprises(a, predictions, vlm.engine.prompt_builder.tokenizer.decode)
+    answers = pair_answers(work.questions, a, b)
+    step("pictures")
     features, layers = measure_pictures(a, b, _open_pictures(vlm, options))
     layers = (*measure_decoder_layers(a, b), *layers)
     del vlm, a, b
@@ -220,29 +233,29 @@ def compare_checkpoints(
     return Comparison(
         reference=_make_side(reference),
         other=_make_side(other),
-        texts=summarize_tokens(found[:texts]),
-        answers_forced=summarize_tokens(found[texts:]),
+        texts=summarize_tokens(predictions[:texts]),
+        answers_forced=summarize_tokens(predictions[texts:]),
         features=features,
         layers=layers,
-        matrices=measure_matrices(reference, other, tally),
+        matrices=measure_matrices(reference, other, step),
         answers=answers,
-        surprises=strange,
+        surprises=surprises,
         tasks=tasks,
-        peak_memory_gb=tally.peak_memory_gb,
+        peak_memory_gb=step.peak_memory_gb,
     )
 
 
 def _open_pictures(vlm: SmolVLM, options: CompareOptions) -> tuple[Medium, ...]:
-    """The pictures of `options`, ready to be cut into tiles."""
+    """Open the pictures of `options`, ready to be cut into tiles."""
     pictures = [picture for _, picture in options.named_pictures]
     return vlm.engine.open_media(read_request("", pictures, (), None), options.detail)
 
 
 def check_tokenizers(reference: CheckpointReader, other: CheckpointReader) -> None:
-    """Refuse checkpoints whose tokens are not the same.
+    """Check that two checkpoints have the same tokens.
 
     Raises:
-        CheckpointError: It names both.
+        CheckpointError: They do not; the message names both.
     """
     sizes = [one.config.text.vocab_size for one in (reference, other)]
     if sizes[0] != sizes[1] or reference.tokenizer.get_vocab() != other.tokenizer.get_vocab():
@@ -253,9 +266,9 @@ def check_tokenizers(reference: CheckpointReader, other: CheckpointReader) -> No
 
 
 class _StepCounter:
-    """Counts steps, and tells `progress` of each as it begins.
+    """Counts steps, and calls `progress` before each.
 
-    Every answer starts MLX's count of the most memory anew, so it is looked at before each step.
+    Every answer resets MLX's peak memory, so the peak is read before each step.
     """
 
     def __init__(self, progress: Progress | None, total: int) -> None:
@@ -265,7 +278,7 @@ class _StepCounter:
 
     @property
     def peak_memory_gb(self) -> float:
-        """The most that MLX held until now, in 10**9 bytes."""
+        """The peak memory of MLX until now, in 10**9 bytes."""
         self._peak = max(self._peak, mx.get_peak_memory())
         return self._peak / 1e9
 
@@ -277,23 +290,19 @@ class _StepCounter:
 
 
 def _free_memory() -> None:
-    """Let go of a model that nothing needs any more."""
+    """Free the memory of a model that is no longer referenced."""
     gc.collect()
     mx.clear_cache()
 
 
-def _make_side(opened: CheckpointReader) -> Side:
-    """Name and size."""
+def _make_side(reader: CheckpointReader) -> Side:
+    """Return the name and the size of a checkpoint."""
     count = sum(
         math.prod(shape) + (shape[0] if entry.bias else 0)
-        for entry in list_entries(opened.config)
+        for entry in list_entries(reader.config)
         for shape in entry.shapes
     )
-    return Side(opened.name, opened.nbytes, 8 * opened.nbytes / count)
-
-
-VERIFY_FILE = "verify.json"
-VERIFY_PLOT = "verify.png"
+    return Side(reader.name, reader.nbytes, 8 * reader.nbytes / count)
 
 
 def verify_conversion(
@@ -304,36 +313,37 @@ def verify_conversion(
     offline: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
-    """How far the converted `folder` lies from the weights of `source`, which become no file.
+    """Compare the converted `folder` with its source, and write the result into `folder`.
 
-    `VERIFY_FILE` and `VERIFY_PLOT` are written into `folder`.
+    The files are `VERIFY_FILE` and `VERIFY_PLOT`. The source is read in memory; no converted
+    copy of it is written.
 
     Args:
-        source: What was converted, as `convert_checkpoint` takes it; packed weights are unpacked.
-        folder: The result, in this package's format.
-        options: Texts, pictures and questions.
-        offline: Take a hub id from the local cache alone.
+        source: The source, as `convert_checkpoint` takes it; packed weights are unpacked.
+        folder: The converted checkpoint, in this package's format.
+        options: What to compare on; None takes the defaults.
+        offline: Look up a hub id in the local cache only.
         progress: Called with the steps done, the steps in all, and the step that begins.
 
     Raises:
-        CheckpointError: One cannot be read, or `folder` was made from something else.
+        CheckpointError: One of the two cannot be read, or `folder` has another tokenizer.
         MediaError: A picture cannot be opened.
     """
     source = open_source(source, offline)
     reference = SourceReader(source)
-    name = folder.resolve().name  # what is published should not tell where it was made
+    name = folder.resolve().name  # the full path would be published
     options = options or CompareOptions()
-    found = compare_checkpoints(reference, FolderReader(folder, name), options, progress)
+    comparison = compare_checkpoints(reference, FolderReader(folder, name), options, progress)
     source.check_unchanged()
     remove_leftovers(folder)
-    write_file(folder / VERIFY_PLOT, render_plot(found), follow_links=False)
-    text = json.dumps(found.to_dict(), indent=2) + "\n"
+    write_file(folder / VERIFY_PLOT, render_plot(comparison), follow_links=False)
+    text = json.dumps(comparison.to_dict(), indent=2) + "\n"
     write_file(folder / VERIFY_FILE, text, follow_links=False)
-    return found
+    return comparison
 
 
 def read_verification(folder: Path) -> Comparison | None:
-    """What `verify_conversion` found of `folder`; None if it was never asked.
+    """Read the comparison that `verify_conversion` wrote into `folder`; None if there is none.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -350,17 +360,17 @@ def read_verification(folder: Path) -> Comparison | None:
 
 
 def format_verification(folder: Path) -> str | None:
-    """The section of a model card about what `folder` lost; None if it was never measured.
+    """Return the section of a model card on what `folder` lost; None if it was not verified.
 
     Raises:
-        CheckpointError: As `read_verification`.
+        CheckpointError: The file of the comparison is damaged.
     """
-    found = read_verification(folder)
-    if found is None:
+    comparison = read_verification(folder)
+    if comparison is None:
         return None
     plot = VERIFY_PLOT if (folder / VERIFY_PLOT).is_file() else None
     try:
-        return format_card_section(found, plot)
+        return format_card_section(comparison, plot)
     except (ArithmeticError, ValueError):  # such as a perplexity of 0, or a matrix of no model
         path = folder / VERIFY_FILE
         raise CheckpointError(f"{path} is damaged; verify the checkpoint again") from None

@@ -1,8 +1,8 @@
-"""What one loaded checkpoint does with texts and questions, kept in little memory.
+"""Runs texts and questions through one checkpoint, and keeps what a comparison needs.
 
-Of a text or an answer its last hidden states are kept, of the model its output head and
-encoder; so two models are compared without being in memory together, and logits of a
-whole text never exist.
+That is the last hidden states of each text and answer, and the output head and the encoder of the
+model. So the two models of a comparison are never in memory together, nor are the logits of a
+whole text.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.prompt.messages import read_request
 from mlx_smolvlm.smolvlm import SmolVLM
 
-HEAD_ROWS = 128  # tokens whose logits are held at once
+HEAD_ROWS = 128  # tokens whose logits are computed at once
 BLOCK = 2**22  # elements of a matrix that are compared at once
 
 Head = Callable[[mx.array], mx.array]
 
 
 def get_head(model: Model) -> Head:
-    """The output head of `model`, which needs nothing else of it."""
+    """Return the output head of `model`; it does not keep the rest of the model in memory."""
     if "lm_head" in model:
         head: Head = model.lm_head
     else:
@@ -45,12 +45,12 @@ def get_head(model: Model) -> Head:
 
 @dataclass(frozen=True)
 class Predictions:
-    """What two models say about the same tokens (L,), the reference first.
+    """The predictions of two models for the same tokens (L,), the reference first.
 
     Attributes:
         kl_nats: KL divergence of the second from the reference.
         nll_nats: Negative log-likelihoods of the true tokens, (2, L).
-        likeliest: Token ids, (2, L).
+        likeliest: Ids of the likeliest tokens, (2, L).
     """
 
     kl_nats: np.ndarray
@@ -61,7 +61,9 @@ class Predictions:
 def compare_predictions(
     hidden: tuple[mx.array, mx.array], heads: tuple[Head, Head], targets: np.ndarray
 ) -> Predictions:
-    """What two models say about `targets` (L,), from their last hidden states (L, D).
+    """Compare the predictions of two models for `targets` (L,).
+
+    `hidden` are their last hidden states (L, D), from which `heads` compute logits.
 
     Logits are computed for `HEAD_ROWS` tokens at a time.
     """
@@ -78,14 +80,14 @@ def compare_predictions(
         nlls.append(np.array(nll))
         likeliest.append(np.array(best))
     return Predictions(
-        np.maximum(np.concatenate(divergences), 0),  # rounding can make 0 a little less
+        np.maximum(np.concatenate(divergences), 0),  # rounding can make it negative
         np.concatenate(nlls, 1),
         np.concatenate(likeliest, 1),
     )
 
 
 def compute_cosines(a: mx.array, b: mx.array) -> np.ndarray:
-    """Cosines of the angles between vectors of `a` and `b`, along the last axis, flat."""
+    """Return the cosine of each pair of vectors along the last axis of `a` and `b`, flat."""
     one, other = _to_vectors(a), _to_vectors(b)
     lengths = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
     result: np.ndarray = np.minimum((one * other).sum(-1) / np.maximum(lengths, 1e-30), 1)
@@ -93,9 +95,9 @@ def compute_cosines(a: mx.array, b: mx.array) -> np.ndarray:
 
 
 def compute_relative_errors(a: mx.array, b: mx.array) -> np.ndarray:
-    """Length of each vector of `b - a` over that of `a`, along the last axis, flat.
+    """Return |b - a| / |a| of each pair of vectors along the last axis, flat.
 
-    Vectors are taken one by one since a few are very much longer than the others.
+    Each vector has its own error, because a few are much longer than the others.
     """
     one, other = _to_vectors(a), _to_vectors(b)
     lengths = np.maximum(np.linalg.norm(one, axis=-1), 1e-30)
@@ -104,15 +106,15 @@ def compute_relative_errors(a: mx.array, b: mx.array) -> np.ndarray:
 
 
 def _to_vectors(x: mx.array) -> np.ndarray:
-    """The vectors along the last axis of `x`, in float64: near 1 a cosine needs the digits."""
+    """Return the vectors along the last axis of `x`, in float64 for cosines near 1."""
     vectors: np.ndarray = np.array(x.astype(mx.float32)).reshape(-1, x.shape[-1])
     return vectors.astype(np.float64)
 
 
 def compute_frobenius_error(a: Matrix, b: Matrix) -> float:
-    """|b - a| / |a| in the Frobenius norm, over the rows and columns that both have.
+    """Return |b - a| / |a| in the Frobenius norm, over the rows and columns that both have.
 
-    If `a` is all zeros, it is |b|.
+    If `a` is all zeros, return |b|.
     """
     total = difference = 0.0
     for one, other in _iterate_blocks(a, b):
@@ -122,12 +124,12 @@ def compute_frobenius_error(a: Matrix, b: Matrix) -> float:
 
 
 def _sum_squares(x: mx.array) -> float:
-    """The sum of the squares of `x`; millions of them lose digits in float32, a row does not."""
+    """Sum the squares of `x`: each row in float32, the rows in float64."""
     return float(np.array((x * x).sum(-1)).sum(dtype=np.float64))
 
 
 def _iterate_blocks(a: Matrix, b: Matrix) -> Iterator[tuple[mx.array, mx.array]]:
-    """Rows of both in float32, some at a time."""
+    """Yield the common rows and columns of both in float32, some rows at a time."""
     rows, width = min(a.shape[0], b.shape[0]), min(a.shape[1], b.shape[1])
     step = max(1, BLOCK // width)
     for start in range(0, rows, step):
@@ -135,37 +137,37 @@ def _iterate_blocks(a: Matrix, b: Matrix) -> Iterator[tuple[mx.array, mx.array]]
         yield a.get_rows(start, stop)[:, :width], b.get_rows(start, stop)[:, :width]
 
 
-WINDOW = 512  # tokens of a text that are read at once
-LAYER_TOKENS = 256  # tokens whose states are kept after every layer
+WINDOW = 512  # tokens of a passage
+LAYER_TOKENS = 256  # tokens whose states after every layer are kept
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a model is given.
+    """The texts and questions that a model is run on.
 
     Attributes:
-        texts: To predict, token by token.
-        text_tokens: The most of their tokens that are read, in all.
-        asked: Questions to answer greedily.
-        max_tokens: The longest answer, in tokens.
+        texts: Texts to predict, token by token.
+        text_tokens: The maximum number of tokens of all texts together.
+        questions: Questions to answer greedily.
+        max_tokens: The maximum length of an answer, in tokens.
         detail: How pictures are cut into tiles, see `SmolVLM.ask`.
     """
 
     texts: tuple[str, ...]
     text_tokens: int
-    asked: tuple[PictureQuestion, ...]
+    questions: tuple[PictureQuestion, ...]
     max_tokens: int
     detail: Detail
 
     @property
     def steps(self) -> int:
-        """How often `observe` reports."""
-        return len(self.asked) + 1
+        """How often `observe` calls `step`."""
+        return len(self.questions) + 1
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens to predict: those of `input_ids` (L,) from `start` on."""
+    """Token ids (L,), of which those from `start` on are predicted."""
 
     input_ids: np.ndarray
     start: int = 1
@@ -187,15 +189,16 @@ class GreedyAnswer:
 
 @dataclass(frozen=True)
 class Observation:
-    """What is kept of a model.
+    """What a comparison needs of one model.
 
     Attributes:
-        config: Of the checkpoint.
+        config: The configuration of the checkpoint.
         head: Its output head.
-        encoder: The modules that pictures pass, vision encoder and connector.
-        passages: The texts, `num_texts` of them, then prompts with the reference's answers.
-        hidden: Last hidden states of each passage, of the tokens before its targets.
-        layers: States (L, D) of the first text's first tokens after every decoder layer.
+        encoder: The vision encoder and the connector.
+        passages: `num_texts` passages of the texts, then prompts with the reference's answers.
+        num_texts: How many of the passages are of the texts.
+        hidden: Last hidden states (L, D) of each passage, from which its targets are predicted.
+        layers: States (L, D) after each decoder layer, for the first tokens of the first text.
         answers: Its greedy answers.
     """
 
@@ -210,7 +213,7 @@ class Observation:
 
 
 def split_texts(vlm: SmolVLM, texts: Sequence[str], most: int) -> list[Passage]:
-    """The tokens of `texts`, at most `WINDOW` at once and `most` in all."""
+    """Split `texts` into passages of at most `WINDOW` tokens, `most` tokens in all."""
     passages: list[Passage] = []
     for text in texts:
         ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids[:most], dtype=np.int64)
@@ -226,14 +229,14 @@ def observe(
     step: Callable[[str], None],
     expected: Sequence[GreedyAnswer] | None = None,
 ) -> Observation:
-    """What `vlm` does.
+    """Run the texts and questions of `work` through `vlm`.
 
     Args:
         vlm: The model.
         work: Texts and questions.
-        step: Called with the name of what begins, `work.steps` times.
-        expected: The reference's answers, whose tokens are then predicted; None if `vlm`
-            is the reference.
+        step: Called with the name of each step before it, `work.steps` times.
+        expected: The reference's answers, whose tokens `vlm` predicts; None if `vlm` is the
+            reference.
 
     Raises:
         MediaError: A picture cannot be opened.
@@ -241,12 +244,12 @@ def observe(
     """
     passages = texts = split_texts(vlm, work.texts, work.text_tokens)
     answers: list[GreedyAnswer] = []
-    for number, one in enumerate(work.asked):
+    for number, one in enumerate(work.questions):
         step(f"answer {number + 1}")
         prompt, answer = _answer(vlm, one, work)
         answers.append(answer)
-        told = answer if expected is None else expected[number]
-        ids = np.concatenate([prompt.input_ids, np.array(told.token_ids, dtype=np.int64)])
+        target = answer if expected is None else expected[number]
+        ids = np.concatenate([prompt.input_ids, np.array(target.token_ids, dtype=np.int64)])
         passages = [*passages, Passage(ids, prompt.input_ids.size, prompt.image_embeds)]
     step("texts")
     model = vlm.model
@@ -263,7 +266,7 @@ def observe(
 
 
 def _answer(vlm: SmolVLM, asked: PictureQuestion, work: Workload) -> tuple[Passage, GreedyAnswer]:
-    """The prompt of a question, and the answer to it."""
+    """Answer a question, and return its prompt and the answer."""
     pictures = () if asked.picture is None else (asked.picture,)
     request = read_request(asked.text, pictures, (), None)
     media = vlm.engine.open_media(request, work.detail)
@@ -274,7 +277,7 @@ def _answer(vlm: SmolVLM, asked: PictureQuestion, work: Workload) -> tuple[Passa
 
 
 def compute_last_hidden(model: Model, passage: Passage) -> mx.array:
-    """Hidden states (L, D) from which the head predicts the passage's targets."""
+    """Compute the last hidden states (L, D) that predict the targets of `passage`."""
     embeds = model.embed(passage.input_ids, passage.image_embeds)
     hidden: mx.array = model.text_model(embeds)[0, passage.start - 1 : -1]
     mx.eval(hidden)
@@ -282,7 +285,7 @@ def compute_last_hidden(model: Model, passage: Passage) -> mx.array:
 
 
 def compute_layer_states(model: Model, input_ids: np.ndarray) -> list[mx.array]:
-    """States (L, D) after every decoder layer, for the text `input_ids` (L,)."""
+    """Compute the states (L, D) after every decoder layer for `input_ids` (L,)."""
     with record_outputs(model.text_model.layers) as states:
         mx.eval(model.text_model(model.embed(input_ids)))
     return [state[0] for state in states]
@@ -290,7 +293,7 @@ def compute_layer_states(model: Model, input_ids: np.ndarray) -> list[mx.array]:
 
 @contextlib.contextmanager
 def record_outputs(layers: list[Any]) -> Iterator[list[mx.array]]:
-    """What the `layers` of a model give in this block, in the order they are called."""
+    """Record the outputs of `layers` inside the `with` block, in the order of the calls."""
     states: list[mx.array] = []
     originals = list(layers)
     layers[:] = [_Recorder(layer, states) for layer in originals]
@@ -301,7 +304,7 @@ def record_outputs(layers: list[Any]) -> Iterator[list[mx.array]]:
 
 
 class _Recorder(nn.Module):
-    """A layer that notes what it gives."""
+    """A layer that appends its outputs to a list."""
 
     def __init__(self, layer: nn.Module, states: list[mx.array]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A comparison as a picture: errors of matrices, of layers, and tokens by KL divergence."""
+"""Draws a comparison: errors of matrices and layers, and the histogram of KL divergences."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from mlx_smolvlm.files import write_output
 WIDTH, MARGIN = 1200, 40
 INK, PALE = (30, 30, 40), (150, 150, 160)
 BLUE, ORANGE = (40, 100, 200), (220, 120, 30)
-LOW, HIGH = (238, 243, 250), (170, 20, 40)  # the heat map's ends
+LOW, HIGH = (238, 243, 250), (170, 20, 40)  # colors of the least and the most error
 Box = tuple[int, int, int, int]  # left, top, right, bottom, in pixels
 
 
-def draw_plot(found: Comparison, path: Path) -> None:
-    """Write the picture of `found` as a PNG to `path`; errors as `write_output`."""
-    write_output(path, render_plot(found))
+def draw_plot(comparison: Comparison, path: Path) -> None:
+    """Write the plot of `comparison` as a PNG file; raises what `write_output` raises."""
+    write_output(path, render_plot(comparison))
 
 
-def render_plot(found: Comparison) -> bytes:
-    """The picture of `found` as a PNG file."""
+def render_plot(comparison: Comparison) -> bytes:
+    """Draw the plot of `comparison`, and return the bytes of a PNG file."""
     from PIL import Image, ImageDraw
 
-    rows = [f"{name}: {text}" for name, text in make_summary_rows(found)]
-    grid = group_by_kind(found.matrices)
+    rows = [f"{name}: {text}" for name, text in make_summary_rows(comparison)]
+    grid = group_by_kind(comparison.matrices)
     top = MARGIN + 26 * len(rows) + 20
     middle = top + 50 + 26 * len(grid) + (60 if grid else -50)
     image = Image.new("RGB", (WIDTH, middle + 420), "white")
@@ -45,17 +45,17 @@ def render_plot(found: Comparison) -> bytes:
     if grid:
         _draw_heat_map(draw, grid, (MARGIN, top, WIDTH - MARGIN, middle))
     half = WIDTH // 2
-    _draw_layers(draw, found.layers, (MARGIN, middle + 20, half - 30, middle + 370))
-    _draw_histogram(draw, found, (half + 30, middle + 20, WIDTH - MARGIN, middle + 370))
+    _draw_layers(draw, comparison.layers, (MARGIN, middle + 20, half - 30, middle + 370))
+    _draw_histogram(draw, comparison, (half + 30, middle + 20, WIDTH - MARGIN, middle + 370))
     stream = io.BytesIO()
     image.save(stream, "PNG", optimize=True)
     return stream.getvalue()
 
 
 def group_by_kind(matrices: Sequence[MatrixLoss]) -> dict[str, list[tuple[int, float]]]:
-    """Kinds of matrices, each with pairs of a layer and the relative error there.
+    """Group matrices by kind: pairs of the layer and the relative error.
 
-    A matrix that is no layer's stands at layer 0.
+    A matrix outside of the layers has layer 0.
     """
     rows: dict[str, list[tuple[int, float]]] = {}
     for one in matrices:
@@ -68,7 +68,7 @@ def group_by_kind(matrices: Sequence[MatrixLoss]) -> dict[str, list[tuple[int, f
 
 
 def _draw_heat_map(draw: Any, rows: dict[str, list[tuple[int, float]]], box: Box) -> None:
-    """One line a kind of matrix, one cell a layer, the redder the more error."""
+    """Draw a row for each kind of matrix and a cell for each layer; red is the most error."""
     left, top, right, _ = box
     most = max((error for row in rows.values() for _, error in row), default=0) or 1e-9
     columns = max(layer for row in rows.values() for layer, _ in row) + 1
@@ -92,7 +92,7 @@ def _draw_heat_map(draw: Any, rows: dict[str, list[tuple[int, float]]], box: Box
 
 
 def _draw_layers(draw: Any, layers: Sequence[LayerLoss], box: Box) -> None:
-    """Error of the states after each layer, a line for the decoder and one for the encoder."""
+    """Draw the error after each layer, as a line for the decoder and one for the encoder."""
     left, top, right, bottom = box
     _draw_text(draw, (left, top), "Relative error of the states after each layer", 20)
     series = (
@@ -120,8 +120,8 @@ def _draw_layers(draw: Any, layers: Sequence[LayerLoss], box: Box) -> None:
         _draw_text(draw, (begin + step * i - 4, base + 6), str(i), 14, PALE)
 
 
-def _draw_histogram(draw: Any, found: Comparison, box: Box) -> None:
-    """Share of tokens by their KL divergence."""
+def _draw_histogram(draw: Any, comparison: Comparison, box: Box) -> None:
+    """Draw the histogram of KL divergences."""
     left, top, right, bottom = box
     _draw_text(draw, (left, top), "Tokens by KL divergence, nats (log scale)", 20)
     base, head = bottom - 30, top + 60
@@ -129,8 +129,8 @@ def _draw_histogram(draw: Any, found: Comparison, box: Box) -> None:
     bars = len(KL_EDGES_NATS) + 1
     step = (right - left) / bars
     losses = (
-        ("texts", BLUE, found.texts),
-        ("answers", ORANGE, found.answers_forced),
+        ("texts", BLUE, comparison.texts),
+        ("answers", ORANGE, comparison.answers_forced),
     )
     for number, (name, color, loss) in enumerate(losses):
         if loss is None:
@@ -151,12 +151,12 @@ def _draw_histogram(draw: Any, found: Comparison, box: Box) -> None:
 def _draw_text(
     draw: Any, place: tuple[float, float], text: str, size: int, color: tuple[int, ...] = INK
 ) -> None:
-    """Put `text` at `place`."""
+    """Draw `text` at `place`."""
     from PIL import ImageFont
 
     draw.text(place, text, fill=color, font=ImageFont.load_default(size))
 
 
 def _truncate(text: str, most: int) -> str:
-    """`text`, cut to `most` characters."""
+    """Return `text`, truncated to `most` characters."""
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -1,4 +1,4 @@
-"""A comparison told to people: a table for a terminal, and a section of a model card."""
+"""The results of a comparison, and their text for a terminal and for a model card."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from mlx_smolvlm.config import PARTS, find_part
 from mlx_smolvlm.convert.compare.observe import Predictions
 
-# Counts of tokens are given by KL divergence: below the first edge, between two, above the last.
+# Edges of the histogram of KL divergences; the first and the last bin are open.
 KL_EDGES_NATS = tuple(10.0 ** (power / 2) for power in range(-12, 3))
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two: its name, bytes of its weights, and bits of each number in its matrices."""
+    """One of the two checkpoints: its name, the bytes of its weights, and bits per weight."""
 
     name: str
     nbytes: int
@@ -28,18 +28,18 @@ class Side:
 
 @dataclass(frozen=True)
 class TokenLoss:
-    """How far two models' predictions of the same tokens lie apart.
+    """The difference between two models' predictions of the same tokens.
 
     Attributes:
-        tokens: How many were predicted.
-        top_1_agreement: Share of tokens for which both find the same one likeliest.
+        tokens: The number of predicted tokens.
+        top_1_agreement: Share of tokens for which both predict the same likeliest token.
         kl_nats: Mean KL divergence of the other's distribution from the reference's.
         kl_nats_median: Its median over the tokens.
-        kl_nats_p99: What 99 % of the tokens stay below.
-        kl_nats_max: Its greatest value.
+        kl_nats_p99: Its 99th percentile.
+        kl_nats_max: Its maximum.
         perplexity_reference: exp of the mean negative log-likelihood of the true tokens.
-        perplexity_other: The same of the other.
-        kl_counts: Tokens by divergence, see `KL_EDGES_NATS`; one more than there are edges.
+        perplexity_other: The same for the other model.
+        kl_counts: The histogram of divergences: tokens in each bin of `KL_EDGES_NATS`.
     """
 
     tokens: int
@@ -55,13 +55,14 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class FeatureLoss:
-    """How far vectors of pictures lie apart: "patch_features" of the encoder, or "image_embeds".
+    """The difference between two models' features of pictures.
 
     Attributes:
-        vectors: How many were compared.
-        cosine: Mean cosine of the angle between a vector and its counterpart.
-        cosine_least: The least of them.
-        relative_error: Mean length of the difference over the length of the reference's.
+        name: "patch_features" leave the encoder, "image_embeds" the connector.
+        vectors: The number of compared vectors.
+        cosine: Mean cosine between a vector and its counterpart.
+        cosine_least: The smallest cosine.
+        relative_error: Mean of |other - reference| / |reference|.
     """
 
     name: Literal["patch_features", "image_embeds"]
@@ -73,7 +74,7 @@ class FeatureLoss:
 
 @dataclass(frozen=True)
 class LayerLoss:
-    """Mean relative error of what leaves the layer at `path`, over tokens or patches."""
+    """Mean relative error of the output of the layer at `path`, over tokens or patches."""
 
     path: str
     relative_error: float
@@ -84,9 +85,9 @@ class MatrixLoss:
     """Relative Frobenius error of the matrix of the module at `path`.
 
     Attributes:
-        path: As in the checkpoint, such as "text_model.layers.0.mlp.down_proj".
-        bits: Of the other's numbers; None is float.
-        parameters: How many numbers the reference's has.
+        path: The path in the checkpoint, such as "text_model.layers.0.mlp.down_proj".
+        bits: Bits of the other's weights; None is float.
+        parameters: The number of weights of the reference's matrix.
         relative_error: |other - reference| / |reference|.
     """
 
@@ -100,8 +101,13 @@ class MatrixLoss:
 class AnswerPair:
     """Greedy answers of both to a question.
 
-    `equal_tokens` counts from the beginning up to the first difference, `tokens` is the
-    length of the longer answer; `picture` is None if there is none.
+    Attributes:
+        question: The text of the question.
+        picture: The name of the picture; None without one.
+        reference: The answer of the reference.
+        other: The answer of the other.
+        tokens: The length of the longer answer.
+        equal_tokens: Tokens before the first difference.
     """
 
     question: str
@@ -114,7 +120,7 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class Surprise:
-    """A token of the texts where the two disagree most: what each finds likeliest there."""
+    """A token of the texts where the predictions differ much, with the likeliest of each."""
 
     context: str
     true: str
@@ -125,7 +131,7 @@ class Surprise:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Mean scores of both on a task of a dataset, 0 to 1, and how many answers are the same."""
+    """Mean scores of both on a task of a dataset, 0 to 1, and the number of equal answers."""
 
     task: str
     metric: str
@@ -137,20 +143,20 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was found; a part that could not be compared is None or empty.
+    """The differences of two checkpoints; a part that cannot be compared is None or empty.
 
     Attributes:
-        reference: What is compared with.
-        other: What it became.
-        texts: Predictions of the next token of texts.
+        reference: The checkpoint to compare with.
+        other: The compared checkpoint.
+        texts: Predictions of the tokens of texts.
         answers_forced: Predictions of the tokens of the reference's answers.
-        features: Of pictures, as they leave the encoder and the connector.
-        layers: Of decoder and encoder, in order.
-        matrices: Every matrix that has a counterpart of its shape.
-        answers: Greedy answers side by side.
-        surprises: Where the texts' predictions differ most.
-        tasks: Accuracy on a dataset, if one was given.
-        peak_memory_gb: The most memory that MLX held, in 10**9 bytes.
+        features: Features of pictures after the encoder and after the connector.
+        layers: Outputs of decoder and encoder layers, in order.
+        matrices: Every matrix that has the same shape in both.
+        answers: Greedy answers of both.
+        surprises: The tokens of the texts whose predictions differ most.
+        tasks: Scores on datasets, if any were given.
+        peak_memory_gb: The peak memory of MLX, in 10**9 bytes.
     """
 
     reference: Side
@@ -167,7 +173,7 @@ class Comparison:
 
     @property
     def equal_answers(self) -> int:
-        """Answers that are the same to the last token."""
+        """The number of answers whose tokens are all equal."""
         return sum(pair.equal_tokens == pair.tokens for pair in self.answers)
 
     @property
@@ -177,12 +183,12 @@ class Comparison:
         return sum(shares) / len(shares) if shares else 1.0
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, with `kl_edges_nats`, as JSON can hold it."""
+        """Return all fields as JSON values, with the added key `kl_edges_nats`."""
         return {**dataclasses.asdict(self), "kl_edges_nats": list(KL_EDGES_NATS)}
 
 
 def summarize_tokens(parts: Sequence[Predictions]) -> TokenLoss | None:
-    """`parts` summed up; None without any token."""
+    """Summarize `parts` over all their tokens; None without any token."""
     if not sum(part.kl_nats.size for part in parts):
         return None
     kl = np.concatenate([part.kl_nats for part in parts]).astype(np.float64)
@@ -205,7 +211,7 @@ def summarize_tokens(parts: Sequence[Predictions]) -> TokenLoss | None:
 def summarize_feature(
     name: Literal["patch_features", "image_embeds"], cosines: np.ndarray, errors: np.ndarray
 ) -> FeatureLoss:
-    """Cosines and relative errors of vectors summed up."""
+    """Summarize the cosines and relative errors of vectors."""
     return FeatureLoss(
         name=name,
         vectors=cosines.size,
@@ -219,30 +225,33 @@ FEATURE_NAMES = {
     "patch_features": "after the encoder",
     "image_embeds": "after the connector",
 }
-WORST = 5  # matrices that are named
+WORST = 5  # matrices that a model card names
 
 
-def make_summary_rows(found: Comparison) -> Iterator[tuple[str, str]]:
-    """Pairs of what was measured and the number, for every part that could be compared."""
-    yield "reference", _format_side(found.reference)
-    yield "compared", _format_side(found.other)
-    if found.texts is not None:
-        yield from _make_token_rows("texts", found.texts)
-    if found.answers_forced is not None:
-        yield from _make_token_rows("reference's answers", found.answers_forced)
-    for feature in found.features:
+def make_summary_rows(comparison: Comparison) -> Iterator[tuple[str, str]]:
+    """Yield a name and a text with numbers for every part that could be compared."""
+    yield "reference", _format_side(comparison.reference)
+    yield "compared", _format_side(comparison.other)
+    if comparison.texts is not None:
+        yield from _make_token_rows("texts", comparison.texts)
+    if comparison.answers_forced is not None:
+        yield from _make_token_rows("reference's answers", comparison.answers_forced)
+    for feature in comparison.features:
         yield (
             f"pictures, {FEATURE_NAMES[feature.name]}",
             f"cosine {feature.cosine:.6f}, least {feature.cosine_least:.6f} of "
             f"{feature.vectors} vectors; relative error {feature.relative_error:.4f}",
         )
-    if found.answers:
-        share = f"{found.equal_share:.1%} of tokens up to the first difference"
-        yield "answers", f"{found.equal_answers} of {len(found.answers)} the same; {share}"
-    for part, error, worst in average_by_part(found.matrices):
+    if comparison.answers:
+        share = f"{comparison.equal_share:.1%} of tokens up to the first difference"
+        yield (
+            "answers",
+            f"{comparison.equal_answers} of {len(comparison.answers)} the same; {share}",
+        )
+    for part, error, worst in average_by_part(comparison.matrices):
         text = f"relative error {error:.4f}, greatest {worst.relative_error:.4f}"
         yield f"weights, {part}", f"{text} ({worst.path})" if worst.relative_error else text
-    for task in found.tasks:
+    for task in comparison.tasks:
         yield (
             f"task {task.task}",
             f"{task.reference:.1%} -> {task.other:.1%} ({task.metric}); "
@@ -251,13 +260,13 @@ def make_summary_rows(found: Comparison) -> Iterator[tuple[str, str]]:
 
 
 def _format_side(side: Side) -> str:
-    """Name and size."""
+    """Return the name and the size of a checkpoint as text."""
     megabytes = side.nbytes / 1e6
     return f"{side.name}, {megabytes:,.1f} MB, {side.bits_per_weight:.2f} bits a weight"
 
 
 def _make_token_rows(name: str, loss: TokenLoss) -> Iterator[tuple[str, str]]:
-    """What was found of tokens."""
+    """Yield the rows on predictions of tokens."""
     yield f"{name}, top-1 agreement", f"{loss.top_1_agreement:.2%} of {loss.tokens} tokens"
     yield (
         f"{name}, KL",
@@ -272,7 +281,7 @@ def _make_token_rows(name: str, loss: TokenLoss) -> Iterator[tuple[str, str]]:
 
 
 def average_by_part(matrices: Sequence[MatrixLoss]) -> Iterator[tuple[str, float, MatrixLoss]]:
-    """Each part with its relative errors' mean, weighed by parameters, and its worst matrix."""
+    """Yield each part, its mean relative error weighted by parameters, and its worst matrix."""
     for part in PARTS:
         own = [one for one in matrices if find_part(one.path) == part]
         if own:
@@ -281,16 +290,16 @@ def average_by_part(matrices: Sequence[MatrixLoss]) -> Iterator[tuple[str, float
             yield part, mean, max(own, key=lambda one: one.relative_error)
 
 
-def format_differences(found: Comparison) -> Iterator[str]:
-    """Lines that show the answers that differ, and the tokens of the texts that differ most."""
-    for pair in found.answers:
+def format_differences(comparison: Comparison) -> Iterator[str]:
+    """Yield lines on the answers that differ, and on the tokens whose predictions differ most."""
+    for pair in comparison.answers:
         if pair.equal_tokens == pair.tokens:
             continue
         about = f" ({pair.picture})" if pair.picture else ""
         yield f"{pair.question}{about}: {pair.equal_tokens} of {pair.tokens} tokens the same"
         yield f"  reference: {join_lines(pair.reference)}"
         yield f"  compared:  {join_lines(pair.other)}"
-    for one in found.surprises:
+    for one in comparison.surprises:
         yield (
             f"...{join_lines(one.context)} [{join_lines(one.true)}]: reference says "
             f"{one.reference!r}, compared {one.other!r}, KL {one.kl_nats:.3g} nats"
@@ -298,14 +307,14 @@ def format_differences(found: Comparison) -> Iterator[str]:
 
 
 def join_lines(text: str) -> str:
-    """`text` without line breaks."""
+    """Return `text` on one line, its whitespace collapsed."""
     return " ".join(text.split())
 
 
-def format_card_section(found: Comparison, plot: str | None = None) -> str:
-    """Markdown that says what the conversion lost, for a model card; `plot` is its picture's name.
+def format_card_section(comparison: Comparison, plot: str | None = None) -> str:
+    """Return the Markdown section of a model card on what the conversion lost.
 
-    It begins with a heading of the second level.
+    It begins with a heading of the second level. `plot` is the file name of the plot.
     """
     lines = [
         "## What the conversion lost",
@@ -314,9 +323,9 @@ def format_card_section(found: Comparison, plot: str | None = None) -> str:
         "",
         "| | |",
         "| --- | --- |",
-        *(f"| {name} | {_format_cell(text)} |" for name, text in make_summary_rows(found)),
+        *(f"| {name} | {_format_cell(text)} |" for name, text in make_summary_rows(comparison)),
     ]
-    worst = sorted(found.matrices, key=lambda one: -one.relative_error)[:WORST]
+    worst = sorted(comparison.matrices, key=lambda one: -one.relative_error)[:WORST]
     if worst and worst[0].relative_error:
         lines += ["", "The matrices with the greatest relative error:", ""]
         lines += ["| matrix | bits | relative error |", "| --- | --- | --- |"]
@@ -327,5 +336,5 @@ def format_card_section(found: Comparison, plot: str | None = None) -> str:
 
 
 def _format_cell(text: str) -> str:
-    """`text` as a cell of a Markdown table."""
+    """Return `text` as a cell of a Markdown table."""
     return join_lines(text).replace("|", "\\|")

@@ -1,6 +1,6 @@
-"""Texts, pictures and questions that a conversion is tried on, if the user gives none.
+"""Default texts, pictures and questions to compare two checkpoints on.
 
-The texts are of this project; the pictures are drawn here.
+The texts were written for this project; the pictures are drawn by code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mlx_smolvlm.prompt.messages import ImageSource
 if TYPE_CHECKING:
     import PIL.Image
 
-SIDE = 384  # pixels of a drawn picture
+SIDE = 384  # width and height of a picture, in pixels
 
 TEXTS = (
     """The ferry leaves the island at seven, long before the shops open. On the upper deck it is \
@@ -75,7 +75,7 @@ PLAIN_QUESTION = "Explain in two sentences why the sky is blue."
 
 @dataclass(frozen=True)
 class PictureQuestion:
-    """A question; `picture` is what it is about, and `name` what to call that, or None."""
+    """A question, and the picture that it is about with its name; None without a picture."""
 
     text: str
     picture: ImageSource | None = None
@@ -83,7 +83,10 @@ class PictureQuestion:
 
 
 def draw_pictures() -> dict[str, PIL.Image.Image]:
-    """A page, a chart, shapes and a landscape, by name; the same pixels on every machine."""
+    """Draw a page, a chart, shapes and a landscape, and return them by name.
+
+    The pixels are the same on every machine.
+    """
     makers: dict[str, Callable[[Any], None]] = {
         "page": _draw_page,
         "chart": _draw_chart,

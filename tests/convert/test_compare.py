@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -373,8 +374,24 @@ def test_numbers_out_of_range(name: str) -> None:
         CompareOptions(**{name: 0})
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("text_tokens", None, "text_tokens is None; it must be a whole number"),
+        ("max_tokens", 2.5, "max_tokens is 2.5; it must be a whole number"),
+        ("data_limit", True, "data_limit is True; it must be a whole number"),
+        ("texts", "Hello", "texts is 'Hello'; it must be a tuple"),
+        ("questions", "What?", "questions is 'What?'; it must be a tuple"),
+        ("data", "test.jsonl", "data is 'test.jsonl'; it must be a tuple"),
+    ],
+)
+def test_options_of_other_types_are_refused(name: str, value: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(words)):
+        CompareOptions(**{name: value})
+
+
 def test_matrix_shapes(tiny_folder: Path) -> None:
-    matrix = FolderReader(tiny_folder).matrix("text_model.layers.0.mlp.gate_up_proj")
+    matrix = FolderReader(tiny_folder).read_matrix("text_model.layers.0.mlp.gate_up_proj")
     assert (matrix.shape, matrix.quantization) == ((192, 64), None)
     q = Quantization(3, 32, "affine")
     assert Matrix(pack(mx.zeros((6, 64)), q), q).shape == (6, 64)
