@@ -1,9 +1,9 @@
-"""A cache of bounded size: pinned tokens and the latest ones.
+"""A cache of bounded size: it keeps the pinned tokens and the latest ones.
 
-Once it is full, each token takes the place of the oldest that is not pinned. So what a token
-sees does not depend on how a prompt is cut into chunks, nor on what comes after it, and up
-to `max_tokens` it is everything. Keys stay rotated to the positions where they were
-written (docs/decisions/kv.md).
+Once the cache is full, each new token replaces the oldest one that is not pinned. Which tokens
+a token attends to does therefore not depend on how the prompt is split into chunks or on what
+follows; while `max_tokens` fit, it attends to all. Keys keep the rotation of their original
+positions (docs/decisions/kv.md).
 """
 
 from __future__ import annotations
@@ -16,24 +16,30 @@ import numpy as np
 
 from mlx_smolvlm.kv.cache import FLOAT_STORAGE, NO_PINS, KVCache, Mask, Storage
 
-SINKS = 4  # first tokens that attention leans on whatever they say (arXiv 2309.17453)
+SINKS = 4  # first tokens, which attention needs whatever they say (arXiv 2309.17453)
 RECENT = 32  # latest tokens that must fit beside the pinned ones
 
 
 @dataclass(frozen=True)
 class _ChunkPlan:
-    """What several new tokens, after those held, see (`mask`), and which of all then stay."""
+    """The attention mask of L new tokens, and which tokens the cache keeps after them.
 
-    positions: np.ndarray  # of those that stay, (max_tokens,)
-    mask: mx.array  # (L, held + L)
-    stay: mx.array  # (max_tokens,), indices into held + L
+    S is the number of tokens stored before.
+    """
+
+    positions: np.ndarray  # (max_tokens,), of the tokens to keep
+    mask: mx.array  # (S + L) columns, L rows
+    keep: mx.array  # (max_tokens,), indices of these tokens among the S + L
 
 
 class BoundedKVCache(KVCache):
     """At most `max_tokens` tokens: those that are pinned, and the latest.
 
-    `positions` says which token is in which slot. They are not in order, which attention
-    does not mind. `pins` are positions, in order; the first `SINKS` are always among them.
+    `positions` holds the position of the token in each slot, in no order; attention does not
+    depend on it. `pins` holds sorted positions, which always include the first `SINKS`.
+
+    Raises:
+        ValueError: `max_tokens` is too small.
     """
 
     def __init__(self, num_layers: int, max_tokens: int, storage: Storage = FLOAT_STORAGE) -> None:
@@ -42,15 +48,16 @@ class BoundedKVCache(KVCache):
         super().__init__(num_layers, storage)
         self.max_tokens = max_tokens
         self.pins, self.positions = np.arange(SINKS), np.arange(0)
-        # What is the same in every layer of the forward pass that is under way.
+        # Computed once per forward pass, since all layers share it.
         self._chunk: _ChunkPlan | None = None
         self._slot: int | None = None
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
-        """As `KVCache.attend`, without what is no longer seen.
+        """As `KVCache.attend`, over the tokens that the cache keeps.
 
         Raises:
-            ValueError: The mask is an array, which cannot know what is held.
+            ValueError: The mask is an array, and some tokens do not fit. An array cannot tell
+                which ones are stored.
         """
         length = queries.shape[2]
         if self.offset + length <= self.max_tokens:
@@ -60,19 +67,19 @@ class BoundedKVCache(KVCache):
                 f"{self.offset + length} tokens exceed the {self.max_tokens} of a bounded cache, "
                 "and then it takes no mask; use a cache without a bound"
             )
-        new, held = self.storage.pack(keys_values), self.buffers[layer]
+        new, stored = self.storage.pack(keys_values), self.buffers[layer]
         if length == 1:
-            assert held is not None
+            assert stored is not None
             slot = self._find_oldest_slot()
-            for buffer, part in zip(held, new, strict=True):
+            for buffer, part in zip(stored, new, strict=True):
                 buffer[:, :, slot : slot + 1] = part
-            return self.storage.attend(queries, held, None)
-        if held is not None:
-            kept = (buffer[:, :, : self.positions.size] for buffer in held)
-            new = tuple(mx.concatenate([*pair], axis=2) for pair in zip(kept, new, strict=True))
+            return self.storage.attend(queries, stored, None)
+        if stored is not None:
+            old = (buffer[:, :, : self.positions.size] for buffer in stored)
+            new = tuple(mx.concatenate([*pair], axis=2) for pair in zip(old, new, strict=True))
         self._chunk = self._chunk or self._plan_chunk(length)
-        stay = self._chunk.stay
-        self.buffers[layer] = tuple(mx.take(part, stay, axis=2) for part in new)
+        keep = self._chunk.keep
+        self.buffers[layer] = tuple(mx.take(part, keep, axis=2) for part in new)
         return self.storage.attend(queries, new, self._chunk.mask)
 
     def advance(self, length: int) -> None:
@@ -87,25 +94,25 @@ class BoundedKVCache(KVCache):
         super().advance(length)
 
     def fork(self) -> Self:
-        """A cache that goes on by itself; what is held is shared until either writes."""
+        """An independent copy; the arrays are shared until one of the two is written to."""
         twin = super().fork()
         twin.positions = self.positions.copy()
         return twin
 
     def can_resume(self, offset: int, pins: np.ndarray = NO_PINS) -> bool:
-        """Whether `trim(offset)` and `pin(pins)` give the cache of those tokens alone.
+        """Whether `trim(offset)` and `pin(pins)` give the same cache as those tokens alone.
 
-        Once a token was dropped, only the very state that the cache is in will do.
+        After a token was dropped, this holds only for the current offset and the same pins.
         """
         if not self.num_dropped:
             return super().can_resume(offset, pins)
         return offset == self.offset and self._has_same_pins(pins)
 
     def trim(self, offset: int) -> None:
-        """Forget every token from `offset` on.
+        """Remove all tokens from `offset` on.
 
         Raises:
-            ValueError: It is no token seen, or a token was dropped: `can_resume` says no.
+            ValueError: `offset` is out of range, or a token was dropped; see `can_resume`.
         """
         if self.num_dropped and 0 <= offset < self.offset:
             raise ValueError(
@@ -113,15 +120,15 @@ class BoundedKVCache(KVCache):
                 f"dropped {self.num_dropped}; ask can_resume first, and begin a new cache"
             )
         super().trim(offset)
-        self._chunk = self._slot = None  # of a forward pass that was interrupted
+        self._chunk = self._slot = None  # left by an interrupted forward pass
         self.positions = self.positions[:offset]
 
     def pin(self, pins: np.ndarray) -> None:
-        """Never drop the tokens at positions `pins`, of which some may be to come.
+        """Never drop the tokens at positions `pins`, some of which may lie ahead.
 
         Raises:
-            ValueError: They leave no room for the latest tokens, or differ from those before
-                which a token was dropped.
+            ValueError: Too few slots remain for the latest tokens, or a token was dropped
+                already and the pins before `offset` differ.
         """
         if self.num_dropped and not self._has_same_pins(pins):
             raise ValueError(
@@ -138,29 +145,30 @@ class BoundedKVCache(KVCache):
 
     @property
     def num_dropped(self) -> int:
-        """Tokens that were seen and are no longer held."""
+        """Number of processed tokens that are no longer stored."""
         return self.offset - self.positions.size
 
-    def _capacity(self, end: int) -> int:
-        return min(super()._capacity(end), self.max_tokens)
+    def _choose_capacity(self, end: int) -> int:
+        return min(super()._choose_capacity(end), self.max_tokens)
 
     def _has_same_pins(self, pins: np.ndarray) -> bool:
-        """Whether the same tokens are pinned of those that were seen."""
+        """Whether `pins` and the present pins agree on the processed tokens."""
         old, new = self.pins, _add_sinks(pins)
         return np.array_equal(old[old < self.offset], new[new < self.offset])
 
     def _find_oldest_slot(self) -> int:
-        """The slot of the oldest token that is not pinned, computed once a forward pass."""
+        """The slot of the oldest token that is not pinned, computed once per forward pass."""
         if self._slot is None:
             free = np.where(np.isin(self.positions, self.pins), self.offset, self.positions)
             self._slot = int(np.argmin(free))
         return self._slot
 
     def _plan_chunk(self, length: int) -> _ChunkPlan:
-        """What `length` new tokens see and leave.
+        """The mask for `length` new tokens, and the tokens to keep after them.
 
-        A token t has room for `max_tokens` less the pinned ones up to it. So it sees an
-        unpinned one if t + 1, less the unpinned ones up to that one, is below `max_tokens`.
+        Token t sees the pinned tokens up to t and as many of the latest others as fill
+        `max_tokens`. It sees the unpinned token s if t + 1 minus the number of unpinned tokens
+        up to s is below `max_tokens`.
         """
         new = np.arange(self.offset, self.offset + length)
         positions = np.concatenate([self.positions, new])
@@ -168,10 +176,10 @@ class BoundedKVCache(KVCache):
         recent = new[:, None] + 1 - unpinned < self.max_tokens
         pinned = np.isin(positions, self.pins)
         mask = (positions <= new[:, None]) & (pinned | recent)
-        stay = np.flatnonzero(mask[-1])
-        return _ChunkPlan(positions[stay], mx.array(mask), mx.array(stay))
+        keep = np.flatnonzero(mask[-1])
+        return _ChunkPlan(positions[keep], mx.array(mask), mx.array(keep))
 
 
 def _add_sinks(pins: np.ndarray) -> np.ndarray:
-    """`pins` and the first tokens, in order, each once."""
+    """`pins` and the first `SINKS` positions, sorted, without duplicates."""
     return np.union1d(pins, np.arange(SINKS)).astype(np.int64)

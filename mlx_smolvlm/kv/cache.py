@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that the decoder has seen."""
+"""The keys and values of all tokens that the decoder has processed, and attention to them."""
 
 from __future__ import annotations
 
@@ -8,69 +8,69 @@ from typing import Literal, Protocol, Self
 import mlx.core as mx
 import numpy as np
 
-Buffers = tuple[mx.array, ...]  # each (B, 2*kv_heads, tokens, a width)
-Mask = mx.array | Literal["causal"] | None  # (L, tokens) of bool, True where a query sees
+Buffers = tuple[mx.array, ...]  # one layer; each (B, 2*kv_heads, tokens, width), keys first
+Mask = mx.array | Literal["causal"] | None  # bool (L, tokens), True where a query may attend
 
 
 class Storage(Protocol):
-    """Keys and values of a cache."""
+    """Stores keys and values as arrays, and computes attention from them."""
 
     def pack(self, keys_values: mx.array) -> Buffers:
-        """`keys_values` (B, 2*kv_heads, L, head_dim) as they are held."""
+        """Convert `keys_values` (B, 2*kv_heads, L, head_dim) to the stored arrays."""
 
-    def attend(self, queries: mx.array, held: Buffers, mask: Mask) -> mx.array:
-        """(B, heads, L, head_dim): what `queries` of that shape find in `held`."""
+    def attend(self, queries: mx.array, stored: Buffers, mask: Mask) -> mx.array:
+        """Attention (B, heads, L, head_dim) of `queries`, of that shape, to `stored`."""
 
 
 class FloatStorage:
-    """Keys and values as they come, for MLX's fused attention."""
+    """Stores keys and values unchanged, for MLX's fused attention."""
 
     def pack(self, keys_values: mx.array) -> Buffers:
-        """`keys_values` (B, 2*kv_heads, L, head_dim) themselves."""
+        """`keys_values` (B, 2*kv_heads, L, head_dim), unchanged."""
         return (keys_values,)
 
-    def attend(self, queries: mx.array, held: Buffers, mask: Mask) -> mx.array:
-        """(B, heads, L, head_dim): what `queries` of that shape find in `held`."""
-        keys, values = mx.split(held[0], 2, axis=1)
+    def attend(self, queries: mx.array, stored: Buffers, mask: Mask) -> mx.array:
+        """Attention (B, heads, L, head_dim) of `queries`, of that shape, to `stored`."""
+        keys, values = mx.split(stored[0], 2, axis=1)
         scale = queries.shape[-1] ** -0.5
         return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 class PackedStorage:
-    """Keys and values of `bits` bits, each token's heads in groups of `group_size`.
+    """Stores keys and values with `bits` bits, quantized in groups of `group_size` numbers.
 
-    They are never unpacked: MLX multiplies by the packed arrays. The queries that share
-    a head of keys are rows of one product. Scales are float32 where the network computes in
-    bfloat16, else of its type.
+    MLX multiplies by the packed arrays directly; the queries that share a head of keys are
+    rows of one product. Scales are float32 if the network computes in bfloat16, else of the
+    network's type.
     """
 
     def __init__(self, bits: int, group_size: int) -> None:
         self.bits, self.group_size = bits, group_size
 
     def pack(self, keys_values: mx.array) -> Buffers:
-        """Numbers, scales and biases of `keys_values` (B, 2*kv_heads, L, head_dim)."""
+        """Quantize `keys_values` (B, 2*kv_heads, L, head_dim) to numbers, scales and biases."""
         if keys_values.dtype == mx.bfloat16:  # too coarse for scales: docs/decisions/kv.md
             keys_values = keys_values.astype(mx.float32)
         packed, scales, biases = mx.quantize(keys_values, self.group_size, self.bits)
         return packed, scales, biases
 
-    def attend(self, queries: mx.array, held: Buffers, mask: Mask) -> mx.array:
-        """(B, heads, L, head_dim): what `queries` of that shape find in `held`."""
+    def attend(self, queries: mx.array, stored: Buffers, mask: Mask) -> mx.array:
+        """Attention (B, heads, L, head_dim) of `queries`, of that shape, to `stored`."""
         b, heads, length, width = queries.shape
-        kv_heads, tokens = held[0].shape[1] // 2, held[0].shape[2]
-        keys, values = zip(*(mx.split(part, 2, axis=1) for part in held), strict=True)
-        rows = (queries * width**-0.5).reshape(b, kv_heads, -1, width).astype(held[1].dtype)
-        scores = self._product(rows, keys, transpose=True)  # (B, kv_heads, share*L, tokens)
+        kv_heads, tokens = stored[0].shape[1] // 2, stored[0].shape[2]
+        keys, values = zip(*(mx.split(part, 2, axis=1) for part in stored), strict=True)
+        rows = (queries * width**-0.5).reshape(b, kv_heads, -1, width).astype(stored[1].dtype)
+        scores = self._multiply(rows, keys, transpose=True)  # (B, kv_heads, share*L, tokens)
         if mask is not None:
             scores = scores.reshape(b, kv_heads, -1, length, tokens)
-            seen = make_causal_mask(length, tokens) if isinstance(mask, str) else mask
-            scores = mx.where(seen, scores, mx.finfo(scores.dtype).min)
+            visible = make_causal_mask(length, tokens) if isinstance(mask, str) else mask
+            scores = mx.where(visible, scores, mx.finfo(scores.dtype).min)
             scores = scores.reshape(b, kv_heads, -1, tokens)
         weights = mx.softmax(scores, axis=-1, precise=True)
-        found = self._product(weights, values, transpose=False)
-        return found.reshape(b, heads, length, width).astype(queries.dtype)
+        output = self._multiply(weights, values, transpose=False)
+        return output.reshape(b, heads, length, width).astype(queries.dtype)
 
-    def _product(self, rows: mx.array, packed: Buffers, transpose: bool) -> mx.array:
+    def _multiply(self, rows: mx.array, packed: Buffers, transpose: bool) -> mx.array:
         numbers, scales, biases = packed
         return mx.quantized_matmul(
             rows, numbers, scales, biases, transpose, self.group_size, self.bits
@@ -78,22 +78,22 @@ class PackedStorage:
 
 
 def make_causal_mask(length: int, tokens: int) -> mx.array:
-    """(length, tokens), True where the last `length` of `tokens` see themselves and all before."""
+    """(length, tokens), True where the last `length` tokens see themselves and those before."""
     return mx.arange(tokens - length, tokens)[:, None] >= mx.arange(tokens)[None]
 
 
 FLOAT_STORAGE = FloatStorage()
 
 
-STEP = 256  # tokens by which a full buffer grows
+STEP = 256  # buffers grow in multiples of so many tokens
 NO_PINS = np.arange(0)
 
 
 class KVCache:
-    """Every token's keys and values, layer by layer, and the attention to them.
+    """Keys and values of every token, per layer.
 
-    `offset` counts the tokens seen. The decoder advances it once, after its last
-    layer. A layer's buffers have room for more tokens than were seen.
+    `offset` is the number of tokens processed; the decoder advances it once, after its last
+    layer. The buffers of a layer may have room for more tokens.
     """
 
     def __init__(self, num_layers: int, storage: Storage = FLOAT_STORAGE) -> None:
@@ -102,73 +102,73 @@ class KVCache:
         self.offset = 0
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
-        """(B, heads, L, head_dim): what new tokens find in `layer`, themselves included.
+        """Store new tokens in `layer` and compute their attention (B, heads, L, head_dim).
 
         Args:
-            layer: It holds the new tokens too from here on.
+            layer: Index of the decoder layer.
             queries: (B, heads, L, head_dim), of the new tokens.
             keys_values: (B, 2*kv_heads, L, head_dim), keys first.
-            mask: "causal"; or None, when a single token sees all; or (L, offset + L), True
-                where a new token sees another.
+            mask: "causal"; None for a single token, which sees all; or bool (L, offset + L),
+                True where a new token sees another.
         """
         new = self.storage.pack(keys_values)
         end = self.offset + keys_values.shape[2]
-        buffers = self._with_room(layer, new, end)
+        buffers = self._reserve(layer, new, end)
         for buffer, part in zip(buffers, new, strict=True):
             buffer[:, :, self.offset : end] = part
         self.buffers[layer] = buffers
-        held = tuple(buffer[:, :, :end] for buffer in buffers)
-        return self.storage.attend(queries, held, mask)
+        stored = tuple(buffer[:, :, :end] for buffer in buffers)
+        return self.storage.attend(queries, stored, mask)
 
     def advance(self, length: int) -> None:
         """Count `length` tokens that every layer has attended to."""
         self.offset += length
 
     def fork(self) -> Self:
-        """A cache that goes on by itself; what is held is shared until either writes."""
+        """An independent copy; the arrays are shared until one of the two is written to."""
         twin = copy(self)
-        twin.buffers = [held and tuple(buffer[:] for buffer in held) for held in self.buffers]
+        twin.buffers = [one and tuple(buffer[:] for buffer in one) for one in self.buffers]
         return twin
 
     def can_resume(self, offset: int, pins: np.ndarray = NO_PINS) -> bool:
-        """Whether `trim(offset)` and `pin(pins)` give the cache of those tokens alone."""
+        """Whether `trim(offset)` and `pin(pins)` give the same cache as those tokens alone."""
         return 0 <= offset <= self.offset
 
     def trim(self, offset: int) -> None:
-        """Forget every token from `offset` on.
+        """Remove all tokens from `offset` on.
 
         Raises:
-            ValueError: `can_resume` says no.
+            ValueError: `can_resume` is False.
         """
         if not 0 <= offset <= self.offset:
             raise ValueError(f"offset {offset} is outside 0..{self.offset}")
         self.offset = offset
 
     def pin(self, pins: np.ndarray) -> None:
-        """Never drop the tokens at positions `pins`; here none is dropped anyway."""
+        """Never drop the tokens at positions `pins`; this class drops none."""
 
     @property
     def arrays(self) -> list[mx.array]:
-        """The buffers that exist, to evaluate them."""
-        return [buffer for held in self.buffers if held is not None for buffer in held]
+        """All buffers, to evaluate them."""
+        return [buffer for one in self.buffers if one is not None for buffer in one]
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the buffers take."""
+        """Size of all buffers in bytes."""
         return sum(buffer.nbytes for buffer in self.arrays)
 
-    def _with_room(self, layer: int, new: Buffers, end: int) -> Buffers:
-        """The buffers of `layer`, of `new`'s widths, with room for `end` tokens."""
-        held = self.buffers[layer]
-        capacity = 0 if held is None else held[0].shape[2]
-        if held is not None and end <= capacity:
-            return held
-        more = self._capacity(end) - capacity
+    def _reserve(self, layer: int, new: Buffers, end: int) -> Buffers:
+        """The buffers of `layer`, enlarged to hold `end` tokens, with the widths of `new`."""
+        old = self.buffers[layer]
+        capacity = 0 if old is None else old[0].shape[2]
+        if old is not None and end <= capacity:
+            return old
+        more = self._choose_capacity(end) - capacity
         room = tuple(mx.zeros((*p.shape[:2], more, p.shape[3]), p.dtype) for p in new)
-        if held is None:
+        if old is None:
             return room
-        return tuple(mx.concatenate([*pair], axis=2) for pair in zip(held, room, strict=True))
+        return tuple(mx.concatenate([*pair], axis=2) for pair in zip(old, room, strict=True))
 
-    def _capacity(self, end: int) -> int:
-        """Tokens to make room for when `end` are to be held."""
+    def _choose_capacity(self, end: int) -> int:
+        """Number of tokens to allocate when `end` tokens must fit."""
         return -(-end // STEP) * STEP

@@ -1,4 +1,4 @@
-"""How keys and values of tokens are kept, and which of them from one prompt to the next."""
+"""Options for storing keys and values and for reusing them in later prompts."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ LEAST_TOKENS = 2 * (SINKS + RECENT)
 
 @dataclass(frozen=True)
 class CacheOptions:
-    """How keys and values of tokens are kept, and which of them from one prompt to the next.
+    """How keys and values are stored, and how many are kept for later prompts.
 
     Attributes:
-        memory_bytes: Of keys and values of prompts that were asked; 0 keeps none. A
-            conversation keeps its own besides.
-        folder: Where to keep them on disk, for later runs; None does not.
-        folder_bytes: At most so much there; what was not used for longest goes first.
-        kv_bits: Their precision, 8 or 4; None keeps them as they are computed.
+        memory_bytes: Most bytes of memory for keys and values of earlier prompts; 0 keeps
+            none. A conversation keeps its own in addition.
+        folder: Folder to store them in for later runs; None stores none on disk.
+        folder_bytes: Most bytes in that folder; the least recently used files are removed.
+        kv_bits: Bits per stored number, 8 or 4; None stores numbers as they are computed.
         kv_group_size: Numbers that share a scale, 32 or 64, if `kv_bits` is given.
-        max_kv_tokens: The most tokens that an answer or a conversation holds. The first
-            message, pictures and videos stay, and of the rest the latest tokens; the others
-            are forgotten. None keeps all.
+        max_kv_tokens: Most tokens that attention keeps. The first message, pictures and
+            videos stay, then the latest tokens; others are dropped. None keeps all.
 
     Raises:
-        ValueError: A value outside its range, or `folder` together with one of the last three.
+        ValueError: A value is out of range, or `folder` is combined with `kv_bits` or
+            `max_kv_tokens`.
     """
 
     memory_bytes: int = PREFIX_BYTES
@@ -61,14 +61,14 @@ class CacheOptions:
 
     @property
     def is_plain(self) -> bool:
-        """Whether keys and values are kept as they are computed, and all of them."""
+        """Whether all keys and values are kept, as they are computed."""
         return self.kv_bits is None and self.max_kv_tokens is None
 
     def check(self, config: TextConfig) -> None:
-        """Refuse a model that these options do not suit.
+        """Check that the options suit a model.
 
         Raises:
-            CheckpointError: Its heads do not divide into groups.
+            CheckpointError: `head_dim` is no multiple of the group size.
         """
         width = config.head_dim
         if self.kv_bits is not None and width % self.kv_group_size:

@@ -1,7 +1,7 @@
-"""Tokens by what they mean, and the cached keys and values of them.
+"""The content of a prompt, and a cache together with the content that it was computed from.
 
-Equal contents may share cached work. Placeholders are equal if the pictures or videos behind
-them are, whatever their ids; so another picture in the same place is a different content.
+Two prompts may share cached work as far as their contents agree. All placeholders have the same
+token id, so a content also has a digest of each picture or video.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mlx_smolvlm.media.encode import Medium
 
 @dataclass(frozen=True)
 class Span:
-    """Placeholders from `start` up to `stop`, and the digest of what they stand for."""
+    """The placeholders of one medium: token indices [start, stop), and the medium's digest."""
 
     start: int
     stop: int
@@ -27,17 +27,17 @@ class Span:
 
 @dataclass(frozen=True)
 class Content:
-    """Tokens by what they mean: `ids` int32 (L,), and the spans of their placeholders."""
+    """Token ids, int32 (L,), and the spans of the media among them, in order."""
 
     ids: np.ndarray
     spans: tuple[Span, ...] = ()
 
     def with_tokens(self, token_ids: Sequence[int]) -> Content:
-        """These tokens and then `token_ids`, which are no placeholders."""
+        """A content with `token_ids`, which contain no placeholders, appended."""
         return Content(np.concatenate([self.ids, np.array(token_ids, np.int32)]), self.spans)
 
     def count_common(self, other: Content, most: int) -> int:
-        """How many tokens both begin with, at most `most`; never a part of a medium."""
+        """Length of the common prefix in tokens, at most `most`; never ends inside a medium."""
         length = count_common(self.ids[:most], other.ids[:most])
         for mine, theirs in zip_longest(self.spans, other.spans):
             starts = [span.start for span in (mine, theirs) if span is not None]
@@ -49,14 +49,21 @@ class Content:
 
 
 def count_common(first: np.ndarray, second: np.ndarray) -> int:
-    """Tokens that the ids `first` and `second` begin with both."""
+    """Length of the common prefix of the token ids `first` and `second`."""
     length = min(first.size, second.size)
     different = np.flatnonzero(first[:length] != second[:length])
     return int(different[0]) if different.size else length
 
 
 def make_content(ids: np.ndarray, media: Sequence[Medium], placeholder: int, each: int) -> Content:
-    """The content of a prompt `ids` (L,) with `media`, of `each` placeholders a tile."""
+    """The content of a prompt.
+
+    Args:
+        ids: Token ids, int32 (L,).
+        media: The media of the prompt, in order.
+        placeholder: Token id of a placeholder.
+        each: Placeholders per tile.
+    """
     places = np.flatnonzero(ids == placeholder)
     spans, at = [], 0
     for medium in media:
@@ -68,21 +75,21 @@ def make_content(ids: np.ndarray, media: Sequence[Medium], placeholder: int, eac
 
 @dataclass
 class CachedState:
-    """A cache, and the content that it holds keys and values of."""
+    """A cache, and the content whose keys and values it holds."""
 
     content: Content
     cache: KVCache
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are known and whose keys and values are there."""
+        """Number of tokens of `content` whose keys and values are in the cache."""
         return min(len(self.content.ids), self.cache.offset)
 
     def count_reusable(self, content: Content, pins: np.ndarray, most: int) -> int:
-        """How many tokens of `content`, at most `most`, can be taken from here."""
+        """Number of tokens of `content`, at most `most`, that the cache can supply."""
         length = self.content.count_common(content, min(most, self.num_tokens))
         return length if self.cache.can_resume(length, pins) else 0
 
     def fork(self) -> CachedState:
-        """The same, to go on with by itself."""
+        """An independent copy; see `KVCache.fork`."""
         return CachedState(self.content, self.cache.fork())

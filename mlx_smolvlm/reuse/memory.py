@@ -1,4 +1,4 @@
-"""Work that need not be done again: keys and values of a prompt's beginning, encoded media."""
+"""Memory of finished work: keys and values of earlier prompts, and embeddings of media."""
 
 from __future__ import annotations
 
@@ -25,7 +25,13 @@ FEATURE_BYTES = 64 * 1024**2
 def make_memory(
     options: CacheOptions, checkpoint: Path, config: Config, adapter: Path | None = None
 ) -> Memory:
-    """The memory of the model that was loaded from the folder `checkpoint`, with an adapter or not.
+    """The memory of a model loaded from the folder `checkpoint`.
+
+    Args:
+        options: Sizes, and the folder on disk if there is one.
+        checkpoint: Folder of the checkpoint.
+        config: Its configuration.
+        adapter: Folder of its LoRA adapter, or None.
 
     Raises:
         CheckpointError: The folder for the cache cannot be used.
@@ -39,17 +45,17 @@ def make_memory(
 
 
 class Memory:
-    """What one loaded model remembers of its prompts, within bounds."""
+    """Cached states and embeddings of one loaded model, limited in size; safe for threads."""
 
     def __init__(self, options: CacheOptions, store: DiskStore | None = None) -> None:
         self._options, self._store = options, store
-        self._states: list[CachedState] = []  # the one used last is at the end
+        self._states: list[CachedState] = []  # least recently used first
         self._features: OrderedDict[str, mx.array] = OrderedDict()
-        # Reentrant: a stream that nobody closed remembers its state whenever it is collected.
+        # Reentrant: garbage collection may close a stream, which keeps its state, at any time.
         self._lock = threading.RLock()
 
     def clear(self) -> None:
-        """Forget what is held in memory."""
+        """Remove everything from memory; files on disk stay."""
         with self._lock:
             self._states.clear()
             self._features.clear()
@@ -57,18 +63,25 @@ class Memory:
     def find_state(
         self, content: Content, pins: np.ndarray, own: CachedState | None
     ) -> tuple[CachedState | None, int]:
-        """The state that begins as `content` does for longest, and for how many tokens.
+        """Find the cached state with the longest common prefix.
 
-        At least one token of `content` is left to be done. `own`, a conversation's, is given
-        back itself, others as forks. A bounded cache is to pin `pins`.
+        Args:
+            content: The content of the prompt. Its last token is never taken from a state, so
+                that there is one to run.
+            pins: Positions that a bounded cache must pin.
+            own: The state of the conversation, or None.
+
+        Returns:
+            The state and the length of the prefix in tokens; (None, 0) if there is none. `own`
+            itself is returned, any other state as a fork.
         """
         with self._lock:
             most = len(content.ids) - 1
             best, length = own, 0 if own is None else own.count_reusable(content, pins, most)
             for state in reversed(self._states):
-                found = state.count_reusable(content, pins, most)
-                if found > length:
-                    best, length = state, found
+                reusable = state.count_reusable(content, pins, most)
+                if reusable > length:
+                    best, length = state, reusable
             stored = self._store and self._store.find(content, most, length)
             if stored:
                 best, length = (
@@ -81,7 +94,10 @@ class Memory:
             return (best, length) if length else (None, 0)
 
     def keep_state(self, state: CachedState, prompt: Content, is_own: bool) -> None:
-        """Keep `state` after an answer to `prompt`; a conversation keeps its own itself."""
+        """Keep `state` after an answer to `prompt`.
+
+        A state that `is_own` is only written to disk, since its conversation keeps it in memory.
+        """
         with self._lock:
             if self._store is not None:
                 self._store.save(state, prompt)
@@ -98,7 +114,7 @@ class Memory:
                 del self._states[0]
 
     def fill_features(self, media: Sequence[Medium]) -> None:
-        """Give `media` the embeddings of equal ones that were encoded before."""
+        """Set the embeddings of those `media` of which equal ones were encoded before."""
         with self._lock:
             for medium in media:
                 if medium.image_embeds is None and medium.digest in self._features:
@@ -106,7 +122,7 @@ class Memory:
                     medium.image_embeds = self._features[medium.digest]
 
     def keep_features(self, media: Sequence[Medium]) -> None:
-        """Keep the embeddings of `media`."""
+        """Keep the embeddings of `media`, and drop the least recently used ones over the limit."""
         with self._lock:
             for medium in media:
                 if medium.image_embeds is not None:
