@@ -1,4 +1,8 @@
-"""A conversation: messages that build on each other, and never the same work twice."""
+"""Conversations: `Conversation`, and the file format that it is saved in.
+
+A saved conversation is a safetensors file written by `reuse.disk`. It holds the transcript, the
+embeddings of its media, and the keys and values of its tokens.
+"""
 
 from __future__ import annotations
 
@@ -44,12 +48,13 @@ if TYPE_CHECKING:
     from mlx_smolvlm.media.tiles import Detail
 
 
-KIND = "conversation"
+KIND = "conversation"  # of the files that `Conversation.save` writes
+DROP_SHARE = 4  # dropping turns frees 1/4 of the context, for turns to come
 
 
 @dataclass(frozen=True)
 class Turn:
-    """A question as a message, its media in order, and the answer once it was given."""
+    """A question as a user message, its media in order, and the answer; None if not given yet."""
 
     question: Message
     media: tuple[Medium, ...]
@@ -60,13 +65,260 @@ class Turn:
         """The question, and the answer if there is one."""
         if self.answer is None:
             return [self.question]
-        said = {"type": "text", "text": self.answer}
-        return [self.question, {"role": "assistant", "content": [said]}]
+        text = {"type": "text", "text": self.answer}
+        return [self.question, {"role": "assistant", "content": [text]}]
+
+
+@dataclass(frozen=True)
+class ConversationOptions:
+    """Options for all turns; see `SmolVLM.chat`.
+
+    Raises:
+        ValueError: `on_full` is neither "error" nor "drop-oldest".
+    """
+
+    sampling: Sampling
+    detail: Detail
+    on_full: Literal["error", "drop-oldest"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.on_full not in ("error", "drop-oldest"):
+            raise ValueError(f"on_full is {self.on_full!r}; it must be 'error' or 'drop-oldest'")
+
+
+class Conversation:
+    """A dialogue with the model, made by `SmolVLM.chat`.
+
+    Each turn encodes only new pictures and videos and runs only new tokens, since the keys and
+    values of earlier ones are kept. The answers equal those of `SmolVLM.ask` to the whole
+    transcript.
+    """
+
+    def __init__(self, engine: Engine, system: str | None, options: ConversationOptions) -> None:
+        self._engine, self._system, self._options = engine, system, options
+        self._turns: list[Turn] = []
+        self._stream: AnswerStream | None = None
+        self._state: CachedState | None = None
+        self._lock = threading.RLock()  # a thread that asks waits for the answers of others
+
+    @property
+    def system(self) -> str | None:
+        """The system message, or None."""
+        return self._system
+
+    @property
+    def messages(self) -> list[Message]:
+        """The transcript, including the unfinished answer so far."""
+        turns, stream = self._turns, self._stream
+        if stream is not None and stream.reply.token_ids:
+            turns = [*turns[:-1], replace(turns[-1], answer=stream.reply.text)]
+        return self._list_messages(turns)
+
+    @property
+    def context_size(self) -> int:
+        """The context length of the model in tokens."""
+        return self._engine.context_size
+
+    @property
+    def context_used(self) -> int:
+        """Number of tokens in the transcript, including the unfinished answer."""
+        messages = self._list_messages(self._turns)
+        if not messages:
+            return 0
+        is_answering = self._stream is not None
+        size = self._engine.count_tokens(messages, _list_media(self._turns), is_answering)
+        return size + (0 if self._stream is None else self._stream.reply.generation_tokens)
+
+    def reset(self) -> None:
+        """Remove all turns; the system message stays."""
+        self._finish_answer()
+        self._turns, self._state = [], None
+
+    def ask(
+        self,
+        prompt: str,
+        images: ImageSource | Iterable[ImageSource] = (),
+        *,
+        videos: Iterable[VideoSource] = (),
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Reply:
+        """Ask `prompt` as the next turn, and return the whole answer; errors as in `stream`."""
+        sampling = choose_sampling(sampling, options, self._options.sampling)
+        with self._lock:
+            return self.stream(prompt, images, videos=videos, sampling=sampling).finish()
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        images: ImageSource | Iterable[ImageSource] = (),
+        *,
+        videos: Iterable[VideoSource] = (),
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> AnswerStream:
+        """Ask `prompt` as the next turn, and return the answer as a stream.
+
+        The question joins the transcript at once. Its answer is recorded, as far as it was
+        generated, when the next turn begins. If this method raises an error, the conversation
+        is unchanged.
+
+        Args:
+            prompt: A question, or a list of one user message whose items place the media
+                between its texts.
+            images: As in `SmolVLM.ask`.
+            videos: As in `SmolVLM.ask`.
+            sampling: How this answer is generated; None uses the conversation's sampling.
+            options: Attributes of `Sampling` to change for this answer.
+
+        Raises:
+            MediaError: A picture or video cannot be read.
+            ContextError: The transcript is longer than the context; with
+                `on_full="drop-oldest"`, this question alone is.
+            PromptError: The message is malformed.
+        """
+        sampling = choose_sampling(sampling, options, self._options.sampling)
+        with self._lock:
+            self._finish_answer()
+            request = read_request(prompt, images, videos, None)
+            if len(request.messages) != 1 or request.messages[0]["role"] != "user":
+                raise PromptError("a turn is one message of the user")
+            turn = Turn(request.messages[0], self._engine.open_media(request, self._options.detail))
+            return self._start_answer([*self._turns, turn], sampling)
+
+    def retry(self, sampling: Sampling | None = None) -> AnswerStream:
+        """Answer the last question again; the new answer replaces the old one.
+
+        Args:
+            sampling: How the answer is generated; None uses the conversation's sampling.
+
+        Raises:
+            PromptError: No question was asked yet.
+        """
+        self._finish_answer()
+        if not self._turns:
+            raise PromptError("there is no question to ask again")
+        return self._start_answer(
+            [*self._turns[:-1], replace(self._turns[-1], answer=None)], sampling
+        )
+
+    def undo(self) -> str | None:
+        """Remove the last turn, and return the text of its question; None if there is no turn."""
+        self._finish_answer()
+        if not self._turns:
+            return None
+        question = self._turns.pop().question
+        return "".join(item.get("text", "") for item in question["content"])
+
+    def fork(self) -> Conversation:
+        """An independent copy of the conversation, which shares all work done so far."""
+        self._finish_answer()
+        twin = Conversation(self._engine, self._system, self._options)
+        twin._turns = list(self._turns)
+        twin._state = None if self._state is None else self._state.fork()
+        return twin
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the transcript, its encoded media and its keys and values to one file.
+
+        Raises:
+            OSError: The file cannot be written, or is a device or a pipe. An existing file is
+                then unchanged.
+            MediaError: A video that was not encoded yet cannot be decoded.
+        """
+        target = expand_path(os.fspath(path))
+        self._finish_answer()
+        for medium in _list_media(self._turns):
+            self._engine.encode([medium])
+        saved = SavedConversation(self._system, self._turns, self._state)
+        write_conversation(saved, target, self._engine.checkpoint_digest)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Replace this conversation by the one that `save` wrote to `path`.
+
+        Raises:
+            CheckpointError: The file was not written by `save`, is damaged, or belongs to
+                another checkpoint or version. The conversation is then unchanged.
+        """
+        engine = self._engine
+        source = expand_path(os.fspath(path), CheckpointError)
+        saved = read_conversation(source, engine.checkpoint_digest, engine.config)
+        other = Conversation(engine, saved.system, self._options)
+        other._turns = saved.turns
+        try:
+            _ = other.context_used  # the chat template may refuse well-formed messages
+        except PromptError as error:
+            raise CheckpointError(f"{path} is not a conversation of this model: {error}") from None
+        self.reset()
+        self._system, self._turns = saved.system, saved.turns
+        if engine.cache_options.is_plain:  # files hold plain caches only
+            self._state = saved.state
+
+    def _start_answer(self, wanted: list[Turn], sampling: Sampling | None = None) -> AnswerStream:
+        """Replace the turns by `wanted`, and return the stream of the last turn's answer.
+
+        Warns if the oldest turns are dropped because the context is full.
+        """
+        turns, stream = self._fit_context(wanted, sampling or self._options.sampling)
+        num_dropped = len(wanted) - len(turns)
+        if num_dropped:
+            warnings.warn(
+                f"the context is full: the oldest {num_dropped} of {len(self._turns)} questions are "
+                "forgotten with their answers, and the rest is run again",
+                SmolVLMWarning,
+                stacklevel=3,
+            )
+        self._turns, self._stream = turns, stream
+        return stream
+
+    def _fit_context(
+        self, turns: list[Turn], sampling: Sampling
+    ) -> tuple[list[Turn], AnswerStream]:
+        """Drop turns that exceed the context; return the rest and the stream of the last answer.
+
+        Dropping a turn means that all later ones are run again. Therefore enough are dropped at
+        once to make room for several turns to come.
+        """
+        can_drop, size = self._options.on_full == "drop-oldest", self.context_size
+        answer = min(sampling.max_tokens, size // ANSWER_SHARE)
+        limit = size - answer
+        while True:
+            messages, media = self._list_messages(turns), _list_media(turns)
+            may_drop = can_drop and len(turns) > 1
+            try:
+                prompt = self._engine.make_prompt(messages, media)
+            except ContextError:
+                if not may_drop:
+                    raise
+            else:
+                if not may_drop or prompt.input_ids.size <= limit:
+                    prompt = replace(prompt, state=self._state, is_turn=True)
+                    return turns, AnswerStream(self._engine, prompt, sampling)
+            limit = size - answer - size // DROP_SHARE
+            turns = turns[1:]
+
+    def _list_messages(self, turns: Sequence[Turn]) -> list[Message]:
+        """The messages of `turns`, after the system message."""
+        messages = [message for turn in turns for message in turn.messages]
+        return [*make_system_messages(self._system), *messages]
+
+    def _finish_answer(self) -> None:
+        """End the open stream, and record its answer and its cache."""
+        if self._stream is not None:
+            self._stream.close()
+            self._turns[-1] = replace(self._turns[-1], answer=self._stream.reply.text)
+            self._state = self._stream.state
+            self._stream = None
+
+
+def _list_media(turns: Sequence[Turn]) -> list[Medium]:
+    """All media of `turns`, in order."""
+    return [medium for turn in turns for medium in turn.media]
 
 
 @dataclass(frozen=True)
 class SavedConversation:
-    """What a conversation is made of."""
+    """What a conversation file holds."""
 
     system: str | None
     turns: list[Turn]
@@ -75,17 +327,17 @@ class SavedConversation:
 
 @dataclass(frozen=True)
 class FrameTimes:
-    """When the frames of a saved video are shown, and how long it is."""
+    """Times of the frames of a saved video, and its duration, in seconds."""
 
     timestamps_s: tuple[float, ...]
     duration_s: float
 
 
 def write_conversation(saved: SavedConversation, path: Path, checkpoint: str) -> None:
-    """Write `saved`, whose media are encoded, to `path`, whole or not at all.
+    """Write `saved` to `path` atomically. Its media must be encoded.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     tensors: dict[str, mx.array] = {}
     turns = []
@@ -110,10 +362,11 @@ def write_conversation(saved: SavedConversation, path: Path, checkpoint: str) ->
 
 
 def read_conversation(path: Path, checkpoint: str, config: Config) -> SavedConversation:
-    """What `save` wrote to `path`, or what could have been.
+    """Read and check the conversation that `write_conversation` wrote to `path`.
 
     Raises:
-        CheckpointError: It is no such file, damaged, or of another checkpoint or version.
+        CheckpointError: The file is no conversation, is damaged, or belongs to another
+            checkpoint or version.
     """
     tensors, values = read_state_file(path, KIND, checkpoint)
     try:
@@ -131,11 +384,11 @@ def read_conversation(path: Path, checkpoint: str, config: Config) -> SavedConve
 
 
 def _read_turn(values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config) -> Turn:
-    """The turn that `values` describe.
+    """Read and check a turn.
 
     Raises:
         PromptError: A message is malformed.
-        KeyError, TypeError, ValueError, OverflowError: A value is missing or of another kind.
+        KeyError, TypeError, ValueError, OverflowError: A value is missing or of a wrong type.
     """
     question = normalize_message(values["question"], 1)
     media = tuple(_read_medium(one, tensors, config) for one in values["media"])
@@ -148,7 +401,7 @@ def _read_turn(values: Mapping[str, Any], tensors: Mapping[str, mx.array], confi
 
 
 def _read_text(role: str, value: Any) -> str:
-    """`value` as the text of a message of `role`; errors as `_read_turn`."""
+    """Check `value` as the text of a message of `role`; errors as in `_read_turn`."""
     if not isinstance(value, str):
         raise TypeError
     message: Message = normalize_message({"role": role, "content": value}, 1)
@@ -156,7 +409,7 @@ def _read_text(role: str, value: Any) -> str:
 
 
 def _describe_medium(medium: Medium) -> dict[str, Any]:
-    """What the prompt says of `medium`, as JSON values."""
+    """The properties of `medium` that prompts depend on, as JSON values."""
     if isinstance(medium, Picture):
         return {"kind": "picture", "grid": [medium.grid.rows, medium.grid.cols]}
     times = medium.times
@@ -170,7 +423,7 @@ def _describe_medium(medium: Medium) -> dict[str, Any]:
 def _read_medium(
     values: Mapping[str, Any], tensors: Mapping[str, mx.array], config: Config
 ) -> Medium:
-    """The medium that `_describe_medium` described, with its embeddings; errors as `_read_turn`."""
+    """Rebuild a medium, with its embeddings, from `values`; errors as in `_read_turn`."""
     from mlx_smolvlm.media.tiles import Grid
 
     medium: Medium
@@ -192,252 +445,3 @@ def _read_medium(
         raise TypeError
     medium.image_embeds = embeds
     return medium
-
-
-DROP_SHARE = 4  # a quarter of a full context is freed for the turns to come
-
-
-@dataclass(frozen=True)
-class ConversationOptions:
-    """What holds for every turn; see `SmolVLM.chat`.
-
-    Raises:
-        ValueError: `on_full` is neither "error" nor "drop-oldest".
-    """
-
-    sampling: Sampling
-    detail: Detail
-    on_full: Literal["error", "drop-oldest"] = "error"
-
-    def __post_init__(self) -> None:
-        if self.on_full not in ("error", "drop-oldest"):
-            raise ValueError(f"on_full is {self.on_full!r}; it must be 'error' or 'drop-oldest'")
-
-
-class Conversation:
-    """Messages that build on each other.
-
-    A turn encodes the pictures and videos that are new, and runs the tokens that are:
-    keys and values of the others are kept. The answers are those that the whole
-    transcript would get from `SmolVLM.ask`.
-    """
-
-    def __init__(self, engine: Engine, system: str | None, options: ConversationOptions) -> None:
-        self._engine, self._system, self._options = engine, system, options
-        self._turns: list[Turn] = []
-        self._open: AnswerStream | None = None
-        self._state: CachedState | None = None
-        self._lock = threading.RLock()  # threads that ask wait for each other's whole answers
-
-    @property
-    def system(self) -> str | None:
-        """The system message."""
-        return self._system
-
-    @property
-    def messages(self) -> list[Message]:
-        """The transcript, with the last answer as far as it was said."""
-        turns, stream = self._turns, self._open
-        if stream is not None and stream.reply.token_ids:
-            turns = [*turns[:-1], replace(turns[-1], answer=stream.reply.text)]
-        return self._list_messages(turns)
-
-    @property
-    def context_size(self) -> int:
-        """Tokens that the model can look at."""
-        return self._engine.context_size
-
-    @property
-    def context_used(self) -> int:
-        """Tokens of the transcript, and of the answer that is being given."""
-        messages = self._list_messages(self._turns)
-        if not messages:
-            return 0
-        is_answering = self._open is not None
-        size = self._engine.count_tokens(messages, _list_media(self._turns), is_answering)
-        return size + (0 if self._open is None else self._open.reply.generation_tokens)
-
-    def reset(self) -> None:
-        """Forget everything but the system message."""
-        self._finish_answer()
-        self._turns, self._state = [], None
-
-    def ask(
-        self,
-        prompt: str,
-        images: ImageSource | Iterable[ImageSource] = (),
-        *,
-        videos: Iterable[VideoSource] = (),
-        sampling: Sampling | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> Reply:
-        """The whole answer to the next `prompt`; errors as in `SmolVLM.ask`."""
-        sampling = choose_sampling(sampling, options, self._options.sampling)
-        with self._lock:
-            return self.stream(prompt, images, videos=videos, sampling=sampling).finish()
-
-    def stream(
-        self,
-        prompt: str | Sequence[Message],
-        images: ImageSource | Iterable[ImageSource] = (),
-        *,
-        videos: Iterable[VideoSource] = (),
-        sampling: Sampling | None = None,
-        **options: Unpack[SamplingOptions],
-    ) -> AnswerStream:
-        """The answer to the next `prompt` as it is generated.
-
-        A turn joins the transcript once it is asked, with what was said of its
-        answer when the next one is. A turn that raises leaves no trace.
-
-        Args:
-            prompt: A question; or a list of one user message, whose items say where
-                between its texts the media go.
-            images: As in `SmolVLM.ask`.
-            videos: Likewise.
-            sampling: How this answer is generated; by default as every turn.
-            options: The attributes of `Sampling` that are to differ for this answer.
-
-        Raises:
-            MediaError: A picture or video cannot be read.
-            ContextError: The transcript is longer than the context (with
-                `on_full="drop-oldest"`: this question alone is).
-            PromptError: The message is malformed.
-        """
-        sampling = choose_sampling(sampling, options, self._options.sampling)
-        with self._lock:
-            self._finish_answer()
-            request = read_request(prompt, images, videos, None)
-            if len(request.messages) != 1 or request.messages[0]["role"] != "user":
-                raise PromptError("a turn is one message of the user")
-            turn = Turn(request.messages[0], self._engine.open_media(request, self._options.detail))
-            return self._start_answer([*self._turns, turn], sampling)
-
-    def retry(self, sampling: Sampling | None = None) -> AnswerStream:
-        """Another answer to the last question, in place of the one that was given.
-
-        Args:
-            sampling: How it is generated; None as every turn.
-
-        Raises:
-            PromptError: There is no question.
-        """
-        self._finish_answer()
-        if not self._turns:
-            raise PromptError("there is no question to ask again")
-        return self._start_answer(
-            [*self._turns[:-1], replace(self._turns[-1], answer=None)], sampling
-        )
-
-    def undo(self) -> str | None:
-        """Take the last question and its answer back; its text, or None if there is none."""
-        self._finish_answer()
-        if not self._turns:
-            return None
-        question = self._turns.pop().question
-        return "".join(item.get("text", "") for item in question["content"])
-
-    def fork(self) -> Conversation:
-        """A conversation that goes on from here by itself; nothing is encoded or run again."""
-        self._finish_answer()
-        twin = Conversation(self._engine, self._system, self._options)
-        twin._turns = list(self._turns)
-        twin._state = None if self._state is None else self._state.fork()
-        return twin
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the transcript, its encoded media and its keys and values to one file.
-
-        Raises:
-            OSError: It cannot be written, or is a device or a pipe; what was there stays as it
-                was.
-            MediaError: A video that was not looked at yet cannot be decoded.
-        """
-        target = expand_path(os.fspath(path))
-        self._finish_answer()
-        for medium in _list_media(self._turns):
-            self._engine.encode([medium])
-        saved = SavedConversation(self._system, self._turns, self._state)
-        write_conversation(saved, target, self._engine.checkpoint_digest)
-
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from what `save` wrote to `path`; what was said here is forgotten.
-
-        Raises:
-            CheckpointError: It was not written by `save`, is damaged, or belongs to another
-                checkpoint or version; the conversation stays as it was.
-        """
-        engine = self._engine
-        source = expand_path(os.fspath(path), CheckpointError)
-        saved = read_conversation(source, engine.checkpoint_digest, engine.config)
-        other = Conversation(engine, saved.system, self._options)
-        other._turns = saved.turns
-        try:
-            _ = other.context_used  # the chat template may refuse what is well formed
-        except PromptError as error:
-            raise CheckpointError(f"{path} is not a conversation of this model: {error}") from None
-        self.reset()
-        self._system, self._turns = saved.system, saved.turns
-        if engine.cache_options.is_plain:  # as files are; other caches begin anew
-            self._state = saved.state
-
-    def _start_answer(self, wanted: list[Turn], sampling: Sampling | None = None) -> AnswerStream:
-        """The stream of the last answer to `wanted`, which replaces the turns so far.
-
-        Warns of the oldest turns that the context does not hold.
-        """
-        turns, stream = self._fit_context(wanted, sampling or self._options.sampling)
-        dropped = len(wanted) - len(turns)
-        if dropped:
-            warnings.warn(
-                f"the context is full: the oldest {dropped} of {len(self._turns)} questions are "
-                "forgotten with their answers, and the rest is run again",
-                SmolVLMWarning,
-                stacklevel=3,
-            )
-        self._turns, self._open = turns, stream
-        return stream
-
-    def _fit_context(
-        self, turns: list[Turn], sampling: Sampling
-    ) -> tuple[list[Turn], AnswerStream]:
-        """The turns that the context has room for, and the stream of the last one's answer.
-
-        All turns after a dropped one are run again. So once one has to go, as many go as make
-        room for several turns to come.
-        """
-        drops, size = self._options.on_full == "drop-oldest", self.context_size
-        answer = min(sampling.max_tokens, size // ANSWER_SHARE)
-        limit = size - answer
-        while True:
-            messages, media = self._list_messages(turns), _list_media(turns)
-            may_drop = drops and len(turns) > 1
-            try:
-                prompt = self._engine.make_prompt(messages, media)
-            except ContextError:
-                if not may_drop:
-                    raise
-            else:
-                if not may_drop or prompt.input_ids.size <= limit:
-                    prompt = replace(prompt, state=self._state, is_turn=True)
-                    return turns, AnswerStream(self._engine, prompt, sampling)
-            limit = size - answer - size // DROP_SHARE
-            turns = turns[1:]
-
-    def _list_messages(self, turns: Sequence[Turn]) -> list[Message]:
-        """The messages of `turns`, after the system message."""
-        said = [message for turn in turns for message in turn.messages]
-        return [*make_system_messages(self._system), *said]
-
-    def _finish_answer(self) -> None:
-        """Write down what was said in the last turn, and keep what it has computed."""
-        if self._open is not None:
-            self._open.close()
-            self._turns[-1] = replace(self._turns[-1], answer=self._open.reply.text)
-            self._state = self._open.state
-            self._open = None
-
-
-def _list_media(turns: Sequence[Turn]) -> list[Medium]:
-    """All media of `turns`, in order."""
-    return [medium for turn in turns for medium in turn.media]

@@ -201,6 +201,6 @@ def test_conversations_are_saved_and_loaded(packed: SmolVLM, tmp_path: Path) -> 
         reply = loaded.ask("Where is the square?")
         assert (reply.cached_tokens, reply.encoded_tiles) == (0, 0)
         assert reply.text == example("three.png").answer("Where is the square?")
-        assert loaded._open is not None
-        assert loaded._open.state is not None
-        assert isinstance(loaded._open.state.cache.storage, PackedStorage)
+        assert loaded._stream is not None
+        assert loaded._stream.state is not None
+        assert isinstance(loaded._stream.state.cache.storage, PackedStorage)
