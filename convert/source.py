@@ -26,7 +26,7 @@ from mlx_smolvlm.config import FORMAT
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.media.fetch import is_offline
-from mlx_smolvlm.records import LARGEST_JSON, parse_json, read_text
+from mlx_smolvlm.records import MAX_JSON, parse_json, read_text
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -63,13 +63,13 @@ class Source:
         """Whether there is a file `name`."""
         return (self.folder / name).is_file()
 
-    def read_text(self, name: str, max_bytes: int = LARGEST_JSON) -> str:
+    def read_text(self, name: str, max_bytes: int = MAX_JSON) -> str:
         """The text of the file `name`; errors as `read_text`."""
         if name not in self._texts:
             self._texts[name] = read_text(self.folder / name, max_bytes)
         return self._texts[name]
 
-    def read_json(self, name: str, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
+    def read_json(self, name: str, max_bytes: int = MAX_JSON) -> dict[str, Any]:
         """The JSON object in the file `name`, not to be modified; errors as `read_json`."""
         if name not in self._values:
             self._values[name] = parse_json(self.read_text(name, max_bytes), self.folder / name)

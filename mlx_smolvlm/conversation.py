@@ -260,10 +260,10 @@ class Conversation:
         Warns if the oldest turns are dropped because the context is full.
         """
         turns, stream = self._fit_context(wanted, sampling or self._options.sampling)
-        num_dropped = len(wanted) - len(turns)
-        if num_dropped:
+        drops = len(wanted) - len(turns)
+        if drops:
             warnings.warn(
-                f"the context is full: the oldest {num_dropped} of {len(self._turns)} questions are "
+                f"the context is full: the oldest {drops} of {len(self._turns)} questions are "
                 "forgotten with their answers, and the rest is run again",
                 SmolVLMWarning,
                 stacklevel=3,

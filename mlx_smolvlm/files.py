@@ -1,4 +1,4 @@
-"""Paths and files: expand, read within limits, replace atomically; TOML."""
+"""Files: paths, owners, reading within limits, atomic writing, locks, digests; TOML."""
 
 from __future__ import annotations
 
@@ -22,25 +22,27 @@ _OTHERS_WRITE = 0o022
 
 
 def check_owner(status: os.stat_result, path: str | Path) -> None:
-    """Refuse a file or folder of another user.
+    """Check that the user or root owns a file or folder.
 
     Args:
-        status: Of the open file, so that nobody can exchange it after the check.
-        path: For the message.
+        status: Status of the open file, so that it cannot be exchanged after the check.
+        path: Its path, for the message.
 
     Raises:
-        PermissionError: It belongs to somebody else.
+        PermissionError: Another user owns it.
     """
     if status.st_uid not in (os.geteuid(), 0):
         raise _make_owner_error(path, f"Owned by another user, uid {status.st_uid}")
 
 
 def check_folder(path: Path) -> None:
-    """Refuse a folder that another user owns, or that root owns and others can write to.
+    """Check that only the user, or root, can write to a folder.
+
+    A folder that the user owns is accepted whatever its permissions.
 
     Raises:
-        PermissionError: It is such a folder.
-        OSError: There is no such folder.
+        PermissionError: Another user owns it, or root owns it and others can write to it.
+        OSError: The folder does not exist.
     """
     status = path.stat()
     check_owner(status, path)
@@ -51,12 +53,12 @@ def check_folder(path: Path) -> None:
 
 
 def make_private_folder(path: Path) -> None:
-    """Make the folder `path`, and parents that are missing, with mode 0700; or check it.
+    """Create the folder `path` and its missing parents with mode 0700, and check it.
 
     Raises:
-        PermissionError: It exists and `check_folder` refuses it, or it lies in a folder that
-            another user owns and others can write to.
-        OSError: It cannot be made.
+        PermissionError: `check_folder` refuses it, or its parent belongs to another user and
+            others can write to it.
+        OSError: The folder cannot be created.
     """
     for folder in (*reversed(path.parents), path):
         if not folder.is_dir():
@@ -72,19 +74,19 @@ def _make_owner_error(path: str | Path, reason: str) -> PermissionError:
     return PermissionError(errno.EPERM, reason, str(path))
 
 
-LARGEST_TOML = 2**18  # bytes
-LONGEST_LINE = 2000  # characters of a line of TOML
+MAX_TOML = 2**18  # bytes
+MAX_LINE = 2000  # characters of a line of TOML
 _TEMPORARY = re.compile(r"\.[0-9a-f]{16}\.part(\.\w+)?")  # how `replace_file` names its files
-_STALE_S = 3600.0  # a temporary file not written to for so long has no living writer
-_BLOCK = 1 << 18  # bytes that are digested at a time
+_STALE_S = 3600.0  # a temporary file that old has no living writer
+_BLOCK = 1 << 18  # bytes digested at a time
 
 
 def expand_path(path: str | Path, error: type[SmolVLMError] | None = None) -> Path:
     """`path` with a leading `~` or `~user` replaced by that home directory.
 
     Args:
-        path: Of a file or folder.
-        error: What to raise instead of an OSError.
+        path: A file or folder.
+        error: The error to raise instead of an OSError.
 
     Raises:
         FileNotFoundError: The user does not exist, or has no known home directory.
@@ -107,14 +109,14 @@ def expand_path(path: str | Path, error: type[SmolVLMError] | None = None) -> Pa
 
 
 def open_regular(path: str | Path, flags: int) -> int:
-    """A descriptor of the regular file `path`; a pipe or a device is not waited for.
+    """Open the regular file `path` and return its descriptor; never waits for a pipe or device.
 
     Args:
         path: A file.
-        flags: As of `os.open`.
+        flags: Flags of `os.open`.
 
     Raises:
-        OSError: It cannot be opened, or is not a regular file (EISDIR, EINVAL).
+        OSError: The file cannot be opened, or is not a regular file (EISDIR, EINVAL).
     """
     try:
         descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
@@ -130,15 +132,15 @@ def open_regular(path: str | Path, flags: int) -> int:
 def open_file(path: str | Path, *, own_only: bool = False) -> BinaryIO:
     """Open a regular file for reading.
 
-    A pipe, a device or a socket is refused before anything is read from it, so that it can
-    neither block nor deliver without end.
+    Pipes, devices and sockets are refused before anything is read: they could block or never
+    end.
 
     Args:
         path: A file.
         own_only: Refuse a file of another user (EPERM), see `check_owner`.
 
     Raises:
-        OSError: It cannot be opened, or is not a regular file (EISDIR, EINVAL).
+        OSError: The file cannot be opened, or is not a regular file (EISDIR, EINVAL).
     """
     file = os.fdopen(open_regular(path, os.O_RDONLY), "rb")
     try:
@@ -159,7 +161,7 @@ def read_file(path: str | Path, max_bytes: int, *, own_only: bool = False) -> by
         own_only: As in `open_file`.
 
     Raises:
-        OSError: As `open_file`, or it is too large (EFBIG).
+        OSError: As in `open_file`, or the file is too large (EFBIG).
     """
     with open_file(path, own_only=own_only) as file:
         data = file.read(max_bytes + 1)
@@ -171,27 +173,27 @@ def read_file(path: str | Path, max_bytes: int, *, own_only: bool = False) -> by
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The table in the TOML file at `path`.
 
-    The parser's time grows with the square of a key's parts, so lines are bounded too.
+    The parser takes quadratic time in the number of a key's parts, so lines are bounded too.
 
     Raises:
-        OSError: As `read_file`, of more than `LARGEST_TOML` bytes.
-        ValueError: It is not UTF-8, not TOML, or has a line of more than `LONGEST_LINE`
-            characters; the message says what it is not.
+        OSError: As in `read_file`; the limit is `MAX_TOML` bytes.
+        ValueError: The file is not UTF-8 or not TOML, or has a line of more than `MAX_LINE`
+            characters.
     """
     import tomllib
 
-    data = read_file(path, LARGEST_TOML)
+    data = read_file(path, MAX_TOML)
     try:
         text = data.decode("utf-8-sig")
         for number, line in enumerate(text.split("\n"), 1):
-            if len(line) > LONGEST_LINE:
-                raise ValueError(f"line {number} has more than {LONGEST_LINE:,} characters")
+            if len(line) > MAX_LINE:
+                raise ValueError(f"line {number} has more than {MAX_LINE:,} characters")
         return tomllib.loads(text)
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8 text (byte {error.start})") from None
     except RecursionError:
         raise ValueError("not valid TOML: it is nested too deeply") from None
-    except ValueError as error:  # the parser's own, and Python's of numbers with many digits
+    except ValueError as error:  # from the parser, or from Python for numbers with many digits
         raise ValueError(f"not valid TOML: {error!s:.200}") from None
 
 
@@ -199,21 +201,20 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def replace_file(
     path: str | Path, suffix: str = "", *, mode: int = 0o666, follow_links: bool = True
 ) -> Iterator[Path]:
-    """Yields the path of a temporary file that becomes `path` when the block ends.
+    """Yields the path of a temporary file that replaces `path` when the block ends.
 
-    The file lies in the same folder, has a random name that begins with a dot and ends in
-    ".part" and `suffix`, and is created by this call alone (O_EXCL), so no link that stands
-    there is followed. It is synced and then renamed: `path` holds the old content or the new
-    one, never a part. After an error, nothing is left behind; what a killed process left,
-    `remove_leftovers` removes.
+    The temporary file is in the same folder. Its random name begins with a dot and ends in
+    ".part" and `suffix`; it is created with O_EXCL, so no existing link is followed. It is synced
+    and then renamed, so `path` always has the old or the new content, never a part. It is removed
+    after an error; `remove_leftovers` removes those of killed processes.
 
     Args:
-        path: A regular file, which keeps its permissions, or nothing yet.
-        suffix: Such as ".safetensors".
-        mode: The permissions of a new file, before the umask.
-        follow_links: A link at `path` stays, and the file it leads to is replaced: for a path
-            that a user gave. False replaces the link itself: for a name that this package
-            chose, where a link would lead out of its folder.
+        path: A regular file, which keeps its permissions, or a new path.
+        suffix: Last part of the temporary name, such as ".safetensors".
+        mode: Permissions of a new file, before the umask.
+        follow_links: True replaces the target of a link at `path`: for paths that a user gave.
+            False replaces the link itself: for names that this package chose, where a link
+            could lead out of the folder.
 
     Raises:
         OSError: The folder cannot be written to, or `path` exists and is not a regular file.
@@ -232,11 +233,11 @@ def replace_file(
         os.replace(part, path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        # An error of the system that comes from writing to an open file names no file.
+        # The system names no file in errors from writing to an open file.
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(part)):
             error.filename = str(path)
         raise
-    with contextlib.suppress(OSError):  # the file is in place, and whole
+    with contextlib.suppress(OSError):  # the file is already in place and complete
         sync(path.parent)
 
 
@@ -245,18 +246,20 @@ def write_file(
 ) -> None:
     """Replace the content of `path` atomically; text is written as UTF-8.
 
-    Args and Raises: as `replace_file`.
+    Arguments and errors are as in `replace_file`.
     """
     with replace_file(path, mode=mode, follow_links=follow_links) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def write_output(path: str | Path, data: bytes | str) -> None:
-    """Write to what a user named: a file as `write_file`; a device, a pipe or the file behind
-    a standard stream, such as /dev/stdout, by opening it.
+    """Write to a path that a user gave.
+
+    Files are replaced as by `write_file`. Devices, pipes and the files of standard streams, such
+    as /dev/stdout, are appended to.
 
     Raises:
-        OSError: It cannot be written to.
+        OSError: The path cannot be written to.
     """
     path = expand_path(path)
     if path.is_file() and not _is_standard_stream(path):
@@ -269,10 +272,10 @@ def write_output(path: str | Path, data: bytes | str) -> None:
 
 
 def append_file(path: str | Path, text: str) -> None:
-    """Append `text` to the regular file `path`, which is made if it is not there.
+    """Append `text` to the regular file `path`, which is created if it does not exist.
 
     Raises:
-        OSError: It is a link or no regular file, or cannot be written to.
+        OSError: The path is a link or no regular file, or cannot be written to.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW
     with os.fdopen(open_regular(path, flags), "ab") as file:
@@ -280,11 +283,11 @@ def append_file(path: str | Path, text: str) -> None:
 
 
 def remove_leftovers(folder: Path, older_than_s: float = _STALE_S) -> None:
-    """Remove temporary files of `replace_file` in `folder` whose writers were killed.
+    """Remove the temporary files of killed `replace_file` calls from `folder`.
 
     Args:
-        folder: One that this package keeps.
-        older_than_s: Of the last write; 0 if the caller is the only one that writes there.
+        folder: A folder of this package.
+        older_than_s: Minimum age of the last write, in seconds; 0 if nobody else writes there.
     """
     with contextlib.suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
@@ -296,7 +299,7 @@ def remove_leftovers(folder: Path, older_than_s: float = _STALE_S) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file's or a folder's content is on the disk."""
+    """Wait until the content of a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -305,15 +308,19 @@ def sync(path: Path) -> None:
 
 
 def lock(path: str | Path, *, wait: bool = False, flags: int = 0) -> int:
-    """A descriptor of the file or folder `path` that holds its lock until it is closed.
+    """Lock the file or folder `path` exclusively.
 
     Args:
-        wait: Wait for another process that holds the lock, instead of raising an error.
-        flags: Further flags of `os.open`.
+        path: A file or folder.
+        wait: Wait if another process holds the lock, instead of raising an error.
+        flags: Further flags for `os.open`.
+
+    Returns:
+        A descriptor; closing it releases the lock.
 
     Raises:
-        BlockingIOError: Another process holds it.
-        OSError: It cannot be opened.
+        BlockingIOError: Another process holds the lock.
+        OSError: The path cannot be opened.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
@@ -325,24 +332,24 @@ def lock(path: str | Path, *, wait: bool = False, flags: int = 0) -> int:
 
 
 def lock_descriptor(descriptor: int, *, wait: bool = False) -> None:
-    """Take the lock of an open file or folder; it goes when the descriptor is closed.
+    """Lock an open file or folder; closing the descriptor releases the lock.
 
-    Args and Raises: as `lock`.
+    Arguments and errors are as in `lock`.
     """
     fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
 
 
 def compute_sha256(path: str | Path) -> str:
-    """The hexadecimal SHA-256 of the regular file `path`; OSError as `open_file`."""
+    """The hexadecimal SHA-256 of the regular file `path`; errors as in `open_file`."""
     with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 def digest_stream(stream: BinaryIO) -> bytes:
-    """Digest of all that is left in `stream`, 16 bytes.
+    """Digest, 16 bytes, of the rest of `stream`.
 
-    It is one of the blocks' checksums, which costs half of one of the bytes: a video has
-    gigabytes, and the digest has to tell files apart that nobody made to look alike.
+    It hashes a checksum per block, which takes half the time of hashing all bytes: videos have
+    gigabytes. It is not safe against files made to collide on purpose.
     """
     total = hashlib.blake2b(digest_size=16)
     while block := stream.read(_BLOCK):
@@ -351,14 +358,14 @@ def digest_stream(stream: BinaryIO) -> bytes:
 
 
 def _make_type_error(path: str | Path, mode: int) -> OSError:
-    """The error for a path whose mode is not that of a regular file."""
+    """The error for a path that is not a regular file; `mode` is its `st_mode`."""
     if stat.S_ISDIR(mode):
         return IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     return OSError(errno.EINVAL, "Not a regular file", str(path))
 
 
 def _read_mode(path: Path, follow_links: bool) -> int | None:
-    """The permissions of the regular file that is to be replaced; None if there is none."""
+    """The permissions of the regular file to replace; None if there is none."""
     try:
         status = path.lstat()
     except FileNotFoundError:
@@ -373,7 +380,7 @@ def _read_mode(path: Path, follow_links: bool) -> int | None:
 
 
 def _is_standard_stream(path: Path) -> bool:
-    """Whether stdin, stdout or stderr is the file `path`: replaced, it would lose what follows."""
+    """Whether stdin, stdout or stderr is the file `path`; replacing it would lose later output."""
     status = path.stat()
     for descriptor in range(3):
         with contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from the plain values of JSON and TOML files, read strictly."""
+"""Strict reading of JSON files, and of dataclasses from JSON and TOML values."""
 
 from __future__ import annotations
 
@@ -18,12 +18,18 @@ from mlx_smolvlm.files import read_file
 
 
 def read_integer(name: str, value: Any, accepts: Callable[[int], bool], limits: str) -> int:
-    """`value` as an int that `accepts` is true for; `limits` says in words which those are.
+    """Check that `value` is an integer in range, and return it as an int.
 
-    NumPy's integers are integers; booleans and floats are not, whatever their value.
+    NumPy integers are accepted; booleans and floats are not, whatever their value.
+
+    Args:
+        name: Name of the value, for the message.
+        value: The value to check.
+        accepts: Whether a number is in range.
+        limits: The range in words, for the message.
 
     Raises:
-        ValueError: It is none of them. The message begins with `name`.
+        ValueError: The value is not accepted. The message begins with `name`.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -35,12 +41,13 @@ def read_integer(name: str, value: Any, accepts: Callable[[int], bool], limits: 
 
 
 def read_number(name: str, value: Any, accepts: Callable[[float], bool], limits: str) -> float:
-    """`value` as a float that `accepts` is true for; `limits` says in words which those are.
+    """Check that `value` is a number in range, and return it as a float.
 
-    NumPy's numbers are numbers; booleans and texts are not.
+    NumPy numbers are accepted; booleans and strings are not. Arguments are as in
+    `read_integer`.
 
     Raises:
-        ValueError: It is none of them. The message begins with `name`.
+        ValueError: The value is not accepted. The message begins with `name`.
     """
     number = float("nan")
     if isinstance(value, numbers.Real) and not isinstance(value, bool):
@@ -53,7 +60,7 @@ def read_number(name: str, value: Any, accepts: Callable[[float], bool], limits:
     return number
 
 
-LARGEST_JSON = 2**24  # bytes
+MAX_JSON = 2**24  # bytes
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -61,7 +68,8 @@ def read_text(path: Path, max_bytes: int) -> str:
     """The UTF-8 text of the file at `path`.
 
     Raises:
-        CheckpointError: It is missing, not a regular file, larger than `max_bytes` or not text.
+        CheckpointError: The file is missing, not a regular file, larger than `max_bytes` or
+            not UTF-8.
     """
     try:
         return read_file(path, max_bytes).decode("utf-8")
@@ -73,11 +81,11 @@ def read_text(path: Path, max_bytes: int) -> str:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def read_json(path: Path, max_bytes: int = LARGEST_JSON) -> dict[str, Any]:
+def read_json(path: Path, max_bytes: int = MAX_JSON) -> dict[str, Any]:
     """The JSON object in the file at `path`.
 
-    Integers of 20 digits or more become floats, as in other readers of JSON, so that no
-    number is too large for one; tokenizer_config.json holds 1e30 written out.
+    Integers of 20 digits or more become floats, as in other JSON readers;
+    tokenizer_config.json contains 1e30 written out.
 
     Raises:
         CheckpointError: The file is missing, unreadable, not JSON or not an object.
@@ -103,18 +111,18 @@ def parse_json(text: str, path: Path) -> dict[str, Any]:
 
 
 def _parse_integer(text: str) -> int | float:
-    """A JSON integer."""
+    """The number that a JSON integer stands for; see `read_json`."""
     return int(text) if len(text) < 20 else float(text)
 
 
 def read_unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object whose keys are all different, for `json.loads(object_pairs_hook=...)`.
+    """Build a JSON object and refuse duplicate keys, for `json.loads(object_pairs_hook=...)`.
 
-    Readers differ in which of two equal keys they take, so a file could mean one thing to the
-    check and another to the native reader.
+    Readers differ in which duplicate they use, so our check and the native reader could see
+    different values.
 
     Raises:
-        ValueError: A key stands twice.
+        ValueError: A key occurs twice.
     """
     values = dict(pairs)
     if len(values) < len(pairs):
@@ -134,18 +142,21 @@ _TYPE_NAMES: dict[Any, str] = {
 
 
 def read_record(cls: type[T], values: Any, where: str = "", skip: Collection[str] = ()) -> T:
-    """An instance of the dataclass `cls` whose fields are those of `values`.
+    """Build an instance of the dataclass `cls` from the dict `values`.
 
-    Types are those of the annotations: str, int, float, bool, None, Literal, unions of them,
-    tuples of any length, dicts whose keys are texts, and dataclasses. Lists become tuples, and
-    whole numbers floats where those are wanted.
+    Supported annotations: str, int, float, bool, None, Any, Literal, unions, tuples of any
+    length, dicts with string keys, and dataclasses. Lists become tuples; integers become floats
+    where the annotation says float.
 
     Args:
-        where: What stands before the names of keys in messages, such as "lora.".
-        skip: Fields that the file may not state.
+        cls: A dataclass.
+        values: Its fields, as read from JSON or TOML.
+        where: Prefix of the keys in messages, such as "lora.".
+        skip: Fields that `values` must not contain.
 
     Raises:
-        ValueError: A key is missing or not known, or a value is of another type; it names the key.
+        ValueError: A key is missing or unknown, or a value has a wrong type. The message names
+            the key.
     """
     if not isinstance(values, dict):
         raise ValueError(f"{where.rstrip('.') or 'it'} must be a table, not {shorten(values)}")
@@ -164,7 +175,7 @@ def read_record(cls: type[T], values: Any, where: str = "", skip: Collection[str
 
 
 def read_value(kind: Any, value: Any, where: str) -> Any:
-    """`value` as the type `kind`, see `read_record`; `where` names it in messages."""
+    """Convert `value` to the type `kind`, see `read_record`; `where` names it in messages."""
     for one in _list_types(kind):
         if isinstance(one, type) and dataclasses.is_dataclass(one) and isinstance(value, dict):
             return read_record(one, value, f"{where}.")
@@ -186,12 +197,12 @@ def read_value(kind: Any, value: Any, where: str) -> Any:
 
 
 def _list_types(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, and any other type alone."""
+    """The members of a union; for any other type, the type alone."""
     return typing.get_args(kind) if typing.get_origin(kind) in (Union, types.UnionType) else (kind,)
 
 
 def _describe_type(kind: Any) -> str:
-    """What a value of type `kind` is called; that it may be absent goes without saying."""
+    """The name of the type `kind` in messages; None in a union is left out."""
     names = []
     for one in _list_types(kind):
         if typing.get_origin(one) is tuple:
@@ -209,5 +220,5 @@ def _describe_type(kind: Any) -> str:
 
 
 def _pluralize(name: str) -> str:
-    """The plural of one of `_TYPE_NAMES`: of "a text" "texts"."""
+    """The plural of one of `_TYPE_NAMES`: "a text" becomes "texts"."""
     return f"{name.removeprefix('a ')}s"

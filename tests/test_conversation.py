@@ -92,7 +92,7 @@ def with_sources(chat: Conversation) -> list[dict[str, Any]]:
     """The transcript up to the last question, with the media that its items stand for."""
     media = iter([one for turn in chat._turns for one in turn.media])
     messages = []
-    for message in chat._transcript(chat._turns):
+    for message in chat._list_messages(chat._turns):
         content = []
         for item in message["content"]:
             if item["type"] in ("image", "video"):

@@ -12,7 +12,7 @@ from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache, PackedStorage, Storage
 
 PREFIX_BYTES = 256 * 1024**2
 FOLDER_BYTES = 4 * 1024**3
-LEAST_TOKENS = 2 * (SINKS + RECENT)
+MIN_TOKENS = 2 * (SINKS + RECENT)
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class CacheOptions:
             raise ValueError(f"kv_bits is {self.kv_bits!r}; it must be 4 or 8")
         if self.kv_group_size not in (32, 64):
             raise ValueError(f"kv_group_size is {self.kv_group_size!r}; it must be 32 or 64")
-        if self.max_kv_tokens is not None and self.max_kv_tokens < LEAST_TOKENS:
+        if self.max_kv_tokens is not None and self.max_kv_tokens < MIN_TOKENS:
             raise ValueError(
-                f"max_kv_tokens is {self.max_kv_tokens!r}; it must be {LEAST_TOKENS} or above"
+                f"max_kv_tokens is {self.max_kv_tokens!r}; it must be {MIN_TOKENS} or above"
             )
         if self.folder is not None and not self.is_plain:
             raise ValueError(

@@ -1,7 +1,7 @@
-"""Keys, values and encoded media on disk: one safetensors file each, checked when read.
+"""Keys and values on disk: the store of prompts, the file format, and the checkpoint's digest.
 
-A file states its kind and version, the checkpoint that made it and a digest of its
-arrays. What is cut off, damaged or made by something else is never used.
+A state file is a safetensors file whose header holds its kind, its version, the digest of the
+checkpoint and a digest of its arrays. Truncated, damaged or foreign files are never used.
 """
 
 from __future__ import annotations
@@ -35,27 +35,33 @@ from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache
 from mlx_smolvlm.reuse.content import CachedState, Content, Span
 
 VERSION = 1
-LEAST_TOKENS = 16  # of a prompt that is worth a file
-OWN_FOLDER = "mlx-smolvlm-cache"  # below the folder that a user names, where other files may lie
+MIN_TOKENS = 16  # shorter prompts are not stored
+OWN_FOLDER = "mlx-smolvlm-cache"  # in the user's folder, which may hold other files
 MEMO_FILE = "checkpoints.json"
-TAG_FILE = "CACHEDIR.TAG"  # tells backup programs too: https://bford.info/cachedir/
+TAG_FILE = (
+    "CACHEDIR.TAG"  # also tells backup programs to skip the folder: https://bford.info/cachedir/
+)
 _TAG = """Signature: 8a477f597d28d172789f06886806bc55
 # A cache of mlx-smolvlm: keys and values of prompts. It can be removed at any time.
 """
-_PREFIX = "prefix"  # the kind of the files here
+_PREFIX = "prefix"  # the kind of the store's files
 _NAME = re.compile(rf"{_PREFIX}-([0-9a-f]{{16}})-v\d+-[0-9a-f]{{32}}\.safetensors")
 _HEADER = "mlx-smolvlm"
-_LARGEST_HEADER = 1 << 24  # bytes; those of the longest contexts take one hundredth of it
-_LARGEST_MEMO = 1 << 24
+_MAX_HEADER = 1 << 24  # bytes; the longest context needs one hundredth of it
+_MAX_MEMO = 1 << 24
 _BLOCK = 1 << 20
 
 
 class DiskStore:
     """States of prompts in a folder, for later runs of the same checkpoint.
 
-    They lie in the subfolder `OWN_FOLDER`, which a tag file marks. Files are found by content;
-    `limit` bytes are kept, and what was not used for longest goes first. Nothing is counted or
-    removed that the cache did not write. Trouble with a file is told once and stops no answer.
+    The files are in the subfolder `OWN_FOLDER`, which contains a tag file, and are found by their
+    content. When they exceed `limit` bytes, the least recently used are removed. Files that the
+    cache did not write are neither counted nor removed. The first unusable file causes a
+    warning; none causes an error.
+
+    Raises:
+        CheckpointError: The folder or the checkpoint cannot be used.
     """
 
     def __init__(
@@ -81,28 +87,32 @@ class DiskStore:
         self._warned = False
 
     def find(self, content: Content, most: int, above: int) -> CachedState | None:
-        """The state that begins as `content` does for longest, if for more than `above` tokens."""
-        best, chosen = above, None
+        """Find the stored state with the longest common prefix with `content`.
+
+        Returns:
+            The state; None if no prefix, of at most `most` tokens, is longer than `above`.
+        """
+        best, best_path = above, None
         for path, stored in self._read_contents():
             length = stored.count_common(content, most)
             if length > best:
-                best, chosen = length, path
-        if chosen is None:
+                best, best_path = length, path
+        if best_path is None:
             return None
-        with self._skip_unusable(chosen):
-            tensors, header = read_state_file(chosen, _PREFIX, self._checkpoint)
+        with self._skip_unusable(best_path):
+            tensors, header = read_state_file(best_path, _PREFIX, self._checkpoint)
             state = CachedState(
                 parse_content(header, self._config), rebuild_cache(tensors, self._config)
             )
-            os.utime(chosen)
+            os.utime(best_path)
             return state
         return None
 
     def save(self, state: CachedState, prompt: Content) -> None:
-        """Keep keys and values of `prompt`, which `state` begins with, if that is worth it.
+        """Store the keys and values of `prompt`, a prefix of `state`.
 
-        What is stored already, but for less than `LEAST_TOKENS` tokens, is not stored again.
-        Files that the new one holds all of are removed.
+        Does nothing if the prompt is shorter than `MIN_TOKENS`, or if a file already holds all
+        but fewer than `MIN_TOKENS` of its tokens. Removes files that are prefixes of the new one.
         """
         length = len(prompt.ids)
         if not is_plain(state.cache) or state.num_tokens < length:
@@ -110,11 +120,11 @@ class DiskStore:
         contained = []
         for path, stored in self._read_contents():
             common = stored.count_common(prompt, length)
-            if common > length - LEAST_TOKENS:
+            if common > length - MIN_TOKENS:
                 return
             if common == len(stored.ids):
                 contained.append(path)
-        if length < LEAST_TOKENS:
+        if length < MIN_TOKENS:
             return
         name = hashlib.sha256(json.dumps(serialize_content(prompt)).encode()).hexdigest()[:32]
         path = self._own / f"{self._start}{name}.safetensors"
@@ -127,7 +137,7 @@ class DiskStore:
             self._shrink(path)
 
     def _read_contents(self) -> Iterator[tuple[Path, Content]]:
-        """The files of this checkpoint that can be read, with their contents."""
+        """Yields path and content of every readable file of this checkpoint."""
         for path, _ in _list_files(self._own):
             if path.name.startswith(self._start):
                 with self._skip_unusable(path):
@@ -135,11 +145,14 @@ class DiskStore:
                     yield path, parse_content(values, self._config)
 
     def _shrink(self, newest: Path) -> None:
-        """Remove what was not used for longest until the limit holds, and what was left half."""
+        """Remove leftovers, then the least recently used files until the rest fits the limit.
+
+        `newest` is removed last.
+        """
         remove_leftovers(self._own)
         files = [(status, path) for path, status in _list_files(self._own)]
         if sum(status.st_size for status, _ in files) <= self._limit:
-            return  # without reading every header
+            return  # avoids reading every header
         files = [one for one in files if _is_own(one[1])]
         total = sum(status.st_size for status, _ in files)
         for status, path in sorted(files, key=lambda one: (one[1] == newest, one[0].st_mtime_ns)):
@@ -150,7 +163,7 @@ class DiskStore:
 
     @contextlib.contextmanager
     def _skip_unusable(self, path: Path) -> Iterator[None]:
-        """Within it, a file that cannot be used is told of once and passed over."""
+        """Suppress errors of the file at `path`; the first one in this store causes a warning."""
         try:
             yield
         except (CheckpointError, OSError) as error:
@@ -163,11 +176,11 @@ class DiskStore:
 
 
 def _make_folder(folder: Path) -> Path:
-    """The cache's own subfolder of `folder`, made if it is not there, for this user alone.
+    """Create or check the cache's subfolder of `folder`, private to the user.
 
     Raises:
-        CheckpointError: Something else has its name.
-        OSError: It cannot be made, or other users can write to it.
+        CheckpointError: A folder of that name exists and is not a cache.
+        OSError: It cannot be created, or other users can write to it.
     """
     own = folder / OWN_FOLDER
     make_private_folder(own)
@@ -178,20 +191,20 @@ def _make_folder(folder: Path) -> Path:
             "folder"
         )
     status = own.stat()
-    if status.st_uid == os.geteuid() and status.st_mode & 0o077:  # made by an earlier version
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:  # created by an earlier version
         own.chmod(0o700)
     return own
 
 
 def _mark(own: Path) -> None:
-    """Write the tag into the cache's folder, if it has none; errors as `_make_folder`."""
+    """Create the tag file in the cache's folder if it is missing; errors as in `_make_folder`."""
     _make_folder(own.parent)
     if not _is_marked(own):
         write_file(own / TAG_FILE, _TAG, follow_links=False)
 
 
 def _is_marked(own: Path) -> bool:
-    """Whether the folder `own` holds the tag of this cache."""
+    """Whether the folder `own` contains the tag file of this cache."""
     try:
         return read_file(own / TAG_FILE, 4096).startswith(_TAG.encode())
     except OSError:
@@ -199,18 +212,18 @@ def _is_marked(own: Path) -> bool:
 
 
 def _list_files(own: Path) -> list[tuple[Path, os.stat_result]]:
-    """Regular files of `own` that are called as the cache calls its own, in order; no links."""
-    found = []
+    """Paths and status of the regular files in `own` with names of the cache, sorted; no links."""
+    files = []
     with contextlib.suppress(OSError), os.scandir(own) as entries:
         for entry in sorted(entries, key=lambda one: one.name):
             with contextlib.suppress(OSError):  # removed by another run
                 if _NAME.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
-                    found.append((own / entry.name, entry.stat(follow_symlinks=False)))
-    return found
+                    files.append((own / entry.name, entry.stat(follow_symlinks=False)))
+    return files
 
 
 def _is_own(path: Path) -> bool:
-    """Whether the header of the file at `path` is one that the cache wrote under this name."""
+    """Whether the cache wrote the file at `path`: its header must match its name."""
     match = _NAME.fullmatch(path.name)
     try:
         header = _read_header(path, own_only=True)
@@ -229,10 +242,18 @@ def write_state_file(
     values: dict[str, Any],
     follow_links: bool = False,
 ) -> None:
-    """Write `tensors` and the JSON `values` to `path`, whole or not at all; its owner reads it.
+    """Write a state file atomically, readable by its owner only.
+
+    Args:
+        path: The file to create or replace.
+        kind: What the file holds, such as "conversation".
+        checkpoint: Digest of the checkpoint.
+        tensors: Arrays by name.
+        values: JSON values.
+        follow_links: As in `files.replace_file`.
 
     Raises:
-        OSError: There is no room, the folder cannot be written to, or `path` is no regular file.
+        OSError: The disk is full, the folder cannot be written to, or `path` is no regular file.
     """
     header = {
         "kind": kind,
@@ -246,10 +267,10 @@ def write_state_file(
 
 
 def read_state_values(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
-    """The JSON values in the file at `path`, of the given kind and checkpoint.
+    """The JSON values in the state file at `path`.
 
     Raises:
-        CheckpointError: It is none, or of another version or checkpoint, or damaged.
+        CheckpointError: The file is of another kind, version or checkpoint, or is damaged.
     """
     return _check_header(path, kind, checkpoint)["values"]  # type: ignore[no-any-return]
 
@@ -257,10 +278,10 @@ def read_state_values(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
 def read_state_file(
     path: Path, kind: str, checkpoint: str
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Tensors and JSON values in the file at `path`, of the given kind and checkpoint.
+    """The arrays and the JSON values in the state file at `path`.
 
     Raises:
-        CheckpointError: It is none, or of another version or checkpoint, or damaged.
+        CheckpointError: The file is of another kind, version or checkpoint, or is damaged.
     """
     header = _check_header(path, kind, checkpoint)
     tensors = load_tensors(path)
@@ -274,13 +295,12 @@ def read_state_file(
 
 
 def _read_header(path: Path, own_only: bool) -> dict[str, Any] | None:
-    """What `write` stated in the file at `path`, of whatever kind; None if it wrote nothing.
+    """The header of the state file at `path`; None if it has none.
 
-    Args:
-        path: A file.
-        own_only: Refuse a file of another user, with a CheckpointError.
+    Raises:
+        CheckpointError: The file cannot be read, or with `own_only` it has another owner.
     """
-    metadata = read_metadata(path, _LARGEST_HEADER, own_only=own_only)
+    metadata = read_metadata(path, _MAX_HEADER, own_only=own_only)
     try:
         header = json.loads(metadata.get(_HEADER, "null"))
     except (ValueError, TypeError, RecursionError):
@@ -289,10 +309,13 @@ def _read_header(path: Path, own_only: bool) -> dict[str, Any] | None:
 
 
 def _check_header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
-    """What `write` stated in the file at `path`.
+    """Read and check the header of the state file at `path`.
 
-    A conversation is a file that the user names; the others are found by name in a folder,
-    where another user may have put one.
+    Files of the store are found by name in a folder, where another user may have put them, so
+    their owner is checked. A conversation is a file that the user names.
+
+    Raises:
+        CheckpointError: As `read_state_file`.
     """
     header = _read_header(path, own_only=kind == _PREFIX)
     if header is None or header.get("kind") != kind:
@@ -305,20 +328,20 @@ def _check_header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
 
 
 def is_plain(cache: KVCache) -> bool:
-    """Whether `cache` holds every token as it was computed, as `extract_tensors` needs it."""
+    """Whether `cache` keeps all tokens as computed; `extract_tensors` requires it."""
     return type(cache) is KVCache and cache.storage is FLOAT_STORAGE
 
 
 def extract_tensors(cache: KVCache, length: int) -> dict[str, mx.array]:
-    """Keys and values of the first `length` tokens, by name."""
+    """Keys and values of the first `length` tokens of `cache`, one array per layer, by name."""
     return {f"layer.{i}": buffer[:, :, :length] for i, buffer in enumerate(cache.arrays)}
 
 
 def rebuild_cache(tensors: Mapping[str, mx.array], config: Config) -> KVCache:
-    """The cache that `extract_tensors` took apart.
+    """Build a cache from the arrays of `extract_tensors`.
 
     Raises:
-        CheckpointError: The arrays are not those of such a model.
+        CheckpointError: An array is missing or does not suit the model.
     """
     text = config.text
     cache = KVCache(text.num_hidden_layers)
@@ -336,10 +359,10 @@ def rebuild_cache(tensors: Mapping[str, mx.array], config: Config) -> KVCache:
 
 
 def parse_content(values: Any, config: Config) -> Content:
-    """The content that `serialize_content` described.
+    """Read the JSON values of `serialize_content`.
 
     Raises:
-        CheckpointError: It describes none, or tokens that the checkpoint does not have.
+        CheckpointError: The values are malformed, or a token id is outside the vocabulary.
     """
     try:
         ids, spans = values["ids"], tuple(Span(*span) for span in values["spans"])
@@ -358,13 +381,13 @@ def parse_content(values: Any, config: Config) -> Content:
 
 
 def serialize_content(content: Content) -> dict[str, Any]:
-    """`content` as JSON values."""
+    """`content` as JSON values; `parse_content` reads them."""
     spans = [[span.start, span.stop, span.digest] for span in content.spans]
     return {"ids": content.ids.tolist(), "spans": spans}
 
 
 def _digest(tensors: Mapping[str, mx.array]) -> str:
-    """Digest of names, types, shapes and bytes of `tensors`."""
+    """Digest of the names, types, shapes and bytes of `tensors`."""
     total = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         array = tensors[name]
@@ -374,14 +397,13 @@ def _digest(tensors: Mapping[str, mx.array]) -> str:
 
 
 def digest_checkpoint(folder: Path, memo: Path | None = None, adapter: Path | None = None) -> str:
-    """Digest of the checkpoint's files in `folder`, without its card, which may grow.
-
-    Hidden files are notes and leftovers, which say nothing of the model.
+    """Hexadecimal SHA-256 of a checkpoint's files, except its card and hidden files.
 
     Args:
-        memo: A JSON file that remembers digests by name, size and time of the files, since
-            reading gigabytes takes seconds; None reads them.
-        adapter: The folder of its adapter, which counts as well.
+        folder: The checkpoint.
+        memo: A JSON file that stores digests by name, size and time of the files, because
+            reading gigabytes takes seconds; None reads the files.
+        adapter: The folder of a LoRA adapter to include, or None.
 
     Raises:
         CheckpointError: A file cannot be read.
@@ -393,13 +415,11 @@ def digest_checkpoint(folder: Path, memo: Path | None = None, adapter: Path | No
         paths = [path for path in folder.iterdir() if path.name[0] != "." and path.is_file()]
         files = sorted(path for path in paths if path.name != CARD_FILE)
         stamp = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
-        known: dict[str, Any] = {}
-        if memo is not None:
-            known = _read_memo(memo)
-        found = known.get(str(folder.resolve()))
-        if isinstance(found, list) and len(found) == 2 and found[0] == stamp:
-            digest = str(found[1])
-            if re.fullmatch("[0-9a-f]{64}", digest):  # it becomes part of the files' names
+        memory = {} if memo is None else _read_memo(memo)
+        entry = memory.get(str(folder.resolve()))
+        if isinstance(entry, list) and len(entry) == 2 and entry[0] == stamp:
+            digest = str(entry[1])
+            if re.fullmatch("[0-9a-f]{64}", digest):  # becomes part of file names
                 return digest
         total = hashlib.sha256()
         for path in files:
@@ -412,15 +432,15 @@ def digest_checkpoint(folder: Path, memo: Path | None = None, adapter: Path | No
     digest = total.hexdigest()
     if memo is not None:
         with contextlib.suppress(OSError):
-            known[str(folder.resolve())] = [stamp, digest]
-            write_file(memo, json.dumps(known), follow_links=False)
+            memory[str(folder.resolve())] = [stamp, digest]
+            write_file(memo, json.dumps(memory), follow_links=False)
     return digest
 
 
 def _read_memo(memo: Path) -> dict[str, Any]:
-    """The digests that were remembered; none if the file cannot be used."""
+    """The digests in `memo`; empty if the file cannot be used."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
-        values = json.loads(read_file(memo, _LARGEST_MEMO, own_only=True))
+        values = json.loads(read_file(memo, _MAX_MEMO, own_only=True))
         if isinstance(values, dict):
             return values
     return {}

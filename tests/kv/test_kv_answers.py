@@ -37,7 +37,7 @@ def noise(seed: int) -> Image.Image:
 def transcript(chat: Conversation, pictures: list[Image.Image]) -> list[dict[str, object]]:
     """What was said before the last answer, with the pictures in their items."""
     media, messages = iter(pictures), []
-    for message in chat._transcript(chat._turns):
+    for message in chat._list_messages(chat._turns):
         content = [
             {**item, "image": next(media)} if item["type"] == "image" else item
             for item in message["content"]
@@ -72,7 +72,7 @@ def test_a_bounded_conversation_equals_a_cold_run(bounded: SmolVLM, cold: SmolVL
         if dropped and reply.cached_tokens:  # nothing but the turn itself was run
             assert reply.prompt_tokens - reply.cached_tokens < 30 + 33 * len(new)
             went_on += 1
-        chat._settle()
+        chat._finish_answer()
         assert chat._state is not None
         cache = chat._state.cache
         assert isinstance(cache, BoundedKVCache)
