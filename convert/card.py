@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: README.md as the hub reads it."""
+"""The origin of a checkpoint, and the model card (README.md) to publish it with."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _LONGEST_TEXT = 300  # characters of a name or link
 
 
 def trace_origin(source: Source) -> Origin:
-    """Where the checkpoint `source` comes from, as far as its files tell."""
+    """Collect the origin of the checkpoint `source` from its files."""
     from mlx_smolvlm import __version__
 
     converter = f"mlx-smolvlm {__version__}"
@@ -54,7 +54,7 @@ def trace_origin(source: Source) -> Origin:
 
 
 def read_card(source: Source) -> Mapping[str, Any]:
-    """The front matter of the source's model card; nothing if there is none to be read."""
+    """Read the front matter of the source's model card; empty if it cannot be read."""
     if not source.has(CARD_FILE):
         return {}
     try:
@@ -62,12 +62,12 @@ def read_card(source: Source) -> Mapping[str, Any]:
         from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
 
         return RepoCard(text).data.to_dict() if REGEX_YAML_BLOCK.search(text) else {}
-    except Exception:  # the card is text by people, and no weight depends on it
+    except Exception:  # people write cards, and no weights depend on them
         return {}
 
 
 def _read_name(source: Source) -> Any:
-    """What config.json calls the model."""
+    """Read the model's name in config.json."""
     try:
         return source.read_json(CONFIG_FILE).get("_name_or_path")
     except CheckpointError:
@@ -75,32 +75,33 @@ def _read_name(source: Source) -> Any:
 
 
 def _pick_hub_id(value: Any) -> str | None:
-    """`value`, or the first of it, if it is a hub id."""
+    """Return `value`, or its first item, if it is a hub id; else None."""
     if isinstance(value, list) and value:
         value = value[0]
     return value if isinstance(value, str) and is_hub_id(value) else None
 
 
 def _clean_text(value: Any) -> str | None:
-    """`value` if it is one short line of text."""
+    """Return `value`, or its only item, if it is a short line of text; else None."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     usable = isinstance(value, str) and re.fullmatch(r"\S[^\x00-\x1f\x7f]*", value)
     return value.strip() if usable and len(value) <= _LONGEST_TEXT else None
 
 
-UNKNOWN_LICENSE = "unknown"  # an identifier of the hub's
+UNKNOWN_LICENSE = "unknown"  # an identifier of the hub
 
 
 def format_model_card(folder: Path, repo: str, section: str = "") -> str:
-    """The card of the checkpoint in `folder`, to be published as `repo`.
+    """Format the model card of the checkpoint in `folder`.
 
     Args:
-        section: More Markdown to put before how it was made, such as what a comparison
-            with the source gave.
+        folder: A checkpoint folder of this format.
+        repo: The hub id to publish it as.
+        section: Markdown to insert before the last section, such as a comparison with the source.
 
     Raises:
-        CheckpointError: The folder is no whole checkpoint of this format.
+        CheckpointError: `folder` is not a complete checkpoint of this format.
     """
     config = read_config(folder)
     origin = read_origin(folder) or Origin(config.source)
@@ -116,14 +117,14 @@ def format_model_card(folder: Path, repo: str, section: str = "") -> str:
 
 
 def find_base_model(config: Config, origin: Origin) -> str | None:
-    """The hub id of the model that was converted; None if it is not known."""
+    """Return the hub id of the model that was converted; None if unknown."""
     if origin.base_model is not None:
         return origin.base_model
     return config.source if is_hub_id(config.source) else None
 
 
 def _format_front_matter(config: Config, origin: Origin) -> str:
-    """The YAML that the hub files the model by."""
+    """Format the YAML metadata for the hub."""
     from huggingface_hub import ModelCardData
 
     parts = {part: getattr(config.quantization, part) for part in PARTS}
@@ -152,7 +153,7 @@ def _format_front_matter(config: Config, origin: Origin) -> str:
 
 
 def _format_introduction(config: Config, origin: Origin, repo: str) -> str:
-    """What it is, and under which licence."""
+    """Format the title, the source and, if unknown, a note about the licence."""
     base = find_base_model(config, origin)
     source = f"`{origin.source}`" if base is None else f"[{base}](https://huggingface.co/{base})"
     if origin.revision:
@@ -167,7 +168,7 @@ def _format_introduction(config: Config, origin: Origin, repo: str) -> str:
 
 
 def _format_usage(config: Config, repo: str) -> str:
-    """How to run it."""
+    """Format the section on how to run the model."""
     lines = [
         "## Use",
         "```",
@@ -182,7 +183,7 @@ def _format_usage(config: Config, repo: str) -> str:
 
 
 def _format_sizes(folder: Path, config: Config) -> str:
-    """The precision and size of each part."""
+    """Format the table of each part's precision and size."""
     sizes = measure_parts(folder)
     rows = ["## Precision", "| part | stored as | weights | bytes | bits per weight |"]
     rows.append("|---|---|---:|---:|---:|")
@@ -200,14 +201,14 @@ def _format_sizes(folder: Path, config: Config) -> str:
 
 
 def _format_row(name: str, stored: str, size: PartSize) -> str:
-    """A line of the table of precisions."""
+    """Format a row of that table."""
     return (
         f"| {name} | {stored} | {size.weights:,} | {size.nbytes:,} | {size.bits_per_weight:.2f} |"
     )
 
 
 def _format_files(origin: Origin) -> str:
-    """How the folder was made, and how to check it."""
+    """Format the section on how the files were made and how to check them."""
     by = origin.converter or "mlx-smolvlm"
     return (
         f"## Files\nWritten by {by}. `sha256sum -c SHA256SUMS` checks the files, and so does "

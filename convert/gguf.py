@@ -1,11 +1,11 @@
-"""Text weights of llama.cpp's GGUF files, brought to a folder that the converter reads.
+"""Unpack llama.cpp's GGUF files of SmolLM2 into a folder that the converter reads.
 
-A GGUF of SmolLM2 has the decoder alone. It becomes a checkpoint for text: its chat template takes
-no pictures, and in the place of the vision encoder stand zeros of the least size. Packed
-matrices stay packed: GGUF's Q4_0, Q4_1 and Q8_0 are MLX's affine mode in groups of 32.
+A GGUF file of SmolLM2 holds only the decoder. It becomes a text-only checkpoint: the chat template
+takes no pictures, and a minimal vision encoder is filled with zeros. Packed matrices stay packed:
+GGUF's Q4_0, Q4_1 and Q8_0 are MLX's affine mode in groups of 32.
 
 Source: llama.cpp, gguf-py/gguf/constants.py (names and metadata) and conversion of Llama models
-(the order of rows in queries and keys).
+(the row order of queries and keys).
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from mlx_smolvlm.convert.gguf_file import GROUP, PACKED_BITS, GgufFile, decode_t
 from mlx_smolvlm.errors import CheckpointError, format_error, shorten
 from mlx_smolvlm.records import read_json
 
-SPLITTERS = ("smollm",)  # llama.cpp's names of how text is split; others differ
-CONTROL = 3  # llama.cpp's type of a token that stands for no text
+SPLITTERS = ("smollm",)  # llama.cpp's names of the supported pre-tokenizers
+CONTROL = 3  # llama.cpp's type of control tokens
 
 
 def build_tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The contents of tokenizer.json for the GGUF file `path`.
+    """Build the contents of tokenizer.json from the metadata of the GGUF file `path`.
 
     Raises:
-        CheckpointError: It is of another kind than SmolLM's, not whole, or has other than
-            `vocab_size` tokens.
+        CheckpointError: The tokenizer is not SmolLM's, is incomplete, or does not have `vocab_size`
+            tokens.
     """
     kind = (metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre"))
     if kind[0] != "gpt2" or kind[1] not in SPLITTERS:
@@ -72,10 +72,10 @@ def build_tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int) ->
 
 
 def check_added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The added tokens of a tokenizer.json that belongs to the GGUF file `path`.
+    """Return the added tokens of the `tokenizer` for the GGUF file `path`.
 
     Raises:
-        CheckpointError: They are not as tokenizers writes them.
+        CheckpointError: They are damaged.
     """
     tokens = tokenizer.get("added_tokens")
     kinds = {"id": int, "content": str, "special": bool}
@@ -88,10 +88,10 @@ def check_added_tokens(path: Path, tokenizer: Mapping[str, Any]) -> list[dict[st
 
 
 def choose_image_token(added: Sequence[Mapping[str, Any]], template: str, vocab_size: int) -> int:
-    """A token that no prompt contains, to be that of pictures.
+    """Choose an image token id that no prompt contains.
 
-    A special token in what a user types stays text, so one that the template does not
-    write will do; without any, it is the last of the vocabulary.
+    Special tokens in a user's text are not parsed, so any special token that the template does not
+    write will do. Without one, it is the last of the vocabulary.
     """
     free = [token["id"] for token in added if token["special"] and token["content"] not in template]
     return int(max(free)) if free else vocab_size - 1
@@ -124,7 +124,7 @@ SIZES = {
     "rope_theta": "rope.freq_base",
 }
 FLOAT_KEYS = ("rms_norm_eps", "rope_theta")
-# Zeros in the place of the encoder: wide enough for groups of 128, and never run.
+# The encoder of zeros, which never runs; wide enough for groups of 128.
 VISION = {
     "hidden_size": 128,
     "intermediate_size": 128,
@@ -139,12 +139,12 @@ SCALE_FACTOR = 2
 def unpack_gguf(path: Path, folder: Path) -> None:
     """Write the checkpoint in the GGUF file `path` into `folder`, in the Hugging Face layout.
 
-    The tokenizer is the tokenizer.json beside `path` if there is one, else what the metadata
-    say; the chat template likewise, from chat_template.jinja.
+    A tokenizer.json or chat_template.jinja beside `path` is used instead of the one in the
+    metadata.
 
     Raises:
-        CheckpointError: The file is damaged, of another architecture, packed in a way that
-            is not read, or the language part of a model that sees.
+        CheckpointError: The file is damaged, has another architecture or an unsupported tensor
+            type, or is the language part of a vision-language model.
         OSError: `folder` cannot be written to.
     """
     with open_gguf(path) as file:
@@ -158,13 +158,13 @@ def unpack_gguf(path: Path, folder: Path) -> None:
     added = check_added_tokens(path, tokenizer)
     if any(token["content"] == "<image>" for token in added):
         raise CheckpointError(
-            f"{path} is the language part of a model that sees, and has no vision encoder; "
+            f"{path} is the language part of a vision-language model, without its encoder; "
             "convert the safetensors that it was made from"
         )
     eos = metadata.get("tokenizer.ggml.eos_token_id")
     if type(eos) is not int or not 0 <= eos < text["vocab_size"]:
         raise CheckpointError(
-            f"{path}: the end token is {shorten(eos)}, which is none of the "
+            f"{path}: the end token is {shorten(eos)}, which is not one of the "
             f"{text['vocab_size']:,} tokens; fetch it again"
         )
     config = {
@@ -189,15 +189,15 @@ def unpack_gguf(path: Path, folder: Path) -> None:
 
 
 def _write_json(path: Path, values: Any) -> None:
-    """Write `values` to `path`."""
+    """Write `values` to the JSON file `path`."""
     path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
 def _read_text_config(path: Path, file: GgufFile) -> dict[str, Any]:
-    """The decoder's part of a config.json, from the file's metadata and the embedding's shape.
+    """Read the `text_config` of a config.json from the metadata and the embeddings' shape.
 
     Raises:
-        CheckpointError: A value is missing, or the model is none that the decoder here runs.
+        CheckpointError: A value is missing, or our decoder does not support the model.
     """
     metadata = file.metadata
     architecture = metadata.get("general.architecture")
@@ -224,10 +224,10 @@ def _read_text_config(path: Path, file: GgufFile) -> dict[str, Any]:
     text["head_dim"] = text["hidden_size"] // text["num_attention_heads"]
     if "llama.attention.key_length" in metadata:
         text["head_dim"] = _read_number(path, metadata, "llama.attention.key_length", int)
-    turned = metadata.get("llama.rope.dimension_count", text["head_dim"])
-    if turned != text["head_dim"]:
+    rope_dim = metadata.get("llama.rope.dimension_count", text["head_dim"])
+    if rope_dim != text["head_dim"]:
         raise CheckpointError(
-            f"{path}: rope turns {shorten(turned)} of {text['head_dim']} numbers of a head, "
+            f"{path}: rope rotates {shorten(rope_dim)} of {text['head_dim']} dimensions of a head, "
             "which is not supported"
         )
     if text["num_hidden_layers"] > len(file.tensors):
@@ -238,7 +238,7 @@ def _read_text_config(path: Path, file: GgufFile) -> dict[str, Any]:
 
 
 def _read_number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) -> Any:
-    """The number above 0 of type `kind` under `key`."""
+    """Read the positive number of type `kind` at `key`."""
     value: Any = metadata.get(key)
     is_kind = type(value) is kind
     if not is_kind or not 0 < value < (LARGEST if kind is int else math.inf):
@@ -251,7 +251,7 @@ def _read_number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) 
 def _read_tensors(
     path: Path, file: GgufFile, text: Mapping[str, Any]
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """The tensors by Hugging Face's names, and the entry "quantization" of config.json."""
+    """Read the tensors, by Hugging Face name, and make "quantization" of config.json."""
     heads = {"attn_q": text["num_attention_heads"], "attn_k": text["num_key_value_heads"]}
     modules = {name: _find_module(path, name) for name in sorted(file.tensors)}
     missing = [name for name in TOP_NAMES.values() if name not in modules.values()]
@@ -275,7 +275,7 @@ def _read_tensors(
 
 
 def _find_module(path: Path, name: str) -> str:
-    """Hugging Face's name of the module whose weight is the tensor `name`."""
+    """Return the Hugging Face name of the module whose weight is the tensor `name`."""
     match = re.fullmatch(r"blk\.([0-9]{1,5})\.(\w+)\.weight", name)
     module = LAYER_NAMES.get(match[2]) if match else TOP_NAMES.get(name.removesuffix(".weight"))
     if module is None or not name.endswith(".weight"):
@@ -284,9 +284,9 @@ def _find_module(path: Path, name: str) -> str:
 
 
 def _reorder_rows(path: Path, name: str, array: mx.array, heads: int) -> mx.array:
-    """Rows of queries or keys as rope here pairs them: i with i + half of the head.
+    """Reorder the rows of queries or keys for our rope, which pairs i with i + head_dim / 2.
 
-    llama.cpp pairs neighbors. Packed rows move as floats do, since groups lie along a row.
+    llama.cpp pairs 2i with 2i + 1. Packed rows can be moved too, since groups lie along rows.
     """
     rows, width = array.shape[0], array.size // array.shape[0]
     if array.ndim != 2 or rows % (2 * heads):
@@ -298,7 +298,7 @@ def _reorder_rows(path: Path, name: str, array: mx.array, heads: int) -> mx.arra
 
 
 def _make_empty_vision(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """Zeros for the encoder and the connector, to a decoder of `width`."""
+    """Make zero weights for the encoder and the connector of a decoder of size `width`."""
     hidden, patch = VISION["hidden_size"], VISION["patch_size"]
     tower, layer = "model.vision_model", "model.vision_model.encoder.layers.0"
     shapes: dict[str, tuple[int, ...]] = {
@@ -319,13 +319,13 @@ def _make_empty_vision(width: int, dtype: mx.Dtype) -> dict[str, mx.array]:
 
 
 def _read_tokenizer(path: Path, metadata: Mapping[str, Any], vocab_size: int) -> dict[str, Any]:
-    """The tokenizer.json beside `path`, else the one that `metadata` describe."""
+    """Read tokenizer.json beside `path`, or build it from `metadata`."""
     beside = path.with_name(TOKENIZER_FILE)
     return read_json(beside) if beside.is_file() else build_tokenizer(path, metadata, vocab_size)
 
 
 def _read_template(path: Path, metadata: Mapping[str, Any]) -> str:
-    """The chat template beside `path`, else the one in `metadata`."""
+    """Read the chat template beside `path`, or the one in `metadata`."""
     if path.with_name(TEMPLATE_FILE).is_file():
         return read_chat_template(path.parent)
     template = metadata.get("tokenizer.chat_template")

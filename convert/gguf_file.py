@@ -1,7 +1,7 @@
-"""GGUF files, read strictly: metadata, and the places of tensors, each checked before it is used.
+"""Read GGUF files strictly: header and tensors.
 
-No native code sees the file. Counts, lengths, types, names, alignment, extents and overlaps are
-checked against the size of the open file, and what the header may ask for in memory is bounded.
+No native code parses the file. Counts, lengths, types, names, alignment, extents and overlaps are
+checked against the size of the open file, and the memory that a header can claim is bounded.
 
 Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
@@ -27,13 +27,15 @@ from mlx_smolvlm.files import open_file
 PACKED_BITS = {"Q4_0": 4, "Q4_1": 4, "Q8_0": 8}
 GROUP = 32
 _FLOATS = {"F32": "<f4", "F16": "<f2"}
-_CHUNK = 2**14  # blocks unpacked at a time, which bounds the memory for float32 in between
+_CHUNK = 2**14  # blocks unpacked at a time; bounds the memory for float32 intermediates
 
 
 def decode_tensor(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.array]:
-    """The tensor of type `kind` and `shape` in `data`, by suffix.
+    """Decode the tensor of type `kind` and `shape` in `data`.
 
-    "weight" alone if it holds floats, else "weight", "scales" and "biases" of MLX's affine mode.
+    Returns:
+        `weight` for float and K types; `weight`, `scales` and `biases` of MLX's affine mode for
+        Q4_0, Q4_1 and Q8_0.
     """
     if kind == "BF16":
         return {"weight": mx.array(np.frombuffer(data, "<u2").reshape(shape)).view(mx.bfloat16)}
@@ -45,22 +47,22 @@ def decode_tensor(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, m
     blocks = np.frombuffer(data, np.uint8).reshape(-1, block_bytes)
     result = np.empty(math.prod(shape), np.float16)
     for start in range(0, len(blocks), _CHUNK):
-        with np.errstate(all="ignore"):  # damaged scales give inf and nan, as they do in ggml
+        with np.errstate(all="ignore"):  # damaged scales give inf and nan, as in ggml
             floats = unpack(blocks[start : start + _CHUNK]).astype(np.float16)
         result[256 * start : 256 * start + floats.size] = floats.reshape(-1)
     return {"weight": mx.array(result.reshape(shape))}
 
 
 def _decode_packed(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, mx.array]:
-    """The arrays of a matrix in groups of 32, as MLX packs them."""
+    """Repack a matrix in groups of 32 to MLX's affine mode."""
     head = 4 if kind == "Q4_1" else 2
     blocks = np.frombuffer(data, np.uint8).reshape(math.prod(shape) // GROUP, -1)
     scales = _read_float16(blocks, 0)
     body: np.ndarray = blocks[:, head:]
     with np.errstate(all="ignore"):
-        if kind == "Q8_0":  # signed bytes; MLX's are unsigned
+        if kind == "Q8_0":  # signed bytes to MLX's unsigned ones
             biases, body = np.float16(-128) * scales, body ^ 0x80
-        else:  # the first 16 numbers in the low halves of the bytes, MLX has neighbors in a byte
+        else:  # low half-bytes hold numbers 0 to 15, high ones 16 to 31; MLX packs neighbors
             biases = _read_float16(blocks, 2) if kind == "Q4_1" else np.float16(-8) * scales
             numbers: np.ndarray = np.concatenate([body & 0x0F, body >> 4], axis=1)
             body = numbers[:, 0::2] | numbers[:, 1::2] << 4
@@ -74,17 +76,17 @@ def _decode_packed(kind: str, shape: tuple[int, ...], data: bytes) -> dict[str, 
 
 
 def _read_float16(blocks: np.ndarray, start: int) -> np.ndarray:
-    """The float16 at byte `start` of each block, (blocks, 1)."""
+    """Read the float16 at byte `start` of each block, as (blocks, 1)."""
     return np.ascontiguousarray(blocks[:, start : start + 2]).view("<f2")
 
 
 def _split_bits(values: np.ndarray, shifts: tuple[int, ...], mask: int) -> np.ndarray:
-    """`values` (..., n) as (..., shifts, n): their bits at each of `shifts`."""
+    """Extract bits of `values` (..., n) at each of `shifts`, as (..., shifts, n)."""
     return values[..., None, :] >> np.array(shifts, np.uint8)[:, None] & mask
 
 
 def _unpack_q2_k(blocks: np.ndarray) -> np.ndarray:
-    """256 numbers a block, in groups of 16 with a scale and a minimum of 4 bits each."""
+    """Unpack blocks of 256 numbers, in groups of 16 with a 4-bit scale and minimum."""
     d, least = (
         _read_float16(blocks, 80).astype(np.float32),
         _read_float16(blocks, 82).astype(np.float32),
@@ -98,7 +100,7 @@ def _unpack_q2_k(blocks: np.ndarray) -> np.ndarray:
 
 
 def _unpack_q4_k(blocks: np.ndarray) -> np.ndarray:
-    """256 numbers a block, in groups of 32 with a scale and a minimum of 6 bits each."""
+    """Unpack blocks of 256 numbers, in groups of 32 with a 6-bit scale and minimum."""
     d, least = (
         _read_float16(blocks, 0).astype(np.float32),
         _read_float16(blocks, 2).astype(np.float32),
@@ -112,7 +114,7 @@ def _unpack_q4_k(blocks: np.ndarray) -> np.ndarray:
 
 
 def _unpack_q6_k(blocks: np.ndarray) -> np.ndarray:
-    """256 numbers a block, in groups of 16 with a signed scale of 8 bits each."""
+    """Unpack blocks of 256 numbers, in groups of 16 with a signed 8-bit scale."""
     d, scales = _read_float16(blocks, 208).astype(np.float32), blocks[:, 192:208].view(np.int8)
     low = _split_bits(blocks[:, :128].reshape(-1, 2, 64), (0, 4), 15).reshape(-1, 8, 32)
     high = _split_bits(blocks[:, 128:192].reshape(-1, 2, 32), (0, 2, 4, 6), 3).reshape(-1, 8, 32)
@@ -130,13 +132,13 @@ _K_TYPES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
 
 VERSIONS = (2, 3)
 LARGEST_HEADER = 64 * 2**20  # bytes; a vocabulary of 256,000 with its merges takes 12 MiB
-MOST_ENTRIES = 2**16  # of metadata, and of tensors
+MOST_ENTRIES = 2**16  # metadata entries, and tensors
 MOST_STRINGS = 2**21  # in all arrays of the metadata
 LONGEST_NAME = 2**16 - 1  # bytes of a key, the format's own bound
 MOST_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 
-# The codes that struct and array have for the metadata's types of numbers.
+# struct and array codes of the metadata's number types.
 _NUMBERS = {
     0: "B",
     1: "b",
@@ -152,7 +154,7 @@ _NUMBERS = {
 }
 _BOOL, _STRING, _ARRAY = 7, 8, 9
 
-# Tensor types by their number: name, numbers in a block, bytes of a block.
+# Tensor types by number: name, numbers per block, bytes per block.
 TYPES = {
     0: ("F32", 1, 4),
     1: ("F16", 1, 2),
@@ -170,7 +172,7 @@ _OTHER_TYPES |= {23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies: its type such as "Q4_0", shape with the rows first, and bytes."""
+    """A tensor's type such as "Q4_0", shape with rows first, offset in the file, and size."""
 
     name: str
     type: str
@@ -183,9 +185,9 @@ class GgufFile:
     """An open GGUF file.
 
     Attributes:
-        metadata: Numbers, truth values and texts; arrays of texts are lists, others are
-            `array.array`, truth values in them bytes.
-        tensors: By name, in the order of the file.
+        metadata: Numbers, booleans and strings, by key. An array of strings is a list; any other
+            array is an `array.array`, in which booleans are bytes.
+        tensors: By name, in file order.
     """
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
@@ -199,10 +201,10 @@ class GgufFile:
             raise CheckpointError(f"{path} cannot be read as GGUF: {error}") from None
 
     def read(self, tensor: GgufTensor) -> bytes:
-        """The bytes of `tensor`.
+        """Read the bytes of `tensor`.
 
         Raises:
-            CheckpointError: The file became shorter.
+            CheckpointError: The file was truncated since it was opened.
         """
         self._file.seek(tensor.offset)
         data = self._file.read(tensor.nbytes)
@@ -213,10 +215,10 @@ class GgufFile:
 
 @contextlib.contextmanager
 def open_gguf(path: Path) -> Iterator[GgufFile]:
-    """The GGUF file at `path`, its header read and checked.
+    """Open the GGUF file at `path` and check its header.
 
     Raises:
-        CheckpointError: It cannot be read, is no GGUF file, is damaged, or holds types that
+        CheckpointError: The file cannot be read, is damaged or not GGUF, or has tensor types that
             are not supported.
     """
     try:
@@ -228,17 +230,17 @@ def open_gguf(path: Path) -> Iterator[GgufFile]:
 
 
 class _HeaderError(Exception):
-    """What is wrong with a header."""
+    """The header is damaged or not supported."""
 
 
 class _HeaderReader:
-    """A cursor over the first bytes of a file of `size` bytes."""
+    """Parses `data`, the first bytes of a file of `size` bytes."""
 
     def __init__(self, data: bytes, size: int) -> None:
         self._data, self._size, self._at, self._strings = data, size, 0, 0
 
     def read(self) -> tuple[dict[str, Any], dict[str, GgufTensor]]:
-        """Metadata and tensors."""
+        """Read metadata and tensors, by name."""
         if self._data[:4] != b"GGUF":
             raise _HeaderError("it does not begin with 'GGUF'")
         self._at = 4
@@ -260,30 +262,30 @@ class _HeaderReader:
             raise _HeaderError(
                 f"its alignment is {shorten(alignment)}, which is not a power of two from 8 on"
             )
-        described = [self._read_tensor() for _ in range(tensor_count)]
-        return metadata, self._place(described, alignment)
+        tensors = [self._read_tensor() for _ in range(tensor_count)]
+        return metadata, self._place(tensors, alignment)
 
     def _place(self, tensors: list[GgufTensor], alignment: int) -> dict[str, GgufTensor]:
-        """`tensors` by name, with offsets from the start of the file, one behind the other."""
-        start = place = -(-self._at // alignment) * alignment
+        """Return `tensors` by name with offsets in the file, after checking for gaps."""
+        start = expected = -(-self._at // alignment) * alignment
         result: dict[str, GgufTensor] = {}
         for one in sorted(tensors, key=lambda one: one.offset):
             offset = start + one.offset
             if one.name in result:
                 raise _HeaderError(f"it has the tensor {shorten(one.name)} twice")
-            if offset != place:
+            if offset != expected:
                 raise _HeaderError(f"the tensors overlap or leave gaps at {shorten(one.name)}")
             if offset + one.nbytes > self._size:
                 raise _HeaderError(
                     f"tensor {shorten(one.name)} ends at byte {offset + one.nbytes:,} of "
                     f"{self._size:,}; fetch it again"
                 )
-            place = -(-(offset + one.nbytes) // alignment) * alignment
+            expected = -(-(offset + one.nbytes) // alignment) * alignment
             result[one.name] = GgufTensor(one.name, one.type, one.shape, offset, one.nbytes)
         return {one.name: result[one.name] for one in tensors}
 
     def _read_tensor(self) -> GgufTensor:
-        """A tensor's description; its offset counts from the end of the header."""
+        """Read a tensor's entry; its offset counts from the end of the header."""
         name = self._read_string(LONGEST_NAME)
         count = self._read_number("I")
         if not 1 <= count <= MOST_DIMENSIONS:
@@ -304,7 +306,7 @@ class _HeaderReader:
         return GgufTensor(name, kind, tuple(reversed(sides)), offset, nbytes)
 
     def _read_value(self, kind: int) -> Any:
-        """A value of the metadata type `kind`."""
+        """Read a value of the metadata type `kind`."""
         if kind == _STRING:
             return self._read_string(LARGEST_HEADER)
         if kind in _NUMBERS:

@@ -1,8 +1,7 @@
-"""A Hugging Face checkpoint's json files as one `Config`.
+"""Read the JSON files of a Hugging Face checkpoint into one `Config`.
 
-Published files omit keys that equal the defaults of transformers' configuration
-classes, so those defaults stand here. What they cannot say, and what this
-package's model does not do, is refused by name.
+Published files omit keys that equal the defaults of transformers' configuration classes, so those
+defaults are repeated here. Settings that this package does not support raise an error.
 
 Source: transformers 5.23, Idefics3VisionConfig, SmolVLMVisionConfig, LlamaConfig,
 Idefics3ImageProcessor, SmolVLMVideoProcessor.
@@ -49,7 +48,7 @@ TEXT_DEFAULTS = {
 }
 SCALE_FACTOR, IMAGE_TOKEN_ID = 2, 128257
 
-# Settings with one supported value, which is also their default.
+# Settings with a single supported value, which is also the default.
 FIXED_TEXT = {
     "model_type": "llama",
     "hidden_act": "silu",
@@ -63,14 +62,14 @@ FIXED_VISION = {"hidden_act": "gelu_pytorch_tanh", "num_channels": 3}
 
 
 def read_hf_config(source: Source) -> Config:
-    """The configuration of the Hugging Face checkpoint `source`.
+    """Read the configuration of the Hugging Face checkpoint `source`.
 
-    `dtype` and `quantization` are float32 and none until the
-    weights have been looked at; `tie_word_embeddings` is what the files declare.
+    The weights are not read, so `dtype` is float32, `quantization` is empty, and
+    `tie_word_embeddings` is what the files declare.
 
     Raises:
-        CheckpointError: Another kind of model, or a value that is missing, impossible
-            or not supported.
+        CheckpointError: The model has another type, or a value is missing, invalid or not
+            supported.
     """
     top = Section(source.read_json(CONFIG_FILE), CONFIG_FILE)
     model_type = top.values.get("model_type")
@@ -109,7 +108,7 @@ def read_hf_config(source: Source) -> Config:
 
 
 def _read_vision(section: Section) -> VisionConfig:
-    """The vision encoder's sizes."""
+    """Read the vision encoder's configuration."""
     section.check_fixed(FIXED_VISION)
     sizes = {key: _read_side(section, key, default) for key, default in VISION_DEFAULTS.items()}
     if sizes["num_hidden_layers"] > MOST_LAYERS:
@@ -118,7 +117,7 @@ def _read_vision(section: Section) -> VisionConfig:
 
 
 def _read_side(section: Section, key: str, default: int) -> int:
-    """The integer at `key`, which may be written as a pair of equal ones."""
+    """Read the integer at `key`, which may be written as a pair of equal integers."""
     value = section.values.get(key)
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         section = Section({key: value[0]}, section.name)
@@ -126,7 +125,7 @@ def _read_side(section: Section, key: str, default: int) -> int:
 
 
 def _read_text(top: Section, section: Section) -> TextConfig:
-    """The decoder's sizes."""
+    """Read the decoder's configuration."""
     section.check_fixed(FIXED_TEXT)
     sizes = {key: section.get_integer(key, default) for key, default in TEXT_DEFAULTS.items()}
     if sizes["num_hidden_layers"] > MOST_LAYERS:
@@ -146,10 +145,10 @@ def _read_text(top: Section, section: Section) -> TextConfig:
 
 
 def _read_rope_theta(section: Section) -> float:
-    """The base of the rotary positions, from `rope_theta` or `rope_parameters`.
+    """Read the base of the rotary position embedding from `rope_theta` or `rope_parameters`.
 
-    A missing one is refused: every published SmolVLM has another than the class's
-    default, so falling back would give a model that answers, and answers badly.
+    It must be present: no published SmolVLM has the default of transformers' class, so a model
+    with that default would run but answer badly.
     """
     bases: list[float] = []
     if section.values.get("rope_theta") is not None:

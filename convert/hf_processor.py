@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint's processor, tokenizer and generation files.
+"""Read a Hugging Face checkpoint's processor, tokenizer and generation files.
 
 Source: transformers 5.23, Idefics3ImageProcessor, SmolVLMVideoProcessor, ProcessorMixin.
 """
@@ -18,17 +18,17 @@ from mlx_smolvlm.prompt.tokenizer import LARGEST_FILE
 
 @dataclass(frozen=True)
 class Section:
-    """A JSON object and the name by which errors call it."""
+    """A JSON object, and its name in error messages."""
 
     values: Mapping[str, Any]
     name: str
 
     def error(self, key: str, advice: str) -> CheckpointError:
-        """An error about the value at `key`."""
+        """Make an error about the value at `key`."""
         return CheckpointError(f"{self.name}: {key} is {shorten(self.values.get(key))}; {advice}")
 
     def get_section(self, key: str) -> Section | None:
-        """The object at `key`; None if it is absent or null."""
+        """Return the object at `key`; None if it is absent or null."""
         value = self.values.get(key)
         if value is None:
             return None
@@ -37,7 +37,7 @@ class Section:
         return Section(value, f"{self.name}, {key}")
 
     def get_integer(self, key: str, default: int | None, largest: int = LARGEST) -> int:
-        """The positive integer at `key`; `default` if it is absent or null."""
+        """Return the positive integer at `key`; `default` if it is absent or null."""
         value = self.values.get(key)
         if value is None:
             value = default
@@ -46,7 +46,7 @@ class Section:
         return value
 
     def get_number(self, key: str, default: float | None, *, zero: bool = False) -> float:
-        """The positive number at `key`, or 0 if `zero`; `default` if it is absent or null."""
+        """Return the number at `key`, positive or, if `zero`, 0; `default` if absent or null."""
         value = self.values.get(key)
         if value is None:
             value = default
@@ -56,7 +56,7 @@ class Section:
         return float(value)  # type: ignore[arg-type]
 
     def get_flag(self, key: str, default: bool) -> bool:
-        """The boolean at `key`; `default` if it is absent or null."""
+        """Return the boolean at `key`; `default` if it is absent or null."""
         value = self.values.get(key)
         if value is None:
             return default
@@ -65,7 +65,7 @@ class Section:
         return value
 
     def check_fixed(self, supported: Mapping[str, Any]) -> None:
-        """Refuse a value other than the `supported` one of its key."""
+        """Raise CheckpointError if a value is present and differs from its `supported` value."""
         for key, wanted in supported.items():
             value = self.values.get(key)
             same = value == wanted or (
@@ -92,10 +92,10 @@ FIXED_IMAGE = {
 
 
 def read_processors(source: Source) -> tuple[Section, Section | None]:
-    """The settings of the image processor and, where they are apart, of the video processor.
+    """Read the settings of the image processor and, if separate, of the video processor.
 
-    transformers 5 nests both in processor_config.json, and prefers that to the files
-    that older versions wrote.
+    transformers 5 nests both in processor_config.json, which it prefers to the files of older
+    versions.
     """
     images, videos = None, None
     if source.has("processor_config.json"):
@@ -107,8 +107,8 @@ def read_processors(source: Source) -> tuple[Section, Section | None]:
     if images is None:
         if not source.has("preprocessor_config.json"):
             raise CheckpointError(
-                f"{source.folder} has no preprocessor_config.json, so the size of pictures is "
-                "unknown; copy it from the checkpoint that this one was made from"
+                f"{source.folder} has no preprocessor_config.json, so the picture size is unknown; "
+                " copy it from the checkpoint that this one was made from"
             )
         images = Section(source.read_json("preprocessor_config.json"), "preprocessor_config.json")
     name = "video_preprocessor_config.json"
@@ -118,7 +118,7 @@ def read_processors(source: Source) -> tuple[Section, Section | None]:
 
 
 def read_image_config(section: Section, tile: int) -> ImageConfig:
-    """How pictures are cut into tiles of side `tile`."""
+    """Read how pictures are resized, normalized and cut into tiles of `tile` pixels a side."""
     section.check_fixed(FIXED_IMAGE)
     largest = _read_longest_edge(section, "max_image_size", TILE)
     if largest != tile:
@@ -134,13 +134,13 @@ def read_image_config(section: Section, tile: int) -> ImageConfig:
 
 
 def _read_longest_edge(section: Section, key: str, default: int) -> int:
-    """`longest_edge` of the object at `key`."""
+    """Read `longest_edge`, in pixels, of the object at `key`."""
     size = section.get_section(key)
     return default if size is None else size.get_integer("longest_edge", None)
 
 
 def _read_channels(section: Section, key: str) -> tuple[float, float, float]:
-    """Three numbers at `key`, one a channel."""
+    """Read three numbers at `key`, one per channel; the default is 0.5 for each."""
     value = section.values.get(key)
     if value is None:
         return (0.5, 0.5, 0.5)
@@ -154,10 +154,10 @@ def _read_channels(section: Section, key: str) -> tuple[float, float, float]:
 
 
 def read_video_config(images: Section, videos: Section | None) -> VideoConfig | None:
-    """How frames are sampled; None where the checkpoint says nothing of videos.
+    """Read how frames are sampled; None if the checkpoint has no video settings.
 
-    SmolVLM2 keeps it as `video_sampling` with the image settings; transformers 5
-    saves the same three values as fields of the video processor.
+    SmolVLM2 stores `video_sampling` in the image settings; transformers 5 stores the same values as
+    fields of the video processor.
     """
     for section in (videos, images):
         sampling = section and section.get_section("video_sampling")
@@ -181,10 +181,13 @@ def read_video_config(images: Section, videos: Section | None) -> VideoConfig | 
 def read_eos_token_ids(
     source: Source, top: Section, text: Section, tokens: Mapping[str, int], vocab_size: int
 ) -> tuple[int, ...]:
-    """The ids that end an answer.
+    """Read the token ids that end an answer, all below `vocab_size`.
 
-    generation_config.json's, else config.json's, and `<end_of_utterance>` where the
-    tokenizer has it, since that ends a turn in the chat format.
+    They come from generation_config.json or else from config.json. `<end_of_utterance>` is added if
+    the tokenizer has it, since it ends a turn in the chat format.
+
+    Raises:
+        CheckpointError: There are none, or a value is not an integer.
     """
     sections = [text, top]
     if source.has("generation_config.json"):
@@ -211,7 +214,7 @@ def read_eos_token_ids(
 
 
 def read_added_tokens(source: Source) -> dict[str, int]:
-    """The added tokens of tokenizer.json with their ids.
+    """Read the ids of the added tokens in tokenizer.json, by content.
 
     Raises:
         CheckpointError: tokenizer.json is missing or damaged.
@@ -231,10 +234,10 @@ def read_added_tokens(source: Source) -> dict[str, int]:
 
 
 def read_template(source: Source) -> str:
-    """The chat template of `source`, from where transformers would take it.
+    """Read the chat template of `source` from the file that transformers would use.
 
     Raises:
-        CheckpointError: None of the four places has one.
+        CheckpointError: None of the four files has one.
     """
     for name in ("processor_config.json", "chat_template.json", TEMPLATE_FILE):
         if name == TEMPLATE_FILE and source.has(name):
@@ -252,7 +255,7 @@ def read_template(source: Source) -> str:
 
 
 def _read_template_in(source: Source, name: str) -> str | None:
-    """The template under "chat_template" in a JSON file, the default one if it has several."""
+    """Read "chat_template" in the JSON file `name`; of several templates, the default one."""
     if not name.endswith(".json") or not source.has(name):
         return None
     value = source.read_json(name).get("chat_template")
@@ -261,5 +264,7 @@ def _read_template_in(source: Source, name: str) -> str | None:
     if isinstance(value, dict):
         value = value.get("default")
     if value is not None and not isinstance(value, str):
-        raise CheckpointError(f"{source.folder / name}: chat_template is no text: {shorten(value)}")
+        raise CheckpointError(
+            f"{source.folder / name}: chat_template is not a string: {shorten(value)}"
+        )
     return value

@@ -1,13 +1,13 @@
-"""From what a user calls a model to a checkpoint folder of this package's format.
+"""Find or make the checkpoint folder for a model name, hub id or path.
 
 A checkpoint of another format is converted once, into
 
     <cache>/<owner>--<name>/<revision>-<precision>-v<format version>/
     <cache>/local--<name>-<hash of the path>/<hash of the files>-<precision>-v<...>/
 
-and from then on found there, without asking the network. A checkpoint of this format
-on the hub is used where the hub's own cache keeps it. The cache is
-$MLX_SMOLVLM_CACHE, else $XDG_CACHE_HOME/mlx-smolvlm, else ~/.cache/mlx-smolvlm.
+and later found there without network access. A checkpoint of this format on the hub is used from
+the hub's own cache. The cache is $MLX_SMOLVLM_CACHE, else $XDG_CACHE_HOME/mlx-smolvlm, else
+~/.cache/mlx-smolvlm.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ from mlx_smolvlm.files import (
 from mlx_smolvlm.records import read_integer, read_json
 
 DEMO = "demo"
-BITS = (4, 8, 16)  # that a model can be converted to on first use
-_USED_FILE = ".last-used"  # in a converted folder, of which the time counts
-_REVISIONS_FILE = ".revisions"  # in a converted folder: what was asked for, a line each
+BITS = (4, 8, 16)  # for conversions on first use
+_USED_FILE = ".last-used"  # in a converted folder; its modification time counts
+_REVISIONS_FILE = ".revisions"  # in a converted folder: the requested revisions, one per line
 _MAX_REVISIONS_BYTES = 1 << 16
 ALIASES = {
     "smolvlm-256m": "HuggingFaceTB/SmolVLM-256M-Instruct",
@@ -62,17 +62,17 @@ ALIASES = {
 
 @dataclass(frozen=True)
 class ResolveOptions:
-    """How a model that is not converted yet is fetched and converted.
+    """How to fetch and convert a model that is not in the cache.
 
     Attributes:
-        bits: Of the decoder, one of `BITS`; None keeps the source's precision.
-        offline: Never ask the network.
-        progress: Called during a conversion with the bytes done, the bytes in all and
-            the module at hand.
-        dtype: Type of what is not quantized; None keeps the source's.
+        bits: Bits of the decoder, one of `BITS`; None keeps the source's precision.
+        offline: Never use the network.
+        progress: Called during a conversion with the bytes done, the total bytes and the path of
+            the current module.
+        dtype: Type of weights that are not quantized; None keeps the source's.
 
     Raises:
-        ValueError: `bits` is none of `BITS`.
+        ValueError: `bits` is not one of `BITS`.
     """
 
     bits: int | None = None
@@ -87,21 +87,21 @@ class ResolveOptions:
 
     @property
     def precision(self) -> str:
-        """A name for the choices that change what is written."""
+        """Name of the options that change the converted weights, such as "4bit-float16"."""
         bits = "source" if self.bits is None else f"{self.bits}bit"
         return bits if self.dtype is None else f"{bits}-{self.dtype}"
 
 
 def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
-    """The checkpoint folder that `model` names, converted now if it never was.
+    """Return the checkpoint folder of `model`, converting it first if needed.
 
     Args:
-        model: "demo", an alias of `ALIASES`, a hub id (owner/name, or
-            owner/name@revision), or a local folder.
+        model: "demo", an alias of `ALIASES`, a hub id (owner/name or owner/name@revision), or a
+            local folder.
+        options: How to fetch and convert it; None is `ResolveOptions()`.
 
     Raises:
-        CheckpointError: There is no such model, it cannot be fetched, or it is not one
-            that can be converted.
+        CheckpointError: There is no such model, or it cannot be fetched or converted.
     """
     options = options or ResolveOptions()
     if model == DEMO:
@@ -121,28 +121,28 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
 
 
 def find_folder(name: str | Path) -> Path | None:
-    """The folder that `name` is the path of; None if there is none."""
+    """Return `name` as the path of an existing folder; None if there is no such folder."""
     try:
         folder = expand_path(name)
         return folder if str(name) and folder.is_dir() else None
-    except OSError:  # no such home, or no name that a file can have
+    except OSError:  # no such home directory, or not a valid path
         return None
 
 
 def _resolve_local(folder: Path, options: ResolveOptions) -> Path:
-    """The converted form of the checkpoint in the local `folder`, as it is now."""
-    stamp = hashlib.sha256()
+    """Find or make the conversion of the current files in the local `folder`."""
+    files_hash = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".safetensors", ".jinja"):
             stat = path.stat()
-            stamp.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-    place = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
-    parent = find_cache_folder() / f"local--{folder.name}-{place}"
-    dest = parent / _name_folder(stamp.hexdigest()[:12], options)
+            files_hash.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    path_hash = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+    parent = find_cache_folder() / f"local--{folder.name}-{path_hash}"
+    dest = parent / _name_folder(files_hash.hexdigest()[:12], options)
     with _hold_lock(parent):
         if not _is_usable(dest):
             _convert(folder, dest, options)
-            for old in parent.glob(f"*{dest.name[12:]}"):  # of the folder as it was
+            for old in parent.glob(f"*{dest.name[12:]}"):  # of earlier versions of the files
                 if old != dest:
                     shutil.rmtree(old, ignore_errors=True)
         _mark_used(dest)
@@ -150,18 +150,18 @@ def _resolve_local(folder: Path, options: ResolveOptions) -> Path:
 
 
 def _resolve_remote(repo: str, options: ResolveOptions) -> Path:
-    """The converted form of the hub's `repo`, owner/name or owner/name@revision."""
+    """Find or make the conversion of the hub's `repo`, owner/name or owner/name@revision."""
     name, _, revision = repo.partition("@")
     parent = find_cache_folder() / name.replace("/", "--")
     with _hold_lock(parent):
-        if re.fullmatch("[0-9a-f]{40}", revision):  # a commit, of which folders have the name
-            found = [parent / _name_folder(revision[:12], options)]
+        if re.fullmatch("[0-9a-f]{40}", revision):  # a commit, which names its folder
+            paths = [parent / _name_folder(revision[:12], options)]
         else:
-            paths = parent.glob(_name_folder("*", options))
-            found = [path for path in paths if revision in _read_revisions(path)]
-        found = [path for path in found if _is_usable(path)]
-        if found:
-            dest = max(found, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
+            paths = list(parent.glob(_name_folder("*", options)))
+            paths = [path for path in paths if revision in _read_revisions(path)]
+        paths = [path for path in paths if _is_usable(path)]
+        if paths:
+            dest = max(paths, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
         else:
             snapshot = _fetch(name, revision or None, options)
             if is_own(snapshot):
@@ -175,9 +175,9 @@ def _resolve_remote(repo: str, options: ResolveOptions) -> Path:
 
 
 def _read_revisions(folder: Path) -> list[str]:
-    """The revisions that led to the converted `folder`, "" for the repository's newest.
+    """Read the revisions that the converted `folder` was requested by; "" is the default branch.
 
-    A folder's name tells its commit, but not which branch or tag that commit was.
+    The folder's name contains the commit, but no branch or tag.
     """
     try:
         return read_file(folder / _REVISIONS_FILE, _MAX_REVISIONS_BYTES).decode().split("\n")
@@ -186,34 +186,34 @@ def _read_revisions(folder: Path) -> list[str]:
 
 
 def _note_revision(folder: Path, revision: str) -> None:
-    """Note that `revision` led to the converted `folder`, if it can be written."""
-    known = _read_revisions(folder)
-    if revision not in known:
+    """Record that the converted `folder` was requested as `revision`, if it is writable."""
+    revisions = _read_revisions(folder)
+    if revision not in revisions:
         with contextlib.suppress(OSError):
-            text = "\n".join([*known, revision])
+            text = "\n".join([*revisions, revision])
             write_file(folder / _REVISIONS_FILE, text, follow_links=False)
 
 
 def _fetch(repo: str, revision: str | None, options: ResolveOptions) -> Path:
-    """The folder with the hub's `repo`; of our format, the network is not asked a second time."""
+    """Download the hub's `repo`, unless it is in the hub's cache, complete and of our format."""
     from mlx_smolvlm.convert.source import download
 
     if not options.offline:
         with contextlib.suppress(CheckpointError):
             snapshot = download(repo, True, revision)
-            if is_own(snapshot) and _is_whole(snapshot):
+            if is_own(snapshot) and _is_complete(snapshot):
                 return snapshot
     return download(repo, options.offline, revision)
 
 
 def _mark_used(folder: Path) -> None:
-    """Note that the converted `folder` is used now; a cache that is only read goes without."""
+    """Record that the converted `folder` is used now, if it is writable."""
     with contextlib.suppress(OSError):
         (folder / _USED_FILE).touch()
 
 
 def read_last_used(folder: Path) -> float | None:
-    """When the converted `folder` was last used, in seconds since 1970; None if not known."""
+    """Return when the converted `folder` was last used, in seconds since 1970; None if unknown."""
     try:
         return (folder / _USED_FILE).stat().st_mtime
     except OSError:
@@ -221,28 +221,28 @@ def read_last_used(folder: Path) -> float | None:
 
 
 def _name_folder(revision: str, options: ResolveOptions) -> str:
-    """Name of a converted folder below its model's."""
+    """Return the name of a converted folder inside its model's folder."""
     return f"{revision}-{options.precision}-v{FORMAT_VERSION}"
 
 
 def _convert(
     source: str | Path, dest: Path, options: ResolveOptions, snapshot: Path | None = None
 ) -> None:
-    """Write `source`, already in the folder `snapshot` if it is a hub id, to `dest`."""
+    """Convert `source` to `dest`; `snapshot` is its download if it is a hub id."""
     from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.run import plan_checkpoint, write_checkpoint
     from mlx_smolvlm.convert.source import open_snapshot, open_source
 
-    opened = open_source(source) if snapshot is None else open_snapshot(snapshot, str(source))
-    plan = plan_checkpoint(opened, ConvertOptions(bits=options.bits, dtype=options.dtype))
+    folder = open_source(source) if snapshot is None else open_snapshot(snapshot, str(source))
+    plan = plan_checkpoint(folder, ConvertOptions(bits=options.bits, dtype=options.dtype))
     write_checkpoint(plan, dest, options.progress, force=False)
 
 
 def _is_usable(folder: Path) -> bool:
-    """Whether `folder` holds a whole checkpoint; a damaged one is removed.
+    """Whether `folder` holds a complete checkpoint; an incomplete one is removed.
 
     Raises:
-        CheckpointError: Another user owns it or a file in it, or can write to it.
+        CheckpointError: Another user owns the folder or a file in it, or can write to it.
     """
     if not folder.is_dir():
         return False
@@ -256,14 +256,14 @@ def _is_usable(folder: Path) -> bool:
             "MLX_SMOLVLM_CACHE to another folder, or, if you trust it, give this folder as the "
             "model"
         ) from None
-    if _is_whole(folder):
+    if _is_complete(folder):
         return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether every file of the checkpoint in `folder` is there, as far as headers tell."""
+def _is_complete(folder: Path) -> bool:
+    """Whether `folder` holds every file of a checkpoint, with readable headers."""
     try:
         read_config(folder)
         read_headers(folder)
@@ -275,10 +275,10 @@ def _is_whole(folder: Path) -> bool:
 
 
 def find_cache_folder() -> Path:
-    """Where converted checkpoints are kept; it may not exist yet.
+    """Return the folder for converted checkpoints, which may not exist yet.
 
     Raises:
-        CheckpointError: No home directory is known to keep them in.
+        CheckpointError: The home directory is unknown, or the path is invalid.
     """
     own, general = os.environ.get("MLX_SMOLVLM_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
@@ -292,7 +292,7 @@ def find_cache_folder() -> Path:
 
 @contextlib.contextmanager
 def _hold_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of a model's `folder` in the cache; a second process waits here."""
+    """Hold the lock of a model's `folder` in the cache, waiting for other processes first."""
     try:
         descriptor = _take_lock(folder)
     except OSError as error:
@@ -304,12 +304,12 @@ def _hold_lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            folder.rmdir()  # left empty by a failure
+            folder.rmdir()  # if a failure left it empty
         os.close(descriptor)
 
 
 def _take_lock(folder: Path) -> int:
-    """The descriptor that holds the lock of `folder`, which is made if need be."""
+    """Make `folder` if needed, lock it, and return the descriptor that holds the lock."""
     while True:
         make_private_folder(folder)
         descriptor = lock(folder, wait=True)

@@ -1,4 +1,4 @@
-"""Checkpoints of the family in the hub's own cache, which other programs share."""
+"""List and remove converted checkpoints, and list the downloads in the hub's cache."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ from mlx_smolvlm.records import read_json
 
 CacheState = Literal["whole", "outdated", "damaged", "unfinished", "in progress"]
 
-_LEAF = re.compile(r"[\w.-]+-(source|\d+bit)(-\w+)?-v\d+")  # as hub.py names a conversion
+_LEAF = re.compile(r"[\w.-]+-(source|\d+bit)(-\w+)?-v\d+")  # the names that hub.py gives
 
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A converted checkpoint in the cache, or what a killed program left of one.
+    """A converted checkpoint in the cache, complete or not.
 
     Attributes:
-        name: What `find` takes: owner/name/leaf, or local/name-hash/leaf.
-        state: "outdated" has another format version; "unfinished" was left by a killed
-            conversion, and "in progress" is written now.
-        bits: Of the decoder, 16 for float; 0 if the folder cannot be read, as `parts`
-            is empty then.
-        parts: Bits of a weight, by part.
-        revision: The hub's commit; None of a local source, or if it is not known.
-        last_used_s: Seconds since 1970 when it was last loaded; None if not known.
+        name: owner/name/conversion, or local/name-hash/conversion; see `find_models`.
+        path: Its folder.
+        state: "outdated" has another format version, "unfinished" was left by a killed
+            conversion, "in progress" is being written.
+        nbytes: Size of its files in bytes.
+        bits: Bits of the decoder, 16 for float; 0 unless `state` is "whole".
+        parts: Bits per weight, by part; empty unless `state` is "whole".
+        source: Hub id, or name of the local folder; empty unless `state` is "whole".
+        revision: Commit on the hub; None for a local source or if unknown.
+        last_used_s: When it was last loaded, in seconds since 1970; None if unknown.
     """
 
     name: str
@@ -55,10 +57,10 @@ class CachedModel:
 
 
 def list_cached_models() -> list[CachedModel]:
-    """Every conversion in the cache, whole or not, by name."""
+    """List every conversion in the cache, complete or not, sorted by path."""
     models = []
     for path in sorted(find_cache_folder().glob("*/*")):
-        with contextlib.suppress(OSError):  # removed meanwhile
+        with contextlib.suppress(OSError):  # removed by another process
             model = _describe(path)
             if model is not None:
                 models.append(model)
@@ -66,7 +68,7 @@ def list_cached_models() -> list[CachedModel]:
 
 
 def _describe(path: Path) -> CachedModel | None:
-    """What the folder `path` in the cache holds; None if it is nothing of ours."""
+    """Describe the conversion in the folder `path`; None if it is not one."""
     if not path.is_dir():
         return None
     name = f"{path.parent.name.replace('--', '/', 1)}/{path.name}"
@@ -101,14 +103,14 @@ def _describe(path: Path) -> CachedModel | None:
 
 
 def get_part_bits(config: Config) -> dict[str, int]:
-    """Bits of a weight of each part, as most of its modules have."""
+    """Return the bits per weight of each part, without overrides for single modules."""
     kinds = {part: getattr(config.quantization, part) for part in PARTS}
     floats = DTYPE_BITS[config.dtype]
     return {part: kind.bits if kind is not None else floats for part, kind in kinds.items()}
 
 
 def measure_folder(folder: Path) -> int:
-    """Bytes of the files in `folder`; those that go away meanwhile count nothing."""
+    """Return the total size of the files in `folder` in bytes; missing files count 0."""
     total = 0
     for file in folder.iterdir():
         with contextlib.suppress(OSError):
@@ -117,7 +119,7 @@ def measure_folder(folder: Path) -> int:
 
 
 def _read_version(path: Path) -> object:
-    """The format version that config.json states; None if it is not of our format."""
+    """Read the format version from config.json; None if it is not of our format."""
     try:
         values = read_json(path / CONFIG_FILE)
     except CheckpointError:
@@ -126,12 +128,12 @@ def _read_version(path: Path) -> object:
 
 
 def _has_weights(path: Path) -> bool:
-    """Whether a file in `path` can only be a checkpoint's."""
+    """Whether the folder `path` has a config.json or a safetensors file."""
     return (path / CONFIG_FILE).exists() or any(path.glob("*.safetensors"))
 
 
 def _is_locked(folder: Path) -> bool:
-    """Whether a living conversion writes `folder`."""
+    """Whether a running conversion is writing `folder`."""
     try:
         with _hold_lock(folder):
             return False
@@ -150,48 +152,49 @@ def _hold_lock(folder: Path) -> Iterator[None]:
 
 
 def find_models(name: str, models: Sequence[CachedModel]) -> list[CachedModel]:
-    """Those of `models` that a user means by `name`.
+    """Return those of `models` that `name` refers to.
 
     Args:
-        name: A name or path of the list, or a hub id or alias for all its conversions,
-            or owner/name@revision.
+        name: Name or path of a conversion; or a hub id, an alias or owner/name@revision for all
+            of its conversions.
+        models: From `list_cached_models`.
 
     Raises:
-        CheckpointError: It names none of them.
+        CheckpointError: `name` refers to none of them.
     """
     wanted = ALIASES.get(name.lower(), name).rstrip("/")
     repo, at, revision = wanted.partition("@")
     start = f"{repo}/{revision[:12]}" if at and revision else f"{wanted}/"
     path = ""
-    with contextlib.suppress(OSError):  # no path, but it may be a name
+    with contextlib.suppress(OSError):  # not a valid path, but maybe a name
         path = os.path.abspath(expand_path(name))
-    found = [
+    matches = [
         model
         for model in models
         if model.name == wanted
         or (wanted.count("/") and model.name.startswith(start))
         or os.path.abspath(model.path) == path
     ]
-    if not found:
+    if not matches:
         raise CheckpointError(
-            f"'{name}' is no checkpoint in the cache {find_cache_folder()}; "
-            "`mlx-smolvlm models` lists what there is"
+            f"there is no checkpoint '{name}' in the cache {find_cache_folder()}; "
+            "`mlx-smolvlm models` lists all of them"
         )
-    return found
+    return matches
 
 
 def remove_model(model: CachedModel) -> None:
-    """Remove a conversion from the cache; of a link to another place, the link alone.
+    """Remove a conversion from the cache; of a symbolic link, only the link.
 
-    It leaves the cache at once, so a removal that is killed leaves an unfinished folder
-    and never half a checkpoint.
+    The folder is renamed first, so that a killed removal leaves an "unfinished" folder and not a
+    damaged checkpoint.
 
     Raises:
-        CheckpointError: It is being written, lies elsewhere, or the disk refuses.
+        CheckpointError: It is in use, is outside the cache, or cannot be removed.
     """
     path, parent = model.path, model.path.parent
     if parent.resolve().parent != find_cache_folder().resolve():
-        raise CheckpointError(f"{parent} is a link out of the cache; remove what it holds by hand")
+        raise CheckpointError(f"{parent} is a link out of the cache; remove its contents by hand")
     try:
         with _hold_lock(parent):
             if path.is_symlink():
@@ -207,7 +210,7 @@ def remove_model(model: CachedModel) -> None:
 
 
 def _remove_folder(path: Path) -> None:
-    """Remove the folder at `path`, which nobody writes."""
+    """Remove the folder `path`; raise BlockingIOError if it is being written."""
     with _hold_lock(path):
         hidden = path
         if not path.name.startswith("."):
@@ -218,13 +221,15 @@ def _remove_folder(path: Path) -> None:
 
 @dataclass(frozen=True)
 class FetchedModel:
-    """A checkpoint as it was fetched.
+    """A download in the hub's cache.
 
     Attributes:
         name: Its hub id.
         revision: The commit.
-        is_own: Whether it has this package's format, so is used where it lies.
-        last_used_s: Seconds since 1970 when a file of it was last opened.
+        path: The snapshot folder.
+        nbytes: Size of its files in bytes.
+        is_own: Whether it has this package's format, so that it needs no conversion.
+        last_used_s: When one of its files was last opened, in seconds since 1970.
     """
 
     name: str
@@ -236,20 +241,20 @@ class FetchedModel:
 
 
 def list_fetched_models() -> list[FetchedModel]:
-    """The fetched checkpoints that can be converted or used, by name."""
+    """List the downloads that can be converted or loaded, sorted by name and revision."""
     from huggingface_hub import CacheNotFound, constants, scan_cache_dir
 
     try:
         repos = scan_cache_dir(constants.HF_HUB_CACHE).repos
     except (CacheNotFound, OSError, ValueError):
         return []
-    found = []
+    models = []
     for repo in repos:
         for revision in repo.revisions if repo.repo_type == "model" else ():
             path = revision.snapshot_path
             kind = _read_kind(path)
             if kind is not None:
-                found.append(
+                models.append(
                     FetchedModel(
                         repo.repo_id,
                         revision.commit_hash,
@@ -259,11 +264,11 @@ def list_fetched_models() -> list[FetchedModel]:
                         repo.last_accessed,
                     )
                 )
-    return sorted(found, key=lambda one: (one.name, one.revision))
+    return sorted(models, key=lambda one: (one.name, one.revision))
 
 
 def _read_kind(folder: Path) -> str | None:
-    """Our format's name, or the type of a model that can be converted; else None."""
+    """Return `FORMAT`, the `model_type` if it can be converted, or None."""
     try:
         values = read_json(folder / "config.json")
     except CheckpointError:

@@ -1,7 +1,7 @@
-"""The one name table: which source tensors make which of ours.
+"""The name table: which source tensors make which modules of ours.
 
-Source names are first brought to one style, that of transformers without its
-leading `model.`; `canonical` does that for every style in use:
+Source names are first normalized to the style of transformers without its leading `model.`;
+`normalize_name` does so for every style in use:
 
     model.text_model.layers...       transformers
     text_model.layers..., model.model.text_model...   older and nested saves
@@ -16,23 +16,27 @@ from dataclasses import dataclass, replace
 
 from mlx_smolvlm.config import Config
 
-# Where a name starts with the left side, it becomes the right side; first match only.
+# A prefix on the left is replaced by the one on the right; the first match counts.
 PREFIXES = (
     ("language_model.lm_head.", "lm_head."),
     ("language_model.model.", "text_model."),
     ("language_model.", "text_model."),
 )
 
-# Buffers that some versions save and that the configuration determines.
+# Buffers that some versions save; the configuration determines them.
 IGNORED = (".rotary_emb.inv_freq", "embeddings.position_ids")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A module of ours and what it is made of.
+    """A module of ours and the source modules it is made of.
 
-    `members` are the source modules whose rows are concatenated, and `shapes` the
-    shapes of their weights in transformers' layout.
+    Attributes:
+        path: Path of our module.
+        members: Paths of the source modules, whose rows are concatenated.
+        shapes: Shapes of the members' weights in transformers' layout.
+        bias: Whether they have biases.
+        quantizable: Whether the module may be quantized.
     """
 
     path: str
@@ -48,7 +52,7 @@ class Entry:
 
 
 def normalize_name(name: str) -> str | None:
-    """The source tensor `name` in the one style; None for a buffer that is not needed."""
+    """Return the normalized name of the source tensor `name`; None for an unneeded buffer."""
     if name.endswith(IGNORED):
         return None
     while name.startswith("model."):
@@ -60,9 +64,9 @@ def normalize_name(name: str) -> str | None:
 
 
 def list_entries(config: Config) -> list[Entry]:
-    """Every module with weights that `config` asks for, in the order they are written.
+    """List every module with weights of `config`, in the order in which they are written.
 
-    `config` has the source's sizes: the vision MLP is not padded yet.
+    `config` has the source's sizes, before the vision MLP is padded.
     """
     vision, text = config.vision, config.text
     result = [
@@ -91,18 +95,18 @@ def list_entries(config: Config) -> list[Entry]:
 
 
 def list_own_entries(config: Config) -> list[Entry]:
-    """The same modules where the source has this package's format: each is made of itself."""
+    """List the same modules for a source of this package's format: each has itself as member."""
     result = []
     for entry in list_entries(config):
         rows, width = sum(shape[0] for shape in entry.shapes), entry.shapes[0][1:]
-        if len(width) > 1:  # the patch embedding is a matrix already
+        if len(width) > 1:  # in our format, the patch embedding is a matrix
             width = (math.prod(width),)
         result.append(replace(entry, members=(entry.path,), shapes=((rows, *width),)))
     return result
 
 
 def _list_vision_layer(config: Config, path: str) -> Iterator[Entry]:
-    """The modules of one encoder layer at `path`."""
+    """List the modules of the encoder layer at `path`."""
     hidden, mlp = config.vision.hidden_size, config.vision.intermediate_size
     attention = f"{path}.self_attn"
     yield _make_entry(f"{path}.layer_norm1", (hidden,), bias=True)
@@ -116,7 +120,7 @@ def _list_vision_layer(config: Config, path: str) -> Iterator[Entry]:
 
 
 def _list_text_layer(config: Config, path: str) -> Iterator[Entry]:
-    """The modules of one decoder layer at `path`."""
+    """List the modules of the decoder layer at `path`."""
     text = config.text
     hidden, mlp = text.hidden_size, text.intermediate_size
     queries, keys = (
@@ -135,12 +139,12 @@ def _list_text_layer(config: Config, path: str) -> Iterator[Entry]:
 
 
 def _make_entry(path: str, shape: tuple[int, ...], bias: bool = False) -> Entry:
-    """A module that is copied and never quantized."""
+    """Make the entry of a module that is copied and never quantized."""
     return Entry(path, (path,), (shape,), bias)
 
 
 def _make_linear(path: str, shape: tuple[int, int], bias: bool = False) -> Entry:
-    """A module with one matrix."""
+    """Make the entry of a module with one matrix."""
     return Entry(path, (path,), (shape,), bias, quantizable=True)
 
 
@@ -152,7 +156,7 @@ def _make_fused(
     width: int,
     bias: bool = False,
 ) -> Entry:
-    """A module whose matrix is those of `members`, one below the other."""
+    """Make the entry of a module that concatenates the rows of `members`."""
     return Entry(
         f"{parent}.{name}",
         tuple(f"{parent}.{member}" for member in members),

@@ -1,8 +1,8 @@
-"""Checkpoints to measure: one that is converted, or a source as the floats it stands for.
+"""Open checkpoints for measurements: a converted folder, or a source without converting it.
 
-Both are loaded so that activations are float32 while matrices stay as they are stored:
-scales, biases, norms and the token embeddings are cast, which is a small part of the
-bytes. So what is measured is what the weights lost, not how a device rounds.
+Both load with float32 activations while matrices stay as stored: scales, biases, norms and the
+token embeddings are cast, which are a small part of the bytes. So measurements show what the
+weights lost, not how a device rounds.
 """
 
 from __future__ import annotations
@@ -39,25 +39,25 @@ from mlx_smolvlm.smolvlm import SmolVLM
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-FEW_ROWS = 16  # up to so many, a packed product is faster on a CPU than unpacking
+FEW_ROWS = 16  # up to so many, MLX's packed product is faster on a CPU than unpacking first
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A stored matrix; `quantization` is None if its one array holds floats."""
+    """The stored arrays of a matrix, by suffix; `quantization` is None if it holds floats."""
 
     arrays: dict[str, mx.array]
     quantization: Quantization | None
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of the floats."""
+        """Rows and columns of the unpacked matrix."""
         rows, width = self.arrays["weight"].shape
         q = self.quantization
         return (rows, width) if q is None else (rows, width * 32 // q.bits)
 
     def get_rows(self, start: int, stop: int) -> mx.array:
-        """Rows `start` to `stop` in float32."""
+        """Return rows `start` to `stop` in float32."""
         arrays = {suffix: array[start:stop] for suffix, array in self.arrays.items()}
         if self.quantization is None:
             return arrays["weight"].astype(mx.float32)
@@ -66,7 +66,7 @@ class Matrix:
 
 
 class CheckpointReader(Protocol):
-    """A checkpoint whose headers have been read, and no weight."""
+    """An open checkpoint, of which only headers have been read."""
 
     @property
     def name(self) -> str: ...
@@ -76,20 +76,20 @@ class CheckpointReader(Protocol):
     def tokenizer(self) -> Tokenizer: ...
     @property
     def nbytes(self) -> int:
-        """Of its weights."""
+        """Size of its weights in bytes."""
         ...
 
     def load(self) -> SmolVLM:
-        """The model, in memory."""
+        """Load the model into memory."""
         ...
 
     def read_matrix(self, path: str) -> Matrix:
-        """The weight of the module at `path`, which is not kept."""
+        """Read the weight of the module at `path`; it is not cached."""
         ...
 
 
 class FolderReader:
-    """A folder of this package's format."""
+    """Reads a checkpoint folder of this package's format."""
 
     def __init__(self, folder: Path, name: str | None = None) -> None:
         self.folder, self.name = folder, name or str(folder)
@@ -99,16 +99,16 @@ class FolderReader:
 
     @property
     def nbytes(self) -> int:
-        """Of its weights."""
+        """Size of its weights in bytes."""
         return sum(info.nbytes for info in self._weights.tensors.values())
 
     def load(self) -> SmolVLM:
-        """The model, in memory; errors as `checkpoint.load_model`."""
+        """Load the model into memory; errors as in `checkpoint.load.load_model`."""
         builder = PromptBuilder(self.tokenizer, read_chat_template(self.folder), self.config)
         return _make_measurable(self.folder, self.config, load_model(self.folder), builder)
 
     def read_matrix(self, path: str) -> Matrix:
-        """The weight of the module at `path`, which is not kept."""
+        """Read the weight of the module at `path`; it is not cached."""
         names = {s: f"{path}.{s}" for s in ("weight", "scales", "biases")}
         weights = self._weights
         arrays = {s: weights.read(name) for s, name in names.items() if name in weights.tensors}
@@ -116,7 +116,7 @@ class FolderReader:
 
 
 class SourceReader:
-    """A source of the converter, as `plan` says: by default every matrix in the floats it has."""
+    """Reads a source of the converter as `plan` would write it; by default all in floats."""
 
     def __init__(self, source: Source, plan: Plan | None = None) -> None:
         self._plan: Plan = plan or plan_checkpoint(source, ConvertOptions(bits=16))
@@ -131,11 +131,11 @@ class SourceReader:
 
     @property
     def nbytes(self) -> int:
-        """Of its weights."""
+        """Size of its weights in bytes."""
         return sum(step.nbytes(self._dtype.size) for step in self._plan.steps)
 
     def load(self) -> SmolVLM:
-        """The model, in memory, built module by module.
+        """Load the model into memory, building it module by module.
 
         Raises:
             CheckpointError: The weights cannot be read.
@@ -157,23 +157,23 @@ class SourceReader:
         return _make_measurable(folder, self.config, model, builder)
 
     def read_matrix(self, path: str) -> Matrix:
-        """The weight of the module at `path`, which is not kept."""
+        """Read the weight of the module at `path`; it is not cached."""
         arrays = self._plan.build(self._steps[path])
         arrays.pop("bias", None)
         return Matrix(arrays, self._steps[path].target)
 
 
 def _make_measurable(folder: Path, config: Config, model: Model, builder: PromptBuilder) -> SmolVLM:
-    """`model` with float32 activations, keeping no keys and values between prompts."""
+    """Make a `SmolVLM` with float32 activations that keeps no keys and values between prompts."""
     parameters: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
-    widened = [
+    float_arrays = [
         (name, _cast_float32(array))
         for name, array in parameters
         if array.ndim == 1
         or name.endswith((".scales", ".biases"))
         or name == "text_model.embed_tokens.weight"
     ]
-    model.update(tree_unflatten(widened))
+    model.update(tree_unflatten(float_arrays))
     mx.eval(model.parameters())
     if mx.default_device().type == mx.DeviceType.cpu:
         modules = tree_map(_replace_linear, model.leaf_modules(), is_leaf=nn.Module.is_module)
@@ -182,20 +182,20 @@ def _make_measurable(folder: Path, config: Config, model: Model, builder: Prompt
 
 
 def _cast_float32(array: mx.array) -> mx.array:
-    """`array` in float32 if it holds floats, else as it is."""
+    """Cast `array` to float32 if it holds floats, else return it unchanged."""
     return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def _replace_linear(module: nn.Module) -> nn.Module:
-    """`module`, or what does the same faster on a CPU."""
+    """Return `module`, or an `UnpackingLinear` for a quantized linear layer."""
     return UnpackingLinear(module) if isinstance(module, nn.QuantizedLinear) else module
 
 
 class UnpackingLinear(nn.Module):
-    """A packed linear layer that is unpacked for each product.
+    """A packed linear layer that unpacks its weight for each product.
 
-    The result differs from MLX's packed product by rounding alone. For hundreds of rows
-    it takes a twentieth of the time on a CPU; the floats live as long as the product.
+    The result differs from MLX's packed product only by rounding. With hundreds of rows it takes a
+    twentieth of the time on a CPU. The unpacked weight is freed after the product.
     """
 
     def __init__(self, packed: nn.QuantizedLinear) -> None:
@@ -212,7 +212,7 @@ class UnpackingLinear(nn.Module):
 
 
 def unpack_weight(module: nn.Module) -> mx.array:
-    """The float32 matrix that a packed linear layer or embedding stands for."""
+    """Return the float32 weight of a packed linear layer or embedding."""
     arrays = {s: module[s] for s in ("weight", "scales", "biases") if module.get(s) is not None}
     quantization = Quantization(module.bits, module.group_size, module.mode)
     return unpack(arrays, quantization, mx.float32)

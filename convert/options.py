@@ -30,30 +30,31 @@ from mlx_smolvlm.records import read_value
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 AFFINE_GROUPS = (32, 64, 128)
 FLOAT_MODES = {"mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}  # bits, group size
-FLOAT_BITS = 16  # what a user says for "not quantized"
-FINE_BITS = 8  # the parts that suffer most from rounding, unless the user says otherwise
+FLOAT_BITS = 16  # means "not quantized" in options
+FINE_BITS = 8  # default of the parts that rounding hurts most
 
 
 @dataclass(frozen=True)
 class ConvertOptions:
-    """How a checkpoint is written.
+    """The precision of a converted checkpoint.
 
     Attributes:
-        bits: Of the decoder's layers: 2, 3, 4, 5, 6 or 8; 16 is float, and None what
-            the source has. The other parts follow: float with 16, else 8 bits.
-        vision_bits: Of the vision encoder, where it should differ; 16 is float.
-        connector_bits: Of the projection between the two.
-        embeddings_bits: Of the token embeddings and the output head.
-        group_size: Weights that share a scale, 32, 64 or 128, in affine mode.
-        mode: "affine", or one of "mxfp4", "mxfp8" and "nvfp4", whose bits and group
-            size are fixed; parts with other bits than the mode's are affine.
-        dtype: Of what is not quantized; None is the type that most of the source has.
+        bits: Bits of the decoder's layers: 2, 3, 4, 5, 6 or 8; 16 means float, None keeps the
+            source's precision. The other parts default to float with 16, to None with None, and
+            to 8 bits otherwise.
+        vision_bits: Bits of the vision encoder; None is the default above.
+        connector_bits: Bits of the connector.
+        embeddings_bits: Bits of the token embeddings and the output head.
+        group_size: Weights that share a scale in affine mode: 32, 64 or 128.
+        mode: "affine", or one of "mxfp4", "mxfp8" and "nvfp4", whose bits and group size are fixed;
+            parts with other bits are affine.
+        dtype: Type of weights that are not quantized; None is the source's most common type.
         overrides: Pairs of a pattern over module paths, such as
-            "text_model.layers.*.mlp.down_proj", and what its modules get (None: float) in
-            place of what their part gets. `*` takes dots too; of several, the last counts.
+            "text_model.layers.*.mlp.down_proj", and the quantization of these modules (None:
+            float) instead of their part's. `*` also matches dots; the last match counts.
 
     Raises:
-        CheckpointError: Bits, group size, mode or dtype that do not exist.
+        CheckpointError: Bits, group size, mode or dtype do not exist.
     """
 
     bits: int | None = None
@@ -88,7 +89,7 @@ class ConvertOptions:
                 )
 
 
-# What each costs was measured: docs/decisions/precision.md.
+# Their size and quality were measured: docs/decisions/precision.md.
 RECIPES = {
     "tiny": ConvertOptions(bits=4, embeddings_bits=4, group_size=64),
     "balanced": ConvertOptions(bits=6, embeddings_bits=6, group_size=64),
@@ -97,10 +98,13 @@ RECIPES = {
 
 
 def read_recipe(name: str) -> ConvertOptions:
-    """The precision that `name` stands for: one of `RECIPES`, or the path of a TOML file.
+    """Read a recipe.
+
+    Args:
+        name: One of `RECIPES`, or the path of a TOML file.
 
     Raises:
-        CheckpointError: It is neither, or the file asks for what does not exist.
+        CheckpointError: `name` is neither, or the file has an unknown key or an invalid value.
     """
     if name in RECIPES:
         return RECIPES[name]
@@ -109,8 +113,8 @@ def read_recipe(name: str) -> ConvertOptions:
         values = read_toml(path)
     except OSError as error:
         raise CheckpointError(
-            f"the recipe {name} is none of {', '.join(RECIPES)}, and no file that can be "
-            f"read: {error.strerror}"
+            f"the recipe {name} is none of {', '.join(RECIPES)}, and not a readable file: "
+            f"{error.strerror}"
         ) from None
     except ValueError as error:
         raise CheckpointError(f"{path} is {error}") from None
@@ -121,7 +125,7 @@ def read_recipe(name: str) -> ConvertOptions:
 
 
 def _parse_options(values: dict[str, Any]) -> ConvertOptions:
-    """`values` of a file as options."""
+    """Make options from the `values` of a TOML file."""
     known = [field.name for field in dataclasses.fields(ConvertOptions)]
     overrides = values.pop("overrides", {})
     if not isinstance(overrides, dict):
@@ -138,7 +142,7 @@ def _parse_options(values: dict[str, Any]) -> ConvertOptions:
 
 
 def _parse_override(pattern: str, value: Any, group_size: int) -> Quantization | None:
-    """What the override at `pattern` asks for; None is float."""
+    """Make a quantization from the `value` of the override for `pattern`; None is float."""
     where = f"overrides, {shorten(pattern)}"
     if not isinstance(value, dict):
         raise CheckpointError(
@@ -154,8 +158,8 @@ def _parse_override(pattern: str, value: Any, group_size: int) -> Quantization |
         fixed = Quantization(*FLOAT_MODES[mode], mode)
         for key in ("bits", "group_size"):
             if value.get(key, getattr(fixed, key)) != getattr(fixed, key):
-                own, found = getattr(fixed, key), shorten(value[key])
-                raise CheckpointError(f"{where}: mode {mode} has {key} {own}, not {found}")
+                message = f"mode {mode} has {key} {getattr(fixed, key)}, not {shorten(value[key])}"
+                raise CheckpointError(f"{where}: {message}")
         return fixed
     bits, group_size = value.get("bits"), value.get("group_size", group_size)
     if mode != "affine":
@@ -175,20 +179,20 @@ def _parse_override(pattern: str, value: Any, group_size: int) -> Quantization |
 
 
 def choose_quantization(options: ConvertOptions) -> dict[str, Quantization | None]:
-    """The quantization that `options` ask for, by part; a part is absent to stay as it is."""
+    """Return the quantization of each part, None for float; parts to keep are absent."""
     bits = FLOAT_MODES[options.mode][0] if options.mode in FLOAT_MODES else options.bits
     others = bits if bits in (None, FLOAT_BITS) else FINE_BITS
-    asked = {
+    part_bits = {
         "text": bits,
         "vision": others if options.vision_bits is None else options.vision_bits,
         "connector": others if options.connector_bits is None else options.connector_bits,
         "embeddings": others if options.embeddings_bits is None else options.embeddings_bits,
     }
-    return {part: _make_quantization(n, options) for part, n in asked.items() if n is not None}
+    return {part: _make_quantization(n, options) for part, n in part_bits.items() if n is not None}
 
 
 def _make_quantization(bits: int, options: ConvertOptions) -> Quantization | None:
-    """How `bits` are packed under `options`; None is float."""
+    """Return the quantization for `bits` under `options`; None is float."""
     if bits == FLOAT_BITS:
         return None
     if options.mode in FLOAT_MODES and FLOAT_MODES[options.mode][0] == bits:
@@ -199,29 +203,29 @@ def _make_quantization(bits: int, options: ConvertOptions) -> Quantization | Non
 def match_overrides(
     paths: Iterable[str], overrides: Iterable[tuple[str, Quantization | None]]
 ) -> dict[str, Quantization | None]:
-    """What the modules at `paths` that a pattern of `overrides` matches get, by path.
+    """Return the quantization, None for float, of those of `paths` that `overrides` match.
 
     Raises:
-        CheckpointError: A pattern that matches none of them.
+        CheckpointError: A pattern matches none of them.
     """
     paths = list(paths)
     result: dict[str, Quantization | None] = {}
     for pattern, quantization in overrides:
-        matched = [path for path in paths if fnmatchcase(path, pattern)]
-        if not matched:
+        matches = [path for path in paths if fnmatchcase(path, pattern)]
+        if not matches:
             raise CheckpointError(
                 f"the pattern {pattern!r:.200} matches no matrix of this model; its matrices have "
                 f"paths such as {paths[0]} and {paths[-1]}"
             )
-        result |= dict.fromkeys(matched, quantization)
+        result |= dict.fromkeys(matches, quantization)
     return result
 
 
 def check_width(path: str, width: int, quantization: Quantization) -> None:
-    """Refuse a group size that does not divide `width`, the row length of the module at `path`.
+    """Check that the group size divides `width`, the row length of the module at `path`.
 
     Raises:
-        CheckpointError: It names the width and the sizes that fit.
+        CheckpointError: It does not; the message lists the group sizes that do.
     """
     if width % quantization.group_size == 0:
         return
@@ -234,7 +238,7 @@ def check_width(path: str, width: int, quantization: Quantization) -> None:
 
 
 def summarize_quantization(modules: Mapping[str, Quantization | None]) -> QuantizationConfig:
-    """The quantization of every module, by path, as what most of a part has and the exceptions."""
+    """Summarize the quantization of `modules`, by path: each part's most common, and overrides."""
     usual: dict[str, Quantization | None] = {}
     for part in PARTS:
         counts = Counter(q for path, q in modules.items() if find_part(path) == part)
@@ -244,13 +248,13 @@ def summarize_quantization(modules: Mapping[str, Quantization | None]) -> Quanti
 
 
 def pack(weight: mx.array, quantization: Quantization) -> dict[str, mx.array]:
-    """`weight` (rows, width) packed: "weight", "scales" and, in affine mode, "biases"."""
+    """Quantize `weight` (rows, width) to "weight", "scales" and, in affine mode, "biases"."""
     arrays = mx.quantize(weight, quantization.group_size, quantization.bits, mode=quantization.mode)
     return dict(zip(("weight", "scales", "biases"), arrays, strict=False))
 
 
 def unpack(arrays: Mapping[str, mx.array], quantization: Quantization, dtype: mx.Dtype) -> mx.array:
-    """The float matrix (rows, width) of type `dtype` that the packed `arrays` stand for."""
+    """Dequantize the packed `arrays` to a matrix (rows, width) of type `dtype`."""
     weight: mx.array = mx.dequantize(
         arrays["weight"],
         arrays["scales"],
@@ -265,7 +269,7 @@ def unpack(arrays: Mapping[str, mx.array], quantization: Quantization, dtype: mx
 def compute_packed_shapes(
     shape: tuple[int, ...], quantization: Quantization
 ) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Shape and possible safetensors types of each array that a packed `shape` matrix has."""
+    """Return shape and allowed safetensors types of each array of a packed `shape` matrix."""
     rows, width = shape
     groups = (rows, width // quantization.group_size)
     weight = (rows, width * quantization.bits // 32)

@@ -1,12 +1,12 @@
-"""Source tensors matched with the modules that the configuration asks for.
+"""Match source tensors with the modules to write.
 
-Everything is checked here, from the headers alone, before a weight is read or a
-byte is written.
+Everything is checked here, from headers alone, before weights are read or anything is written.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +26,12 @@ from mlx_smolvlm.convert.options import (
 )
 from mlx_smolvlm.errors import CheckpointError, shorten
 
-SourceTensors = dict[str, tuple[str, TensorInfo]]  # canonical name -> name in the source, place
+SourceTensors = dict[str, tuple[str, TensorInfo]]  # normalized name -> (name in the source, info)
 
 
 @dataclass(frozen=True)
 class Member:
-    """A source module: its tensors by suffix ("weight", "scales", ...) and how it is packed."""
+    """A source module: its tensors by suffix ("weight", "scales", ...) and its quantization."""
 
     tensors: Mapping[str, tuple[str, TensorInfo]]
     quantization: Quantization | None
@@ -39,7 +39,7 @@ class Member:
 
 @dataclass(frozen=True)
 class Step:
-    """One module to write: `members` one below the other, padded, packed as `target` says."""
+    """One module to write: the concatenated rows of `members`, padded, quantized to `target`."""
 
     entry: Entry
     members: tuple[Member, ...]
@@ -49,37 +49,28 @@ class Step:
 
     @property
     def source_nbytes(self) -> int:
-        """Bytes to read for it."""
+        """Bytes to read from the source."""
         return sum(info.nbytes for m in self.members for _, info in m.tensors.values())
 
     def nbytes(self, item_bytes: int) -> int:
-        """Bytes that it will take, with floats of `item_bytes` bytes."""
+        """Return the number of bytes to write, with floats of `item_bytes` bytes."""
         rows = sum(shape[0] for shape in self.entry.shapes) + self.extra_rows
-        width = self.extra_columns
-        width += _count(self.entry.shapes[0][1:])
+        width = self.extra_columns + math.prod(self.entry.shapes[0][1:])
         size = rows * item_bytes if self.entry.bias else 0
         if self.target is None:
             return size + rows * width * item_bytes
         arrays = compute_packed_shapes((rows, width), self.target)
         return size + sum(
-            _count(shape) * {"U32": 4, "U8": 1}.get(types[0], item_bytes)
+            math.prod(shape) * {"U32": 4, "U8": 1}.get(types[0], item_bytes)
             for shape, types in arrays.values()
         )
 
 
-def _count(shape: tuple[int, ...]) -> int:
-    """How many numbers an array of `shape` holds."""
-    result = 1
-    for side in shape:
-        result *= side
-    return result
-
-
 def match_tensors(tensors: Mapping[str, TensorInfo]) -> SourceTensors:
-    """`tensors` by their canonical names.
+    """Return `tensors` by normalized name.
 
     Raises:
-        CheckpointError: Two of them are the same tensor in two styles.
+        CheckpointError: Two names are the same when normalized.
     """
     found: SourceTensors = {}
     for name, info in tensors.items():
@@ -93,13 +84,13 @@ def match_tensors(tensors: Mapping[str, TensorInfo]) -> SourceTensors:
 
 
 def read_quantization(settings: Mapping[str, Any]) -> dict[str, Quantization]:
-    """How the source's packed modules are packed, by canonical path; "" is the usual way.
+    """Read the quantization of the source's modules, by normalized path; "" is the default.
 
     Args:
-        settings: Its config.json; mlx-vlm writes "quantization", with exceptions by path.
+        settings: The source's config.json. mlx-vlm writes "quantization", with overrides by path.
 
     Raises:
-        CheckpointError: It was quantized by something else, or the entry is damaged.
+        CheckpointError: It was quantized by another program, or the entry is damaged.
     """
     values = settings.get("quantization") or settings.get("quantization_config")
     if values is None:
@@ -121,17 +112,17 @@ def read_quantization(settings: Mapping[str, Any]) -> dict[str, Quantization]:
 
 
 def _parse_quantization(values: Mapping[str, Any], where: str) -> Quantization:
-    """`values` as a Quantization."""
+    """Make a `Quantization` from `values`, called `where` in errors."""
     bits, group_size = values.get("bits"), values.get("group_size")
     mode = values.get("mode", "affine")
     if type(bits) is not int or type(group_size) is not int or not isinstance(mode, str):
         raise CheckpointError(
             f"config.json: {where} needs bits and group_size, not {shorten(dict(values))}"
         )
-    known = FLOAT_MODES.get(mode) == (bits, group_size)
+    is_supported = FLOAT_MODES.get(mode) == (bits, group_size)
     if mode == "affine":
-        known = bits in AFFINE_BITS and group_size in AFFINE_GROUPS
-    if not known:
+        is_supported = bits in AFFINE_BITS and group_size in AFFINE_GROUPS
+    if not is_supported:
         raise CheckpointError(
             f"config.json: {where} is {bits} bits in groups of {group_size}, mode {shorten(mode)}, "
             "which MLX cannot read"
@@ -147,18 +138,19 @@ def make_steps(
     overrides: Iterable[tuple[str, Quantization | None]] = (),
     expected: Sequence[Entry] | None = None,
 ) -> tuple[Config, list[Step]]:
-    """The configuration to write and the steps that write its modules, in order.
+    """Return the configuration to write, and a step for each of its modules, in order.
 
     Args:
-        config: Of the source, its `tie_word_embeddings` settled.
-        packing: From `source_quantization`.
-        wanted: Quantization by part; a part that is absent stays as it is.
-        overrides: Patterns over paths and what their modules get, see `ConvertOptions`.
-        expected: The modules; None is those of a Hugging Face checkpoint.
+        config: The source's, with `tie_word_embeddings` as its weights require.
+        found: From `match_tensors`.
+        packing: From `read_quantization`.
+        wanted: From `choose_quantization`.
+        overrides: Pairs of a pattern over paths and a quantization, see `ConvertOptions`.
+        expected: The modules; None means those of a Hugging Face checkpoint.
 
     Raises:
-        CheckpointError: A tensor is missing, unknown, of another shape or type, a group
-            size does not fit, or a pattern matches nothing.
+        CheckpointError: A tensor is missing, unknown, or has another shape or type; a group size
+            does not fit; or a pattern matches nothing.
     """
     steps, used = [], set()
     expected = list_entries(config) if expected is None else expected
@@ -183,7 +175,7 @@ def _make_member(
     found: SourceTensors,
     packing: Mapping[str, Quantization],
 ) -> Member:
-    """The source module at `path`, its tensors checked against `shape`."""
+    """Make the source module at `path`, after checking its tensors against `shape`."""
     packed: Quantization | None = None
     floats = tuple(FLOATS)
     shapes = {
@@ -222,7 +214,7 @@ def _make_member(
 
 
 def _guess_source_name(key: str, found: SourceTensors) -> str:
-    """The canonical name `key` in the style that its neighbors have in the source."""
+    """Return the normalized name `key` in the style of similar names in the source."""
     top, rest = key.split(".", 1)
     for other, (name, _) in found.items():
         other_top, other_rest = other.split(".", 1) if "." in other else (other, "")
@@ -233,7 +225,7 @@ def _guess_source_name(key: str, found: SourceTensors) -> str:
 
 
 def _set_target(step: Step, wanted: Mapping[str, Quantization | None]) -> Step:
-    """`step` with what is wanted for its path, else its part, else as its members are."""
+    """Set the target of `step`: `wanted` for its path, else its part, else as in the source."""
     if not step.entry.quantizable:
         return step
     for key in (step.entry.path, find_part(step.entry.path)):
@@ -244,14 +236,14 @@ def _set_target(step: Step, wanted: Mapping[str, Quantization | None]) -> Step:
         return dataclasses.replace(step, target=kinds.pop())
     packed = [kind for kind in kinds if kind is not None]
     if len(packed) < len(kinds):
-        return step  # a member is float: so are all
+        return step  # if one member is float, all become float
     return dataclasses.replace(step, target=max(packed, key=lambda q: (q.bits, -q.group_size)))
 
 
 def _pad_vision_mlp(config: Config, steps: list[Step]) -> tuple[Config, list[Step]]:
-    """The final configuration and steps: the vision MLP padded to whole groups.
+    """Pad the vision MLP to whole groups, in the configuration and in the steps.
 
-    A hidden unit whose weights and bias are 0 gives gelu(0) = 0, so it changes nothing.
+    A hidden unit with zero weights and bias gives gelu(0) = 0, so the output stays the same.
     """
     vision = config.vision
     sizes = [
@@ -280,7 +272,7 @@ def _pad_vision_mlp(config: Config, steps: list[Step]) -> tuple[Config, list[Ste
 
 
 def find_usual_dtype(steps: list[Step]) -> str:
-    """The float type that most bytes of the source have."""
+    """Return the float type of most of the source's bytes."""
     sizes: Counter[str] = Counter()
     for info in _list_infos(steps):
         if info.dtype in FLOATS:
@@ -289,7 +281,7 @@ def find_usual_dtype(steps: list[Step]) -> str:
 
 
 def _list_infos(steps: list[Step]) -> Iterator[TensorInfo]:
-    """Every source tensor of `steps`."""
+    """List the source tensors of `steps`."""
     for step in steps:
         for member in step.members:
             for _, info in member.tensors.values():

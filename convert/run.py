@@ -1,4 +1,4 @@
-"""From a source to a folder of this package's format."""
+"""Convert a source to a checkpoint folder of this package's format."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from mlx_smolvlm.prompt.tokenizer import LARGEST_FILE
 
 
 def build_arrays(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The arrays of the module that `step` describes, by suffix, floats as `dtype`."""
+    """Build the arrays of the module of `step`, by suffix, with floats of type `dtype`."""
     bias = []
     if step.entry.bias:
         bias = [weights.read(member.tensors["bias"][0]).astype(dtype) for member in step.members]
@@ -63,12 +63,12 @@ def build_arrays(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str,
 
 
 def _join_biases(parts: list[mx.array]) -> dict[str, mx.array]:
-    """`parts` joined, under the name that a module gives it; nothing if there are none."""
+    """Concatenate the biases of the members; an empty dict if there are none."""
     return {"bias": mx.concatenate(parts)} if parts else {}
 
 
 def _join_packed(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The packed arrays of the step's members, one below the other, without unpacking them."""
+    """Concatenate the rows of the step's packed members without unpacking them."""
     assert step.target is not None
     rows = [
         {s: weights.read(name) for s, (name, _) in member.tensors.items() if s != "bias"}
@@ -84,14 +84,14 @@ def _join_packed(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str,
 
 
 def _read_float_weight(member: Member, weights: WeightFiles, dtype: mx.Dtype) -> mx.array:
-    """The member's weight as floats of type `dtype`."""
+    """Read the member's weight as floats of type `dtype`."""
     arrays = {s: weights.read(name) for s, (name, _) in member.tensors.items() if s != "bias"}
     if member.quantization is None:
         return arrays["weight"].astype(dtype)
     return unpack(arrays, member.quantization, dtype)
 
 
-Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, module at hand
+Progress = Callable[[int, int, str], None]  # bytes done, total bytes, current module
 
 
 def convert_checkpoint(
@@ -102,33 +102,40 @@ def convert_checkpoint(
     offline: bool = False,
     force: bool = False,
 ) -> Path:
-    """The folder `dest`, which holds the checkpoint `source` in this package's format.
+    """Convert `source` to this package's format and return the folder `dest`.
 
     Args:
-        source: A Hugging Face or mlx-vlm folder, a GGUF file of SmolLM2, a hub id, or what
-            `open_source` made of one.
-        dest: A folder that is absent or empty.
+        source: A Hugging Face or mlx-vlm folder, a GGUF file of SmolLM2, a hub id, or the result of
+            `open_source`.
+        dest: A folder that does not exist or is empty.
         options: Precision; None keeps the source's.
-        progress: Called after each module with the bytes of the source done, the bytes
-            in all, and the module's name.
-        offline: Take a hub id from the local cache alone.
+        progress: Called after each module with the source bytes done, the total bytes and the
+            module's path.
+        offline: Look up hub ids in the local cache only.
         force: Replace a checkpoint of this format at `dest`.
 
     Raises:
-        CheckpointError: The source is not usable or `dest` is taken; nothing is written.
+        CheckpointError: The source cannot be converted, or `dest` is in use or cannot be written;
+            nothing is left behind.
     """
     dest = expand_path(dest, CheckpointError)
     options = options or ConvertOptions()
     check_destination(dest, force)
-    opened = open_source(source, offline)
-    return write_checkpoint(plan_checkpoint(opened, options), dest, progress, force)
+    plan = plan_checkpoint(open_source(source, offline), options)
+    return write_checkpoint(plan, dest, progress, force)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """All that `write_checkpoint` needs, checked.
+    """What `write_checkpoint` will write.
 
-    `replacements` holds arrays to write instead of the computed ones, by module path.
+    Attributes:
+        source: The checkpoint to convert.
+        config: Contents of the new config.json.
+        template: The chat template.
+        steps: The modules to write, in order.
+        origin: Contents of the new origin.json.
+        replacements: Arrays to write instead of computed ones, by module path and suffix.
     """
 
     source: Source
@@ -139,13 +146,13 @@ class Plan:
     replacements: Mapping[str, Mapping[str, mx.array]] = dataclasses.field(default_factory=dict)
 
     def replace_arrays(self, arrays: Mapping[str, Mapping[str, mx.array]]) -> Plan:
-        """Return a plan that also writes `arrays`, by module path and suffix."""
+        """Return a copy with `arrays`, by module path and suffix, added to `replacements`."""
         old = self.replacements
         merged = {path: {**old.get(path, {}), **new} for path, new in arrays.items()}
         return dataclasses.replace(self, replacements={**old, **merged})
 
     def build(self, step: Step) -> dict[str, mx.array]:
-        """The arrays of the module that `step` describes, by suffix."""
+        """Build the arrays of the module of `step`, by suffix, using `replacements`."""
         dtype: mx.Dtype = getattr(mx, self.config.dtype)
         replacements = self.replacements.get(step.entry.path, {})
         arrays = build_arrays(step, self.source.weights, dtype)
@@ -156,10 +163,12 @@ class Plan:
 
 
 def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
-    """What converting `source` under `options` will write; only headers are read.
+    """Plan the conversion of `source` with `options`, from headers.
+
+    Weights are read only to compare an output head with the embeddings it should be tied to.
 
     Raises:
-        CheckpointError: The source is not usable, or the options do not fit it.
+        CheckpointError: The source cannot be converted, or not with these options.
     """
     wanted = choose_quantization(options)
     packing: dict[str, Quantization] = {}
@@ -186,44 +195,50 @@ def plan_checkpoint(source: Source, options: ConvertOptions) -> Plan:
 
 
 def write_checkpoint(plan: Plan, dest: Path, progress: Progress | None, force: bool) -> Path:
-    """The folder `dest`, written as `plan` says.
+    """Write the checkpoint of `plan` and return `dest`.
+
+    Args:
+        plan: From `plan_checkpoint`.
+        dest: The folder to write.
+        progress: Called with the bytes done, the total bytes and the path of the current module.
+        force: Replace a checkpoint of this format at `dest`.
 
     Raises:
-        CheckpointError: The disk refuses, `dest` is taken, or the source has changed
-            since it was planned; nothing is left behind.
+        CheckpointError: `dest` is in use or cannot be written, or the source changed after it was
+            opened. Nothing is left behind.
     """
     item_bytes = 4 if plan.config.dtype == "float32" else 2
     with stage_folder(dest, force) as folder:
         _check_space(folder, sum(step.nbytes(item_bytes) for step in plan.steps))
-        outbox = FolderWriter(folder)
+        writer = FolderWriter(folder)
         try:
-            _write_weights(plan, outbox, progress)
+            _write_weights(plan, writer, progress)
         except (RuntimeError, ValueError) as error:
             raise CheckpointError(f"{plan.source.folder} cannot be converted: {error}") from None
-        outbox.write_text(TOKENIZER_FILE, plan.source.read_text(TOKENIZER_FILE, LARGEST_FILE))
-        outbox.write_text(TEMPLATE_FILE, plan.template)
-        outbox.write_text(ORIGIN_FILE, _format_json(plan.origin.to_dict()))
-        outbox.write_text(CONFIG_FILE, _format_json(plan.config.to_dict()))
+        writer.write_text(TOKENIZER_FILE, plan.source.read_text(TOKENIZER_FILE, LARGEST_FILE))
+        writer.write_text(TEMPLATE_FILE, plan.template)
+        writer.write_text(ORIGIN_FILE, _format_json(plan.origin.to_dict()))
+        writer.write_text(CONFIG_FILE, _format_json(plan.config.to_dict()))
         plan.source.check_unchanged()
-        outbox.finish()
+        writer.finish()
     return dest
 
 
 def _format_json(values: Mapping[str, Any]) -> str:
-    """`values` as the text of a file."""
+    """Format `values` as the text of a JSON file."""
     return json.dumps(values, indent=2) + "\n"
 
 
 def _settle_tie(config: Config, found: SourceTensors, source: Source) -> Config:
-    """`config` with `tie_word_embeddings` as the weights bear out, and `found` without a copy.
+    """Set `tie_word_embeddings` as the weights require; modifies `found` in place.
 
-    A head that is declared tied and stored as well is dropped if it equals the
-    embeddings; if it differs, it is used, as transformers does.
+    A head that is declared tied but also stored is dropped from `found` if it equals the
+    embeddings. If it differs, it is used, as in transformers.
     """
     if not config.text.tie_word_embeddings:
         return config
     heads = {key.removeprefix("lm_head."): key for key in found if key.startswith("lm_head.")}
-    if "text_model.embed_tokens.weight" not in found:  # the other of the two was saved
+    if "text_model.embed_tokens.weight" not in found:  # only the head was saved
         found.update({f"text_model.embed_tokens.{s}": found.pop(k) for s, k in heads.items()})
         return config
     if not heads:
@@ -244,7 +259,7 @@ def _settle_tie(config: Config, found: SourceTensors, source: Source) -> Config:
 
 
 def _check_space(folder: Path, needed: int) -> None:
-    """Refuse to begin what the disk cannot hold."""
+    """Raise CheckpointError if the disk has less than `needed` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
@@ -253,17 +268,17 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_weights(plan: Plan, outbox: FolderWriter, progress: Progress | None) -> None:
-    """Write every tensor of `plan` into `outbox`."""
-    writer = ShardWriter(outbox)
+def _write_weights(plan: Plan, writer: FolderWriter, progress: Progress | None) -> None:
+    """Write every tensor of `plan` with `writer`."""
+    shards = ShardWriter(writer)
     done, total = 0, sum(step.source_nbytes for step in plan.steps)
     for step in plan.steps:
         arrays = plan.build(step)
         mx.eval(arrays)
-        writer.add({f"{step.entry.path}.{suffix}": a for suffix, a in arrays.items()})
+        shards.add({f"{step.entry.path}.{suffix}": a for suffix, a in arrays.items()})
         del arrays
         mx.clear_cache()  # Metal keeps freed buffers otherwise
         done += step.source_nbytes
         if progress is not None:
             progress(done, total, step.entry.path)
-    writer.finish()
+    shards.finish()

@@ -1,7 +1,7 @@
-"""Where weights come from: a folder of the Hugging Face layout, local or fetched from the hub.
+"""Open a checkpoint to convert: a local folder, a hub id, or a GGUF file.
 
-A `Source` keeps what was read of it, so that each file is opened and parsed once, however many
-times a conversion is planned. A GGUF file becomes such a folder, which lives as long as its
+A `Source` keeps the files that it has read, so that each is opened and parsed once, even if several
+conversions are planned. A GGUF file is unpacked into a temporary folder, which is removed with its
 `Source`.
 """
 
@@ -30,18 +30,19 @@ from mlx_smolvlm.records import MAX_JSON, parse_json, read_text
 
 PATTERNS = ("*.json", "*.safetensors", "*.jinja", "*.txt", "README.md", "SHA256SUMS")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-READ_SUFFIXES = (".json", ".safetensors", ".jinja")  # suffixes of what a conversion reads
+READ_SUFFIXES = (".json", ".safetensors", ".jinja")  # of files that a conversion reads
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder to convert, and what was read of it.
+    """A folder to convert, with a cache of the files that were read.
 
     Attributes:
-        name: Its hub id or the folder's name.
-        revision: The commit on the hub that the folder holds; None of a local one.
-        stamps: Size in bytes and time of change of every file that a conversion reads, by name,
-            taken before the first of them is read.
+        folder: A folder in the Hugging Face layout, or of this package's format.
+        name: Hub id, or name of a local folder.
+        revision: Commit on the hub; None for a local folder.
+        stamps: Size in bytes and modification time in ns of every file that a conversion reads, by
+            name, before any of them is read.
 
     Raises:
         CheckpointError: The folder cannot be read, or has no config.json.
@@ -60,17 +61,21 @@ class Source:
             raise CheckpointError(f"{self.folder} is no checkpoint: it has no {CONFIG_FILE}")
 
     def has(self, name: str) -> bool:
-        """Whether there is a file `name`."""
+        """Whether the folder has a file `name`."""
         return (self.folder / name).is_file()
 
     def read_text(self, name: str, max_bytes: int = MAX_JSON) -> str:
-        """The text of the file `name`; errors as `read_text`."""
+        """Read the text file `name`; errors as in `records.read_text`."""
         if name not in self._texts:
             self._texts[name] = read_text(self.folder / name, max_bytes)
         return self._texts[name]
 
     def read_json(self, name: str, max_bytes: int = MAX_JSON) -> dict[str, Any]:
-        """The JSON object in the file `name`, not to be modified; errors as `read_json`."""
+        """Read the JSON object in the file `name`. Do not modify it.
+
+        Raises:
+            CheckpointError: As in `records.read_json`.
+        """
         if name not in self._values:
             self._values[name] = parse_json(self.read_text(name, max_bytes), self.folder / name)
         values: dict[str, Any] = self._values[name]
@@ -78,7 +83,7 @@ class Source:
 
     @cached_property
     def is_own(self) -> bool:
-        """Whether it has this package's format, as what `mlx-smolvlm train` wrote."""
+        """Whether the checkpoint has this package's format, such as one that was trained."""
         try:
             return self.read_json(CONFIG_FILE).get("format") == FORMAT
         except CheckpointError:
@@ -86,10 +91,10 @@ class Source:
 
     @cached_property
     def weights(self) -> WeightFiles:
-        """Its tensors, none of which is read yet.
+        """The open safetensors files; only their headers have been read.
 
         Raises:
-            CheckpointError: The safetensors files are absent, incomplete or damaged.
+            CheckpointError: The safetensors files are missing, incomplete or damaged.
         """
         if (self.folder / WEIGHTS_FILE).is_file() or (self.folder / INDEX_FILE).is_file():
             return WeightFiles(self.folder)
@@ -105,10 +110,10 @@ class Source:
         )
 
     def check_unchanged(self) -> None:
-        """Refuse a source whose files changed, so that what was read may be of two versions.
+        """Check that no file changed since the source was opened.
 
         Raises:
-            CheckpointError: It names the files.
+            CheckpointError: Files changed, so different versions may have been mixed.
         """
         now, then = read_stamps(self.folder), self.stamps
         changed = sorted(name for name in {*now, *then} if now.get(name) != then.get(name))
@@ -119,10 +124,10 @@ class Source:
 
 
 def read_stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size in bytes and time of change in ns of the files in `folder` that a conversion reads.
+    """Return the size in bytes and modification time in ns of files that a conversion reads.
 
     Raises:
-        CheckpointError: The folder cannot be read.
+        CheckpointError: `folder` cannot be read.
     """
     try:
         paths = sorted(path for path in folder.iterdir() if path.suffix in READ_SUFFIXES)
@@ -133,16 +138,16 @@ def read_stamps(folder: Path) -> dict[str, tuple[int, int]]:
 
 
 def open_source(source: str | Path | Source, offline: bool = False) -> Source:
-    """The folder that `source` names, downloaded first if it is a hub id.
+    """Open a checkpoint to convert, downloading it first if `source` is a hub id.
 
     Args:
         source: A local folder, a GGUF file, or a hub id such as
             "HuggingFaceTB/SmolVLM-256M-Instruct". A `Source` is returned unchanged.
-        offline: Take a hub id from the local cache alone.
+        offline: Look up hub ids in the local cache only.
 
     Raises:
-        CheckpointError: There is no such folder or repository, it cannot be reached, or
-            it is no checkpoint.
+        CheckpointError: There is no such folder or repository, it cannot be reached, or it is not
+            a checkpoint.
     """
     if isinstance(source, Source):
         return source
@@ -154,23 +159,23 @@ def open_source(source: str | Path | Source, offline: bool = False) -> Source:
     if folder.exists():
         if any(folder.match(pattern) for pattern in PICKLES):
             raise CheckpointError(
-                f"{folder} is no safetensors checkpoint, and no other format is read; "
+                f"{folder} is not a safetensors checkpoint, and no other format is read; "
                 "give a folder with config.json and safetensors files"
             )
         raise CheckpointError(f"{folder} is a file; give the checkpoint's folder")
     if isinstance(source, Path) or not is_hub_id(source):
-        raise CheckpointError(f"there is no folder '{source}', and it is no hub id (owner/name)")
+        raise CheckpointError(f"there is no folder '{source}', and it is not a hub id (owner/name)")
     return open_snapshot(download(source, offline), source)
 
 
 def open_snapshot(folder: Path, repo: str) -> Source:
-    """The hub's `repo` as it lies in the hub cache's `folder`, which is named after the commit."""
+    """Open the hub's `repo`, which is in the hub cache's `folder`, named after the commit."""
     is_commit = re.fullmatch(r"[0-9a-f]{40}", folder.name) is not None
     return Source(folder, repo, folder.name if is_commit else None)
 
 
 def _open_gguf(path: Path) -> Source:
-    """The GGUF file `path` as a folder, which goes when the source is used no longer."""
+    """Unpack the GGUF file `path` into a temporary folder, removed with the returned `Source`."""
     from mlx_smolvlm.convert.gguf import unpack_gguf
 
     try:
@@ -196,11 +201,11 @@ def is_hub_id(text: str) -> bool:
 
 
 def download(repo: str, offline: bool = False, revision: str | None = None) -> Path:
-    """The local snapshot folder of the hub repository `repo`, fetched where needed.
+    """Download the hub repository `repo` if needed and return its local snapshot folder.
 
     Raises:
-        CheckpointError: The repository is unknown, private or gated, the network fails,
-            or `offline` and it has not been fetched before.
+        CheckpointError: The repository is unknown, private or gated, the network fails, or
+            `offline` is set and the repository is not in the local cache.
     """
     from huggingface_hub import errors, snapshot_download
 
@@ -227,7 +232,7 @@ def download(repo: str, offline: bool = False, revision: str | None = None) -> P
             else "it is not in the local cache, and the hub cannot be reached"
         )
     except errors.HFValidationError:
-        reason = "this is no valid repository id"
-    except Exception as error:  # the HTTP library, and so its errors, differ between hub versions
+        reason = "this is not a valid repository id"
+    except Exception as error:  # its HTTP library differs between versions, and so do the errors
         reason = f"the download failed: {(str(error).splitlines() or [repr(error)])[0]}"
     raise CheckpointError(f"{repo}: {reason}")

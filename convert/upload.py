@@ -1,4 +1,4 @@
-"""A converted checkpoint to the hub, in one commit, with its model card."""
+"""Upload a converted checkpoint to the hub in one commit, with a model card."""
 
 from __future__ import annotations
 
@@ -25,28 +25,28 @@ from mlx_smolvlm.media.fetch import is_offline
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-EXTRAS = ("verify.png",)  # what a comparison with the source draws, if there was one
-_PRIVATE = "verify.json"  # quotes the texts that were compared on, so it stays here
+EXTRAS = ("verify.png",)  # the plot of a comparison with the source
+_PRIVATE = "verify.json"  # quotes the texts of the comparison, so it is not published
 
 
 def check_upload(repo: str) -> str:
-    """The name of the user who is logged in, so that an upload to `repo` can be tried.
+    """Check that an upload to `repo` can be tried, and return the name of the logged-in user.
 
-    Nothing is made on the hub.
+    Nothing is created on the hub.
 
     Raises:
-        CheckpointError: `repo` is no repository's name, nobody is logged in, or the hub
+        CheckpointError: `repo` is not a valid repository name, nobody is logged in, or the hub
             cannot be reached.
     """
     if not is_hub_id(repo):
-        raise CheckpointError(f"'{repo}' is no name of a repository; give owner/name")
+        raise CheckpointError(f"'{repo}' is not a repository name; give owner/name")
     if is_offline():
         raise CheckpointError(f"{repo}: an upload needs the network, and HF_HUB_OFFLINE is set")
     from huggingface_hub import HfApi
 
     try:
         return str(HfApi().whoami()["name"])
-    except Exception as error:  # the HTTP library, and so its errors, differ between hub versions
+    except Exception as error:  # its HTTP library differs between versions, and so do the errors
         raise CheckpointError(
             f"{repo}: {_explain_error(error, 'asking who is logged in')}"
         ) from None
@@ -55,19 +55,21 @@ def check_upload(repo: str) -> str:
 def upload(
     folder: Path, repo: str, *, private: bool = False, force: bool = False, section: str = ""
 ) -> str:
-    """The URL of the commit that puts the checkpoint in `folder` on the hub as `repo`.
+    """Upload the checkpoint in `folder` to the hub and return the URL of the commit.
 
-    The repository is made if there is none. Weights of an earlier version are removed
-    in the same commit.
+    The repository is created if needed. Weights of an earlier version are removed in the same
+    commit.
 
     Args:
-        private: Make a new repository private; one that exists stays as it is.
+        folder: A checkpoint folder of this format.
+        repo: The hub id, owner/name.
+        private: Make a new repository private; an existing one is not changed.
         force: Replace a checkpoint of another format.
-        section: Of the model card, see `model_card`.
+        section: See `format_model_card`.
 
     Raises:
-        CheckpointError: The folder is not a complete checkpoint, a weight file does not match
-            its stated sum, the repository holds something else, or the hub refuses.
+        CheckpointError: `folder` is not a complete checkpoint, a weight file does not match its
+            checksum, the repository holds a checkpoint of another format, or the hub refuses.
     """
     read_config(folder)
     files = _list_files(folder)
@@ -81,26 +83,27 @@ def upload(
     api = HfApi()
     try:
         api.create_repo(repo, private=private or None, exist_ok=True)
-        there = set(api.list_repo_files(repo))
+        remote_names = set(api.list_repo_files(repo))
     except Exception as error:  # see check_upload
         raise CheckpointError(f"{repo}: {_explain_error(error, 'making the repository')}") from None
-    if CONFIG_FILE in there and SUMS_FILE not in there and not force:
+    if CONFIG_FILE in remote_names and SUMS_FILE not in remote_names and not force:
         raise CheckpointError(
             f"{repo} holds a checkpoint of another format; choose another name, or use force to "
             "replace it"
         )
-    ours = {path.name: path for path in files}
+    local_paths = {path.name: path for path in files}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [
-        CommitOperationAdd(name, str(path)) for name, path in ours.items()
+        CommitOperationAdd(name, str(path)) for name, path in local_paths.items()
     ]
     operations.append(CommitOperationAdd(CARD_FILE, card.encode()))
     operations.append(CommitOperationAdd(SUMS_FILE, format_sums(sums).encode()))
-    operations += [CommitOperationDelete(name) for name in sorted(_find_stale(there, set(ours)))]
+    stale = _find_stale(remote_names, set(local_paths))
+    operations += [CommitOperationDelete(name) for name in sorted(stale)]
     return _commit(api, repo, operations)
 
 
 def _list_files(folder: Path) -> list[Path]:
-    """The files of the checkpoint in `folder` that are published as they are."""
+    """List the files of the checkpoint in `folder` to upload unchanged."""
     weights = {info.file for info in read_headers(folder).values()}
     names = [CONFIG_FILE, TOKENIZER_FILE, TEMPLATE_FILE, ORIGIN_FILE, *EXTRAS]
     if len(weights) > 1:
@@ -112,13 +115,13 @@ def _list_files(folder: Path) -> list[Path]:
 
 
 def _compute_sums(folder: Path, files: list[Path]) -> dict[str, str]:
-    """The sums of `files` as they are now, by name.
+    """Compute the checksums of `files`, by name.
 
-    A text that was edited gets a new sum, with a warning. Weights are never edited: with another
-    sum they are damaged.
+    Warns if a text file was edited since its checksum was written. Weights are never edited: with
+    another checksum they are damaged.
 
     Raises:
-        CheckpointError: A file cannot be read, or weights differ from their stated sum.
+        CheckpointError: A file cannot be read, or a weight file does not match its checksum.
     """
     stated = read_sums(folder) or {}
     try:
@@ -134,22 +137,22 @@ def _compute_sums(folder: Path, files: list[Path]) -> dict[str, str]:
                 "convert the checkpoint again"
             )
         warnings.warn(
-            f"{name} was changed since its sum was taken; it is published with a new one",
+            f"{name} was changed since its checksum was written; it is published with a new one",
             SmolVLMWarning,
             stacklevel=3,
         )
     return sums
 
 
-def _find_stale(there: set[str], ours: set[str]) -> set[str]:
-    """Weights and lists of the repository that would not belong to the new checkpoint."""
+def _find_stale(remote_names: set[str], local_names: set[str]) -> set[str]:
+    """Find files in the repository that the new checkpoint would leave outdated."""
     names = {INDEX_FILE, ORIGIN_FILE, _PRIVATE, *EXTRAS}
-    old = {name for name in there if name in names or name.endswith(".safetensors")}
-    return {name for name in old - ours if "/" not in name}
+    old = {name for name in remote_names if name in names or name.endswith(".safetensors")}
+    return {name for name in old - local_names if "/" not in name}
 
 
 def _commit(api: HfApi, repo: str, operations: list) -> str:  # type: ignore[type-arg]
-    """The URL of the commit of `operations`."""
+    """Make a commit of `operations` and return its URL."""
     try:
         commit = api.create_commit(
             repo, operations, commit_message="Upload a checkpoint of mlx-smolvlm"
@@ -160,7 +163,7 @@ def _commit(api: HfApi, repo: str, operations: list) -> str:  # type: ignore[typ
 
 
 def _explain_error(error: Exception, doing: str) -> str:
-    """What went wrong with the hub while `doing`, and what to do."""
+    """Return a message: what went wrong with the hub while `doing`, and what to do."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.LocalTokenNotFoundError):
@@ -168,17 +171,17 @@ def _explain_error(error: Exception, doing: str) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "an upload needs the network, and HF_HUB_OFFLINE is set"
     if isinstance(error, errors.HFValidationError):
-        return "this is no valid repository id; give owner/name"
+        return "this is not a valid repository id; give owner/name"
     status = getattr(getattr(error, "response", None), "status_code", None)
-    known = {
+    reasons = {
         401: "the hub does not accept the token: `hf auth login` with one that may write",
         403: "the token may not write there: check the owner's name, and that the token may write",
         404: "the hub has no such owner or repository, or the token may not see it",
         429: "the hub asks to wait: too many requests; try again later",
     }
-    if status in known:
-        return f"{known[status]} ({doing}: {status})"
-    said = (str(error).strip().splitlines() or [repr(error)])[0]
+    if status in reasons:
+        return f"{reasons[status]} ({doing}: {status})"
+    detail = (str(error).strip().splitlines() or [repr(error)])[0]
     if status is None:
-        return f"the hub cannot be reached ({doing}: {said}); what is on this disk stays"
-    return f"the hub refuses ({doing}: {status}, {said})"
+        return f"the hub cannot be reached ({doing}: {detail}); the local folder is unchanged"
+    return f"the hub refuses ({doing}: {status}, {detail})"

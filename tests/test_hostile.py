@@ -225,7 +225,9 @@ def test_pickles_are_never_opened(tmp_path, name):
     )
     with pytest.raises(CheckpointError, match=match):
         convert_checkpoint(source, tmp_path / "out")
-    whole = "cannot be read as GGUF" if name == "m.gguf" else "is no safetensors checkpoint, and no"
+    whole = (
+        "cannot be read as GGUF" if name == "m.gguf" else "is not a safetensors checkpoint, and no"
+    )
     with pytest.raises(CheckpointError, match=whole):
         convert_checkpoint(source / name, tmp_path / "out")
 

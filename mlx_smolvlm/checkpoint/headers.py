@@ -1,10 +1,11 @@
-"""The JSON and safetensors files of a checkpoint folder: headers, and tensors one by one."""
+"""Read and write safetensors files: headers, single tensors, whole files, and the shard index."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
 import json
+import math
 import os
 import struct
 import weakref
@@ -35,7 +36,7 @@ MOST_DIMENSIONS = 8  # of a tensor; MLX counts each in an int32
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies: its file, its safetensors type such as "BF16", shape and first byte."""
+    """A tensor's file, safetensors type such as "BF16", shape, and first byte in the file."""
 
     file: Path
     dtype: str
@@ -45,25 +46,22 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        size = ITEM_BYTES[self.dtype]
-        for side in self.shape:
-            size *= side
-        return size
+        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Names and places of the tensors in the safetensors file at `path`; no weight is read.
+    """Read which tensors the safetensors file at `path` holds, by name; no weights are read.
 
     Raises:
-        CheckpointError: The file is cut off, damaged or not safetensors; tensors must lie
-            one behind the other, as in every file that the format's own library reads.
+        CheckpointError: The file is cut off, damaged or not safetensors. The tensors must be
+            contiguous, as the safetensors library also requires.
     """
     with _open(path) as file:
         return _read_tensor_infos(path, file)
 
 
 def _open(path: Path, own_only: bool = False) -> BinaryIO:
-    """The regular file at `path`, open for reading; arguments and errors as `read_metadata`."""
+    """Open the regular file at `path` for reading; errors as in `read_metadata`."""
     try:
         return open_file(path, own_only=own_only)
     except OSError as error:
@@ -71,32 +69,35 @@ def _open(path: Path, own_only: bool = False) -> BinaryIO:
 
 
 def _read_tensor_infos(path: Path, file: BinaryIO) -> dict[str, TensorInfo]:
-    """The tensors of `file`, which was opened from `path`; errors as `read_header`."""
-    header, room, first = _parse_header(path, file)
+    """Read the header of `file`, opened from `path`; errors as in `read_header`."""
+    header, data_bytes, data_start = _parse_header(path, file)
     header.pop("__metadata__", None)
-    tensors = {name: _parse_entry(path, name, entry, room, first) for name, entry in header.items()}
-    place = 0
+    tensors = {
+        name: _parse_entry(path, name, entry, data_bytes, data_start)
+        for name, entry in header.items()
+    }
+    previous_end = 0
     for start, end in sorted(tuple(entry["data_offsets"]) for entry in header.values()):
-        if start != place:
+        if start != previous_end:
             raise CheckpointError(f"{path}: the header's tensors overlap or leave gaps")
-        place = end
-    if place != room:
-        raise CheckpointError(f"{path}: {room - place} bytes follow the last tensor")
+        previous_end = end
+    if previous_end != data_bytes:
+        raise CheckpointError(f"{path}: {data_bytes - previous_end} bytes follow the last tensor")
     return tensors
 
 
 def read_metadata(
     path: Path, largest: int = LARGEST_HEADER, *, own_only: bool = False
 ) -> dict[str, str]:
-    """The texts that the safetensors file at `path` carries besides its tensors.
+    """Read the metadata strings in the header of the safetensors file at `path`.
 
     Args:
-        path: A file.
-        largest: Bytes of the longest header to read.
+        path: A safetensors file.
+        largest: Largest header to read, in bytes.
         own_only: Refuse a file of another user.
 
     Raises:
-        CheckpointError: As `read_header`, or another user owns the file.
+        CheckpointError: As in `read_header`, or another user owns the file.
     """
     with _open(path, own_only) as file:
         metadata: dict[str, str] = _parse_header(path, file, largest)[0]["__metadata__"]
@@ -104,10 +105,10 @@ def read_metadata(
 
 
 def load_tensors(path: Path) -> dict[str, mx.array]:
-    """The arrays of the safetensors file at `path`; MLX sees none whose header was not checked.
+    """Load the safetensors file at `path` with MLX, after checking its header.
 
     Raises:
-        CheckpointError: As `read_header`, or a tensor is of a type that MLX does not have.
+        CheckpointError: As in `read_header`, or a tensor has a type that MLX lacks.
     """
     import mlx.core as mx
 
@@ -123,7 +124,7 @@ def load_tensors(path: Path) -> dict[str, mx.array]:
 def _parse_header(
     path: Path, file: BinaryIO, largest: int = LARGEST_HEADER
 ) -> tuple[dict[str, Any], int, int]:
-    """The header's JSON object, how many bytes of data follow it, and where they begin."""
+    """Return the header's JSON object, the number of data bytes, and the offset of the data."""
     try:
         total = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
@@ -142,7 +143,7 @@ def _parse_header(
         raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again") from None
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a damaged safetensors header; fetch it again")
-    if header.get("__metadata__") is None:  # MLX writes null where there are no texts
+    if header.get("__metadata__") is None:  # MLX writes null for empty metadata
         header["__metadata__"] = {}
     metadata = header["__metadata__"]
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -150,8 +151,8 @@ def _parse_header(
     return header, total - 8 - length, 8 + length
 
 
-def _parse_entry(path: Path, name: str, entry: Any, room: int, first: int) -> TensorInfo:
-    """The header's `entry` for tensor `name`, within the `room` bytes from the byte `first`."""
+def _parse_entry(path: Path, name: str, entry: Any, data_bytes: int, data_start: int) -> TensorInfo:
+    """Check the header's `entry` for tensor `name`; its offsets count from `data_start`."""
     damaged = CheckpointError(f"{path}: the header's entry for {name!r:.100} is damaged")
     fields = ("dtype", "shape", "data_offsets")
     kind, shape, offsets = (entry.get(f) if isinstance(entry, dict) else None for f in fields)
@@ -167,21 +168,22 @@ def _parse_entry(path: Path, name: str, entry: Any, room: int, first: int) -> Te
     if len(offsets) != 2 or len(shape) > MOST_DIMENSIONS or max(shape, default=0) >= 2**31:
         raise damaged
     start, end = offsets
-    info = TensorInfo(path, kind, tuple(shape), first + start)
+    info = TensorInfo(path, kind, tuple(shape), data_start + start)
     if end - start != info.nbytes:
         raise damaged
-    if end > room:
+    if end > data_bytes:
         raise CheckpointError(
-            f"{path} is cut off: tensor {name!r:.100} ends at byte {end} of {room}; fetch it again"
+            f"{path} is cut off: tensor {name!r:.100} ends at byte {end} of {data_bytes}; "
+            "fetch it again"
         )
     return info
 
 
 class WeightFiles:
-    """The safetensors files of a folder, each opened once and open as long as this object lives.
+    """The safetensors files of a folder, kept open as long as this object lives.
 
     Attributes:
-        tensors: Every tensor, by name; made from the headers.
+        tensors: The `TensorInfo` of every tensor, by name.
 
     Raises:
         CheckpointError: There are no safetensors files, one is missing or damaged, the
@@ -200,10 +202,10 @@ class WeightFiles:
         self.tensors = _read_folder(folder, read_infos)
 
     def read(self, name: str) -> mx.array:
-        """The tensor `name`, in memory.
+        """Read the tensor `name` into memory.
 
         Raises:
-            CheckpointError: The file cannot be read, was cut, or has a type that MLX lacks.
+            CheckpointError: The file cannot be read, was truncated, or has a type that MLX lacks.
         """
         import mlx.core as mx
 
@@ -214,7 +216,7 @@ class WeightFiles:
         mx.eval(array)
         try:
             file.seek(info.start)
-            # Written in place: a copy would double the memory of the largest tensor.
+            # Reading into the array avoids a second copy of the largest tensor.
             count = file.readinto(memoryview(array))  # type: ignore[attr-defined, arg-type]
         except OSError as error:
             raise CheckpointError(f"{info.file} cannot be read: {error.strerror}") from None
@@ -225,10 +227,10 @@ class WeightFiles:
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of the safetensors files in `folder`, by name; no weight is read.
+    """Read which tensors the safetensors files in `folder` hold, by name; no weights are read.
 
     Raises:
-        CheckpointError: As `WeightFiles`.
+        CheckpointError: As in `WeightFiles`.
     """
     return _read_folder(folder, read_header)
 
@@ -236,7 +238,7 @@ def read_headers(folder: Path) -> dict[str, TensorInfo]:
 def _read_folder(
     folder: Path, read_infos: Callable[[Path], dict[str, TensorInfo]]
 ) -> dict[str, TensorInfo]:
-    """The tensors of the safetensors files in `folder`; `read_infos` reads those of one file."""
+    """Collect the tensors of the safetensors files in `folder`, using `read_infos` per file."""
     index: dict[str, Any] = {}
     if (folder / INDEX_FILE).is_file() and not (folder / WEIGHTS_FILE).is_file():
         index = read_json(folder / INDEX_FILE).get("weight_map") or {}
@@ -246,12 +248,12 @@ def _read_folder(
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(
-                f"{folder / INDEX_FILE} names '{name}', which is no file of the folder"
+                f"{folder / INDEX_FILE} names '{name}', which is not a file in this folder"
             )
     tensors: dict[str, TensorInfo] = {}
     for name in files:
         path = folder / name
-        if not os.path.isfile(path):  # Path.is_file raises where a name is too long
+        if not os.path.isfile(path):  # Path.is_file raises if a name is too long
             raise CheckpointError(f"{path} is missing; fetch or convert the checkpoint again")
         for tensor, info in read_infos(path).items():
             if tensor in tensors:
@@ -271,21 +273,20 @@ def _read_folder(
 
 
 def write_arrays(file: Any, arrays: dict[str, mx.array], metadata: dict[str, str]) -> None:
-    """Write `arrays` and texts to `file` in the safetensors format.
-
-    Given a path, MLX says how many bytes it could not write; a file of Python's says why.
+    """Write `arrays` and `metadata` to `file` in the safetensors format.
 
     Args:
-        file: A binary file, or any object with `write`, `tell`, `seek` and `closed`.
+        file: A binary file, or any object with `write`, `tell`, `seek` and `closed`. With a path,
+            MLX would not report why writing failed.
         arrays: By name.
-        metadata: The texts, by name.
+        metadata: Strings, by name.
 
     Raises:
         OSError: The disk is full or fails.
     """
     import mlx.core as mx
 
-    mx.eval(arrays)  # so that a RuntimeError below is one of writing
+    mx.eval(arrays)  # so that a RuntimeError below comes from writing
     try:
         mx.save_safetensors(file, arrays, metadata)
     except RuntimeError as error:
@@ -300,17 +301,17 @@ def save_tensors(
     mode: int = 0o666,
     follow_links: bool = False,
 ) -> None:
-    """Write `arrays` and texts to `path`, whole or not at all.
+    """Write `arrays` and `metadata` to the safetensors file `path` atomically.
 
     Args:
-        path: Of any suffix.
+        path: The file; any suffix.
         arrays: By name.
-        metadata: The texts, by name.
+        metadata: Strings, by name.
         mode: As in `replace_file`.
-        follow_links: Likewise.
+        follow_links: As in `replace_file`.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     with (
         replace_file(path, ".safetensors", mode=mode, follow_links=follow_links) as part,

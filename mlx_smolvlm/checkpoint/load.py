@@ -1,8 +1,8 @@
-"""A checkpoint folder of this package's format, read strictly.
+"""Load a checkpoint folder of this package's format strictly.
 
-The folder holds config.json, the weights as safetensors (one file, or several
-with an index), tokenizer.json and chat_template.jinja. Tensor names are those of
-`Model(config).parameters()`; nothing is renamed here.
+The folder holds config.json, the weights as safetensors (one file, or several with an index),
+tokenizer.json and chat_template.jinja. Tensor names are those of `Model(config).parameters()`;
+loading renames nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ CARD_FILE = "README.md"
 
 LARGEST_TEMPLATE = 2**20  # bytes
 
-# The patch embedding's width (3 * patch_size**2) is no multiple of a group, and the
-# position embedding is added whole; both are small.
+# Both are small. The patch embedding's width (3 * patch_size**2) is not a multiple of the group
+# size, and the whole position embedding is added to the patches.
 NEVER_QUANTIZED = (
     "vision_model.embeddings.patch_embedding",
     "vision_model.embeddings.position_embedding",
@@ -36,16 +36,16 @@ NEVER_QUANTIZED = (
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration in `folder`.
+    """Read config.json in `folder`.
 
     Raises:
-        CheckpointError: There is no config.json, or not one of this format.
+        CheckpointError: config.json is missing or not of this format.
     """
     return Config.from_dict(read_json(Path(folder) / CONFIG_FILE))
 
 
 def find_tokenizer(folder: Path) -> Path:
-    """Path of the tokenizer.json in `folder`.
+    """Return the path of tokenizer.json in `folder`.
 
     Raises:
         CheckpointError: It is missing.
@@ -57,7 +57,7 @@ def find_tokenizer(folder: Path) -> Path:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether `folder` holds a checkpoint of this package's format, of whatever version."""
+    """Whether `folder` holds a checkpoint of this package's format, in any version."""
     try:
         return read_json(folder / CONFIG_FILE).get("format") == FORMAT
     except CheckpointError:
@@ -65,7 +65,7 @@ def is_own(folder: Path) -> bool:
 
 
 def read_chat_template(folder: Path) -> str:
-    """The chat template in `folder`, a Jinja text.
+    """Read the Jinja chat template in `folder`.
 
     Raises:
         CheckpointError: It is missing, too large or not UTF-8.
@@ -74,15 +74,16 @@ def read_chat_template(folder: Path) -> str:
 
 
 def load_model(folder: Path, dtype: str | None = None) -> Model:
-    """The network of the checkpoint in `folder`, with its weights in memory.
+    """Load the model in `folder`, with its weights in memory.
 
     Args:
-        dtype: Type to cast the weights to, the scales and biases of quantized ones
-            included; "float32", "float16", "bfloat16", or None to keep the stored one.
+        folder: A checkpoint folder of this format.
+        dtype: Type for the weights, and for the scales and biases of quantized weights:
+            "float32", "float16" or "bfloat16". None keeps the stored type.
 
     Raises:
-        CheckpointError: The folder is no complete checkpoint of this format, or a
-            tensor is missing, unknown or of another shape than the configuration says.
+        CheckpointError: The folder is not a complete checkpoint of this format, or a tensor is
+            missing, unknown, or has another shape than config.json says.
     """
     folder = Path(folder)
     if dtype is not None and dtype not in DTYPES:
@@ -106,22 +107,23 @@ def load_model(folder: Path, dtype: str | None = None) -> Model:
 
 
 def _cast(array: mx.array, dtype: mx.Dtype) -> mx.array:
-    """`array` as `dtype` if it holds floats, else as it is."""
+    """Cast `array` to `dtype` if it holds floats, else return it unchanged."""
     return array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
 def build_model(config: Config) -> Model:
-    """The network that `config` describes, quantized where it says so, its weights not yet made.
+    """Build the model that `config` describes, quantized layers included, without its weights.
 
     Raises:
-        CheckpointError: A quantization that no array can have, or that does not fit a width.
+        CheckpointError: MLX cannot build layers of these sizes, or a group size does not divide
+            the width of a matrix.
     """
     try:
         model = Model(config)
     except (OverflowError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"config: no model has such sizes: {error}") from None
 
-    def wanted(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def find_quantization(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if path in NEVER_QUANTIZED or not hasattr(module, "to_quantized"):
             return False
         quantization = config.quantization.find(path)
@@ -136,17 +138,17 @@ def build_model(config: Config) -> Model:
         return dict(vars(quantization))
 
     try:
-        nn.quantize(model, class_predicate=wanted)
+        nn.quantize(model, class_predicate=find_quantization)
     except (ValueError, RuntimeError) as error:
         raise CheckpointError(f"config: quantization cannot be applied: {error}") from None
     return model
 
 
 def build_checked_model(config: Config, tensors: dict[str, TensorInfo]) -> Model:
-    """The network that `config` describes, whose parameters are those of `tensors`.
+    """Build the model that `config` describes and check that `tensors` are its parameters.
 
     Raises:
-        CheckpointError: As `build_model` and `check_tensors`.
+        CheckpointError: As in `build_model` and `check_tensors`.
     """
     if config.text.num_hidden_layers + config.vision.num_hidden_layers > len(tensors):
         raise CheckpointError("config.json states more layers than there are tensors")
@@ -156,27 +158,27 @@ def build_checked_model(config: Config, tensors: dict[str, TensorInfo]) -> Model
 
 
 def check_tensors(model: Model, tensors: dict[str, TensorInfo]) -> None:
-    """Compare the stored `tensors` with the parameters of `model`, names, shapes and kinds.
+    """Check that names, shapes and types of `tensors` match the parameters of `model`.
 
     Raises:
-        CheckpointError: It names the first tensor that is missing, unknown or different.
+        CheckpointError: A tensor is missing, unknown or different.
     """
     parameters: Any = tree_flatten(model.parameters())
     expected: dict[str, mx.array] = {name: a for name, a in parameters if a is not None}
     for name, array in expected.items():
         if name not in tensors:
             raise CheckpointError(f"tensor '{name}' is missing; convert the checkpoint again")
-        found = tensors[name]
-        if found.shape != tuple(array.shape):
+        info = tensors[name]
+        if info.shape != tuple(array.shape):
             raise CheckpointError(
-                f"tensor '{name}' has shape {found.shape}; config.json asks for {array.shape}"
+                f"tensor '{name}' has shape {info.shape}; config.json asks for {array.shape}"
             )
         wanted = "floats" if mx.issubdtype(array.dtype, mx.floating) else str(array.dtype)
-        stored = {"U32": "mlx.core.uint32", "U8": "mlx.core.uint8"}.get(found.dtype, found.dtype)
-        if found.dtype in FLOATS:
+        stored = {"U32": "mlx.core.uint32", "U8": "mlx.core.uint8"}.get(info.dtype, info.dtype)
+        if info.dtype in FLOATS:
             stored = "floats"
         if stored != wanted:
-            raise CheckpointError(f"tensor '{name}' is stored as {found.dtype}; expected {wanted}")
+            raise CheckpointError(f"tensor '{name}' is stored as {info.dtype}; expected {wanted}")
     for name in tensors:
         if name not in expected:
             raise CheckpointError(f"tensor '{name}' is not known; convert the checkpoint again")

@@ -1,8 +1,8 @@
-"""Adapters: low-rank additions to a checkpoint's matrices, in a folder of their own.
+"""Read, attach and save LoRA adapters.
 
-The folder holds `adapters.safetensors`, two matrices `lora_a` and `lora_b` for each adapted
-module, and `adapter_config.json`, an `AdapterConfig`. The layers are mlx-lm's, which is
-imported only when there is an adapter.
+An adapter folder holds `adapters.safetensors`, with two matrices `lora_a` and `lora_b` for each
+adapted module, and `adapter_config.json`, an `AdapterConfig`. The layers come from mlx-lm, which
+is imported only if there is an adapter.
 """
 
 from __future__ import annotations
@@ -33,21 +33,24 @@ FORMAT = "mlx-smolvlm-adapter"
 FORMAT_VERSION = 1
 LARGEST_RANK, LARGEST_SCALE = 4096, 1e6
 
-_SIGNATURE = 64  # numbers of the base's last norm that tell one checkpoint from another
-_TOLERANCE = 0.01  # of the largest; a type of 8 bits of precision is off by half of it
+_SIGNATURE = 64  # how many weights of the final norm identify a checkpoint
+_TOLERANCE = 0.01  # relative to the largest weight; rounding to bfloat16 costs at most half of it
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What `adapter_config.json` states.
+    """The contents of `adapter_config.json`.
 
     Attributes:
-        base: The `source` of the checkpoint that it was trained on.
-        base_signature: Numbers of that checkpoint that no quantization changes.
-        rank: Width of the low-rank matrices.
-        scale: What their product is multiplied with.
-        dropout: Share of a module's inputs that its matrices did not see in training.
+        base: `source` of the checkpoint that the adapter was trained on.
+        base_signature: Weights that identify that checkpoint, see `compute_signature`.
+        rank: Rank of the low-rank matrices.
+        scale: Factor of their product.
+        dropout: Dropout probability of a module's inputs in training.
         modules: Paths of the adapted modules.
+
+    Raises:
+        ValueError: A value is out of its range, or a module is listed twice.
     """
 
     base: str
@@ -57,12 +60,7 @@ class AdapterConfig:
     dropout: float
     modules: tuple[str, ...]
 
-    def check(self) -> None:
-        """Refuse what no training writes.
-
-        Raises:
-            ValueError: It names the key and the range.
-        """
+    def __post_init__(self) -> None:
         if not 1 <= self.rank <= LARGEST_RANK:
             raise ValueError(f"rank is {self.rank}; it must be from 1 to {LARGEST_RANK}")
         if not 0 < self.scale <= LARGEST_SCALE:
@@ -75,39 +73,38 @@ class AdapterConfig:
             raise ValueError("modules names one twice")
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of `adapter_config.json`; `read_adapter_config` reads them back."""
+        """Return the contents of `adapter_config.json`; `read_adapter_config` is the inverse."""
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(self)}
 
 
 def read_adapter_config(folder: Path) -> AdapterConfig:
-    """What the adapter in `folder` states of itself.
+    """Read adapter_config.json in `folder`.
 
     Raises:
-        CheckpointError: The folder holds no adapter of this format and version.
+        CheckpointError: The folder does not hold an adapter of this format and version.
     """
     path = folder / CONFIG_FILE
     values = read_json(path)
     if values.pop("format", None) != FORMAT or values.pop("format_version", None) != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} is no adapter of {FORMAT} version {FORMAT_VERSION}; train one with "
+            f"{path} is not an adapter of {FORMAT} version {FORMAT_VERSION}; train one with "
             "mlx-smolvlm train"
         )
     try:
         config = read_record(AdapterConfig, values)
-        config.check()
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; train the adapter again") from None
     return config
 
 
 def compute_signature(model: Model) -> tuple[float, ...]:
-    """Numbers of `model` that its quantization does not change and its adapters neither."""
-    found: Any = model.text_model.norm.weight[:_SIGNATURE].astype(mx.float32).tolist()
-    return tuple(found)
+    """Return weights of the final norm, which neither quantization nor an adapter changes."""
+    numbers: Any = model.text_model.norm.weight[:_SIGNATURE].astype(mx.float32).tolist()
+    return tuple(numbers)
 
 
 def list_adaptable(model: Model, parts: tuple[str, ...]) -> tuple[str, ...]:
-    """Paths of the matrices of `parts` (see `config.PARTS`) that can have an adapter, in order."""
+    """List the paths of matrices in `parts` (see `config.PARTS`) that can have an adapter."""
     kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
     return tuple(
         sorted(
@@ -121,7 +118,7 @@ def list_adaptable(model: Model, parts: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def attach_adapter(model: Model, config: AdapterConfig) -> None:
-    """Put new low-rank matrices beside the modules that `config` names; they change nothing yet.
+    """Add new low-rank matrices to the modules that `config` names; the output stays the same.
 
     Raises:
         CheckpointError: `model` has no such module.
@@ -145,12 +142,12 @@ def attach_adapter(model: Model, config: AdapterConfig) -> None:
 
 
 def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
-    """Give `model` the adapter in `folder`; what the adapter states of itself.
+    """Attach the adapter in `folder` to `model` and return its configuration.
 
     Args:
-        model: With its weights. Its matrices may be quantized.
-        folder: As `save_adapter` writes it.
-        source: Where the checkpoint of `model` came from.
+        model: Modified in place. Its matrices may be quantized.
+        folder: Written by `save_adapter`.
+        source: `source` of the model's checkpoint.
 
     Raises:
         CheckpointError: There is no adapter, or it was trained on another checkpoint.
@@ -171,12 +168,12 @@ def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
         )
     attach_adapter(model, config)
     path = folder / WEIGHTS_FILE
-    found = {name: info.shape for name, info in read_header(path).items()}
+    shapes = {name: info.shape for name, info in read_header(path).items()}
     wanted = {name: tuple(array.shape) for name, array in get_adapter_arrays(model, config).items()}
-    for name in sorted(wanted.keys() | found.keys()):
-        if wanted.get(name) != found.get(name):
+    for name in sorted(wanted.keys() | shapes.keys()):
+        if wanted.get(name) != shapes.get(name):
             raise CheckpointError(
-                f"{path}: {name!r:.100} has the shape {found.get(name)}, and this checkpoint "
+                f"{path}: {name!r:.100} has the shape {shapes.get(name)}, and this checkpoint "
                 f"wants {wanted.get(name)}; the adapter was trained on {config.base:.100}"
             )
     arrays = load_tensors(path)
@@ -188,7 +185,7 @@ def load_adapter(model: Model, folder: Path, source: str) -> AdapterConfig:
 
 
 def get_adapter_arrays(model: Model, config: AdapterConfig) -> dict[str, mx.array]:
-    """The low-rank matrices of `model`, by name."""
+    """Return the low-rank matrices of `model`, by name."""
     modules = dict(model.named_modules())
     return {
         f"{path}.{name}": modules[path][name]
@@ -198,7 +195,10 @@ def get_adapter_arrays(model: Model, config: AdapterConfig) -> dict[str, mx.arra
 
 
 def save_adapter(model: Model, folder: Path, config: AdapterConfig) -> None:
-    """Write the adapter of `model` into `folder`; of one of the same `config`, at once."""
+    """Write the adapter of `model` into `folder`.
+
+    If `folder` holds an adapter with the same `config`, it is replaced atomically.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     write_file(folder / CONFIG_FILE, text, follow_links=False)

@@ -1,8 +1,9 @@
-"""How many weights a checkpoint holds, and in how many bytes, part by part."""
+"""A checkpoint's checksums, its origin, and the size of its parts."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,15 +23,15 @@ _LARGEST_LIST = 1 << 20  # bytes
 
 
 def format_sums(sums: Mapping[str, str]) -> str:
-    """The contents of `SUMS_FILE` for hexadecimal `sums` by file name."""
+    """Return the contents of `SUMS_FILE` for hexadecimal `sums` by file name."""
     return "".join(f"{value}  {name}\n" for name, value in sorted(sums.items()))
 
 
 def read_sums(folder: Path) -> dict[str, str] | None:
-    """The stated sums of the files in `folder`, by name; None if it states none.
+    """Read `SUMS_FILE` in `folder`: SHA-256 sums by file name; None if there is no such file.
 
     Raises:
-        CheckpointError: The list cannot be read, or names files elsewhere.
+        CheckpointError: The file cannot be read, or names files in other folders.
     """
     path = folder / SUMS_FILE
     if not path.exists():
@@ -45,25 +46,27 @@ def read_sums(folder: Path) -> dict[str, str] | None:
 
 
 def check_sums(folder: Path) -> Iterator[tuple[str, str | None]]:
-    """The name of each file with a stated sum, and what is wrong with it, one after another.
+    """Check the files in `folder` against `SUMS_FILE`, one at a time.
 
-    A weight file that the list does not name is wrong too. Nothing if there is no list.
+    Yields:
+        The name of a file, and what is wrong with it or None. A weight file that `SUMS_FILE`
+        does not list is wrong. Yields nothing if there is no `SUMS_FILE`.
 
     Raises:
-        CheckpointError: As `read_sums`.
+        CheckpointError: As in `read_sums`.
     """
     sums = read_sums(folder)
     if sums is None:
         return
     for name, wanted in sums.items():
         try:
-            found = compute_sha256(folder / name)
+            actual = compute_sha256(folder / name)
         except FileNotFoundError:
             yield name, "is missing"
         except OSError as error:
             yield name, f"cannot be read: {error.strerror}"
         else:
-            yield name, None if found == wanted else f"differs from its sum in {SUMS_FILE}"
+            yield name, None if actual == wanted else f"differs from its sum in {SUMS_FILE}"
     for path in sorted(folder.glob("*.safetensors")):
         if path.name not in sums:
             yield path.name, f"is not listed in {SUMS_FILE}"
@@ -74,14 +77,15 @@ ORIGIN_FILE = "origin.json"
 
 @dataclass(frozen=True)
 class Origin:
-    """Where weights come from; None and () stand for what is not known.
+    """Where a checkpoint's weights come from; None and () mean unknown.
 
     Attributes:
-        source: The hub id or the folder's name.
-        revision: The commit on the hub.
-        base_model: The hub id of the model that was converted.
-        license: As on the hub, such as "apache-2.0"; `license_name` and `license_link`
-            say more of "other".
+        source: Hub id, or name of a local folder.
+        revision: Commit on the hub.
+        base_model: Hub id of the model that was converted.
+        license: Hub identifier such as "apache-2.0".
+        license_name: Name of the licence if `license` is "other".
+        license_link: Its URL or file.
         languages: Codes such as "en".
         converter: Name and version of the program that wrote the folder.
     """
@@ -96,12 +100,12 @@ class Origin:
     converter: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The contents of `ORIGIN_FILE`."""
+        """Return the contents of `ORIGIN_FILE`."""
         return dataclasses.asdict(self)
 
 
 def read_origin(folder: Path) -> Origin | None:
-    """The origin that `folder` states; None if it states none.
+    """Read `ORIGIN_FILE` in `folder`; None if there is no such file.
 
     Raises:
         CheckpointError: The file is damaged.
@@ -111,29 +115,29 @@ def read_origin(folder: Path) -> Origin | None:
 
 
 def parse_origin(values: dict[str, Any], path: Path) -> Origin:
-    """The origin that `values` of the file at `path` state; unknown keys are ignored.
+    """Make an `Origin` from `values` of the file at `path`; unknown keys are ignored.
 
     Raises:
-        CheckpointError: A value is of another type, or the source is missing.
+        CheckpointError: A value has the wrong type, or `source` is missing.
     """
     names = [one.name for one in dataclasses.fields(Origin)]
     known = {name: values[name] for name in names if values.get(name) is not None}
     try:
         return read_record(Origin, known)
     except ValueError as error:
-        raise CheckpointError(f"{path}: {error}; delete the file, or mend it") from None
+        raise CheckpointError(f"{path}: {error}; delete or repair the file") from None
 
 
 @dataclass(frozen=True)
 class PartSize:
-    """Numbers that a part holds, and the bytes that they take with their scales."""
+    """Number of weights of a part, and their size in bytes with scales and biases."""
 
     weights: int
     nbytes: int
 
     @property
     def bits_per_weight(self) -> float:
-        """Bits of a weight, its share of scales and biases included."""
+        """Average bits per weight, scales and biases included; 0.0 without weights."""
         return 8 * self.nbytes / self.weights if self.weights else 0.0
 
     def __add__(self, other: PartSize) -> PartSize:
@@ -141,10 +145,10 @@ class PartSize:
 
 
 def measure_parts(folder: Path) -> dict[str, PartSize]:
-    """The size of each part of the checkpoint in `folder`; only headers are read.
+    """Measure each part of the checkpoint in `folder` from its headers.
 
     Raises:
-        CheckpointError: It is no whole checkpoint of this format.
+        CheckpointError: The folder is not a complete checkpoint of this format.
     """
     config = read_config(folder)
     sizes = dict.fromkeys(PARTS, PartSize(0, 0))
@@ -158,14 +162,14 @@ def measure_parts(folder: Path) -> dict[str, PartSize]:
 def _count_weights(
     name: str, info: TensorInfo, config: Config, tensors: dict[str, TensorInfo]
 ) -> int:
-    """Weights that the tensor `name` stands for; none of scales and of their biases."""
+    """Count the weights that the tensor `name` represents; 0 for scales and their biases."""
     path, _, suffix = name.rpartition(".")
-    count = 1
-    for side in info.shape:
-        count *= side
+    count = math.prod(info.shape)
     if f"{path}.scales" not in tensors:
         return count
     if suffix in ("scales", "biases"):
         return 0
-    packed = config.quantization.find(path)
-    return count * 32 // packed.bits if suffix == "weight" and packed is not None else count
+    quantization = config.quantization.find(path)
+    if suffix == "weight" and quantization is not None:
+        return count * 32 // quantization.bits  # packed into uint32
+    return count

@@ -1,6 +1,6 @@
-"""Files of a checkpoint as they are written, each hashed on its way to the disk.
+"""Write a checkpoint folder: staged beside its destination, hashed on the way, then renamed.
 
-Memory is bounded by one file of weights (`SHARD_BYTES`), not by the checkpoint.
+Memory is bounded by one weight file (`SHARD_BYTES`), not by the checkpoint.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from mlx_smolvlm.checkpoint.provenance import SUMS_FILE, format_sums
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import lock, open_file, sync
 
-PARTIAL_SUFFIX = ".partial"  # how the names of folders end that are not whole yet
+PARTIAL_SUFFIX = ".partial"  # ends the names of incomplete folders
 
 
 def check_destination(dest: Path, force: bool) -> None:
-    """Refuse a `dest` that holds something, unless `force` and it is a checkpoint of ours.
+    """Check that `dest` does not exist or is empty; with `force`, it may hold a checkpoint.
 
     Raises:
-        CheckpointError: It says what is there.
+        CheckpointError: `dest` is a file, or is not empty.
     """
     if not os.path.lexists(dest):
         return
     if not dest.is_dir():
-        raise CheckpointError(f"{dest} is no folder; choose another destination")
+        raise CheckpointError(f"{dest} is not a folder; choose another destination")
     if not any(dest.iterdir()):
         return
     try:
         read_config(dest)
     except CheckpointError:
         raise CheckpointError(
-            f"{dest} is not empty and no mlx-smolvlm checkpoint; choose another folder"
+            f"{dest} is not empty and not an mlx-smolvlm checkpoint; choose another folder"
         ) from None
     if not force:
         raise CheckpointError(f"{dest} already holds a checkpoint; use force to replace it")
@@ -52,11 +52,11 @@ def check_destination(dest: Path, force: bool) -> None:
 
 @contextlib.contextmanager
 def stage_folder(dest: Path, force: bool) -> Iterator[Path]:
-    """A hidden folder beside `dest` that takes its place when the block ends without an error.
+    """Yield a hidden folder beside `dest`, which is renamed to `dest` if the block succeeds.
 
     Raises:
-        CheckpointError: `dest` holds something (see `check_destination`), before the
-            block or after it, or the disk refuses.
+        CheckpointError: `check_destination` refuses `dest` before or after the block, or `dest`
+            cannot be written.
     """
     dest = dest.resolve()
     check_destination(dest, force)
@@ -78,16 +78,18 @@ def stage_folder(dest: Path, force: bool) -> Iterator[Path]:
 
 
 def make_temporary() -> tuple[Path, Callable[[], None]]:
-    """A new folder in the system's temporary directory, for this user alone, and its removal.
+    """Make a private, locked folder in the system's temporary directory.
 
-    It is locked until then. What a killed process left is not locked any more, and the next
-    call removes it.
+    Folders that killed processes left behind are no longer locked; they are removed first.
+
+    Returns:
+        The folder, and a function that removes it.
 
     Raises:
-        OSError: It cannot be made.
+        OSError: The folder cannot be made.
     """
     dest = Path(tempfile.gettempdir()) / f"mlx-smolvlm-{os.geteuid()}"
-    with contextlib.suppress(OSError):  # a directory that may not be listed
+    with contextlib.suppress(OSError):  # the directory may not be listable
         remove_leftovers(dest)
     folder, descriptor = _make_locked(dest, 0o700)
 
@@ -99,7 +101,7 @@ def make_temporary() -> tuple[Path, Callable[[], None]]:
 
 
 def _explain_error(dest: Path, error: OSError) -> str:
-    """That `dest` cannot be written, why, and what to do."""
+    """Return a message: `dest` cannot be written, why, and what to do."""
     text = f"{dest} cannot be written: {error.strerror or error}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return f"{text}; make room, or choose a destination on another disk"
@@ -109,13 +111,13 @@ def _explain_error(dest: Path, error: OSError) -> str:
 
 
 def _make_hidden_path(dest: Path) -> Path:
-    """A new name beside `dest`."""
+    """Make a new hidden path beside `dest`; nothing is created."""
     return dest.parent / f".{dest.name}.{secrets.token_hex(4)}{PARTIAL_SUFFIX}"
 
 
 def _make_locked(dest: Path, mode: int) -> tuple[Path, int]:
-    """A new hidden folder beside `dest` and the descriptor that holds its lock."""
-    while True:  # another writer may take it for a leftover until the lock is held
+    """Make a hidden folder beside `dest`; return it and the descriptor that holds its lock."""
+    while True:  # until it is locked, another writer may remove the folder as a leftover
         partial = _make_hidden_path(dest)
         partial.mkdir(mode)
         try:
@@ -128,14 +130,14 @@ def _make_locked(dest: Path, mode: int) -> tuple[Path, int]:
 
 
 def remove_leftovers(dest: Path) -> None:
-    """Remove what writers of `dest` that live no more left beside it; no other user's files."""
+    """Remove this user's hidden folders beside `dest` that no running process has locked."""
     for path in dest.parent.iterdir():
         if not (path.name.startswith(f".{dest.name}.") and path.name.endswith(PARTIAL_SUFFIX)):
             continue
         try:
             descriptor = lock(path, flags=os.O_DIRECTORY | os.O_NOFOLLOW)
         except OSError:
-            continue  # its writer is alive, or it is no folder
+            continue  # its writer is running, or it is not a folder
         try:
             if os.fstat(descriptor).st_uid == os.geteuid():
                 shutil.rmtree(path, ignore_errors=True)
@@ -144,13 +146,13 @@ def remove_leftovers(dest: Path) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Wait until every file of `folder`, and the folder itself, is on the disk."""
+    """Sync every file of `folder`, and `folder` itself, to the disk."""
     for path in [*folder.iterdir(), folder]:
         sync(path)
 
 
 def _publish(partial: Path, dest: Path, force: bool) -> None:
-    """Rename `partial` to `dest`, which another writer may have filled in the meantime."""
+    """Rename `partial` to `dest`, which another process may have written in the meantime."""
     check_destination(dest, force)
     replaced = None
     if force and (dest / CONFIG_FILE).exists():
@@ -164,7 +166,7 @@ def _publish(partial: Path, dest: Path, force: bool) -> None:
         else:
             check_destination(dest, force=False)
         raise
-    with contextlib.suppress(OSError):  # it is in place, and whole
+    with contextlib.suppress(OSError):  # the checkpoint is complete and in place
         sync(dest.parent)
     if replaced is not None:
         shutil.rmtree(replaced, ignore_errors=True)
@@ -175,37 +177,37 @@ _BLOCK = 1 << 20
 
 
 class HashedFile:
-    """A file that is written from its beginning to its end; what MLX takes for a stream."""
+    """A sequential binary file with a running SHA-256; `mlx.core.save_safetensors` accepts it."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._digest = file, hashlib.sha256()
 
     @property
     def closed(self) -> bool:
-        """Whether nothing more can be written."""
+        """Whether the file is closed."""
         return self._file.closed
 
     def write(self, data: bytes | memoryview) -> int:
-        """Append `data`."""
+        """Append `data` and return the number of bytes written."""
         count = self._file.write(data)
         self._digest.update(data)
         return count
 
     def tell(self) -> int:
-        """Bytes written."""
+        """Return the number of bytes written."""
         return self._file.tell()
 
     def seek(self, offset: int, whence: int = 0) -> int:
-        """Refused: what was hashed cannot be taken back."""
+        """Raise OSError: bytes that were hashed cannot be overwritten."""
         raise OSError(f"a hashed file is written in one go, not from {offset} ({whence})")
 
     def hexdigest(self) -> str:
-        """The SHA-256 of what was written."""
+        """Return the SHA-256 of the bytes written."""
         return self._digest.hexdigest()
 
 
 class FolderWriter:
-    """The files that a conversion writes into `folder`, and their sums."""
+    """Writes new files into `folder` and records their checksums."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -213,7 +215,7 @@ class FolderWriter:
 
     @contextlib.contextmanager
     def open(self, name: str) -> Iterator[HashedFile]:
-        """The new file `name`, to be written within the block."""
+        """Create the file `name` and yield it for writing."""
         with (self.folder / name).open("xb") as raw:
             file = HashedFile(raw)
             yield file
@@ -225,42 +227,42 @@ class FolderWriter:
             file.write(text.encode())
 
     def copy(self, source: Path) -> None:
-        """Write a copy of the file `source` under its own name.
+        """Copy the file `source`, keeping its name.
 
         Raises:
-            CheckpointError: It cannot be read.
+            CheckpointError: `source` cannot be read.
         """
         try:
-            reading = open_file(source)
+            input_file = open_file(source)
         except FileNotFoundError:
             raise CheckpointError(f"{source} is missing; fetch the checkpoint again") from None
         except OSError as error:
             raise CheckpointError(f"{source} cannot be read: {error.strerror}") from None
-        with reading, self.open(source.name) as file:
-            while block := _read(reading, source):
+        with input_file, self.open(source.name) as file:
+            while block := _read_block(input_file, source):
                 file.write(block)
 
     def rename(self, old: str, new: str) -> None:
-        """Give the file `old` its final name."""
+        """Rename the file `old` to `new`."""
         (self.folder / old).rename(self.folder / new)
         self._sums[new] = self._sums.pop(old)
 
     def finish(self) -> None:
-        """Write the list of sums."""
+        """Write `SUMS_FILE`."""
         (self.folder / SUMS_FILE).write_text(format_sums(self._sums), encoding="utf-8")
 
 
 class ShardWriter:
-    """Tensors collected into files of at most about `SHARD_BYTES`."""
+    """Writes tensors into safetensors files of about `SHARD_BYTES` at most."""
 
-    def __init__(self, outbox: FolderWriter) -> None:
-        self._outbox = outbox
+    def __init__(self, writer: FolderWriter) -> None:
+        self._writer = writer
         self._shards: list[list[str]] = []
         self._tensors: dict[str, mx.array] = {}
         self._nbytes = self.total = 0
 
     def add(self, tensors: dict[str, mx.array]) -> None:
-        """Keep `tensors` until their file is full."""
+        """Add `tensors` to the current file; write it first if they do not fit."""
         size = sum(array.nbytes for array in tensors.values())
         if self._tensors and self._nbytes + size > SHARD_BYTES:
             self._flush()
@@ -269,28 +271,28 @@ class ShardWriter:
         self.total += size
 
     def _flush(self) -> None:
-        """Write what is kept, and keep it no longer."""
+        """Write the current file and start another."""
         self._shards.append(sorted(self._tensors))
-        with self._outbox.open(f"part-{len(self._shards)}.safetensors") as file:
+        with self._writer.open(f"part-{len(self._shards)}.safetensors") as file:
             write_arrays(file, self._tensors, {"format": "mlx"})
         self._tensors, self._nbytes = {}, 0
 
     def finish(self) -> None:
-        """Write the rest, give the files their names, and write the index if there are several."""
+        """Write the last file, give the files their final names, and write an index if needed."""
         self._flush()
         count = len(self._shards)
         index: dict[str, str] = {}
         for number, names in enumerate(self._shards, 1):
             name = WEIGHTS_FILE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
-            self._outbox.rename(f"part-{number}.safetensors", name)
+            self._writer.rename(f"part-{number}.safetensors", name)
             index |= dict.fromkeys(names, name)
         if count > 1:
             values = {"metadata": {"total_size": self.total}, "weight_map": index}
-            self._outbox.write_text(INDEX_FILE, json.dumps(values, indent=2) + "\n")
+            self._writer.write_text(INDEX_FILE, json.dumps(values, indent=2) + "\n")
 
 
-def _read(file: BinaryIO, path: Path) -> bytes:
-    """The next bytes of the source `path`."""
+def _read_block(file: BinaryIO, path: Path) -> bytes:
+    """Read the next bytes of `file`, opened from `path`."""
     try:
         return file.read(_BLOCK)
     except OSError as error:

@@ -195,7 +195,7 @@ def test_models_rm_asks_and_removes(source: Path, tmp_path: Path) -> None:
 
     unknown = run("models", "rm", "owner/name", "owner/other", "--yes", cwd=tmp_path)
     assert (unknown.returncode, cached.exists()) == (1, True)  # all or none
-    assert unknown.stderr.startswith("error: 'owner/other' is no checkpoint in the cache")
+    assert unknown.stderr.startswith("error: there is no checkpoint 'owner/other' in the cache")
     for name in (str(source), str(cache), "../cache", "demo"):
         assert run("models", "rm", name, "-y", cwd=tmp_path).returncode == 1
 

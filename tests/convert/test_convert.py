@@ -320,7 +320,7 @@ def edit_index(source: Path, **changes: str) -> None:
 def test_an_index_cannot_name_files_elsewhere(tmp_path, name):
     source = hf.make(tmp_path / "s", shards=2)
     edit_index(source, **{"model.text_model.norm.weight": name})
-    with pytest.raises(CheckpointError, match="no file of the folder"):
+    with pytest.raises(CheckpointError, match="not a file in this folder"):
         convert_checkpoint(source, tmp_path / "out")
 
 

@@ -278,7 +278,7 @@ def test_a_linked_destination_is_filled_where_it_points(tmp_path):
 
 def test_a_link_to_nowhere_is_no_destination(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="is no folder"):
+    with pytest.raises(CheckpointError, match="is not a folder"):
         convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "link")
     assert not (tmp_path / "nowhere").exists()
 

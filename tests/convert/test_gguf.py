@@ -216,7 +216,7 @@ TOKENS = next(v[1] for k, _, v in cases.model_entries() if k.endswith("tokens"))
         ("llama.block_count", 2**23, "more layers than there are tensors"),
         ("llama.attention.head_count", 0, "no usable llama.attention.head_count"),
         ("llama.attention.layer_norm_rms_epsilon", float("nan"), "no usable .*epsilon .nan."),
-        ("llama.rope.dimension_count", 32, "rope turns 32 of 64"),
+        ("llama.rope.dimension_count", 32, "rope rotates 32 of 64"),
         ("general.architecture", "a" * 10**5, "is a 'a+.{,60} model"),
         ("tokenizer.ggml.pre", "\n" * 10**5, "has a tokenizer of kind 'gpt2'"),
         ("tokenizer.ggml.eos_token_id", 10**9, "the end token is 1000000000"),

@@ -260,7 +260,7 @@ def test_templates_are_taken_in_transformers_order(tmp_path):
     edit(folder, "processor_config.json", chat_template={"default": "processor"})
     assert read_template(Source(folder, "s")) == "processor"
     edit(folder, "processor_config.json", chat_template=5)
-    with pytest.raises(CheckpointError, match="chat_template is no text"):
+    with pytest.raises(CheckpointError, match="chat_template is not a string"):
         read_template(Source(folder, "s"))
 
 

@@ -202,7 +202,7 @@ def hub_error(kind: str) -> Exception:
         ("RepositoryNotFoundError", "no such repository"),
         ("RevisionNotFoundError", "no revision"),
         ("LocalEntryNotFoundError", "the hub cannot be reached"),
-        ("HFValidationError", "no valid repository id"),
+        ("HFValidationError", "not a valid repository id"),
         ("HfHubHTTPError", "the download failed"),
     ],
 )

@@ -72,7 +72,9 @@ def test_a_wrong_file_is_refused_with_its_name_and_what_is_wrong(tmp_path, text,
 
 
 def test_neither_a_name_nor_a_file(tmp_path):
-    with pytest.raises(CheckpointError, match="none of tiny, balanced, quality, and no file"):
+    with pytest.raises(
+        CheckpointError, match="none of tiny, balanced, quality, and not a readable file"
+    ):
         read_recipe(str(tmp_path / "small"))
 
 

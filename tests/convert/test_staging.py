@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from mlx_smolvlm.checkpoint import writer
-from mlx_smolvlm.checkpoint import writer as staging
 from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.convert import run
 from mlx_smolvlm.convert.options import ConvertOptions
@@ -47,7 +46,7 @@ def test_all_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "rename", rename)
-    with staging.stage_folder(tmp_path / "out", force=False) as partial:
+    with writer.stage_folder(tmp_path / "out", force=False) as partial:
         (partial / "a").write_text("a")
         (partial / "b").write_text("b")
     out = tmp_path / "out"
@@ -61,9 +60,8 @@ KILLED = """
     from pathlib import Path
     import mlx.core as mx
     from mlx_smolvlm.checkpoint import writer
-    staging = writer
     from mlx_smolvlm.convert.run import convert_checkpoint
-    from mlx_smolvlm.checkpoint.writer import Outbox
+    from mlx_smolvlm.checkpoint.writer import FolderWriter
 
     source, dest, n, force = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "True"
     writer.SHARD_BYTES = 150_000
@@ -87,7 +85,7 @@ KILLED = """
     for name in ("mkdir", "rename"):
         setattr(Path, name, deadly(getattr(Path, name)))
     for name in ("write_text", "copy", "finish"):
-        setattr(Outbox, name, deadly(getattr(Outbox, name)))
+        setattr(FolderWriter, name, deadly(getattr(FolderWriter, name)))
     convert_checkpoint(source, dest, force=force)
     print(calls)
 """
@@ -194,11 +192,11 @@ def test_only_our_checkpoints_are_replaced_and_only_by_force(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("years")
     (tmp_path / "file").write_text("x")
     for force in (False, True):
-        with pytest.raises(CheckpointError, match="not empty and no mlx-smolvlm checkpoint"):
+        with pytest.raises(CheckpointError, match="not empty and not an mlx-smolvlm checkpoint"):
             convert_checkpoint(source, tmp_path / "mine", force=force)
-        with pytest.raises(CheckpointError, match="not empty and no mlx-smolvlm checkpoint"):
+        with pytest.raises(CheckpointError, match="not empty and not an mlx-smolvlm checkpoint"):
             convert_checkpoint(source, source, force=force)
-        with pytest.raises(CheckpointError, match="is no folder"):
+        with pytest.raises(CheckpointError, match="is not a folder"):
             convert_checkpoint(source, tmp_path / "file", force=force)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
 
@@ -227,7 +225,7 @@ def test_a_destination_filled_in_the_meantime_is_kept(tmp_path):
 def test_a_destination_filled_at_the_last_moment_is_kept(tmp_path, monkeypatch):
     source = hf.make(tmp_path / "s")
     first = convert_checkpoint(source, tmp_path / "first")
-    check, checks = staging.check_destination, []
+    check, checks = writer.check_destination, []
 
     def rival_after_the_last_check(dest, force):
         check(dest, force)
@@ -235,7 +233,7 @@ def test_a_destination_filled_at_the_last_moment_is_kept(tmp_path, monkeypatch):
         if len(checks) == 2:
             first.rename(dest)
 
-    monkeypatch.setattr(staging, "check_destination", rival_after_the_last_check)
+    monkeypatch.setattr(writer, "check_destination", rival_after_the_last_check)
     with pytest.raises(CheckpointError, match="already holds a checkpoint"):
         convert_checkpoint(source, tmp_path / "out", ConvertOptions(bits=4))
     assert read_config(tmp_path / "out").quantization.text is None

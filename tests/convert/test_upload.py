@@ -149,7 +149,7 @@ def test_an_edited_template_is_published_with_its_own_sum(source, hub, tmp_path)
     template.write_text(template.read_text() + "{# edited #}")
     said = run("convert", out, "--upload", "owner/m", cwd=tmp_path, hub=hub)
     assert said.returncode == 0, said.stderr
-    assert "chat_template.jinja was changed since its sum was taken" in said.stderr
+    assert "chat_template.jinja was changed since its checksum was written" in said.stderr
     got = downloaded(hub.repos["owner/m"], tmp_path / "got")
     checked = dict(check_sums(got))
     assert checked["chat_template.jinja"] is None

@@ -417,7 +417,7 @@ def test_an_adapter_that_does_not_fit_is_refused(
         ({"modules": ["x" * 10**5]}, "changes 'x{,100}, which this checkpoint does not have"),
         ({"modules": ["text_model.layers.9.mlp.down_proj"]}, "changes 'text_model.layers.9"),
         ({"modules": values["modules"][1:]}, "has the shape .* wants None"),
-        ({"format_version": 9}, "is no adapter"),
+        ({"format_version": 9}, "is not an adapter"),
         ({"alpha": 9}, "'alpha' is not known"),
     ):
         path.write_text(json.dumps({**values, **change}))
