@@ -1,1 +1,1 @@
-"""Reads images and videos and encodes them."""
+"""Read pictures and videos, cut them into tiles and encode the tiles."""

@@ -1,7 +1,7 @@
-"""Animated pictures as videos: GIF, WebP and PNG, through Pillow.
+"""Read animated GIF, WebP and PNG files as videos, through Pillow.
 
-Pillow composes frames and transparency as browsers do, each frame on the last one, which
-takes time. Sizes and delays of the frames are therefore read here, from their headers.
+Pillow composes each frame on the previous one, as browsers do, which takes time. The sizes
+and delays of all frames are therefore read here, from their headers, without decoding.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from mlx_smolvlm.media.picture import convert_errors, ignore_warnings, open_imag
 from mlx_smolvlm.media.timeline import HasTimeline, build_delay_timeline
 
 Size = tuple[int, int]  # width, height
-FrameHeader = tuple[Size, int | float]  # right and lower edge on the canvas; delay in ms
+FrameHeader = tuple[Size, int | float]  # (right, lower) edge on the canvas, delay in ms
 
-_MIN_DELAY_MS, _DEFAULT_DELAY_MS = 20, 100  # as browsers have it
+_MIN_DELAY_MS, _DEFAULT_DELAY_MS = 20, 100  # browsers show shorter delays as 100 ms
 
 
 class AnimationReader(HasTimeline):
-    """A GIF, WebP or PNG that moves. A delay below 20 ms is one of 100 ms."""
+    """Reads the frames of an animated GIF, WebP or PNG. Delays below 20 ms count as 100 ms.
+
+    Raises:
+        MediaError: The file is damaged, has a single frame, or exceeds a limit of `budget`.
+    """
 
     def __init__(self, open_stream: Callable[[], BinaryIO], name: str) -> None:
         self._open_stream, self._name, self.notes = open_stream, name, list[str]()
@@ -51,7 +55,7 @@ class AnimationReader(HasTimeline):
 
     @contextlib.contextmanager
     def _open_animation(self) -> Iterator[Image.Image]:
-        """The opened file, with any failure as a MediaError."""
+        """Yield the open file; errors of the decoder become a MediaError."""
         with self._open_stream() as stream, convert_errors(self._name):
             with ignore_warnings():
                 image = open_lazily(stream, self._name)
@@ -59,7 +63,7 @@ class AnimationReader(HasTimeline):
                 yield image
 
     def read(self, indices: Sequence[int]) -> Iterator[Image.Image]:
-        """The frames at `indices`."""
+        """Yield the frames at `indices`, upright and in RGB."""
         with self._open_animation() as image:
             for index in indices:
                 with ignore_warnings():
@@ -68,13 +72,13 @@ class AnimationReader(HasTimeline):
                 yield picture
 
     def digest(self, indices: Sequence[int]) -> bytes:
-        """Digest of the file."""
+        """Return a digest of the whole file."""
         with self._open_stream() as stream:
             return digest_stream(stream)
 
 
 def _read_frame_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
-    """The frames of an animated picture, from their headers; they end where it is cut off."""
+    """Yield a header for each frame of an animated picture; stop where the file is truncated."""
     head = stream.read(16)
     stream.seek(0)
     if head[:4] == b"GIF8":
@@ -83,7 +87,10 @@ def _read_frame_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
 
 
 def _read_gif_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
-    """Source: GIF89a specification, sections 18 to 23."""
+    """Yield the frame headers of a GIF.
+
+    Source: GIF89a specification, sections 18 to 23.
+    """
     head = stream.read(13)
     width, height = _parse_little_endian(head[6:8]), _parse_little_endian(head[8:10])
     _skip_palette(stream, head[10])
@@ -101,7 +108,7 @@ def _read_gif_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
                 return
             left, upper, wide, high = (_parse_little_endian(head[i : i + 2]) for i in (0, 2, 4, 6))
             _skip_palette(stream, head[8])
-            stream.read(1)  # the smallest code
+            stream.read(1)  # LZW minimum code size
             while _read_sub_block(stream):
                 pass
             yield (max(width, left + wide), max(height, upper + high)), delay_ms
@@ -114,37 +121,43 @@ def _skip_palette(stream: BinaryIO, flags: int) -> None:
 
 
 def _read_sub_block(stream: BinaryIO) -> bytes:
-    """The next part of a GIF's block; empty at its end."""
+    """Return the next sub-block of a GIF's block; empty at the end of the block."""
     size = stream.read(1)
     return stream.read(size[0]) if size else b""
 
 
 def _read_png_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
-    """Source: PNG specification, third edition, section 11.3.6.
+    """Yield the frame headers of a PNG.
 
-    As in Pillow, a picture before the first frame, which browsers do not show, is one too.
+    A default image that is not part of the animation counts as a frame, as in Pillow, although
+    browsers do not show it.
+
+    Source: PNG specification, third edition, section 11.3.6.
     """
     stream.seek(8)
-    size, left, begun = (0, 0), 0, False
-    while len(head := stream.read(8)) == 8 and not (begun and left < 1):
+    size, frames_left, has_begun = (0, 0), 0, False
+    while len(head := stream.read(8)) == 8 and not (has_begun and frames_left < 1):
         length, kind = int.from_bytes(head[:4], "big"), head[4:]
         body = stream.read(min(length, 26)) if kind in (b"IHDR", b"acTL", b"fcTL") else b""
         stream.seek(length - len(body) + 4, 1)
         if kind == b"IHDR":
             size = int.from_bytes(body[:4], "big"), int.from_bytes(body[4:8], "big")
         elif kind == b"acTL":
-            left = int.from_bytes(body[:4], "big")
-        elif kind == b"fcTL" and left:
+            frames_left = int.from_bytes(body[:4], "big")
+        elif kind == b"fcTL" and frames_left:
             number, base = (int.from_bytes(body[i : i + 2], "big") for i in (20, 22))
             yield size, number * 1000 / (base or 100)
-            left, begun = left - 1, True
-        elif kind == b"IDAT" and not begun:
+            frames_left, has_begun = frames_left - 1, True
+        elif kind == b"IDAT" and not has_begun:
             yield size, 0
-            begun = True
+            has_begun = True
 
 
 def _read_webp_headers(stream: BinaryIO) -> Iterator[FrameHeader]:
-    """Source: WebP container specification, sections Extended File Format and Animation."""
+    """Yield the frame headers of a WebP.
+
+    Source: WebP container specification, sections Extended File Format and Animation.
+    """
     stream.seek(12)
     size = 1, 1
     while len(head := stream.read(8)) == 8:

@@ -1,8 +1,8 @@
-"""Limits for what a picture or video may cost to read, and the streams that enforce them.
+"""Limits on the size of pictures and videos, and the checks that enforce them.
 
-A few kilobytes can describe gigabytes of pixels or millions of frames. Every reader of
-media compares with these numbers before it decodes. They lie well above what cameras,
-phones and screen recorders write.
+A few kilobytes can describe gigabytes of pixels or millions of frames, so every reader
+checks these limits before it decodes. Cameras, phones and screen recorders stay far below
+them.
 """
 
 from __future__ import annotations
@@ -13,26 +13,26 @@ from typing import Any, BinaryIO
 
 from mlx_smolvlm.errors import MediaError
 
-MAX_PIXELS = 100_000_000  # of a picture or a frame, from its header
-MAX_PICTURE_BYTES = 1024**3  # of a picture's file; some decoders read all of it into memory
-MAX_READS = 1_000_000  # read calls that decoding one picture takes; each is a step in Python
-MAX_ANIMATION_READS = 10_000_000  # the same of all frames; a GIF's blocks have 255 bytes
-MAX_HEADER_RATIO = 4  # bytes that are read before a picture's pixels, relative to its file
-MAX_EXIF_BYTES = 256 * 1024  # Pillow's work grows with the square; the standard allows 64 KiB
-MAX_ANIMATION_PIXELS = 2**30  # frames x width x height; each frame is composed on the last one
-MAX_ANIMATION_FRAMES = 50_000  # half an hour at 25 a second
-MAX_FRAMES = 2_160_000  # of a video: 10 hours at 60 a second
-MAX_PARTS = 10_000  # that a video is cut into: a week of minutes
+MAX_PIXELS = 100_000_000  # in a picture or a frame, according to its header
+MAX_PICTURE_BYTES = 1024**3  # in a picture file; some decoders read all of it into memory
+MAX_READS = 1_000_000  # read calls while decoding one picture; each is a call into Python
+MAX_ANIMATION_READS = 10_000_000  # the same for an animation; GIF blocks have at most 255 bytes
+MAX_HEADER_RATIO = 4  # bytes read before the pixels, as a multiple of the file size
+MAX_EXIF_BYTES = 256 * 1024  # Pillow's time is quadratic in it; the standard allows 64 KiB
+MAX_ANIMATION_PIXELS = 2**30  # frames x width x height, since each frame is composed in full
+MAX_ANIMATION_FRAMES = 50_000  # half an hour at 25 fps
+MAX_FRAMES = 2_160_000  # in a video: 10 hours at 60 fps
+MAX_PARTS = 10_000  # that a video may be cut into: a week in minutes
 
-_READ_SLACK = 1 << 24  # bytes that reading may exceed the ratio by, for small files
+_READ_SLACK = 1 << 24  # bytes allowed beyond the ratio, for small files
 _EXIF = b"Exif\0\0"
 
 
 def check_size(size: tuple[int, int], name: str) -> None:
-    """Refuse an empty picture and one with more than `MAX_PIXELS`."""
+    """Raise MediaError if a picture of `size` (width, height) is empty or above `MAX_PIXELS`."""
     width, height = size
     if width < 1 or height < 1:
-        raise MediaError(f"{name} is {width} x {height} pixels; it has nothing to look at")
+        raise MediaError(f"{name} is {width} x {height} pixels, so it is empty")
     if width * height > MAX_PIXELS:
         raise MediaError(
             f"{name} is {width} x {height} pixels, above the limit of "
@@ -41,7 +41,7 @@ def check_size(size: tuple[int, int], name: str) -> None:
 
 
 def check_animation(frames: int, size: tuple[int, int], name: str) -> None:
-    """Refuse an animated picture with too many frames, or too many pixels in all of them."""
+    """Raise MediaError if an animation has too many frames, or too many pixels in total."""
     check_size(size, name)
     width, height = size
     if frames * width * height > MAX_ANIMATION_PIXELS or frames > MAX_ANIMATION_FRAMES:
@@ -53,29 +53,29 @@ def check_animation(frames: int, size: tuple[int, int], name: str) -> None:
 
 
 def check_frames(frames: int, name: str) -> None:
-    """Refuse a video with more than `MAX_FRAMES`."""
+    """Raise MediaError if a video has more than `MAX_FRAMES`."""
     if frames > MAX_FRAMES:
         raise MediaError(
-            f"{name} has more than {MAX_FRAMES:,} frames, the most that are read; "
+            f"{name} has more than {MAX_FRAMES:,} frames, which is the limit; "
             "cut it into several files"
         )
 
 
 def check_parts(parts: float, seconds: float, name: str) -> None:
-    """Refuse to cut a video into more than `MAX_PARTS`."""
+    """Raise MediaError if a video would be cut into more than `MAX_PARTS`."""
     if parts > MAX_PARTS:
         raise MediaError(
             f"{name} makes {parts:.0f} parts of {seconds:g} s each, more than {MAX_PARTS:,}; "
-            "take longer parts, or a shorter range of it"
+            "choose longer parts or a shorter range"
         )
 
 
 class PictureStream:
-    """A picture's file as a decoder may read it.
+    """A picture file that raises MediaError when decoding reads too much of it.
 
-    A header can be made so that parsing it takes minutes or gigabytes, with millions of tiny
-    chunks, or with tags that name the same bytes over and over. Reading stops once the calls,
-    the bytes before `end_header`, or the Exif data of a JPEG exceed their limits.
+    A crafted header can take minutes or gigabytes to parse: millions of tiny chunks, or tags
+    that all refer to the same bytes. The limits apply to the number of reads, to the bytes
+    read before `end_header`, and to the Exif data of a JPEG.
     """
 
     def __init__(self, stream: BinaryIO, name: str, max_reads: int | None = None) -> None:
@@ -92,7 +92,7 @@ class PictureStream:
         self._max_bytes: float = MAX_HEADER_RATIO * size + _READ_SLACK
 
     def read(self, size: int = -1, /) -> bytes:
-        """The next `size` bytes, or all that are left."""
+        """Return the next `size` bytes, or all remaining ones."""
         data = self._stream.read(size)
         self._reads += 1
         self._bytes += len(data)
@@ -105,11 +105,11 @@ class PictureStream:
         return data
 
     def end_header(self) -> None:
-        """Pixels follow: decoders read some bytes several times, such as those around strips."""
+        """Lift the limit on bytes: decoders may read the bytes of pixels several times."""
         self._max_bytes = math.inf
 
     def _refuse(self, reason: str) -> None:
-        raise MediaError(f"{self._name} {reason}; save it anew as PNG or JPEG, without metadata")
+        raise MediaError(f"{self._name} {reason}; save it again as PNG or JPEG, without metadata")
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)  # seek, tell, and what only real files have
+        return getattr(self._stream, name)  # seek, tell, and methods that only real files have

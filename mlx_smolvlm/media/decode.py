@@ -1,6 +1,6 @@
-"""Chosen frames of a video stream, decoding as few others as can be.
+"""Index a video stream and decode chosen frames of it, skipping as many others as possible.
 
-Imported when a video file is opened, since PyAV is.
+This module imports PyAV, so it is only imported when a video file is opened.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from mlx_smolvlm.media.budget import check_frames
 
 _INTER_TYPES = (PictureType.P, PictureType.B)
 
-SEEK_PACKETS = 256  # a gap from which on seeking beats reading over it
+SEEK_PACKETS = 256  # above this gap, seeking is faster than reading the packets
 
-
-_UNKNOWN = -(2**63)  # FFmpeg's time of a packet that has none
+_UNKNOWN = -(2**63)  # FFmpeg's value for a missing time
 
 
 class Keyframe(NamedTuple):
-    """A keyframe: the place and the time of its packet, and the time to seek to."""
+    """A keyframe: position and time of its packet, and the time to seek to."""
 
     place: int
     time: int
@@ -39,38 +38,39 @@ class Keyframe(NamedTuple):
 
 @dataclass(frozen=True)
 class FrameIndex:
-    """Where the frames of a stream are. All times are in the stream's unit.
+    """Times and packets of the frames of a stream. Times are in the stream's time base.
 
     Attributes:
-        times: int64 (frames,), ascending: the times that decoded frames bear; their numbers
-            if these do not tell frames apart.
-        clock: int64 (frames,), ascending: when frames are shown; None if it is not known.
-        last: How long the last frame is shown; 0 if it is not known.
-        packets: How many there are.
-        has_places: Whether the packet of a frame can be found by its time.
+        times: int64 (frames,), ascending: the timestamps of decoded frames, or the frame
+            numbers if timestamps are missing or repeated.
+        display_times: int64 (frames,), ascending: when frames are shown; None if unknown.
+        last_duration: How long the last frame is shown; 0 if unknown.
+        num_packets: Number of packets, including hidden ones.
+        has_places: Whether timestamps identify packets.
     """
 
     times: np.ndarray
-    clock: np.ndarray | None
-    last: int
-    packets: int
+    display_times: np.ndarray | None
+    last_duration: int
+    num_packets: int
     has_places: bool
-    _sorted: np.ndarray  # all packets' times, ascending
-    _places: np.ndarray  # of each of these in the file's order
+    _sorted: np.ndarray  # times of all packets, ascending
+    _places: np.ndarray  # position in the file of each of these packets
     _keys: np.ndarray  # (keyframes, 3), the fields of `Keyframe`
 
     def find_packet(self, time: int | None) -> int | None:
-        """Place of the packet with this time in the file's order."""
+        """Return the position in the file of the packet with this time, or None."""
         if time is None:
             return None
         at = int(self._sorted.searchsorted(time))
-        found = at < len(self._sorted) and self._sorted[at] == time
-        return int(self._places[at]) if found else None
+        is_indexed = at < len(self._sorted) and self._sorted[at] == time
+        return int(self._places[at]) if is_indexed else None
 
     def find_keyframe(self, time: int) -> Keyframe:
-        """The keyframe from which the frame at `time` can be decoded.
+        """Return the keyframe from which the frame at `time` can be decoded.
 
-        One that is shown later does not do: frames between the two refer to what was before.
+        A keyframe that is shown after the frame is not enough: in an open group of pictures,
+        the frame also refers to frames before that keyframe.
         """
         place = self.find_packet(time)
         at = int(self._keys[:, 0].searchsorted(place, "right")) if place is not None else 0
@@ -80,10 +80,12 @@ class FrameIndex:
 
 
 def read_index(container: InputContainer, stream: VideoStream, name: str) -> FrameIndex:
-    """The index of `stream`, from its packets; what comes after damage is not in it.
+    """Read all packets of `stream`, without decoding them, into an index.
+
+    Reading stops at the first damaged packet.
 
     Raises:
-        MediaError: There are more packets than a video may have frames.
+        MediaError: There are more packets than `budget.MAX_FRAMES`.
     """
     shown_at, decoded_at, keys, hidden = (array.array("q") for _ in range(4))
     latest: Packet[VideoStream] | None = None
@@ -116,28 +118,42 @@ def _to_array(values: array.array[int]) -> np.ndarray:
 def _build_index(
     shown_at: np.ndarray, decoded_at: np.ndarray, keys: np.ndarray, hidden: np.ndarray, last: int
 ) -> FrameIndex:
-    """The index of packets with these times, places of keyframes and of hidden frames."""
-    packets, is_shown = len(shown_at), np.ones(len(shown_at), bool)
+    """Build an index from the times of packets and the positions of keyframes and hidden frames."""
+    num_packets, is_shown = len(shown_at), np.ones(len(shown_at), bool)
     is_shown[hidden] = False
     places = np.argsort(shown_at, kind="stable")
     ordered = shown_at[places]
-    is_known = not packets or ordered[0] != _UNKNOWN
+    is_known = not num_packets or ordered[0] != _UNKNOWN
     has_places = is_known and bool((np.diff(ordered) > 0).all())
-    clock: np.ndarray | None = ordered[is_shown[places]]
-    if not is_known:  # times of decoding have the same rate
-        clock = np.sort(decoded_at[is_shown])
-        clock = clock if len(clock) and clock[0] != _UNKNOWN else None
+    display_times: np.ndarray | None = ordered[is_shown[places]]
+    if not is_known:  # decoding times have the same rate
+        display_times = np.sort(decoded_at[is_shown])
+        if not len(display_times) or display_times[0] == _UNKNOWN:
+            display_times = None
     if not has_places:
         times = np.arange(int(is_shown.sum()))
-        return FrameIndex(times, clock, last, packets, False, *3 * (np.empty((0, 3), np.int64),))
-    assert clock is not None
+        return FrameIndex(
+            times, display_times, last, num_packets, False, *3 * (np.empty((0, 3), np.int64),)
+        )
+    assert display_times is not None
     seek_times = np.where(decoded_at == _UNKNOWN, shown_at, decoded_at)
     all_keys = np.stack([keys, shown_at[keys], seek_times[keys]], axis=1)
-    return FrameIndex(clock, clock, last, packets, True, ordered, places, all_keys)
+    return FrameIndex(
+        display_times, display_times, last, num_packets, True, ordered, places, all_keys
+    )
 
 
 class Decoder:
-    """Decodes the frames at `indices`, in ascending order, and as few others as can be."""
+    """Decodes the frames at `indices`, which ascend, and as few others as possible.
+
+    Args:
+        container: An open file.
+        stream: Its video stream.
+        index: The index of `stream`.
+        indices: Numbers of the frames, ascending.
+        jump: Whether to skip to keyframes and to leave out unreferenced frames; False
+            decodes everything from the start.
+    """
 
     def __init__(
         self,
@@ -148,20 +164,18 @@ class Decoder:
         jump: bool,
     ) -> None:
         self._container, self._stream, self._index = container, stream, index
-        wanted: list[int] = index.times[list(indices)].tolist()
-        self._queue, self._targets = collections.deque(wanted), frozenset(wanted)
+        targets: list[int] = index.times[list(indices)].tolist()
+        self._queue, self._targets = collections.deque(targets), frozenset(targets)
         self._jump = jump and index.has_places
-        self._pending_key_time: int | None = (
-            None  # time of the keyframe jumped to, until it is decoded
-        )
+        self._pending_key_time: int | None = None  # of the keyframe jumped to, until it is decoded
         self._count = 0
         stream.thread_type = "AUTO"
 
     def decode_frames(self) -> Iterator[tuple[VideoFrame, bool]]:
-        """Each wanted frame and True; in place of a damaged one, the nearest and False.
+        """Yield (frame, is_exact) for each index; a damaged frame is replaced by the nearest one.
 
-        What is called a keyframe and does not come out of the decoder, or refers to others,
-        is none: what follows it is not right, even if the decoder shows it.
+        If a packet marked as a keyframe yields no frame, or one that refers to other frames,
+        the frames after it are not exact, even if the decoder reports no error.
         """
         before: VideoFrame | None = None
         before_time = 0
@@ -171,11 +185,12 @@ class Decoder:
                 continue
             if time == self._pending_key_time and frame.pict_type not in _INTER_TYPES:
                 self._pending_key_time = None
-            exact = self._pending_key_time is None and not frame.is_corrupt
+            is_exact = self._pending_key_time is None and not frame.is_corrupt
             while self._queue and self._queue[0] <= time:
-                wanted = self._queue[0]
-                nearer = before is not None and wanted - before_time < time - wanted
-                yield (before if nearer and before is not None else frame), exact and time == wanted
+                target = self._queue[0]
+                is_nearer = before is not None and target - before_time < time - target
+                nearest = before if is_nearer and before is not None else frame
+                yield nearest, is_exact and time == target
                 self._queue.popleft()
             if not self._queue:
                 return
@@ -185,38 +200,38 @@ class Decoder:
                 yield before, False
 
     def _get_time(self, frame: VideoFrame) -> int | None:
-        """The time of a frame in the units of the index."""
+        """Return the time of a frame as in `FrameIndex.times`."""
         self._count += 1
         return frame.pts if self._index.has_places else self._count - 1
 
     def _decode_selected(self) -> Iterator[VideoFrame]:
-        """Frames as they leave the decoder, which is fed what the next wanted one needs."""
-        fed = False
+        """Yield the frames decoded from the selected packets."""
+        has_input = False
         for packet in self._select_packets():
-            if packet is None:  # a gap: what the decoder still holds is not wanted
-                if fed:
+            if packet is None:  # a gap: drop the frames still in the decoder
+                if has_input:
                     self._stream.codec_context.flush_buffers()
-                fed = False
+                has_input = False
                 continue
             if self._jump:
-                wanted = packet.pts in self._targets
-                self._stream.codec_context.skip_frame = "DEFAULT" if wanted else "NONREF"
-            fed = True
+                is_target = packet.pts in self._targets
+                self._stream.codec_context.skip_frame = "DEFAULT" if is_target else "NONREF"
+            has_input = True
             yield from self._decode_packet(packet)
         yield from self._decode_packet(None)
 
     def _decode_packet(self, packet: Packet[VideoStream] | None) -> list[VideoFrame]:
-        """The frames that `packet` completes; none if it is damaged."""
+        """Return the frames that `packet` completes; none if it is damaged."""
         try:
             return self._stream.codec_context.decode(packet)
         except av.FFmpegError:
             return []
 
     def _select_packets(self) -> Iterator[Packet[VideoStream] | None]:
-        """Packets for the decoder, with None where some are left out."""
-        packets, sought = self._demux(), None
+        """Yield the packets to decode, with None wherever packets are skipped."""
+        packets, sought_key = self._demux(), None
         key: Keyframe | None = None
-        key_for: int | None = None  # the time of the frame that `key` is for
+        key_for: int | None = None  # time of the frame that `key` was looked up for
         while (packet := next(packets, None)) is not None:
             if not self._jump or not self._queue:
                 key = None
@@ -225,20 +240,20 @@ class Decoder:
                 key = self._index.find_keyframe(key_for)
             place = self._index.find_packet(packet.pts) if key else None
             if key is None or place is None or place >= key.place:
-                if key is not None and key == sought and place != key.place:
-                    return  # past the keyframe: the file cannot be relied on
-                sought = None
+                if key is not None and key == sought_key and place != key.place:
+                    return  # the seek ended after the keyframe: the index is wrong
+                sought_key = None
                 yield packet
                 continue
             self._pending_key_time = key.time
             yield None
-            if key.place - place > SEEK_PACKETS and key != sought:
-                sought = key
+            if key.place - place > SEEK_PACKETS and key != sought_key:
+                sought_key = key
                 with contextlib.suppress(av.FFmpegError):
                     self._container.seek(key.seek_time, stream=self._stream)
                     packets = self._demux()
 
     def _demux(self) -> Iterator[Packet[VideoStream]]:
-        """The stream's packets from where the file is read, up to its end or to damage."""
+        """Yield packets from the current position to the end of the file or the first error."""
         with contextlib.suppress(av.FFmpegError):
             yield from (packet for packet in self._container.demux(self._stream) if packet.size)

@@ -1,6 +1,6 @@
-"""The body of a URL: one deadline for all of it, and every address checked before it is used.
+"""Download from URLs with one deadline for the whole download and a check of every address.
 
-docs/decisions/network.md says what is refused, and why neither urllib nor httpx does this.
+docs/decisions/network.md lists what is refused, and why neither urllib nor httpx is used.
 """
 
 from __future__ import annotations
@@ -24,37 +24,39 @@ from urllib.request import getproxies, proxy_bypass
 from mlx_smolvlm.errors import format_error
 
 MAX_REDIRECTS = 10
-MAX_HEAD_BYTES = 1 << 20  # before a response's body, any number of "100 Continue" included
-MIN_RATE = 10_000  # bytes a second, on the mean, of a download that takes longer than its grace
+MAX_HEAD_BYTES = 1 << 20  # before a response's body, including "100 Continue" responses
+MIN_RATE = 10_000  # mean bytes per second that a download must reach after its grace period
 
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PORTS = {"http": 80, "https": 443}
-_SAFE = "%/:=&?~#+!$,;'@()*[]"  # in a path and query, which may be quoted already
+_SAFE = "%/:=&?~#+!$,;'@()*[]"  # in a path and query, which may already be quoted
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
-_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # all that IPv6 has given out
+_GLOBAL_UNICAST = ipaddress.ip_network("2000::/3")  # the only IPv6 range assigned so far
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 class DownloadError(OSError):
-    """A URL cannot be fetched, for the reason that the message gives."""
+    """A URL cannot be downloaded; the message gives the reason."""
 
 
 @contextlib.contextmanager
 def open_url(
     url: str, timeout_s: float, deadline_s: float, grace_s: float = math.inf
 ) -> Iterator[tuple[http.client.HTTPResponse, int | None]]:
-    """Yields the response at `url`, after redirects, and its body's size in bytes if it says one.
+    """Yield the response of `url`, after redirects, and the stated size of its body in bytes.
+
+    The size is None if the response does not state one.
 
     Args:
         url: An http or https URL.
-        timeout_s: How long the server may send nothing.
-        deadline_s: How long everything may take, from the connection to the body's last byte.
-        grace_s: How long it may take, redirects included, before `MIN_RATE` counts.
+        timeout_s: Seconds for which the server may send nothing.
+        deadline_s: Seconds for the whole download, from connecting to the last byte.
+        grace_s: Seconds, including redirects, after which `MIN_RATE` is required.
 
     Raises:
-        TimeoutError: One of these is over; the message says which.
-        OSError, http.client.HTTPException, ValueError: Anything else that goes wrong.
+        TimeoutError: One of these limits is exceeded; the message says which.
+        OSError, http.client.HTTPException, ValueError: Any other failure.
     """
     network = Network(timeout_s, deadline_s, grace_s)
     try:
@@ -66,12 +68,12 @@ def open_url(
 
 @contextlib.contextmanager
 def _follow_redirects(network: Network, url: str) -> Iterator[http.client.HTTPResponse]:
-    """Yields the response at `url`, after redirects."""
+    """Yield the response of `url`, after redirects."""
     for _ in range(MAX_REDIRECTS + 1):
         with _request(network, _split_url(url)) as response:
             location, status = response.headers.get("Location"), _describe_status(response)
             if response.status in _REDIRECTS and location is not None:
-                # http.client reads headers as Latin-1; quoting gives the bytes back.
+                # http.client decodes headers as Latin-1; quoting restores the bytes.
                 location = quote(location, safe=string.punctuation, encoding="latin-1")
                 url = urljoin(url, location)
                 continue
@@ -83,20 +85,20 @@ def _follow_redirects(network: Network, url: str) -> Iterator[http.client.HTTPRe
 
 
 class Network:
-    """What all connections of a download share: its time, and where it may go."""
+    """Limits that all connections of a download share: time, and allowed addresses."""
 
     def __init__(self, timeout_s: float, deadline_s: float, grace_s: float) -> None:
         self._timeout_s, self._deadline_s, self._grace_s = timeout_s, deadline_s, grace_s
         self._deadline = time.monotonic() + deadline_s
         self._received = 0  # bytes
-        self._is_first_public: bool | None = None  # whether the first address was; None before it
-        self._head_bytes_left: int | None = None  # None in a body
+        self._is_first_public: bool | None = None  # None before the first connection
+        self._head_bytes_left: int | None = None  # None while reading a body
 
     def compute_timeout(self) -> float:
-        """How many seconds the next system call may take.
+        """Return how many seconds the next system call may take.
 
         Raises:
-            TimeoutError: The deadline is over, or too few bytes came for the time that passed.
+            TimeoutError: The deadline has passed, or too few bytes have arrived so far.
         """
         left = self._compute_time_left()
         if left <= 0:
@@ -104,12 +106,12 @@ class Network:
         return min(left, self._timeout_s)
 
     def _compute_time_left(self) -> float:
-        """Seconds until the deadline, or until more bytes must have arrived if that is sooner."""
+        """Return the seconds until the deadline or until more bytes are due, if that is sooner."""
         left = self._deadline - time.monotonic()
         return min(left, left - self._deadline_s + self._grace_s + self._received / MIN_RATE)
 
     def describe_timeout(self) -> str:
-        """What to say of a download after a TimeoutError."""
+        """Return the message for a TimeoutError that was just raised."""
         passed = self._deadline_s - (self._deadline - time.monotonic())
         if passed >= self._deadline_s:
             return f"took longer than {self._deadline_s:g} s to arrive"
@@ -118,10 +120,10 @@ class Network:
         return f"sent nothing for {self._timeout_s:g} s"
 
     def connect(self, host: str, port: int) -> socket.socket:
-        """A connection to the first address of `host` that is admitted and answers.
+        """Connect to the first address of `host` that is allowed and answers.
 
-        The name is looked up once, and the address that was checked is the one connected to. So
-        a name server that gives another answer the next time (DNS rebinding) gains nothing.
+        The name is looked up once, and the connection goes to the address that was checked. A
+        name server that gives another answer the next time (DNS rebinding) thus has no effect.
         """
         failure: OSError = DownloadError(f"{host} has no address")
         for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
@@ -137,32 +139,32 @@ class Network:
         raise failure
 
     def connect_proxy(self, host: str, port: int) -> socket.socket:
-        """A connection to a proxy, which the user chose, so that its address is not checked."""
+        """Connect to a proxy. Its address is not checked, since the user configured it."""
         network = copy.copy(self)
         network._is_first_public = None
         return network.connect(host, port)
 
     def _dial(self, entry: tuple[Any, ...]) -> socket.socket:
-        """A connection to an address as `socket.getaddrinfo` gives it."""
+        """Connect to an address as returned by `socket.getaddrinfo`."""
         family, kind, protocol, _, address = entry
         connection = socket.socket(family, kind, protocol)
         try:
             connection.settimeout(self.compute_timeout())
             connection.connect(address)
-            connection.settimeout(self.compute_timeout())  # of a TLS handshake as a whole
+            connection.settimeout(self.compute_timeout())  # for the TLS handshake
         except BaseException:
             connection.close()
             raise
         return connection
 
     def check_address(self, address: IPAddress, host: str) -> None:
-        """Refuse the `address` of `host` if it is not public and the first one was.
+        """Check that a download from a public address does not go on to a private one.
 
-        A public page could otherwise have us ask services that are meant for this machine or
-        its network alone.
+        Otherwise a public page could make us send requests to services of this machine or of
+        the local network.
 
         Raises:
-            DownloadError: It is refused.
+            DownloadError: `address` is not public, and the first one was.
         """
         if self._is_first_public and not is_public(address):
             raise DownloadError(
@@ -171,9 +173,9 @@ class Network:
             )
 
     def admit_address(self, address: IPAddress | None, host: str) -> None:
-        """Check the `address` of `host` and, if it is the first, note whether it is public.
+        """Check the `address` of `host` and, if it is the first, remember whether it is public.
 
-        None is an address that a proxy finds, and counts as public.
+        None stands for an address that a proxy looks up; it counts as public.
         """
         if address is not None:
             self.check_address(address, host)
@@ -182,16 +184,16 @@ class Network:
 
     @contextlib.contextmanager
     def limit_head(self) -> Iterator[None]:
-        """Bound the bytes that are received within the block."""
+        """Limit the bytes received within the block to `MAX_HEAD_BYTES`."""
         self._head_bytes_left = MAX_HEAD_BYTES
         yield
         self._head_bytes_left = None
 
     def count_bytes(self, nbytes: int) -> None:
-        """Note that bytes were received, of a head or of a body.
+        """Count bytes that were received, in a head or a body.
 
         Raises:
-            DownloadError: They are too many before a body.
+            DownloadError: The head exceeds `MAX_HEAD_BYTES`.
         """
         self._received += nbytes
         if self._head_bytes_left is not None:
@@ -201,9 +203,10 @@ class Network:
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether `address` is one of the public internet, of IPv6 by the IPv4 address in it.
+    """Whether `address` is on the public internet.
 
-    Loopback, private, link-local, shared, reserved, multicast and unspecified ones are not.
+    Loopback, private, link-local, shared, reserved, multicast and unspecified addresses are
+    not. An IPv6 address that embeds an IPv4 address is judged by the latter.
     """
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour
@@ -216,7 +219,7 @@ def is_public(address: IPAddress) -> bool:
 
 
 def parse_address(host: str) -> IPAddress | None:
-    """The address that `host` is in any of its spellings, or localhost; None of other names."""
+    """Parse `host` as an IP address in any notation, or localhost; None for other names."""
     name = host.rstrip(".").lower()
     if name == "localhost" or name.endswith(".localhost"):
         return ipaddress.IPv4Address("127.0.0.1")
@@ -228,43 +231,43 @@ def parse_address(host: str) -> IPAddress | None:
 
 
 class _Connection(http.client.HTTPConnection):
-    """A connection that `network` opens and times."""
+    """A connection that `network` opens and limits."""
 
     network: Network
-    is_proxy = False  # whether it is one to a proxy
+    is_proxy = False  # whether it connects to a proxy
 
     def connect(self) -> None:
-        """Connect; in between HTTPSConnection.connect and what it would call."""
+        """Connect through `network`; called by HTTPSConnection.connect, which adds TLS."""
         connect = self.network.connect_proxy if self.is_proxy else self.network.connect
         self.sock = connect(self.host, self.port)
         if self._tunnel_host:  # type: ignore[attr-defined]  # as http.client.HTTPConnection does
             self._tunnel()  # type: ignore[attr-defined]
 
     def response_class(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]  # called as the class is
-        """A response, of which each read is timed."""
-        return http.client.HTTPResponse(_TimedSocket(sock, self.network), *args, **options)  # type: ignore[arg-type]  # makefile is all it needs
+        """Return a response whose reads are limited in time."""
+        return http.client.HTTPResponse(_TimedSocket(sock, self.network), *args, **options)  # type: ignore[arg-type]  # it only calls makefile
 
 
 class _SecureConnection(http.client.HTTPSConnection, _Connection):
-    """The same with TLS, whose certificate is checked against the URL's host name."""
+    """The same with TLS; the certificate is checked against the host name of the URL."""
 
 
 class _TimedSocket:
-    """Makes the file that a response reads from `sock`."""
+    """A stand-in for `sock` whose file limits the time of each read."""
 
     def __init__(self, sock: socket.socket, network: Network) -> None:
         self._sock, self._network = sock, network
 
     def makefile(self, mode: str) -> io.BufferedReader:
-        """A file for reading; see socket.makefile."""
+        """Return a file for reading, as socket.makefile does."""
         return io.BufferedReader(_TimedReader(self._sock, self._network))
 
 
 class _TimedReader(io.RawIOBase):
-    """What arrives on `sock`, however slowly, until the deadline of `network`.
+    """Reads from `sock` until the deadline of `network`.
 
-    The timeout of a socket bounds one call. Of a header that arrives byte by byte every byte is
-    one, and so is every chunk of a body, so the time that is left is set before each.
+    The timeout of a socket applies to one call, and a slow server can spread a response over
+    many. So the timeout is set to the remaining time before each read.
     """
 
     def __init__(self, sock: socket.socket, network: Network) -> None:
@@ -272,25 +275,25 @@ class _TimedReader(io.RawIOBase):
         self._file = sock.makefile("rb", buffering=0)
 
     def readable(self) -> bool:
-        """Yes."""
+        """Return True."""
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Bytes read into `buffer`; 0 at the end."""
+        """Read into `buffer` and return the number of bytes; 0 at the end."""
         self._sock.settimeout(self._network.compute_timeout())
         count = self._file.readinto(buffer) or 0
         self._network.count_bytes(count)
         return count
 
     def close(self) -> None:
-        """Let go of the socket."""
+        """Close the file of the socket."""
         self._file.close()
         super().close()
 
 
 @contextlib.contextmanager
 def _request(network: Network, url: SplitResult) -> Iterator[http.client.HTTPResponse]:
-    """Yields the response to a GET request for `url`, redirects not followed."""
+    """Send a GET request for `url` and yield the response, without following redirects."""
     if "@" in url.netloc:
         raise DownloadError(
             "its user name and password are not sent; fetch it with another program, "
@@ -305,8 +308,8 @@ def _request(network: Network, url: SplitResult) -> Iterator[http.client.HTTPRes
     connection = (_SecureConnection if is_secure else _Connection)(*_get_host_and_port(via))
     connection.network, connection.is_proxy = network, proxy is not None
     if proxy is not None:
-        # The proxy looks the name up and connects, so no address can be checked here, unless
-        # the URL itself is one. What the proxy may reach is for its owner to decide.
+        # The proxy looks up the name, so an address can only be checked here if the URL states
+        # one. What the proxy may reach is up to its owner.
         network.admit_address(parse_address(host), host)
         login = _build_login_header(proxy)
         if url.scheme == "https":
@@ -323,7 +326,7 @@ def _request(network: Network, url: SplitResult) -> Iterator[http.client.HTTPRes
 
 
 def _split_url(url: str) -> SplitResult:
-    """The parts of a `url`; its text is in no error, since a password may be in any part."""
+    """Split `url`; errors do not quote it, since any part may contain a password."""
     try:
         parts = urlsplit(url)
         _ = parts.port
@@ -332,19 +335,19 @@ def _split_url(url: str) -> SplitResult:
     if parts.scheme not in _PORTS:
         raise DownloadError(f"unknown url type: {parts.scheme}")
     if not parts.hostname:
-        raise DownloadError("it is not a valid URL, since it names no host")
+        raise DownloadError("it is not a valid URL: it has no host")
     return parts
 
 
 def _get_host_and_port(url: SplitResult) -> tuple[str, int]:
-    """The host's name in ASCII, and the port."""
+    """Return the host name in ASCII, and the port."""
     host = url.hostname or ""
     name = host if host.isascii() else host.encode("idna").decode()
     return name, _PORTS[url.scheme] if url.port is None else url.port
 
 
 def _find_proxy(scheme: str, host: str, port: int) -> SplitResult | None:
-    """The proxy that the system or the environment names for a host; None to do without."""
+    """Return the proxy configured for a host by the system or environment, or None."""
     proxy = getproxies().get(scheme)
     if not proxy or proxy_bypass(f"{host}:{port}"):
         return None
@@ -355,7 +358,7 @@ def _find_proxy(scheme: str, host: str, port: int) -> SplitResult | None:
 
 
 def _build_login_header(proxy: SplitResult) -> dict[str, str]:
-    """The header with the user name and password of `proxy`, if it has any."""
+    """Return a header with the user name and password of `proxy`; empty if it has none."""
     if proxy.username is None:
         return {}
     login = f"{unquote(proxy.username)}:{unquote(proxy.password or '')}"
@@ -363,21 +366,21 @@ def _build_login_header(proxy: SplitResult) -> dict[str, str]:
 
 
 def _describe_status(response: http.client.HTTPResponse) -> str:
-    """The status of `response` in words."""
+    """Return the status of `response` as text, such as "HTTP 404, Not Found"."""
     reason = f", {format_error(response.reason)}" if response.reason else ""
     return f"HTTP {response.status}{reason}"
 
 
 def _read_content_length(response: http.client.HTTPResponse) -> int | None:
-    """The size in bytes that `response` says its body has; None if it does not say.
+    """Return the Content-Length of `response` in bytes; None if it has none or is chunked.
 
     Raises:
-        DownloadError: What it says is not a number, or several different ones.
+        DownloadError: It is not a number, or there are several different ones.
     """
     lengths = {one.strip() for one in response.headers.get_all("Content-Length", [])}
     if response.chunked or not lengths:
         return None
-    # int() would take "²", "1_0" and "+1" as well.
+    # int() would also accept "1_0" and "+1".
     if len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", length := lengths.pop()):
         raise DownloadError("its Content-Length is not a number of bytes")
     return int(length)

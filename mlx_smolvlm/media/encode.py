@@ -1,4 +1,4 @@
-"""Opened pictures and videos, and their way through the encoder in bounded batches."""
+"""The pictures and videos of a prompt, and encoding them in batches of bounded size."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ if TYPE_CHECKING:
     from mlx_smolvlm.media.timeline import FrameTimes
     from mlx_smolvlm.media.video import Clip, Frame
 
-TILE_BATCH = 4  # tiles that go through the encoder at once; bounds its memory
+TILE_BATCH = 4  # tiles per call of the encoder; bounds its memory
 
-FrameTile = tuple["Frame | None", np.ndarray]
+FrameTile = tuple["Frame | None", np.ndarray]  # (frame of a video or None, tile (H, W, 3))
 
 
 class Picture:
-    """A picture in a prompt; `image_embeds` (N, I, D) once it has been encoded.
+    """A picture in a prompt.
 
-    `image` is None if only its embeddings were kept; `digest` is then given.
+    Attributes:
+        image: The picture; None if only its embeddings are in memory. Then `digest` is given.
+        grid: Rows and columns of tiles.
+        image_embeds: (N, I, D) once it is encoded, else None.
     """
 
     def __init__(
@@ -38,12 +41,12 @@ class Picture:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles that the encoder sees (N)."""
+        """Number of tiles to encode (N)."""
         return self.grid.num_tiles
 
     @property
     def digest(self) -> str:
-        """Of the pixels and of how they are cut: equal for pictures with equal tiles."""
+        """Digest of the pixels, grid and detail; pictures with the same digest have equal tiles."""
         if self._digest is None:
             assert self.image is not None
             size, pixels = self.image.size, self.image.tobytes()
@@ -51,7 +54,7 @@ class Picture:
         return self._digest
 
     def make_tiles(self, config: Config) -> Iterator[FrameTile]:
-        """Its tiles, (H, W, 3) each."""
+        """Yield (None, tile) for each tile (H, W, 3)."""
         from mlx_smolvlm.media.tiles import tile_picture
 
         assert self.image is not None
@@ -60,10 +63,12 @@ class Picture:
 
 
 class Footage:
-    """A video in a prompt; `image_embeds` (N, I, D) once it has been encoded.
+    """A video in a prompt.
 
-    `times` says when its frames are shown; `clip` is None if only its embeddings were
-    kept; `digest` is then given.
+    Attributes:
+        times: When its frames are shown.
+        clip: The open video; None if only its embeddings are in memory. Then `digest` is given.
+        image_embeds: (N, I, D) once it is encoded, else None.
     """
 
     def __init__(
@@ -74,19 +79,19 @@ class Footage:
 
     @property
     def num_tiles(self) -> int:
-        """Tiles that the encoder sees (N), one a frame."""
+        """Number of tiles to encode (N), one per frame."""
         return len(self.times.timestamps_s)
 
     @property
     def digest(self) -> str:
-        """Of the file and of the frames taken from it."""
+        """Digest of the source and of the numbers of the sampled frames."""
         if self._digest is None:
             assert self.clip is not None
             self._digest = _compute_digest("video", self.clip.digest())
         return self._digest
 
     def make_tiles(self, config: Config) -> Iterator[FrameTile]:
-        """Its frames, each with its tile (H, W, 3), decoded as they are asked for."""
+        """Yield (frame, tile) for each frame, with its tile (H, W, 3), decoded one by one."""
         from mlx_smolvlm.media.tiles import tile_frame
 
         assert self.clip is not None
@@ -96,10 +101,10 @@ class Footage:
 
 
 def _compute_digest(text: str, data: bytes) -> str:
-    """Digest of a description and of data."""
-    total = hashlib.blake2b(text.encode(), digest_size=16)
-    total.update(data)
-    return total.hexdigest()
+    """Return the hexadecimal digest of a description and of data."""
+    digest = hashlib.blake2b(text.encode(), digest_size=16)
+    digest.update(data)
+    return digest.hexdigest()
 
 
 Medium = Picture | Footage
@@ -107,10 +112,10 @@ Medium = Picture | Footage
 
 @dataclass(frozen=True)
 class Progress:
-    """How far pictures and videos are: tiles `decoded` and `encoded` of `total`.
+    """Progress of encoding: how many of `total` tiles are `decoded` and `encoded`.
 
-    `frame` is the frame of the video `name` that was decoded last, and `tile` (H, W, 3)
-    what the model sees of it; None after other steps.
+    After a frame of the video `name` is decoded, `frame` is that frame and `tile` (H, W, 3) its
+    encoder input; both are None after other steps.
     """
 
     decoded: int
@@ -124,29 +129,29 @@ class Progress:
 def order_media(
     messages: Sequence[Mapping[str, Any]], pictures: Sequence[Picture], footage: Sequence[Footage]
 ) -> tuple[Medium, ...]:
-    """The media in the order of their items in `messages`."""
-    nexts: dict[str, Iterator[Medium]] = {"image": iter(pictures), "video": iter(footage)}
-    found: list[Medium] = []
+    """Return all media in the order of their items in `messages`."""
+    sources: dict[str, Iterator[Medium]] = {"image": iter(pictures), "video": iter(footage)}
+    media: list[Medium] = []
     for message in messages:
         content = message["content"]
         for item in content if not isinstance(content, str) else ():
-            if item["type"] in nexts:
-                found.append(next(nexts[item["type"]]))
-    return tuple(found)
+            if item["type"] in sources:
+                media.append(next(sources[item["type"]]))
+    return tuple(media)
 
 
 def encode(
     media: Sequence[Medium], encoder: Callable[[mx.array], mx.array], config: Config
 ) -> Generator[Progress, None, None]:
-    """Gives each of `media` its `image_embeds`, and yields after each step.
+    """Set `image_embeds` of each of `media` that has none, and yield after each step.
 
-    Those that have them are left alone. While the device encodes a batch of `TILE_BATCH`
-    tiles, the next one is decoded; more than two are never held.
+    While the device encodes a batch of `TILE_BATCH` tiles, the next batch is decoded; at most
+    two batches are in memory.
 
     Args:
         media: Pictures and videos.
-        encoder: From (N, H, W, 3) to (N, I, D).
-        config: Of the checkpoint.
+        encoder: Maps (N, H, W, 3) to (N, I, D).
+        config: Configuration of the checkpoint.
 
     Raises:
         MediaError: A video cannot be decoded.
@@ -155,7 +160,7 @@ def encode(
     total = sum(medium.num_tiles for medium in todo)
     decoded = encoded = 0
     for medium in todo:
-        done: list[mx.array] = []
+        embeds: list[mx.array] = []
         batch: list[np.ndarray] = []
         for count, (frame, tile) in enumerate(medium.make_tiles(config), 1):
             batch.append(tile)
@@ -163,18 +168,18 @@ def encode(
             if isinstance(medium, Footage) and medium.clip is not None:
                 yield Progress(decoded, encoded, total, frame, tile, medium.clip.name)
             if len(batch) == TILE_BATCH or count == medium.num_tiles:
-                if done:
-                    mx.eval(done[-1])
-                done.append(encoder(mx.array(np.stack(batch))))
-                mx.async_eval(done[-1])
+                if embeds:
+                    mx.eval(embeds[-1])
+                embeds.append(encoder(mx.array(np.stack(batch))))
+                mx.async_eval(embeds[-1])
                 batch = []
                 encoded = decoded
                 yield Progress(decoded, encoded, total)
-        medium.image_embeds = mx.concatenate(done) if len(done) > 1 else done[0]
+        medium.image_embeds = mx.concatenate(embeds) if len(embeds) > 1 else embeds[0]
         mx.eval(medium.image_embeds)
 
 
 def join_embeds(media: Sequence[Medium]) -> mx.array | None:
-    """`image_embeds` (N, I, D) of all encoded `media`, in order; None without any."""
+    """Concatenate the `image_embeds` of all encoded `media` to (N, I, D); None without any."""
     parts = [medium.image_embeds for medium in media if medium.image_embeds is not None]
     return mx.concatenate(parts) if parts else None

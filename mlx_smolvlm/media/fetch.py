@@ -1,4 +1,4 @@
-"""Bytes of what a user names: a file, standard input, a URL, a data URI."""
+"""Open the bytes of a file, standard input, a URL or a data URI."""
 
 from __future__ import annotations
 
@@ -17,29 +17,26 @@ from mlx_smolvlm.files import expand_path
 if TYPE_CHECKING:
     from http.client import HTTPResponse
 
+MAX_BYTES = 256 * 1024**2  # in a picture that is downloaded or piped
+MAX_VIDEO_BYTES = 4 * 1024**3  # in a video that is, which goes to a temporary file
+TIMEOUT_S = 20.0  # without receiving anything
+DEADLINE_S = 120.0  # from the connection to the last byte, redirects included
+VIDEO_DEADLINE_S = 3600.0
+VIDEO_GRACE_S = 120.0  # after which a video must arrive at `download.MIN_RATE`
 
-_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # the hub's client heeds the same
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", re.IGNORECASE)
+_CHUNK = 1 << 16
+_OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # also read by huggingface_hub
 
 
 def is_offline(asked: bool = False) -> bool:
-    """Whether no connection may be opened: `asked` for, or by the environment."""
+    """Whether the network must not be used, as `asked` for or set in the environment."""
     values = (os.environ.get(name, "") for name in _OFFLINE_VARIABLES)
     return asked or any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
 
 
-MAX_BYTES = 256 * 1024**2  # of a picture that is downloaded or piped
-MAX_VIDEO_BYTES = 4 * 1024**3  # of such a video, which is kept in a temporary file
-TIMEOUT_S = 20.0  # without an answer
-DEADLINE_S = 120.0  # from the connection to the last byte, redirects included
-VIDEO_DEADLINE_S = 3600.0
-VIDEO_GRACE_S = 120.0  # until a video must have come at `download.MIN_RATE` so far
-
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://|(data):", re.IGNORECASE)
-_CHUNK = 1 << 16
-
-
 def describe_source(source: str | Path) -> str:
-    """What to call `source` in an error: one short line, a URL without its secrets."""
+    """Return a name for `source` in messages: one short line, without the secrets of a URL."""
     text = str(source)
     if text == "-":
         return "standard input"
@@ -50,20 +47,20 @@ def describe_source(source: str | Path) -> str:
 
 
 def is_remote(source: str | Path) -> bool:
-    """Whether `source` is a URL or a data URI, so not the name of a file."""
+    """Whether `source` is a URL or a data URI rather than a path."""
     return isinstance(source, str) and _SCHEME.match(source) is not None
 
 
 def open_bytes(source: str | Path, *, video: bool = False) -> BinaryIO:
-    """A seekable stream of what `source` names; the caller closes it.
+    """Open `source` as a seekable stream, which the caller closes.
 
     Args:
         source: A path, "-" for standard input, an http(s) URL or a data URI.
-        video: Whether what has to be copied first goes to a temporary file, and may
-            have `MAX_VIDEO_BYTES`; else it goes to memory, `MAX_BYTES` of it.
+        video: Whether `source` is a video. Pipes and URLs are copied first: a video of up to
+            `MAX_VIDEO_BYTES` to a temporary file, others of up to `MAX_BYTES` to memory.
 
     Raises:
-        MediaError: It is missing, cannot be read, or is too large.
+        MediaError: The source is missing, cannot be read, or is too large.
     """
     if isinstance(source, str) and source == "-":
         return _copy_stream(sys.stdin.buffer, "standard input", video)
@@ -81,7 +78,7 @@ def open_bytes(source: str | Path, *, video: bool = False) -> BinaryIO:
 
 
 def _open_file(source: str | Path, video: bool) -> BinaryIO:
-    """The file at `source`; a pipe is copied first."""
+    """Open the file at `source`; a pipe is copied first."""
     name = describe_source(source)
     if not str(source):
         raise MediaError("the path is empty; give a file, URL or data URI")
@@ -103,7 +100,7 @@ def _open_file(source: str | Path, video: bool) -> BinaryIO:
 
 
 def _decode_data_uri(source: str, limit: int) -> bytes:
-    """The bytes that a data URI carries, at most `limit`."""
+    """Decode a data URI of at most `limit` bytes."""
     import base64
     import binascii
     from urllib.parse import unquote_to_bytes
@@ -112,11 +109,11 @@ def _decode_data_uri(source: str, limit: int) -> bytes:
     if comma < 0:
         raise MediaError("the data URI has no comma; it must be data:image/png;base64,...")
     is_base64 = source[:comma].lower().rstrip().endswith(";base64")
-    # Counted before anything is copied: three characters such as %2B are one, and blanks none.
+    # Estimate the size before copying: %2B is one byte, and blanks are none.
     nbytes = len(source) - comma - 1 - 2 * source.count("%", comma)
     if is_base64:
         blanks = sum(source.count(blank, comma) for blank in " \t\r\n")
-        nbytes = (nbytes - blanks) * 3 // 4 - 2  # where it is padded
+        nbytes = (nbytes - blanks) * 3 // 4 - 2  # if it is padded
     if nbytes > limit:
         raise _make_size_error("the data URI", limit)
     data = unquote_to_bytes(source[comma + 1 :])
@@ -130,7 +127,7 @@ def _decode_data_uri(source: str, limit: int) -> bytes:
 
 
 def _download(url: str, video: bool) -> BinaryIO:
-    """The body at `url`, within the limits of size and time."""
+    """Download `url` within the limits of size and time."""
     import http.client
 
     from mlx_smolvlm.media.download import open_url
@@ -158,7 +155,7 @@ def _download(url: str, video: bool) -> BinaryIO:
 
 
 def _get_max_bytes(video: bool) -> int:
-    """How many bytes may be copied."""
+    """Return how many bytes may be copied."""
     return MAX_VIDEO_BYTES if video else MAX_BYTES
 
 
@@ -166,45 +163,10 @@ def _make_size_error(name: str, limit: int) -> MediaError:
     return MediaError(f"{name} is larger than {limit // 1024**2} MiB; make it smaller")
 
 
-class DescriptorReader(io.RawIOBase):
-    """The file behind a descriptor from its beginning, wherever others are in it."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor, self._place = descriptor, 0
-
-    def readable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seekable(self) -> bool:
-        """Yes."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """The new place.
-
-        Raises:
-            OSError: It lies before the beginning, as of any file.
-        """
-        size = os.fstat(self._descriptor).st_size
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: size}[whence]
-        if base + offset < 0:
-            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
-        self._place = base + offset
-        return self._place
-
-    def readinto(self, buffer: Any) -> int:
-        """Bytes read into `buffer`; 0 at the end."""
-        data = os.pread(self._descriptor, len(buffer), self._place)
-        buffer[: len(data)] = data
-        self._place += len(data)
-        return len(data)
-
-
 def _copy_stream(stream: BinaryIO | HTTPResponse, name: str, video: bool) -> BinaryIO:
-    """A copy of all of `stream`, if it fits."""
+    """Copy all of `stream`, up to the limit, and return the copy."""
     limit = _get_max_bytes(video)
-    copy = tempfile.TemporaryFile() if video else io.BytesIO()  # noqa: SIM115 (the caller's)
+    copy = tempfile.TemporaryFile() if video else io.BytesIO()  # noqa: SIM115 (the caller closes it)
     try:
         while chunk := stream.read(_CHUNK):
             copy.write(chunk)
@@ -215,3 +177,38 @@ def _copy_stream(stream: BinaryIO | HTTPResponse, name: str, video: bool) -> Bin
         raise
     copy.seek(0)
     return copy
+
+
+class DescriptorReader(io.RawIOBase):
+    """Reads the file of a descriptor from its beginning, with a position of its own."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor, self._position = descriptor, 0
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seekable(self) -> bool:
+        """Return True."""
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Seek and return the new position.
+
+        Raises:
+            OSError: It is before the beginning of the file.
+        """
+        size = os.fstat(self._descriptor).st_size
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: size}[whence]
+        if base + offset < 0:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self._position = base + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into `buffer` and return the number of bytes; 0 at the end."""
+        data = os.pread(self._descriptor, len(buffer), self._position)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

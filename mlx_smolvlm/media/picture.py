@@ -1,6 +1,6 @@
-"""Pictures opened: any source and pixel format to upright RGB.
+"""Open pictures from any source and in any pixel format as upright RGB.
 
-What differs from transformers on purpose is in docs/decisions/images.md.
+Deliberate differences from transformers are listed in docs/decisions/images.md.
 """
 
 from __future__ import annotations
@@ -22,15 +22,17 @@ from mlx_smolvlm.media.fetch import describe_source, is_remote, open_bytes
 
 Size = tuple[int, int]  # width, height
 
-# What Pillow may take a file for. Others start programs (EPS), name further files, or are
-# old formats that nobody sends and few people test. TGA has no signature, so it comes last.
+# Formats that Pillow may detect. Others start programs (EPS), refer to further files, or are
+# old and little tested. TGA has no signature, so it comes last.
 FORMATS = (
     *("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"),
-    *(("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()),  # from 11.3 on
+    *(
+        ("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()
+    ),  # Pillow 11.3 and newer
     "TGA",
 )
 
-_BAND_PIXELS = 1 << 20  # that are brought to 8 bits, or laid on white, at a time
+_BAND_PIXELS = 1 << 20  # converted at a time, which bounds memory
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -45,16 +47,16 @@ _TURNS = {
 
 
 def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.Image:
-    """The picture in `source` as RGB, turned as its EXIF orientation says.
+    """Open `source` as an RGB picture, turned as its EXIF orientation says.
 
     Args:
         source: A path, an http(s) URL, a data URI, "-" for standard input, the bytes of
             a file, a PIL image, a matplotlib figure, or an array (H, W), (H, W, 1),
-            (H, W, 3) or (H, W, 4), uint8 or float in 0..1. Transparency is laid on white;
-            16 bits become 8.
+            (H, W, 3) or (H, W, 4), uint8 or float in 0..1. Transparent pixels are put on
+            white; 16-bit values are scaled to 8 bits.
 
     Raises:
-        MediaError: It cannot be read or decoded, or exceeds a limit of `budget`.
+        MediaError: The source cannot be read or decoded, or exceeds a limit of `budget`.
     """
     if isinstance(source, np.ndarray):
         return _convert_array(source)
@@ -77,7 +79,7 @@ def open_image(source: str | Path | bytes | Image.Image | np.ndarray) -> Image.I
 
 
 def _draw_figure(figure: Any) -> io.BytesIO:
-    """The PNG file that a matplotlib figure, or what saves itself like one, writes."""
+    """Return the PNG file written by a matplotlib figure, or by any object with `savefig`."""
     buffer = io.BytesIO()
     with convert_errors("the figure"):
         figure.savefig(buffer, format="png")
@@ -86,10 +88,10 @@ def _draw_figure(figure: Any) -> io.BytesIO:
 
 
 def read_upright_size(source: str | Path) -> Size:
-    """Size of the picture in the file `source` as `open_image` gives it, from its header alone.
+    """Return the (width, height) that `open_image` would give for a file, from its header.
 
     Raises:
-        MediaError: It is no picture, or exceeds a limit of `budget`.
+        MediaError: The file is not a picture, or exceeds a limit of `budget`.
     """
     with open_bytes(source) as stream, ignore_warnings():
         image = _open_header(stream, describe_source(source))
@@ -99,13 +101,13 @@ def read_upright_size(source: str | Path) -> Size:
 
 
 def _decode_stream(stream: BinaryIO, name: str) -> Image.Image:
-    """The picture in an open file."""
+    """Decode the picture in an open file."""
     with ignore_warnings():
         return _load_rgb(_open_header(stream, name), name)
 
 
 def _open_header(stream: BinaryIO, name: str) -> Image.Image:
-    """The picture in an open file, not decoded yet."""
+    """Read the header of the picture in an open file and check its size."""
     if not stream.read(1):
         raise MediaError(f"{name} is empty")
     limited: Any = PictureStream(stream, name)
@@ -117,23 +119,24 @@ def _open_header(stream: BinaryIO, name: str) -> Image.Image:
 
 
 def open_lazily(stream: BinaryIO, name: str) -> Image.Image:
-    """The picture in an open file, if it is in one of `FORMATS`; not decoded yet.
+    """Open the picture in an open file without decoding it.
 
     Raises:
-        MediaError: It is in none of them, or is larger than Pillow takes.
+        MediaError: The format is not one of `FORMATS`, or the picture is too large for Pillow.
     """
     try:
         return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
         raise MediaError(
-            f"{name} is not a picture in a format that can be read; convert it to PNG or JPEG"
+            f"{name} is not a picture, or is in a format that cannot be read; "
+            "convert it to PNG or JPEG"
         ) from None
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name} is too large: {error}") from None
 
 
 def _load_rgb(image: Image.Image, name: str) -> Image.Image:
-    """`_to_upright_rgb` with any failure of the decoder as a MediaError."""
+    """Decode `image` to upright RGB; errors of the decoder become a MediaError."""
     with convert_errors(name):
         image.load()
         return _to_upright_rgb(image, name)
@@ -141,12 +144,12 @@ def _load_rgb(image: Image.Image, name: str) -> Image.Image:
 
 @contextlib.contextmanager
 def convert_errors(name: str) -> Iterator[None]:
-    """Any failure of a decoder as a MediaError that names the file."""
+    """Turn any exception of a decoder into a MediaError that names the file."""
     try:
         yield
     except MediaError:
         raise
-    except Exception as error:  # a format plugin raises anything on damaged data
+    except Exception as error:  # plugins raise any exception on damaged data
         raise MediaError(
             f"{name} cannot be decoded; it may be truncated or damaged ({format_error(error)})"
         ) from None
@@ -154,36 +157,36 @@ def convert_errors(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ignore_warnings() -> Iterator[None]:
-    """Pillow warns of large pictures and damaged metadata; that would reach the terminal."""
+    """Suppress Pillow's warnings of large pictures and damaged metadata."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
 
 def _to_upright_rgb(image: Image.Image, name: str) -> Image.Image:
-    """`image`, decoded, as RGB and turned; the same object if there is nothing to do."""
+    """Convert a decoded image to upright RGB; return it unchanged if it already is."""
     rgb = _to_rgb(image, name)
     turn = _TURNS.get(_read_orientation(image))
     if turn is not None:
         rgb = rgb.transpose(turn)
     if rgb is not image:
-        rgb.info = {}  # else the orientation would be applied again by the next reader
+        rgb.info = {}  # else the next reader would apply the orientation again
     return rgb
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where it is absent or the metadata is damaged."""
+    """Return the EXIF orientation, 1 to 8; 1 if it is missing or damaged."""
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return 1
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged metadata does not make a picture unreadable
+    except Exception:  # the pixels may still be fine
         return 1
     return value if isinstance(value, int) else 1
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """`image` as RGB: transparency on white, 16 bits and floats brought to 8 bits."""
+    """Convert to RGB: put transparent pixels on white, scale 16 bits and floats to 8 bits."""
     if image.mode in ("I", "F") or image.mode.startswith("I;"):
         return _convert_deep_gray(image, name)
     if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
@@ -194,7 +197,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 def _convert_bands(
     image: Image.Image, convert: Callable[[Image.Image], Image.Image]
 ) -> Image.Image:
-    """RGB of `image`, converted some rows at a time: only two pictures are in memory."""
+    """Convert `image` to RGB in bands, so that only two full pictures are in memory."""
     rgb = Image.new("RGB", image.size)
     for top, band in _split_bands(image):
         rgb.paste(convert(band), (0, top))
@@ -202,34 +205,34 @@ def _convert_bands(
 
 
 def _split_bands(image: Image.Image) -> Iterator[tuple[int, Image.Image]]:
-    """The number of the first row, and the rows, of pieces of about `_BAND_PIXELS`."""
+    """Yield (first row, band of rows) for bands of about `_BAND_PIXELS`."""
     rows = max(1, _BAND_PIXELS // image.width)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
 
 
 def _put_on_white(image: Image.Image) -> Image.Image:
-    """RGB of a picture with transparency."""
-    if image.mode == "La":  # Pillow has no direct way from here to RGBA
+    """Composite a transparent image on white."""
+    if image.mode == "La":  # Pillow cannot convert it to RGBA directly
         image = image.convert("LA")
     white = Image.new("RGBA", image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def _convert_deep_gray(image: Image.Image, name: str) -> Image.Image:
-    """RGB of a gray picture with more than 8 bits.
+    """Convert a gray picture with more than 8 bits to RGB.
 
-    Integers are 16 bits; floats are 0..1, 0..255 or 0..65535, whichever is the
-    first that holds them all. Pillow and transformers clip at 255 instead.
+    Integers range over 0..65535; floats over the first of 0..1, 0..255 and 0..65535 that
+    includes all values. Pillow and transformers clip at 255 instead.
     """
     extremes = [f(np.asarray(band)) for _, band in _split_bands(image) for f in (np.min, np.max)]
     low, high = float(np.min(extremes)), float(np.max(extremes))
     peaks = (1, 255, 65535) if image.mode == "F" else (65535,)
     peak = next((peak for peak in peaks if low >= 0 and high <= peak), None)
-    if peak is None:  # also if a value is not a number
+    if peak is None:  # also for NaN
         raise MediaError(
-            f"{name} holds gray values from {low:g} to {high:g}; "
-            "bring them to 0..1 (float), 0..255 or 0..65535 first"
+            f"{name} has gray values from {low:g} to {high:g}; "
+            "scale them to 0..1 (float), 0..255 or 0..65535 first"
         )
     transparent: Any = image.info.get("transparency")
 
@@ -244,7 +247,7 @@ def _convert_deep_gray(image: Image.Image, name: str) -> Image.Image:
 
 
 def _convert_array(array: np.ndarray) -> Image.Image:
-    """RGB of an array of pixels."""
+    """Convert an array of pixels to RGB."""
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[:, :, 0]
     if array.ndim != 2 and (array.ndim != 3 or array.shape[2] not in (3, 4)):
@@ -255,7 +258,7 @@ def _convert_array(array: np.ndarray) -> Image.Image:
     check_size((array.shape[1], array.shape[0]), "the array")
     if np.issubdtype(array.dtype, np.floating):
         low, high = float(array.min()), float(array.max())
-        if not (low >= -1e-3 and high <= 1 + 1e-3):  # NaN is neither
+        if not (low >= -1e-3 and high <= 1 + 1e-3):  # also for NaN
             raise MediaError(
                 f"a float array must hold finite values in 0..1, not {low:g}..{high:g}; "
                 "divide by the largest possible value, or give uint8"
@@ -269,7 +272,7 @@ def _convert_array(array: np.ndarray) -> Image.Image:
 
 
 def _to_uint8(array: np.ndarray) -> np.ndarray:
-    """uint8 of floats in 0..1, some rows at a time."""
+    """Convert floats in 0..1 to uint8, in bands."""
     result = np.empty(array.shape, np.uint8)
     rows = max(1, _BAND_PIXELS // array.shape[1])
     for top in range(0, len(array), rows):

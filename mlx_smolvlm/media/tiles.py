@@ -1,8 +1,8 @@
-"""Picture to tiles: resizing, cutting, normalizing.
+"""Resize pictures, cut them into tiles and normalize the pixels.
 
-The numbers are those of transformers' PIL image processors; the few deliberate
-differences are in docs/decisions/images.md. Letters in shapes: N tiles, H and W
-a tile's pixels.
+The results equal those of transformers' PIL image processors, except for the differences
+listed in docs/decisions/images.md. Shapes: N is the number of tiles, H and W are the height
+and width of a tile in pixels.
 """
 
 from __future__ import annotations
@@ -21,41 +21,41 @@ from mlx_smolvlm.media.picture import open_image
 Detail = Literal["high", "auto", "low"] | int
 Size = tuple[int, int]  # width, height
 
-MAX_TILES_PER_SIDE = 6  # the prompt has a name for six rows and six columns
-MAX_SIDE = 4096  # of the resized picture, as in transformers
+MAX_TILES_PER_SIDE = 6  # the tokenizer has tokens for six rows and six columns
+MAX_SIDE = 4096  # pixels of the resized picture, as in transformers
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Rows and columns of tiles that a picture is cut into; `Grid(0, 0)` is one single tile."""
+    """Rows and columns of tiles in a picture; `Grid(0, 0)` means a single tile."""
 
     rows: int
     cols: int
 
     @property
     def num_tiles(self) -> int:
-        """Tiles that the encoder sees: the crops and the global tile (N)."""
+        """Number of tiles to encode (N): the crops and the global tile."""
         return self.rows * self.cols + 1
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """A picture for the encoder: `pixel_values` float32 (N, H, W, 3), the global tile last."""
+    """Encoder input for a picture: `pixel_values` float32 (N, H, W, 3), global tile last."""
 
     pixel_values: np.ndarray
     grid: Grid
 
 
 def tile_picture(picture: Image.Image, config: Config, detail: Detail = "high") -> Tiles:
-    """Tiles of `picture`: crops row by row, then the whole picture as one tile.
+    """Cut `picture` into tiles: the crops row by row, then the whole picture as one tile.
 
     Args:
         picture: From `open_image`.
-        config: Tile size, longest edge, mean and std are read from it.
-        detail: See `compute_grid`.
+        config: Gives tile size, longest edge, mean and std.
+        detail: As in `compute_grid`.
 
     Raises:
-        MediaError: As `compute_grid`.
+        MediaError: As in `compute_grid`.
     """
     grid = compute_grid(picture.size, config, detail)
     if picture.mode != "RGB":
@@ -75,9 +75,9 @@ def tile_picture(picture: Image.Image, config: Config, detail: Detail = "high") 
 
 
 def tile_frame(picture: Image.Image, longest_edge: int, config: Config) -> np.ndarray:
-    """`pixel_values` float32 (1, H, W, 3) of a frame: one tile, whatever `do_image_splitting`.
+    """Return `pixel_values` float32 (1, H, W, 3) of a video frame, which is always one tile.
 
-    It is resized to `longest_edge` first and squashed to the tile then.
+    The frame is first resized to `longest_edge` pixels, then squashed to the tile.
 
     Source: transformers 5.23, SmolVLMVideoProcessor.resize.
     """
@@ -89,37 +89,37 @@ def tile_frame(picture: Image.Image, longest_edge: int, config: Config) -> np.nd
 
 
 def compute_grid(size: Size, config: Config, detail: Detail = "high") -> Grid:
-    """Grid of a picture of `size` (width, height), without looking at pixels.
+    """Return the grid for a picture of `size`, without decoding it.
 
     Args:
-        size: In pixels.
-        config: As in `tiles`.
+        size: (width, height) in pixels.
+        config: As in `tile_picture`.
         detail: "high" resizes the longer side to the checkpoint's longest edge, as in
-            training, upscaling too; "auto" never upscales beyond one tile; "low" is one
-            tile; a number N is "high" with at most N tiles along the longer side.
+            training, even if that upscales; "auto" never upscales beyond one tile; "low"
+            is one tile; a number N is "high" with at most N tiles along the longer side.
 
     Raises:
-        MediaError: `detail` is none of these, or a side would take more than
-            `MAX_TILES_PER_SIDE` tiles.
+        MediaError: The picture is empty, `detail` is invalid, or a side would take more
+            than `MAX_TILES_PER_SIDE` tiles.
     """
     if min(size) < 1:
-        raise MediaError(f"the picture is {size[0]} x {size[1]} pixels; it has nothing to look at")
+        raise MediaError(f"the picture is {size[0]} x {size[1]} pixels, so it is empty")
     width, height = _compute_sizes(size, config, detail)[-1]
     rows, cols = height // config.tile_size, width // config.tile_size
     if rows * cols == 1:
         return Grid(0, 0)
     if max(rows, cols) > MAX_TILES_PER_SIDE:
         raise MediaError(
-            f"the picture would take {rows} x {cols} tiles; at most {MAX_TILES_PER_SIDE} a side "
-            f"have a name in the prompt: use a detail from 1 to {MAX_TILES_PER_SIDE}"
+            f"the picture would take {rows} x {cols} tiles; the prompt allows at most "
+            f"{MAX_TILES_PER_SIDE} a side: use a detail from 1 to {MAX_TILES_PER_SIDE}"
         )
     return Grid(rows, cols)
 
 
 def _compute_sizes(size: Size, config: Config, detail: Detail) -> tuple[Size, Size]:
-    """Sizes that a picture of `size` is resized to, one after the other.
+    """Return the two sizes that a picture is resized to, one after the other.
 
-    The second has sides that are multiples of the tile.
+    The sides of the second are multiples of the tile size.
     """
     tile = config.tile_size
     longest_edge = _choose_longest_edge(max(size), config, detail)
@@ -137,7 +137,7 @@ def _compute_sizes(size: Size, config: Config, detail: Detail) -> tuple[Size, Si
 
 
 def _choose_longest_edge(long_side: int, config: Config, detail: Detail) -> int:
-    """Pixels that the longer side of a picture is resized to first."""
+    """Return the pixels that the longer side is resized to first."""
     trained, tile = config.image.longest_edge, config.tile_size
     if isinstance(detail, str) and detail in ("high", "auto", "low"):
         if detail == "auto" and config.image.do_image_splitting:
@@ -152,10 +152,9 @@ def _choose_longest_edge(long_side: int, config: Config, detail: Detail) -> int:
 
 
 def _fit(size: Size, longest_edge: int) -> Size:
-    """`size` scaled so that its longer side is `longest_edge`; the other is made even.
+    """Scale `size` so that its longer side is `longest_edge`; round the other side to even.
 
-    The division and the truncation are transformers', float for float: another
-    order of operations gives other sizes.
+    The order of the float operations is that of transformers; another one gives other sizes.
     """
     width, height = size
     aspect = width / height
@@ -176,9 +175,9 @@ def _fit(size: Size, longest_edge: int) -> Size:
 
 
 def _normalize(crops: list[np.ndarray], config: Config) -> np.ndarray:
-    """`pixel_values` float32 (N, H, W, 3) of uint8 crops (H, W, 3): (x / 255 - mean) / std."""
+    """Return float32 (N, H, W, 3) of uint8 crops (H, W, 3): (x / 255 - mean) / std."""
     tile = config.tile_size
-    # As wide as a row of pixels: numpy is several times slower with rows of three numbers.
+    # Repeated for a row of pixels: numpy broadcasts rows of three numbers several times slower.
     scale, shift = (
         np.tile(one, (tile, 1)) for one in compute_scale_and_shift(config.image)
     )  # (W, 3)
@@ -190,6 +189,6 @@ def _normalize(crops: list[np.ndarray], config: Config) -> np.ndarray:
 
 
 def compute_scale_and_shift(image: ImageConfig) -> tuple[np.ndarray, np.ndarray]:
-    """What a byte of each channel is multiplied by, and what is added then; float32 (3,) each."""
+    """Return scale and shift, float32 (3,) each: a byte x of a channel is x * scale + shift."""
     mean, std = np.array(image.mean), np.array(image.std)
     return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)

@@ -1,7 +1,6 @@
-"""Frames with which a new scene begins, by the score of FFmpeg's `scdet` filter.
+"""When the frames of a video are shown, and which of them to sample.
 
-PyAV gives access to the filter's score from version 18 on; this code works with 14 too. A test
-compares the two.
+Frames are sampled at even distances, or where a new scene begins (docs/decisions/video.md).
 """
 
 from __future__ import annotations
@@ -19,44 +18,44 @@ from PIL import Image
 
 from mlx_smolvlm.config import VideoConfig
 
-_EPSILON = 1e-6  # that a time may be off by rounding: of a frame, or of a second
-_MIN_SEEN_S = 0.5  # that a frame which began before a range must stay on the screen in it
-_MAX_DRIFT_S = 0.1  # of times from an even rate
-_MAX_DURATION_S = 1e9  # that `clock` shows
+_EPSILON = 1e-6  # tolerance for rounding, in frames or in seconds
+_MIN_SEEN_S = 0.5  # how long an earlier frame must stay in a range to be part of it
+_MAX_DRIFT_S = 0.1  # of frames from an even rate
+_MAX_DURATION_S = 1e9  # that `format_duration` shows
 
 
 class FrameTimes(Protocol):
-    """What the prompt says of a clip: when its frames are shown, and how long the video is."""
+    """The times that a prompt states: of the frames of a clip, and of the whole video."""
 
     @property
     def timestamps_s(self) -> tuple[float, ...]:
-        """Of the frames, in seconds."""
+        """When each frame is shown, in seconds."""
         ...
 
     @property
     def duration_s(self) -> float:
-        """Of the whole video, in seconds."""
+        """Duration of the whole video in seconds."""
         ...
 
 
 def format_timestamp(seconds: float) -> str:
-    """`seconds` as MM:SS, cut down to whole ones; minutes go on beyond 59."""
+    """Format `seconds`, rounded down, as MM:SS; minutes may exceed 59."""
     return f"{int(seconds // 60):02d}:{int(seconds % 60):02d}"
 
 
 def format_duration(seconds: float) -> str:
-    """`seconds` as H:MM:SS, cut down to whole ones."""
+    """Format `seconds`, rounded down, as H:MM:SS."""
     return str(timedelta(seconds=int(min(seconds, _MAX_DURATION_S))))
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each frame of a video begins, counted from the beginning of the first.
+    """When each frame of a video begins, relative to the first one.
 
     Attributes:
         num_frames: At least 1.
-        fps: Frames a second; their mean where they are not evenly spaced.
-        duration_s: To the end of the last frame.
+        fps: Frames per second; the mean if they are not evenly spaced.
+        duration_s: Seconds to the end of the last frame.
         times_s: Seconds, float64 (num_frames,), ascending; None if frame i begins at i / fps.
     """
 
@@ -66,14 +65,14 @@ class Timeline:
     times_s: np.ndarray | None = None
 
     def get_time(self, index: int) -> float:
-        """When the frame at `index` begins, in seconds."""
+        """Return when the frame at `index` begins, in seconds."""
         return index / self.fps if self.times_s is None else float(self.times_s[index])
 
     def find_range(self, start_s: float, end_s: float) -> tuple[int, int]:
-        """Numbers of the first and the last frame on the screen from `start_s` to `end_s`.
+        """Return the numbers of the first and last frame shown from `start_s` to `end_s`.
 
-        They begin in that range. The one that is on the screen already at `start_s` is
-        taken too if it stays for long enough, or if no other one begins in the range.
+        These are the frames that begin in the range. The frame already shown at `start_s`
+        is included if it stays for at least half a second, or if no other begins in the range.
         """
         first, last = self._find_first(start_s), self._find_first(end_s) - 1
         if first > 0 and (first > last or self.get_time(first) - start_s >= _MIN_SEEN_S):
@@ -81,38 +80,38 @@ class Timeline:
         return first, max(first, last)
 
     def _find_first(self, time_s: float) -> int:
-        """Number of the first frame that begins at `time_s` or later."""
+        """Return the number of the first frame that begins at `time_s` or later."""
         if self.times_s is None:
             return min(math.ceil(time_s * self.fps - _EPSILON), self.num_frames)
         return int(np.searchsorted(self.times_s, time_s - _EPSILON))
 
-    def sample(self, start_s: float, end_s: float, chosen: VideoConfig) -> tuple[int, ...]:
-        """Numbers of the frames to look at from `start_s` to `end_s`, ascending.
+    def sample(self, start_s: float, end_s: float, config: VideoConfig) -> tuple[int, ...]:
+        """Return the numbers of the frames to sample from `start_s` to `end_s`, ascending.
 
-        Where frames are evenly spaced, they are evenly spread over the numbers, as in
-        training. Elsewhere they are those on the screen at evenly spread times.
+        If frames are evenly spaced, evenly spaced numbers are taken, as in training.
+        Otherwise the frames shown at evenly spaced times are taken.
         """
         first, last = self.find_range(start_s, end_s)
         if self.times_s is None:
             total = last - first + 1
             duration_s = self.duration_s if total == self.num_frames else total / self.fps
-            return tuple(first + i for i in sample_indices(total, self.fps, duration_s, chosen))
+            return tuple(first + i for i in sample_indices(total, self.fps, duration_s, config))
         low, high = max(start_s, self.get_time(first)), self.get_time(last)
-        skip, duration_s = chosen.skip_secs, end_s - start_s
-        if skip > 0 and duration_s - 2 * skip > chosen.max_frames * chosen.fps:
+        skip, duration_s = config.skip_secs, end_s - start_s
+        if skip > 0 and duration_s - 2 * skip > config.max_frames * config.fps:
             low, high = low + skip, min(end_s - skip, high)
-        points = np.linspace(low, max(low, high), _count_frames(duration_s, chosen))
+        points = np.linspace(low, max(low, high), _count_frames(duration_s, config))
         numbers = np.searchsorted(self.times_s, points + _EPSILON, "right") - 1
         return tuple(np.unique(numbers.clip(first, last)).tolist())
 
 
 def build_even_timeline(num_frames: int, rate: Fraction | float) -> Timeline:
-    """Of frames that are evenly spaced, `rate` a second."""
+    """Build the timeline of evenly spaced frames, `rate` per second."""
     return Timeline(num_frames, float(rate), float(num_frames / rate))
 
 
 def build_delay_timeline(delays_s: Sequence[float]) -> Timeline:
-    """Of frames that stay on the screen for `delays_s`."""
+    """Build the timeline of frames that are shown for `delays_s` seconds each."""
     ends_s = np.cumsum(delays_s)
     duration_s = math.fsum(delays_s)
     is_even = min(delays_s) == max(delays_s)
@@ -121,16 +120,16 @@ def build_delay_timeline(delays_s: Sequence[float]) -> Timeline:
 
 
 def build_measured_timeline(times_s: np.ndarray, last_s: float, rate: Fraction | float) -> Timeline:
-    """Of frames that begin at `times_s`, in a file that states `rate` frames a second.
+    """Build the timeline of frames that begin at `times_s`, in a file that states `rate`.
 
-    The rate is believed as long as no frame is further than a frame, or a tenth of a
-    second, from where it should be. Containers often guess their rate.
+    Containers often guess their rate. It is used if every frame is within one frame, and
+    within a tenth of a second, of its even position; otherwise the times are used.
 
     Args:
-        times_s: Ascending, from 0 on.
-        last_s: How long the last frame stays; 0 if it is not known. Not believed if it is
-            longer than all others together.
-        rate: Above 0.
+        times_s: Seconds, float64 (frames,), ascending from 0.
+        last_s: How long the last frame is shown; 0 if unknown. Ignored if it is longer than
+            all other frames together.
+        rate: Frames per second, above 0.
     """
     number, length_s = len(times_s), float(times_s[-1])
     drift_s = np.abs(times_s - np.arange(number) / float(rate)).max()
@@ -141,70 +140,75 @@ def build_measured_timeline(times_s: np.ndarray, last_s: float, rate: Fraction |
 
 
 def sample_indices(
-    total: int, fps: float, duration_s: float, chosen: VideoConfig
+    total: int, fps: float, duration_s: float, config: VideoConfig
 ) -> tuple[int, ...]:
-    """Numbers of the frames to take of `total` at `fps`, ascending.
+    """Return the numbers of the frames to sample from `total` frames at `fps`, ascending.
 
     Source: transformers 5.23, SmolVLMVideoProcessor.sample_frames.
     """
-    wanted = _count_frames(duration_s, chosen)
-    start, end, skip = 0, total - 1, chosen.skip_secs
-    if skip > 0 and duration_s - 2 * skip > chosen.max_frames * chosen.fps:
+    count = _count_frames(duration_s, config)
+    start, end, skip = 0, total - 1, config.skip_secs
+    if skip > 0 and duration_s - 2 * skip > config.max_frames * config.fps:
         start, end = int(skip * fps), min(int(total - skip * fps), total - 1)
         if start >= end:
             start, end = 0, total - 1
-    indices: list[int] = np.unique(np.linspace(start, end, wanted, dtype=int)).tolist()
+    indices: list[int] = np.unique(np.linspace(start, end, count, dtype=int)).tolist()
     return tuple(indices)
 
 
-def _count_frames(duration_s: float, chosen: VideoConfig) -> int:
-    """How many frames to take of `duration_s` seconds."""
-    return max(1, round(min(chosen.fps * duration_s, chosen.max_frames)))
+def _count_frames(duration_s: float, config: VideoConfig) -> int:
+    """Return how many frames to sample from `duration_s` seconds."""
+    return max(1, round(min(config.fps * duration_s, config.max_frames)))
 
 
 class HasTimeline:
-    """The number, rate and duration of a reader's frames."""
+    """Mixin for readers: number, rate and duration of the frames in `timeline`."""
 
     timeline: Timeline
 
     @property
     def num_frames(self) -> int:
-        """How many frames there are."""
+        """Number of frames."""
         return self.timeline.num_frames
 
     @property
     def fps(self) -> float:
-        """Frames a second, or their mean."""
+        """Frames per second, or their mean."""
         return self.timeline.fps
 
     @property
     def duration_s(self) -> float:
-        """Of all frames, in seconds."""
+        """Duration of all frames in seconds."""
         return self.timeline.duration_s
 
 
-SCENE_THRESHOLD = 10.0  # of the score, 0 to 100; scdet's own default
-SCENE_SIZE = (160, 90)  # pixels that frames are compared at
+SCENE_THRESHOLD = 10.0  # score from which a scene is new, 0 to 100; the default of FFmpeg's scdet
+SCENE_SIZE = (160, 90)  # (width, height) at which frames are compared
 
 
 def find_scene_starts(
-    numbers: range, pictures: Iterable[Image.Image], most: int
+    numbers: range, pictures: Iterable[Image.Image], max_frames: int
 ) -> tuple[int, ...]:
-    """The first of `numbers`, and those whose pictures differ from what was before.
+    """Return the first of `numbers` and those at which a new scene begins, ascending.
 
-    If there are more than `most`, those that differ most are kept.
+    Args:
+        numbers: Frame numbers.
+        pictures: The frames with these numbers.
+        max_frames: How many to return at most; the largest changes win.
     """
-    scored = zip(score_scenes(pictures), numbers, strict=True)
-    found = [(score, number) for score, number in scored if score >= SCENE_THRESHOLD]
-    kept = heapq.nlargest(most - 1, (one for one in found if one[1] != numbers[0]))
-    return (numbers[0], *sorted(number for _, number in kept))
+    first = numbers[0]
+    scores = zip(score_scenes(pictures), numbers, strict=True)
+    changes = [(score, n) for score, n in scores if score >= SCENE_THRESHOLD and n != first]
+    largest = heapq.nlargest(max_frames - 1, changes)
+    return (first, *sorted(number for _, number in largest))
 
 
 def score_scenes(pictures: Iterable[Image.Image]) -> Iterator[float]:
-    """How much each picture differs from the one before, 0 to 100.
+    """Yield how much each picture differs from the previous one, 0 to 100.
 
-    It is the mean difference of the pixels, or by how much that differs from the last
-    one's, whichever is less: so what moves all the time is no change.
+    The score is the mean absolute difference of the pixels, or the change of that difference
+    since the previous picture if that is smaller, so steady motion is not a new scene.
+    PyAV 14 does not give access to FFmpeg's filter, so it is computed here.
 
     Source: FFmpeg 8, libavfilter/vf_scdet.c.
     """

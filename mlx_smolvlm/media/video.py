@@ -1,6 +1,6 @@
-"""Video to frames: which ones, and when they are shown.
+"""Open videos and sample frames from them.
 
-`timeline` chooses the frames, and docs/decisions/video.md says how.
+`timeline` chooses the frames; docs/decisions/video.md explains how.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.media.budget import check_parts
 from mlx_smolvlm.media.fetch import DescriptorReader, describe_source, open_bytes
 from mlx_smolvlm.media.readers import FramesReader, VideoReader, open_reader
-from mlx_smolvlm.media.timeline import format_timestamp
+from mlx_smolvlm.media.timeline import find_scene_starts, format_timestamp
 
-# For checkpoints that state none: SmolVLM2's.
+# SmolVLM2's values, for checkpoints that state none.
 DEFAULT_FPS, DEFAULT_MAX_FRAMES, DEFAULT_SKIP_SECS = 1.0, 64, 1.0
 
 
 @dataclass(frozen=True)
 class Video:
-    """A video, and which of its frames to look at.
+    """A video and how to sample frames from it.
 
     Attributes:
-        source: A path, an http(s) URL, a data URI, "-" for standard input, the bytes of a
-            file; or its frames: an array (T, H, W, 3), or a list of pictures of any source.
-        fps: Frames to take a second; None is what the checkpoint was trained with.
-        max_frames: At most so many; None likewise.
-        start_s: Where to begin, in seconds of the file; None is the beginning.
-        end_s: Where to end; None is the end.
-        sample: "even" takes frames at equal distances, "scene" the first frame and those
-            with which a new scene begins (docs/decisions/video.md says how they are found).
-        source_fps: Frames a second of `source`, needed if it is frames.
+        source: A path, an http(s) URL, a data URI, "-" for standard input, or the bytes of a
+            file; or the frames: an array (T, H, W, 3) or a list of pictures of any source.
+        fps: Frames to sample per second; None uses the checkpoint's value.
+        max_frames: How many frames to sample at most; None uses the checkpoint's value.
+        start_s: Start in seconds; None is the beginning of the video.
+        end_s: End in seconds; None is the end of the video.
+        sample: "even" takes frames at equal distances, "scene" the first frame and each
+            frame at which a new scene begins (see docs/decisions/video.md).
+        source_fps: Frames per second of `source`; required if it is frames.
 
     Raises:
-        ValueError: A value outside its range.
+        ValueError: A value is outside its range.
     """
 
     source: Any
@@ -69,27 +69,27 @@ class Video:
                 "1e-6 to 1e6",
             ),
         )
-        for holds, name, range_ in checks:
-            if not holds:
+        for is_valid, name, range_ in checks:
+            if not is_valid:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {range_}")
 
     def open(self) -> Video:
-        """The same, with its source opened and its frames counted, so that errors come now.
+        """Return the same video with its source open and indexed, so errors are raised now.
 
         Raises:
-            MediaError: It cannot be read.
+            MediaError: The source cannot be read.
         """
         return replace(self, source=_open_source(self))
 
     @property
     def is_part(self) -> bool:
-        """Whether start or end are given."""
+        """Whether a start or an end is given."""
         return self.start_s is not None or self.end_s is not None
 
 
 @dataclass(frozen=True)
 class Frame:
-    """A frame: its number in the file, when it is shown, and the upright RGB picture."""
+    """A frame: its number in the file, when it is shown, and the picture, upright RGB."""
 
     index: int
     timestamp_s: float
@@ -97,20 +97,20 @@ class Frame:
 
     @property
     def stamp(self) -> str:
-        """The time as the prompt writes it, MM:SS."""
+        """The time as written in the prompt, MM:SS."""
         return format_timestamp(self.timestamp_s)
 
 
 @dataclass
 class Clip:
-    """An opened video with the frames chosen from it.
+    """An open video and the frames sampled from it.
 
     Attributes:
-        name: What to call it.
-        fps: Frames a second of the file, or their mean.
-        num_frames: All of the file's.
-        indices: Numbers of the frames to look at, ascending.
-        rate: Of these a second, if there were no limit to their number.
+        name: Name of the video in messages.
+        fps: Frames per second of the file, or their mean.
+        num_frames: Number of frames in the file.
+        indices: Numbers of the sampled frames, ascending.
+        rate: Sampled frames per second, before `max_frames` is applied.
     """
 
     name: str
@@ -122,25 +122,25 @@ class Clip:
 
     @property
     def duration_s(self) -> float:
-        """Length of the whole file."""
+        """Duration of the whole file in seconds."""
         return self._reader.timeline.duration_s
 
     @property
     def timestamps_s(self) -> tuple[float, ...]:
-        """When each of the chosen frames is shown."""
+        """When each sampled frame is shown, in seconds."""
         return tuple(map(self._reader.timeline.get_time, self.indices))
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is wrong with the file, as far as it has been read."""
+        """Problems found in the file so far."""
         return tuple(self._reader.notes)
 
     def digest(self) -> bytes:
-        """Digest of the source and of the choice from it."""
+        """Return a digest of the source and of `indices`."""
         return self._reader.digest(self.indices) + repr(self.indices).encode()
 
     def read_frames(self) -> Iterator[Frame]:
-        """The chosen frames, decoded as they are asked for.
+        """Yield the sampled frames, decoded one by one.
 
         Raises:
             MediaError: The file cannot be decoded.
@@ -151,12 +151,14 @@ class Clip:
 
 
 def open_video(video: Any, config: Config) -> Clip:
-    """The clip that `video` asks for: a `Video` or a source of one, sampled for `config`.
+    """Open `video` and sample its frames as it says, or else as `config` says.
 
-    A clip is met with itself.
+    Args:
+        video: A `Video` or the source of one. A `Clip` is returned unchanged.
+        config: Configuration of the checkpoint.
 
     Raises:
-        MediaError: It cannot be read, or has nothing between start and end.
+        MediaError: The video cannot be read, or starts after its end.
     """
     if isinstance(video, Clip):
         return video
@@ -165,38 +167,38 @@ def open_video(video: Any, config: Config) -> Clip:
     return _sample_clip(video, _open_source(video), choose_settings(video, config))
 
 
-ClipPart = tuple[float, float, Clip]  # start and end in seconds, and the clip
+ClipPart = tuple[float, float, Clip]  # start in seconds, end in seconds, clip
 
 
 def open_parts(video: Any, config: Config, seconds: float) -> Iterator[ClipPart]:
-    """`video` in parts of `seconds`, the last one shorter. The file is opened once, here.
+    """Open `video` once and yield it in parts of `seconds` each; the last may be shorter.
 
     Raises:
         ValueError: `seconds` is not above 0.
-        MediaError: As `open_video`, or there would be too many parts.
+        MediaError: As in `open_video`, or there would be too many parts.
     """
     if not 0 < seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r}; it must be above 0")
     if not isinstance(video, Video):
         video = Video(video)
-    opened = _open_source(video)
-    start, end = _find_span(video, opened)
-    check_parts((end - start) / seconds, seconds, opened.name)
-    return _cut_parts(replace(video, source=opened), choose_settings(video, config), seconds)
+    source = _open_source(video)
+    start, end = _find_span(video, source)
+    check_parts((end - start) / seconds, seconds, source.name)
+    return _cut_parts(replace(video, source=source), choose_settings(video, config), seconds)
 
 
-def _cut_parts(video: Video, chosen: VideoConfig, seconds: float) -> Iterator[ClipPart]:
-    """The parts of an opened `video`."""
-    opened: _Source = video.source
-    start, end = _find_span(video, opened)
+def _cut_parts(video: Video, settings: VideoConfig, seconds: float) -> Iterator[ClipPart]:
+    """Yield the parts of a `video` whose source is open."""
+    source: _Source = video.source
+    start, end = _find_span(video, source)
     number = max(1, math.ceil((end - start) / seconds - 1e-6))
     for part in range(number):
         low, high = start + part * seconds, min(start + (part + 1) * seconds, end)
-        yield low, high, _sample_clip(replace(video, start_s=low, end_s=high), opened, chosen)
+        yield low, high, _sample_clip(replace(video, start_s=low, end_s=high), source, settings)
 
 
 def choose_settings(video: Video, config: Config) -> VideoConfig:
-    """How `video` is sampled: by its own wishes, else as the checkpoint was trained."""
+    """Return the sampling settings of `video`, with defaults from the checkpoint."""
     trained = config.video or VideoConfig(
         DEFAULT_FPS, DEFAULT_MAX_FRAMES, config.tile_size, DEFAULT_SKIP_SECS
     )
@@ -209,22 +211,21 @@ def choose_settings(video: Video, config: Config) -> VideoConfig:
 
 @dataclass(frozen=True)
 class _Source:
-    """A source that can be read, and what to call it."""
+    """An open source and its name in messages."""
 
     reader: VideoReader
     name: str
 
 
 def _open_source(video: Video) -> _Source:
-    """The source of `video`, opened."""
+    """Open the source of `video`; return it unchanged if it is open."""
     source = video.source
     if isinstance(source, _Source):
         return source
     if isinstance(source, np.ndarray | list | tuple):
         if video.source_fps is None:
             raise MediaError(
-                "how many frames a second the frames were taken is not known; "
-                "give Video(frames, source_fps=...)"
+                "the frame rate of the frames is not known; give Video(frames, source_fps=...)"
             )
         return _Source(FramesReader(source, video.source_fps), "the frames")
     if isinstance(source, bytes | bytearray | memoryview):
@@ -240,12 +241,12 @@ def _open_source(video: Video) -> _Source:
 
 
 def _make_opener(source: str | Path) -> Callable[[], BinaryIO]:
-    """Opens `source` anew; what had to be copied is copied once."""
+    """Return a function that opens `source` again each time; pipes and URLs are read once."""
     stream = open_bytes(source, video=True)
     if isinstance(stream, io.BytesIO):
         data = stream.getvalue()
         return lambda: io.BytesIO(data)
-    if isinstance(stream.name, str):  # the file itself; a temporary copy has a number
+    if isinstance(stream.name, str):  # a file; the name of a temporary copy is a number
         stream.close()
         return lambda: open_bytes(source, video=True)
 
@@ -259,31 +260,29 @@ def _make_opener(source: str | Path) -> Callable[[], BinaryIO]:
     return reopen
 
 
-def _sample_clip(video: Video, opened: _Source, chosen: VideoConfig) -> Clip:
-    """The clip of an opened `video`."""
-    reader, timeline = opened.reader, opened.reader.timeline
-    start, end = _find_span(video, opened)
+def _sample_clip(video: Video, source: _Source, settings: VideoConfig) -> Clip:
+    """Return the clip of `video`, whose open source is `source`."""
+    reader, timeline = source.reader, source.reader.timeline
+    start, end = _find_span(video, source)
     if video.sample == "scene":
-        from mlx_smolvlm.media.timeline import find_scene_starts
-
         first, last = timeline.find_range(start, end)
         numbers = range(first, last + 1)
-        indices = find_scene_starts(numbers, reader.read(numbers), chosen.max_frames)
+        indices = find_scene_starts(numbers, reader.read(numbers), settings.max_frames)
         rate = len(indices) * timeline.fps / len(numbers)
     else:
         if video.is_part:
-            chosen = replace(chosen, skip_secs=0.0)
-        indices = timeline.sample(start, end, chosen)
-        rate = min(chosen.fps, timeline.fps)
-    return Clip(opened.name, timeline.fps, timeline.num_frames, indices, rate, reader)
+            settings = replace(settings, skip_secs=0.0)
+        indices = timeline.sample(start, end, settings)
+        rate = min(settings.fps, timeline.fps)
+    return Clip(source.name, timeline.fps, timeline.num_frames, indices, rate, reader)
 
 
-def _find_span(video: Video, opened: _Source) -> tuple[float, float]:
-    """Start and end of the part of a video that is asked for, in seconds."""
-    start, duration_s = video.start_s or 0.0, opened.reader.timeline.duration_s
+def _find_span(video: Video, source: _Source) -> tuple[float, float]:
+    """Return start and end of the requested part of a video, in seconds."""
+    start, duration_s = video.start_s or 0.0, source.reader.timeline.duration_s
     if start >= duration_s:
         raise MediaError(
-            f"{opened.name} lasts {duration_s:.2f} s, and start is {start:g} s; "
-            "start before its end"
+            f"{source.name} lasts {duration_s:.2f} s, and start is {start:g} s; "
+            "give a start before its end"
         )
     return start, duration_s if video.end_s is None else min(video.end_s, duration_s)

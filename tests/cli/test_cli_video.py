@@ -202,7 +202,7 @@ def test_stdin_cannot_be_the_prompt_too(path):
         ("empty.mp4", "is empty"),
         ("cut.mp4", "may be truncated"),
         ("text.txt", "is not a video"),
-        ("sound.wav", "has sound only"),
+        ("sound.wav", "has only sound"),
         ("picture.png", "give it as an image"),
         (".", "is a folder"),
     ],

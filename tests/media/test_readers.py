@@ -167,7 +167,7 @@ def test_other_angles_are_left_alone():
     ("container", "with_cover"), [("mp3", False), ("mp3", True), ("adts", False), ("wav", False)]
 )
 def test_sound_is_no_video_even_with_a_cover(container, with_cover):
-    with pytest.raises(MediaError, match="the file has sound only"):
+    with pytest.raises(MediaError, match="the file has only sound"):
         reader_of(cases.sound(container, with_cover))
 
 

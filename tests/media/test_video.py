@@ -414,7 +414,7 @@ def test_sources_that_are_none(config):
     for source, words in (
         (3, "a video cannot be of type int; give a path"),
         (None, "type NoneType"),
-        ([np.zeros((2, 2, 3), np.uint8)], "frames a second .* is not known; give Video"),
+        ([np.zeros((2, 2, 3), np.uint8)], "frame rate .* is not known; give Video"),
         (b"", "the data is empty"),
         ("", "the path is empty"),
     ):

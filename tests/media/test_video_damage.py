@@ -106,7 +106,7 @@ def test_frames_that_are_lost_are_replaced_by_the_nearest():
     same = [a.tobytes() == b.tobytes() for a, b in zip(pictures, expected, strict=True)]
     assert sum(same) >= 29  # frame 22 is as near to 19 as to 25
     assert clip.notes == (
-        "the data is damaged: 5 of 30 frames are damaged themselves, or replaced by the nearest "
+        "the data is damaged: 5 of 30 frames are damaged, or replaced by the nearest "
         "that can be decoded",
     )
 
@@ -279,7 +279,7 @@ def test_an_animation_that_claims_to_be_huge():
 
 def test_a_picture_track_in_a_format_that_nobody_knows():
     data = clips.data("front index").replace(b"avc1", b"zzzz")
-    assert "pictures in a format that is not known; convert it" in refused(data)
+    assert "a video track in an unknown format; convert it" in refused(data)
 
 
 # No videos
@@ -395,7 +395,7 @@ def test_a_file_that_changes_before_it_is_decoded(tmp_path):
     clip = open_video(path, CONFIG)
     path.write_bytes(clips.data("0.3 s"))
     assert len(list(clip.read_frames())) == len(clip.indices)
-    assert "frames are damaged themselves, or replaced" in clip.notes[0]
+    assert "frames are damaged, or replaced" in clip.notes[0]
     path.write_bytes(b"")
     with pytest.raises(MediaError, match="is empty"):
         list(clip.read_frames())
