@@ -104,14 +104,18 @@ class PrecisionOptions:
         from mlx_smolvlm.convert.quant.gptq import GptqOptions
         from mlx_smolvlm.convert.quant.improve import BetterOptions, convert_better
 
-        better = BetterOptions(
-            target_bytes=None if self.target_size is None else parse_size(self.target_size),
-            target_bits=self.target_bits,
-            gptq=GptqOptions() if self.gptq else None,
-            learn=None if self.dwq_steps is None else LearnOptions(steps=self.dwq_steps),
-            calibration=self.calibration,
-            force=force,
-        )
+        try:
+            better = BetterOptions(
+                target_bytes=None if self.target_size is None else parse_size(self.target_size),
+                target_bits=self.target_bits,
+                gptq=GptqOptions() if self.gptq else None,
+                learn=None if self.dwq_steps is None else LearnOptions(steps=self.dwq_steps),
+                calibration=self.calibration,
+                force=force,
+            )
+        except ValueError as error:
+            hint = "--target-size" if self.target_bits is None else "--target-bits"
+            raise typer.BadParameter(str(error), param_hint=hint) from None
         bar = ProgressBar()
         with contextlib.closing(bar):
             report = convert_better(source, dest, options, better, bar.draw)

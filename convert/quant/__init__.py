@@ -1,1 +1,1 @@
-"""Quantization: mixed precision, GPTQ, DWQ."""
+"""Quantization that is calibrated on samples: mixed precisions, GPTQ and DWQ."""

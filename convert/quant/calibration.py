@@ -1,4 +1,4 @@
-"""What a conversion is calibrated on: texts, and datasets with pictures.
+"""Reads calibration samples from texts and from datasets with pictures.
 
 Letters in shapes: N tiles, H and W a tile's pixels, L tokens.
 """
@@ -23,16 +23,16 @@ from mlx_smolvlm.smolvlm import SmolVLM
 
 BUNDLED = Path(__file__).with_name("calibration.txt")
 TEXTS, DATASETS = (".txt", ".md"), (".jsonl",)
-WINDOW = 256  # tokens of a text that are read at once
+WINDOW = 256  # tokens of a sample of text
 MOST_SAMPLES = 512
 ANSWER_TOKENS = 24
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Tokens to predict, those of `input_ids` (L,) from `start` on.
+    """Token ids `input_ids` (L,), of which those from `start` on are predicted.
 
-    `pixel_values` (N, H, W, 3) are the tiles of its pictures; None without any.
+    `pixel_values` (N, H, W, 3) are the tiles of the pictures; None without pictures.
     """
 
     input_ids: np.ndarray
@@ -41,16 +41,16 @@ class Sample:
 
 
 def read_samples(vlm: SmolVLM, paths: Sequence[Path] = ()) -> list[Sample]:
-    """What the files at `paths`, or in folders there, hold; without paths what is bundled.
+    """Read the samples in files and folders; without `paths`, the bundled ones.
 
-    At most `MOST_SAMPLES` are taken, evenly spread. Pictures are cut by "low" detail.
+    At most `MOST_SAMPLES` are returned, evenly spread. Pictures have "low" detail.
 
     Args:
         vlm: The float model, which answers the questions about the bundled pictures.
-        paths: Texts (.txt, .md) and datasets (.jsonl, of pictures and texts).
+        paths: Texts (.txt, .md), datasets of texts and pictures (.jsonl), or folders of them.
 
     Raises:
-        CheckpointError: A path is no such file, or all hold no token to predict.
+        CheckpointError: A path is not such a file or folder, or there is no token to predict.
         DatasetError: A line of a dataset is wrong.
         MediaError: A picture cannot be opened.
     """
@@ -68,7 +68,7 @@ def read_samples(vlm: SmolVLM, paths: Sequence[Path] = ()) -> list[Sample]:
 
 
 def _find_files(paths: Sequence[Path]) -> Iterator[Path]:
-    """Files to read, those of folders in order of their names."""
+    """Yield the files to read, those of a folder sorted by path."""
     for path in paths:
         path = expand_path(path, CheckpointError)
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
@@ -81,7 +81,7 @@ def _find_files(paths: Sequence[Path]) -> Iterator[Path]:
 
 
 def _read_file(vlm: SmolVLM, file: Path) -> Iterator[Sample]:
-    """What `file` holds."""
+    """Yield the samples in `file`."""
     if file.suffix.lower() in TEXTS:
         try:
             text = file.read_text(encoding="utf-8-sig")
@@ -100,7 +100,7 @@ def _read_file(vlm: SmolVLM, file: Path) -> Iterator[Sample]:
 
 
 def _split_text(vlm: SmolVLM, text: str) -> Iterator[Sample]:
-    """The tokens of `text`, `WINDOW` at once."""
+    """Yield the tokens of `text` in samples of up to `WINDOW` tokens."""
     ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids, dtype=np.int64)
     size = min(WINDOW, vlm.config.text.max_position_embeddings)
     for start in range(0, ids.size - 1, size):
@@ -110,7 +110,7 @@ def _split_text(vlm: SmolVLM, text: str) -> Iterator[Sample]:
 
 
 def _make_picture_samples(vlm: SmolVLM) -> Iterator[Sample]:
-    """Questions about the drawn pictures, with the model's own answers."""
+    """Yield questions about the bundled pictures with the model's own answers."""
     for number, picture in enumerate(draw_pictures().values()):
         source: ImageSource = picture
         request = read_request(QUESTIONS[number % len(QUESTIONS)], (source,), (), None)
@@ -124,11 +124,11 @@ def _make_picture_samples(vlm: SmolVLM) -> Iterator[Sample]:
 def _make_answer_sample(
     vlm: SmolVLM, messages: list[dict[str, object]], media: Sequence[Medium], answer: str
 ) -> Iterator[Sample]:
-    """The sample of predicting `answer` and its end; none if it is longer than the context."""
+    """Yield the sample that predicts `answer` and its end; nothing if it exceeds the context."""
     prompt = vlm.engine.make_prompt(messages, media)
-    told = vlm.engine.prompt_builder.tokenizer.encode(answer, add_special_tokens=False).ids
+    answer_ids = vlm.engine.prompt_builder.tokenizer.encode(answer, add_special_tokens=False).ids
     end = vlm.config.eos_token_ids[:1]
-    ids = np.concatenate([prompt.input_ids, np.array([*told, *end], dtype=np.int64)])
+    ids = np.concatenate([prompt.input_ids, np.array([*answer_ids, *end], dtype=np.int64)])
     if ids.size > vlm.config.text.max_position_embeddings:
         return
     tiles = [tile for medium in media for _, tile in medium.make_tiles(vlm.config)]

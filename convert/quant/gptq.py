@@ -1,13 +1,15 @@
-"""A model rounded matrix by matrix, each to the inputs that the rounded ones before give it.
+"""GPTQ: rounds a model matrix by matrix so that later weights compensate earlier errors.
 
-The order is that of a forward pass: encoder, connector, embeddings, decoder, head. Hidden states of
-all samples are kept from one layer to the next, and a layer is let go of once they are known.
+Each matrix is fitted to the inputs that it gets from the matrices rounded before it. The order is
+that of a forward pass: encoder, connector, embeddings, decoder, head. The hidden states of all
+samples are kept from one layer to the next, and a layer is freed once its outputs are computed.
 
 Letters in shapes: N tiles, I tokens of a tile, P patches, V vision width, L tokens, D text width.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
@@ -28,22 +30,34 @@ from mlx_smolvlm.convert.quant.dwq import PackedArrays, Progress, encode_tiles
 from mlx_smolvlm.convert.run import Plan
 from mlx_smolvlm.model.model import Model
 
-ROWS = 4096  # rows that are rounded at once: a group of them stays in a CPU's cache
+ROWS = 4096  # rows that are rounded at once; a group of them fits into a CPU's cache
 
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """How errors are made up for.
+    """How rounding errors are compensated.
 
     Attributes:
-        damping: Added to the diagonal of H, as a share of its mean: the more, the less the
-            other columns are moved. Inputs that were never seen are kept from moving anything.
-        shrinks: What the range of a group may be scaled by, so that a few large weights are cut
-            off and the others lie finer; the best for the group is taken. (1.0,) never cuts.
+        damping: Added to the diagonal of H, as a share of its mean. The larger, the less other
+            columns change. It also keeps H invertible where inputs are always 0.
+        shrinks: Factors from 0 to 1 to try on the range of a group. A smaller range clips a few
+            large weights and rounds the others more finely; each group takes the factor of least
+            error. (1.0,) never clips.
+
+    Raises:
+        ValueError: A number is out of range.
     """
 
     damping: float = 0.01
     shrinks: tuple[float, ...] = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping < math.inf:
+            raise ValueError(f"damping is {self.damping!r}; it must be a number above 0")
+        if not self.shrinks or not all(0 < one <= 1 for one in self.shrinks):
+            raise ValueError(
+                f"shrinks is {self.shrinks!r}; it must hold numbers above 0 and up to 1"
+            )
 
 
 PLAIN = GptqOptions()
@@ -56,14 +70,15 @@ def compensate(
     dtype: mx.Dtype,
     options: GptqOptions = PLAIN,
 ) -> dict[str, mx.array]:
-    """`weight` (rows, width) packed in affine mode: "weight", "scales" and "biases".
+    """Pack `weight` in affine mode by GPTQ, and return "weight", "scales" and "biases".
 
     Args:
-        weight: In floats.
-        moment: H (width, width), of the inputs (tokens, width): inputs.T @ inputs. A zero
-            matrix makes this plain rounding.
-        quantization: Bits and group size; groups divide the width.
-        dtype: Of scales and biases; what they lose by it is made up for as well.
+        weight: The float matrix (rows, width).
+        moment: H = inputs.T @ inputs (width, width), of the inputs (tokens, width). With a zero
+            matrix, weights are rounded to the nearest.
+        quantization: Bits and group size, which must divide the width.
+        dtype: The dtype of scales and biases; their rounding errors are compensated too.
+        options: How errors are compensated.
     """
     factor = compute_inverse_factor(np.array(moment.astype(mx.float32)), options.damping)
     parts = []
@@ -78,10 +93,10 @@ def compensate(
 
 
 def compute_inverse_factor(moment: np.ndarray, damping: float) -> np.ndarray:
-    """The upper triangular U (width, width), float32, with U'U the inverse of the damped H.
+    """Return the upper triangular U (width, width), float32, with U'U the inverse of damped H.
 
-    Row j of U is what is left of columns j and after once those before are rounded: U[j, k] /
-    U[j, j] of an error of column j is what column k makes up for.
+    Row j of U gives the change of the columns after j: an error e of column j changes column k
+    by -e U[j, k] / U[j, j].
     """
     damped = moment.astype(np.float64)
     mean = damped.diagonal().mean()
@@ -97,9 +112,9 @@ def _round_columns(
     dtype: mx.Dtype,
     options: GptqOptions,
 ) -> tuple[np.ndarray, mx.array, mx.array]:
-    """Levels (width, rows) of the `columns` (width, rows), and scales and biases (groups, rows).
+    """Return the levels (width, rows) of `columns` (width, rows), scales and biases (groups, rows).
 
-    `columns` are used up.
+    `columns` is modified in place.
     """
     size, most = quantization.group_size, 2**quantization.bits - 1
     levels = np.empty(columns.shape, np.uint8)
@@ -127,11 +142,14 @@ def fit_grid(
     dtype: mx.Dtype,
     shrinks: tuple[float, ...],
 ) -> tuple[mx.array, mx.array]:
-    """Scales and biases (rows,) of type `dtype` for a `group` (group size, rows).
+    """Return scales and biases (rows,) of type `dtype` for a `group` (group size, rows).
 
     Args:
-        weights: What a squared error counts in each column, (group size,).
-        shrinks: Of the range; that of least error is taken, the first of equal ones.
+        group: The columns of a group.
+        weights: The weight of a squared error in each column, (group size,).
+        quantization: Bits and group size.
+        dtype: The dtype of the result.
+        shrinks: Factors of the range; the one of least error is used, the first of equal ones.
     """
     most = 2**quantization.bits - 1
     rows = mx.array(np.ascontiguousarray(group.T))
@@ -156,9 +174,9 @@ def fit_grid(
 
 
 def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
-    """`levels` (rows, width) of `bits` bits each as MLX packs them, uint32 (rows, words).
+    """Pack `levels` (rows, width) of `bits` bits each as MLX does, into uint32 (rows, words).
 
-    They follow each other from the lowest bit of a row's first word on.
+    Levels follow each other from the lowest bit of the first word of a row.
     """
     rows, width = levels.shape
     single = np.unpackbits(levels[..., None], axis=-1, count=bits, bitorder="little")
@@ -166,7 +184,7 @@ def pack_levels(levels: np.ndarray, bits: int) -> np.ndarray:
     return packed.view("<u4")
 
 
-COMPENSATE_BELOW_BITS = 8  # 8 bits lose next to nothing
+COMPENSATE_BELOW_BITS = 8  # 8 bits lose almost nothing
 EMBEDDINGS = "text_model.embed_tokens"
 
 RunModule = Callable[[Any, mx.array], mx.array]  # a module and its input -> its output
@@ -179,15 +197,16 @@ def compensate_model(
     options: GptqOptions,
     progress: Progress,
 ) -> PackedArrays:
-    """The arrays of the packed matrices of `plan`, by path, where they differ from plain rounding.
+    """Return the packed arrays, by path, of the matrices of `plan` that GPTQ changes.
 
-    Those of 8 bits, of modes that are not affine, and those that the source has packed in the
-    same way already stay as they are; so do the encoder's without pictures.
+    It leaves out matrices of 8 bits, of modes other than affine, and those that the source has
+    packed in the same way; without pictures also those of the encoder and the connector.
 
     Args:
-        plan: What is to be written.
-        model: The source as floats; it is used up, but for the modules of its head.
-        samples: What is run through it.
+        plan: The plan of the conversion.
+        model: The source as floats. Modified in place, except its head; do not reuse it.
+        samples: Samples to run through it.
+        options: How errors are compensated.
         progress: Called before each matrix.
     """
     rounder = Rounder(plan, options, progress)
@@ -205,7 +224,10 @@ def compensate_model(
 
 
 def round_encoder(rounder: Rounder, model: Model, pictures: Sequence[mx.array]) -> list[mx.array]:
-    """Image embeddings (N, I, D) of `pictures` (N, H, W, 3), encoder and connector rounded."""
+    """Round encoder and connector, and return image embeddings (N, I, D) of each picture.
+
+    `pictures` are tiles (N, H, W, 3).
+    """
     if not pictures:
         return []
     vision, connector = model.vision_model, model.connector
@@ -218,15 +240,18 @@ def round_encoder(rounder: Rounder, model: Model, pictures: Sequence[mx.array]) 
 
 
 def round_decoder(rounder: Rounder, model: Model, states: list[mx.array]) -> list[mx.array]:
-    """Last hidden states (1, L, D) of `inputs_embeds` (1, L, D) by the decoder rounded."""
+    """Round the decoder, and return its last hidden states (1, L, D).
+
+    `states` are `inputs_embeds` (1, L, D) of each sample.
+    """
     text = model.text_model
     layers, text.layers = list(text.layers), []
 
     def run(layer: Any, state: mx.array) -> mx.array:
         text.layers = [layer]
-        with record_outputs(text.layers) as given:
+        with record_outputs(text.layers) as outputs:
             text(state)
-        return given[0]
+        return outputs[0]
 
     states = rounder.round_layers("text_model.layers", layers, states, run)
     text.layers = []
@@ -234,7 +259,7 @@ def round_decoder(rounder: Rounder, model: Model, states: list[mx.array]) -> lis
 
 
 class Rounder:
-    """What goes from matrix to matrix; `arrays` holds the packed arrays by path."""
+    """Rounds modules in order; `arrays` holds the packed arrays by path."""
 
     def __init__(self, plan: Plan, options: GptqOptions, progress: Progress) -> None:
         self._steps = {s.entry.path: s for s in plan.steps if s.entry.quantizable}
@@ -246,7 +271,7 @@ class Rounder:
     def round_layers(
         self, path: str, layers: list[Any], states: list[mx.array], run: RunModule
     ) -> list[mx.array]:
-        """What the `layers` at `path` make of `states`, rounded one by one; they are used up."""
+        """Round `layers` one by one, emptying the list, and return their outputs for `states`."""
         mx.eval(states)
         for number in range(len(layers)):
             states = self.round_module(f"{path}.{number}", layers.pop(0), states, run)
@@ -256,7 +281,7 @@ class Rounder:
     def round_module(
         self, path: str, module: nn.Module, inputs: list[mx.array], run: RunModule
     ) -> list[mx.array]:
-        """What the `module` at `path` makes of `inputs` after its matrices are rounded in order."""
+        """Round the matrices of `module` in order, and return its outputs for `inputs`."""
         leaves = dict(module.named_modules())
         for full in [one for one in self._steps if one.startswith(f"{path}.")]:
             name, moment = full.removeprefix(f"{path}."), None
@@ -270,7 +295,7 @@ class Rounder:
         return outputs
 
     def round_matrix(self, path: str, module: nn.Module, moment: mx.array | None) -> None:
-        """Round the weight of `module` as the plan says, to inputs of `moment` if it is given."""
+        """Round the weight of `module` to the planned precision; None as `moment` is no GPTQ."""
         self._progress(self._count, len(self._steps), path)
         self._count += 1
         step = self._steps[path]
@@ -290,7 +315,7 @@ class Rounder:
 
 
 def is_compensated(step: Step) -> bool:
-    """Whether the matrix of `step` is rounded so that it is worth the work."""
+    """Whether GPTQ is used for the matrix of `step`."""
     target = step.target
     if target is None or target.mode != "affine" or target.bits >= COMPENSATE_BELOW_BITS:
         return False
@@ -298,7 +323,7 @@ def is_compensated(step: Step) -> bool:
 
 
 def compute_moment(inputs: Iterable[mx.array]) -> mx.array:
-    """The sum over tokens of x x' (width, width), of `inputs` (..., width)."""
+    """Return the sum of x x' (width, width) over all vectors x of `inputs` (..., width)."""
     total = mx.array(0.0)
     for one in inputs:
         flat = one.reshape(-1, one.shape[-1]).astype(mx.float32)
@@ -310,23 +335,23 @@ def compute_moment(inputs: Iterable[mx.array]) -> mx.array:
 def _record_inputs(
     name: str, module: nn.Module, inputs: list[mx.array], run: RunModule
 ) -> Iterator[mx.array]:
-    """What the linear layer called `name` in `module` is given when that is given `inputs`.
+    """Yield the input of the linear layer `name` in `module` for each of `inputs`.
 
-    Nothing after it is computed, since nobody asks for it.
+    MLX is lazy, so the layers after it are not computed.
     """
     leaf = dict(module.named_modules())[name]
-    watched = _InputRecorder(leaf)
-    module.update_modules(tree_unflatten([(name, watched)]))
+    recorder = _InputRecorder(leaf)
+    module.update_modules(tree_unflatten([(name, recorder)]))
     try:
         for state in inputs:
             run(module, state)
-            yield watched.pop_input()
+            yield recorder.pop_input()
     finally:
         module.update_modules(tree_unflatten([(name, leaf)]))
 
 
 class _InputRecorder(nn.Module):
-    """A linear layer that notes what it is given."""
+    """A linear layer that keeps its inputs."""
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
@@ -334,7 +359,7 @@ class _InputRecorder(nn.Module):
         self._inputs: list[mx.array] = []
 
     def pop_input(self) -> mx.array:
-        """What came last."""
+        """Return the last input, and forget it."""
         return self._inputs.pop()
 
     def __call__(self, x: mx.array) -> mx.array:
@@ -344,7 +369,7 @@ class _InputRecorder(nn.Module):
 
 
 def _compute_tied_moment(model: Model, samples: Sequence[Sample]) -> mx.array:
-    """The moment of what the float `model` gives its head, which is its embeddings as well."""
+    """Compute the moment of the inputs of the head, which is tied to the embeddings."""
     embeds = (
         None if s.pixel_values is None else encode_tiles(model, s.pixel_values) for s in samples
     )

@@ -1,8 +1,18 @@
-"""Conversions that do better than rounding: precisions mixed by what is measured, scales tuned."""
+"""Conversions that lose less than rounding: mixed precisions, GPTQ and tuned scales.
+
+Precisions are mixed by the estimated damage of packing each matrix. To second order, the KL
+divergence of rounded weights from the float ones is half of d'Fd, with d the errors and F the
+Fisher information. Rounding errors are almost independent of each other, so only the diagonal of F
+is used: the mean square of the gradient of the log-likelihood of tokens that are drawn from the
+model's own predictions. One backward pass for each sample gives it for all matrices, including
+those of the vision encoder, because the decoder reads the pictures. It is stored as means over
+`BLOCK` weights of a row.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,23 +45,31 @@ from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.train.loss import checkpoint_layers
 
 CANDIDATES = tuple(Quantization(n, g, "affine") for n in AFFINE_BITS for g in (32, 64))
-MEASURED_SAMPLES = 32  # a matrix's number is a mean over many weights, so few are enough
-TENSOR_BYTES, MODULE_BYTES, FILE_BYTES = 160, 160, 8192  # at most, of headers and config.json
+MEASURED_SAMPLES = 32  # enough, because F is averaged over many weights
+TENSOR_BYTES, MODULE_BYTES, FILE_BYTES = 160, 160, 8192  # bounds for headers and config.json
+STEPS = 30000  # units of the knapsack between the smallest and the largest size
+BLOCK = 32  # weights of a row that share a value of F; divides every group size
+SEED = 0
+
+Importance = Mapping[str, mx.array]  # path -> (rows, blocks), means of the diagonal of F
 
 
 @dataclass(frozen=True)
 class BetterOptions:
-    """What goes beyond rounding.
+    """How a conversion chooses precisions and reduces rounding errors.
 
     Attributes:
-        target_bytes: Of the folder, all files counted; precisions are mixed to fit. None, with
-            `target_bits` None too, leaves them as `ConvertOptions` say.
-        target_bits: Likewise, as mean bits of a weight of a matrix, its share of scales counted.
-        gptq: How errors of rounding are made up for; None rounds each weight by itself.
-        learn: How scales and biases are tuned; None leaves them.
+        target_bytes: The size of the folder with all files, to which precisions are mixed. If it
+            and `target_bits` are None, precisions are those of `ConvertOptions`.
+        target_bits: Likewise, the mean bits of a weight, including its share of the scales.
+        gptq: How GPTQ compensates rounding errors; None rounds each weight on its own.
+        learn: How scales and biases are tuned; None does not tune them.
         calibration: Files to measure and tune on; empty takes the bundled ones.
-        offline: Take a hub id from the local cache alone.
+        offline: Look up a hub id in the local cache only.
         force: Replace a checkpoint at the destination.
+
+    Raises:
+        ValueError: A target is not a finite number above 0, or both targets are given.
     """
 
     target_bytes: int | None = None
@@ -62,17 +80,39 @@ class BetterOptions:
     offline: bool = False
     force: bool = False
 
+    def __post_init__(self) -> None:
+        for name in ("target_bytes", "target_bits"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} is {value!r}; it must be a number above 0")
+        if self.target_bytes is not None and self.target_bits is not None:
+            raise ValueError("target_bytes and target_bits exclude each other; give one of them")
+
+    @property
+    def has_target(self) -> bool:
+        """Whether precisions are mixed to reach a size."""
+        return self.target_bytes is not None or self.target_bits is not None
+
+
+@dataclass(frozen=True)
+class PrecisionChoice:
+    """A precision of a matrix, None for floats, with its bytes and its damage in nats a token."""
+
+    quantization: Quantization | None
+    nbytes: int
+    damage: float
+
 
 @dataclass(frozen=True)
 class Mixture:
-    """Precisions by path, in `choices`; bits of a weight, and the estimated damage in nats."""
+    """The precision of each matrix by path, mean bits of a weight, and total damage in nats."""
 
     choices: dict[str, PrecisionChoice]
     bits_per_weight: float
     damage: float
 
     def format_lines(self) -> list[str]:
-        """What to tell of it."""
+        """Return lines that report it to the user."""
         counts: dict[str, int] = {}
         for one in self.choices.values():
             q = one.quantization
@@ -87,13 +127,13 @@ class Mixture:
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What `convert_better` did; `mixture` is None if precisions were given."""
+    """The folder that `convert_better` wrote; `mixture` is None without a target."""
 
     folder: Path
     mixture: Mixture | None
 
     def format_lines(self) -> list[str]:
-        """What to tell of it."""
+        """Return lines that report it to the user."""
         return [] if self.mixture is None else self.mixture.format_lines()
 
 
@@ -104,24 +144,26 @@ def convert_better(
     better: BetterOptions,
     progress: Progress,
 ) -> ConversionResult:
-    """The folder `dest` with the checkpoint `source`, converted as `better` says.
+    """Convert `source` into the folder `dest`.
 
     Args:
-        options: Precision where `better` has no target; dtype.
-        progress: Called with steps done, steps in all, and what is at hand.
+        source: A folder, a hub id, or an opened source.
+        dest: The folder to write.
+        options: The precision if `better` has no target, and the dtype.
+        better: How precisions are chosen and rounding errors reduced.
+        progress: Called with the steps done, the steps in all, and the name of the step.
 
     Raises:
-        CheckpointError: The source is not usable, `dest` is taken, the target is too small, or
-            nothing is rounded that errors could be made up for.
+        CheckpointError: The source is not usable, `dest` exists, the target is too small, or
+            GPTQ has no matrix to work on.
     """
     dest = expand_path(dest, CheckpointError)
     check_destination(dest, better.force)
     opened = open_source(source, better.offline)
     plan = plan_checkpoint(opened, options)
-    targeted = better.target_bytes is not None or better.target_bits is not None
     if (
         better.gptq is not None
-        and not targeted
+        and not better.has_target
         and not any(is_compensated(step) for step in plan.steps)
     ):
         raise CheckpointError(
@@ -131,7 +173,7 @@ def convert_better(
     vlm = SourceReader(opened).load()
     samples = read_samples(vlm, better.calibration)
     mixture = None
-    if targeted:
+    if better.has_target:
         mixture = mix(plan, vlm.model, samples, better, progress)
         overrides = tuple((path, one.quantization) for path, one in mixture.choices.items())
         plan = plan_checkpoint(opened, dataclasses.replace(options, overrides=overrides))
@@ -152,13 +194,12 @@ def convert_better(
 def mix(
     plan: Plan, model: Model, samples: Sequence[Sample], better: BetterOptions, progress: Progress
 ) -> Mixture:
-    """The mixture of `CANDIDATES` and float for the matrices of `plan` that fits the target.
+    """Choose `CANDIDATES` or float for each matrix of `plan` to fit the target of `better`.
 
-    Args:
-        model: The source as floats.
+    `model` is the source as floats; the damage is estimated on `samples`.
 
     Raises:
-        CheckpointError: Even the smallest mixture is larger; it names the smallest size.
+        CheckpointError: Even the smallest mixture is larger; the message states its size.
     """
     steps = {step.entry.path: step for step in plan.steps if step.entry.quantizable}
     choices = measure_choices(plan, model, samples, progress)
@@ -167,47 +208,47 @@ def mix(
     if better.target_bits is not None:
         fixed, budget = 0, int(better.target_bits * weights / 8)
         smallest = f"{least * 8 / weights:.2f} bits a weight"
-        asked = f"{better.target_bits:g} bits"
+        target = f"{better.target_bits:g} bits"
     else:
         assert better.target_bytes is not None
         fixed = _count_fixed_bytes(plan)
         budget = better.target_bytes - fixed
         smallest = f"{-(-(least + fixed) // 1000) / 1000:.3f} MB"
-        asked = f"{better.target_bytes / 1e6:g} MB"
-    chosen = choose_precisions(choices, budget)
-    if chosen is None:
-        raise CheckpointError(f"this model does not fit {asked}; the smallest is {smallest}")
-    size = sum(one.nbytes for one in chosen.values())
-    return Mixture(chosen, size * 8 / weights, sum(one.damage for one in chosen.values()))
+        target = f"{better.target_bytes / 1e6:g} MB"
+    choice = choose_precisions(choices, budget)
+    if choice is None:
+        raise CheckpointError(f"this model does not fit {target}; the smallest is {smallest}")
+    size = sum(one.nbytes for one in choice.values())
+    return Mixture(choice, size * 8 / weights, sum(one.damage for one in choice.values()))
 
 
 def measure_choices(
     plan: Plan, model: Model, samples: Sequence[Sample], progress: Progress
 ) -> dict[str, list[PrecisionChoice]]:
-    """What each matrix of `plan` can have, its bytes and the estimated damage.
+    """Return the possible precisions of each matrix of `plan`, with bytes and damage.
 
-    Without pictures among `samples`, nothing is known of the encoder, and it gets 8 bits.
+    Without pictures in `samples`, the encoder cannot be measured, and gets 8 bits.
     """
     steps = {step.entry.path: step for step in plan.steps if step.entry.quantizable}
     count = min(len(samples), MEASURED_SAMPLES)
     spread = [samples[number * len(samples) // count] for number in range(count)]
     information = estimate_importance(model, spread, list(steps), progress)
-    pictured = any(sample.pixel_values is not None for sample in spread)
+    has_pictures = any(sample.pixel_values is not None for sample in spread)
     dtype: mx.Dtype = getattr(mx, plan.config.dtype)
     modules = dict(model.named_modules())
     choices: dict[str, list[PrecisionChoice]] = {}
     for number, (path, step) in enumerate(steps.items()):
         progress(number, len(steps), path)
         weight = modules[path].weight
-        known = pictured or not path.startswith(PICTURE_PARTS)
+        is_measured = has_pictures or not path.startswith(PICTURE_PARTS)
         choices[path] = (
-            [PrecisionChoice(None, _count_nbytes(step, None, dtype), 0.0)] if known else []
+            [PrecisionChoice(None, _count_nbytes(step, None, dtype), 0.0)] if is_measured else []
         )
         for one in CANDIDATES:
-            if not _can_quantize(step, one) or not (known or one.bits == FINE_BITS):
+            if not _can_quantize(step, one) or not (is_measured or one.bits == FINE_BITS):
                 continue
-            lost = estimate_damage(weight, information[path], one, dtype)
-            choices[path].append(PrecisionChoice(one, _count_nbytes(step, one, dtype), lost))
+            damage = estimate_damage(weight, information[path], one, dtype)
+            choices[path].append(PrecisionChoice(one, _count_nbytes(step, one, dtype), damage))
         mx.clear_cache()
     return choices
 
@@ -224,7 +265,7 @@ def _can_quantize(step: Step, quantization: Quantization) -> bool:
 
 
 def _count_nbytes(step: Step, quantization: Quantization | None, dtype: mx.Dtype) -> int:
-    """At most so many bytes, padding of the vision MLP counted for the largest groups."""
+    """Return an upper bound of the bytes, with the vision MLP padded for the largest groups."""
     extra = max(one.group_size for one in CANDIDATES)
     rows = columns = 0
     if step.entry.path.endswith(".mlp.fc1"):
@@ -236,12 +277,12 @@ def _count_nbytes(step: Step, quantization: Quantization | None, dtype: mx.Dtype
 
 
 def _count_weights(step: Step) -> int:
-    """Weights of a matrix, without padding."""
+    """Return the number of weights of a matrix, without padding."""
     return sum(shape[0] for shape in step.entry.shapes) * step.entry.width
 
 
 def _count_fixed_bytes(plan: Plan) -> int:
-    """At most what is in the folder besides matrices: norms, headers, tokenizer, config."""
+    """Return an upper bound of the bytes besides matrices: norms, headers, tokenizer, config."""
     item_bytes = getattr(mx, plan.config.dtype).size
     others = [step for step in plan.steps if not step.entry.quantizable]
     arrays = sum(step.nbytes(item_bytes) for step in others)
@@ -250,26 +291,17 @@ def _count_fixed_bytes(plan: Plan) -> int:
     return arrays + tokenizer + len(plan.template.encode()) + headers + FILE_BYTES
 
 
-STEPS = 30000  # sizes are counted in so many parts of the range that is possible
-
-
-@dataclass(frozen=True)
-class PrecisionChoice:
-    """A precision that a matrix can have: None is float; its bytes, and the damage it does."""
-
-    quantization: Quantization | None
-    nbytes: int
-    damage: float
-
-
 def choose_precisions(
     choices: Mapping[str, list[PrecisionChoice]], budget: int
 ) -> dict[str, PrecisionChoice] | None:
-    """A choice for each path, of least total damage within `budget` bytes; None if none fits.
+    """Choose a precision for each path with the least total damage within `budget` bytes.
 
-    The knapsack is solved exactly up to its unit: bytes above the smallest choice are rounded
-    up to a `STEPS`th of what is possible. The unit does not depend on the budget, so
-    more bytes never do more damage.
+    The knapsack is solved exactly up to its unit: bytes above the smallest choice are rounded up
+    to 1 / `STEPS` of the range of sizes. The unit does not depend on the budget, so a larger
+    budget never does more damage.
+
+    Returns:
+        The choices by path; None if the smallest ones exceed the budget.
     """
     smallest = {path: min(one.nbytes for one in many) for path, many in choices.items()}
     largest = {path: max(one.nbytes for one in many) for path, many in choices.items()}
@@ -278,7 +310,7 @@ def choose_precisions(
         return None
     unit = max(1, (sum(largest.values()) - sum(smallest.values())) // STEPS)
     room = min(spare // unit, STEPS + 2 * len(choices) + 2)
-    best, picks = np.zeros(room + 1), []  # least damage of what came before, by units spent
+    best, picks = np.zeros(room + 1), []  # least damage of the matrices so far, by units spent
     for path, many in choices.items():
         least, pick = np.full(room + 1, np.inf), np.zeros(room + 1, dtype=np.int16)
         for number, one in enumerate(many):
@@ -297,20 +329,15 @@ def choose_precisions(
     return {path: result[path] for path in choices}
 
 
-BLOCK = 32  # weights of a row that share a number; every group is a multiple
-SEED = 0
-
-Importance = Mapping[str, mx.array]  # path -> (rows, blocks), the mean of F's diagonal
-
-
 def estimate_importance(
     model: Model, samples: Sequence[Sample], paths: Sequence[str], progress: Progress
 ) -> Importance:
-    """The diagonal of F, per token to predict, for the matrices of `model` at `paths`.
+    """Estimate the diagonal of F, per predicted token, for the matrices of `model` at `paths`.
 
     Args:
-        model: With float weights; it is as it was afterwards.
-        samples: What it predicts; those with pictures are what the encoder is measured by.
+        model: A model with float weights, which are the same afterwards.
+        samples: Samples to predict; those with pictures measure the encoder.
+        paths: The paths of the matrices.
         progress: Called before each sample.
     """
     leaves = dict(model.named_modules())
@@ -339,7 +366,7 @@ def estimate_importance(
 
 
 def _compute_nll(model: Model, sample: Sample, key: mx.array) -> mx.array:
-    """Negative log-likelihood, summed, of tokens drawn from the predictions themselves."""
+    """Sum the negative log-likelihood of tokens that are drawn from the predictions."""
     pixels = sample.pixel_values
     embeds = model.embed(sample.input_ids, None if pixels is None else model.encode(pixels))
     hidden = model.text_model(embeds)[0, sample.start - 1 : -1]
@@ -349,7 +376,7 @@ def _compute_nll(model: Model, sample: Sample, key: mx.array) -> mx.array:
 
 
 def _split_blocks(weight: mx.array) -> mx.array:
-    """`weight` in float32 as (rows, blocks, `BLOCK`), zeros after the end of a row."""
+    """Return `weight` in float32 as (rows, blocks, `BLOCK`), each row padded with zeros."""
     rows, width = weight.shape
     padded = mx.pad(weight.astype(mx.float32), [(0, 0), (0, -width % BLOCK)])
     return padded.reshape(rows, -1, BLOCK)
@@ -358,13 +385,13 @@ def _split_blocks(weight: mx.array) -> mx.array:
 def estimate_damage(
     weight: mx.array, information: mx.array, quantization: Quantization, dtype: mx.Dtype
 ) -> float:
-    """Estimated KL divergence in nats a token if `weight` alone is packed.
+    """Estimate the KL divergence in nats a token if `weight` alone is packed.
 
     Args:
-        weight: (rows, width), in floats.
-        information: Of `estimate_importance`, (rows, blocks).
-        quantization: How it is packed; a width that groups do not divide is padded.
-        dtype: Of its scales.
+        weight: The float matrix (rows, width).
+        information: The result (rows, blocks) of `estimate_importance`.
+        quantization: How it is packed; the width is padded to a multiple of the group size.
+        dtype: The dtype of scales and biases.
     """
     width = weight.shape[1]
     padded = mx.pad(weight.astype(dtype), [(0, 0), (0, -width % quantization.group_size)])

@@ -2,7 +2,9 @@
 
 import itertools
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 
@@ -27,6 +29,7 @@ from mlx_smolvlm.convert.quant.dwq import (
     make_targets,
     make_tunable,
 )
+from mlx_smolvlm.convert.quant.gptq import GptqOptions
 from mlx_smolvlm.convert.quant.improve import (
     BetterOptions,
     PrecisionChoice,
@@ -325,6 +328,34 @@ def test_folders_and_datasets_are_read(plain, tmp_path):
         read_samples(plain, [tmp_path / "ignored.bin"])
 
 
+# Options
+
+
+@pytest.mark.parametrize(
+    ("make", "values", "words"),
+    [
+        (BetterOptions, {"target_bits": 0.0}, "target_bits is 0.0; it must be a number above 0"),
+        (BetterOptions, {"target_bits": math.inf}, "target_bits is inf"),
+        (BetterOptions, {"target_bits": math.nan}, "target_bits is nan"),
+        (BetterOptions, {"target_bytes": -5}, "target_bytes is -5"),
+        (BetterOptions, {"target_bytes": 9, "target_bits": 4}, "exclude each other"),
+        (LearnOptions, {"steps": 0}, "steps is 0; it must be a whole number of 1 or above"),
+        (LearnOptions, {"steps": 2.5}, "steps is 2.5"),
+        (LearnOptions, {"picture_steps": 0}, "picture_steps is 0"),
+        (LearnOptions, {"rate": 0.0}, "rate is 0.0; it must be between 0 and 1"),
+        (LearnOptions, {"rate": math.nan}, "rate is nan"),
+        (LearnOptions, {"seed": -1}, "seed is -1; it must be a whole number of 0 or above"),
+        (GptqOptions, {"damping": 0.0}, "damping is 0.0; it must be a number above 0"),
+        (GptqOptions, {"damping": math.nan}, "damping is nan"),
+        (GptqOptions, {"shrinks": ()}, "shrinks is (); it must hold numbers"),
+        (GptqOptions, {"shrinks": (1.0, 1.5)}, "shrinks is (1.0, 1.5)"),
+    ],
+)
+def test_options_out_of_range_are_refused(make, values, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        make(**values)
+
+
 # The command
 
 
@@ -357,6 +388,8 @@ def test_the_command_mixes_and_tunes_within_a_size(source, texts, tmp_path):
         (("--recipe", "tiny", "--target-bits", "4"), 2, "give one of --recipe"),
         (("--recipe", "tiny", "--bits", "4"), 2, "--recipe decides on precision"),
         (("--target-size", "0.2MB", "--mode", "mxfp4"), 2, "a target decides on precision"),
+        (("--target-size", "0MB"), 2, "target_bytes is 0; it must be"),
+        (("--target-bits", "inf"), 2, "target_bits is inf; it must be"),
         (("--target-size", "lots"), 2, "'lots' is no size"),
         (("--calibration", "x.txt"), 2, "--calibration is for"),
         (("--recipe", "absent.toml"), 1, "none of tiny, balanced, quality"),
