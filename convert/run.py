@@ -76,10 +76,10 @@ def _join_packed(step: Step, weights: WeightFiles, dtype: mx.Dtype) -> dict[str,
     ]
     if step.extra_rows:
         rows.append(pack(mx.zeros((step.extra_rows, step.entry.width), dtype), step.target))
-    joined = {suffix: mx.concatenate([one[suffix] for one in rows]) for suffix in rows[0]}
+    arrays = {suffix: mx.concatenate([one[suffix] for one in rows]) for suffix in rows[0]}
     return {
         suffix: array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
-        for suffix, array in joined.items()
+        for suffix, array in arrays.items()
     }
 
 

@@ -58,7 +58,7 @@ class Source:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stamps", read_stamps(self.folder))
         if not self.has(CONFIG_FILE):
-            raise CheckpointError(f"{self.folder} is no checkpoint: it has no {CONFIG_FILE}")
+            raise CheckpointError(f"{self.folder} is not a checkpoint: it has no {CONFIG_FILE}")
 
     def has(self, name: str) -> bool:
         """Whether the folder has a file `name`."""

@@ -121,9 +121,9 @@ def parse_origin(values: dict[str, Any], path: Path) -> Origin:
         CheckpointError: A value has the wrong type, or `source` is missing.
     """
     names = [one.name for one in dataclasses.fields(Origin)]
-    known = {name: values[name] for name in names if values.get(name) is not None}
+    stated = {name: values[name] for name in names if values.get(name) is not None}
     try:
-        return read_record(Origin, known)
+        return read_record(Origin, stated)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; delete or repair the file") from None
 
