@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from mlx_smolvlm.checkpoint.headers import WEIGHTS_FILE, write_arrays
 from mlx_smolvlm.checkpoint.load import TEMPLATE_FILE, TOKENIZER_FILE, read_chat_template
-from mlx_smolvlm.config import LARGEST
+from mlx_smolvlm.config import MAX_SIZE
 from mlx_smolvlm.convert.gguf_file import GROUP, PACKED_BITS, GgufFile, decode_tensor, open_gguf
 from mlx_smolvlm.errors import CheckpointError, format_error, shorten
 from mlx_smolvlm.records import read_json
@@ -241,7 +241,7 @@ def _read_number(path: Path, metadata: Mapping[str, Any], key: str, kind: type) 
     """Read the positive number of type `kind` at `key`."""
     value: Any = metadata.get(key)
     is_kind = type(value) is kind
-    if not is_kind or not 0 < value < (LARGEST if kind is int else math.inf):
+    if not is_kind or not 0 < value < (MAX_SIZE if kind is int else math.inf):
         raise CheckpointError(
             f"{path}: the metadata have no usable {key} ({shorten(value)}); fetch it again"
         )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_smolvlm.checkpoint.load import LARGEST_TEMPLATE, TEMPLATE_FILE, TOKENIZER_FILE
-from mlx_smolvlm.config import LARGEST, ImageConfig, VideoConfig
+from mlx_smolvlm.config import MAX_SIZE, ImageConfig, VideoConfig
 from mlx_smolvlm.convert.source import Source
 from mlx_smolvlm.errors import CheckpointError, shorten
 from mlx_smolvlm.prompt.tokenizer import LARGEST_FILE
@@ -36,7 +36,7 @@ class Section:
             raise self.error(key, "it must be an object")
         return Section(value, f"{self.name}, {key}")
 
-    def get_integer(self, key: str, default: int | None, largest: int = LARGEST) -> int:
+    def get_integer(self, key: str, default: int | None, largest: int = MAX_SIZE) -> int:
         """Return the positive integer at `key`; `default` if it is absent or null."""
         value = self.values.get(key)
         if value is None:

@@ -65,7 +65,7 @@ __all__ = [
     "load",
 ]
 
-_MODULES = {  # that define the public names
+_MODULES = {  # public name -> the module that defines it
     "AnswerStream": "mlx_smolvlm.generate.stream",
     "CacheOptions": "mlx_smolvlm.kv.options",
     "CheckpointError": "mlx_smolvlm.errors",
@@ -92,7 +92,7 @@ _MODULES = {  # that define the public names
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first used, so that the command line starts at once."""
+    """Import a public name on first use, so that the command line starts quickly."""
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULES[name]), name)

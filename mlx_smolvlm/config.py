@@ -1,8 +1,7 @@
-"""What a checkpoint states about itself, as frozen values.
+"""The configuration of a checkpoint, as frozen dataclasses.
 
-`Config.from_dict` reads the `config.json` of our own format and refuses any
-missing or unknown key. Hugging Face configurations are read by the converter.
-A number that follows from others is a property here and nowhere else.
+`Config.from_dict` reads the `config.json` of our own format and refuses missing and unknown
+keys. The converter reads Hugging Face configurations. Derived numbers are properties here.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from mlx_smolvlm.records import read_record, read_value
 FORMAT = "mlx-smolvlm"
 FORMAT_VERSION = 2
 
-LARGEST = 2**24  # no width, vocabulary, context or picture comes near
-LONGEST_SOURCE = 1000  # characters; it is part of messages
+MAX_SIZE = 2**24  # far above any real width, vocabulary, context or picture
+MAX_SOURCE_LENGTH = 1000  # characters of `Config.source`, which messages quote
 
 PARTS = ("text", "vision", "connector", "embeddings")
 DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
@@ -28,7 +27,7 @@ DTYPES = tuple(DTYPE_BITS)
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """SigLIP encoder. `image_size` and `patch_size` are in pixels."""
+    """The SigLIP vision encoder. `image_size` and `patch_size` are in pixels."""
 
     hidden_size: int
     intermediate_size: int
@@ -40,12 +39,12 @@ class VisionConfig:
 
     @property
     def patch_grid(self) -> int:
-        """Patches along one side of a tile; a remainder in pixels is not read."""
+        """Patches along one side of a tile; remaining pixels are ignored."""
         return self.image_size // self.patch_size
 
     @property
     def num_patches(self) -> int:
-        """Patches of a tile (P)."""
+        """Patches per tile (P)."""
         return self.patch_grid**2
 
     @property
@@ -56,7 +55,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """SmolLM2 (Llama) decoder. `max_position_embeddings` is the context in tokens."""
+    """The SmolLM2 (Llama) decoder. `max_position_embeddings` is the context length in tokens."""
 
     hidden_size: int
     intermediate_size: int
@@ -73,10 +72,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class ImageConfig:
-    """How a picture becomes tiles.
+    """How pictures are cut into tiles.
 
-    `longest_edge` is the side, in pixels, that a picture is resized to before it
-    is cut into tiles; `mean` and `std` are of one channel in the range 0..1.
+    A picture is resized so that its longer side is `longest_edge` pixels, then cut into tiles.
+    `mean` and `std` normalize the channels, whose values are from 0 to 1.
     """
 
     longest_edge: int
@@ -87,11 +86,11 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class VideoConfig:
-    """How a video becomes frames.
+    """How frames are taken from videos.
 
-    `fps` frames a second are taken, `max_frames` at most; of a video that is longer than
-    those, the first and last `skip_secs` seconds are left out. `longest_edge` is the side,
-    in pixels, that a frame is resized to before it is squashed to a tile.
+    `fps` frames per second are taken, at most `max_frames`. If a video is too long for that,
+    its first and last `skip_secs` seconds are left out. A frame is resized so that its longer
+    side is `longest_edge` pixels, then to the size of a tile.
     """
 
     fps: float
@@ -102,7 +101,7 @@ class VideoConfig:
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a weight matrix is packed: `mx.quantize`'s mode, bits and group size."""
+    """How a weight matrix is quantized: the arguments of `mx.quantize`."""
 
     bits: int
     group_size: int
@@ -111,11 +110,11 @@ class Quantization:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Quantization of each part; None is float.
+    """The quantization of each part of the model; None means float.
 
-    `text` holds the decoder layers, `embeddings` the token embedding and the
-    output head. `overrides` names single modules by path, as pairs
-    (path, Quantization or None), and wins over the part.
+    `text` covers the decoder layers, `embeddings` the token embedding and the output head.
+    `overrides` holds pairs (path, Quantization or None) for single modules; they take
+    precedence over their part.
     """
 
     text: Quantization | None
@@ -126,12 +125,12 @@ class QuantizationConfig:
 
     @property
     def is_quantized(self) -> bool:
-        """Whether any module is."""
+        """Whether any module is quantized."""
         usual = [getattr(self, part) for part in PARTS]
         return any(one is not None for one in (*usual, *(q for _, q in self.overrides)))
 
     def find(self, path: str) -> Quantization | None:
-        """Quantization of the module at `path`, such as `text_model.layers.0.mlp.down_proj`."""
+        """The quantization of the module at `path`, such as `text_model.layers.0.mlp.down_proj`."""
         for name, quantization in self.overrides:
             if name == path:
                 return quantization
@@ -140,7 +139,11 @@ class QuantizationConfig:
 
 
 def find_part(path: str) -> str:
-    """Which of `PARTS` the module or tensor at `path` belongs to."""
+    """The one of `PARTS` that the module or tensor at `path` belongs to.
+
+    Raises:
+        ValueError: The path is not one of this model.
+    """
     if path.startswith(("text_model.embed_tokens", "lm_head")):
         return "embeddings"
     if path.startswith("text_model."):
@@ -154,11 +157,10 @@ def find_part(path: str) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that `config.json` states.
+    """The contents of `config.json`.
 
-    `source` says where the weights came from (a hub id or a folder's name);
-    `eos_token_ids` end an answer; `dtype` is the type of the weights that are
-    not quantized.
+    `source` is where the weights came from: a hub id or the name of a folder. Any of
+    `eos_token_ids` ends an answer. `dtype` is the type of the weights that are not quantized.
     """
 
     vision: VisionConfig
@@ -174,7 +176,7 @@ class Config:
 
     @property
     def image_seq_len(self) -> int:
-        """Tokens of a tile in the prompt (I)."""
+        """Tokens per tile in the prompt (I)."""
         return self.vision.num_patches // self.scale_factor**2
 
     @property
@@ -184,11 +186,11 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
-        """Configuration in `values`, the parsed `config.json` of our format.
+        """Read `values`, the parsed `config.json` of our format.
 
         Raises:
-            CheckpointError: Another format or version, a key missing or unknown,
-                or a value that no model can have.
+            CheckpointError: The format or version differs, a key is missing or unknown, or a
+                value is invalid.
         """
         if values.get("format") != FORMAT:
             raise CheckpointError(
@@ -211,10 +213,10 @@ class Config:
 
     @classmethod
     def _read(cls, values: dict[str, Any]) -> Config:
-        """The configuration in `values`, in which overrides are an object instead of pairs.
+        """Read `values`; the file holds overrides as an object, not as pairs.
 
         Raises:
-            ValueError: A key is missing or unknown, or a value of the wrong type.
+            ValueError: A key is missing or unknown, or a value has a wrong type.
         """
         parts = read_value(dict[str, Any], values.get("quantization"), "quantization")
         if "overrides" not in parts:
@@ -236,15 +238,15 @@ class Config:
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
     def check(self) -> None:
-        """Refuse sizes that no model can have.
+        """Check that all values are possible.
 
         Raises:
-            CheckpointError: It names the key and the value.
+            CheckpointError: A value is not; the message names the key and the value.
         """
         for prefix, part in (("vision", self.vision), ("text", self.text)):
             for field in dataclasses.fields(part):
                 value = getattr(part, field.name)
-                most = LARGEST if field.type == "int" else 2**31
+                most = MAX_SIZE if field.type == "int" else 2**31
                 if field.type in ("int", "float") and not 0 < value <= most:
                     raise CheckpointError(
                         f"config: {prefix}.{field.name} is {value}; "
@@ -284,11 +286,11 @@ class Config:
                 f"eos_token_ids is {shorten(self.eos_token_ids)}; it needs one or more ids "
                 f"within the vocabulary of {text.vocab_size}, or no answer would end",
             ),
-            (len(self.source) <= LONGEST_SOURCE, f"source has {len(self.source)} characters"),
+            (len(self.source) <= MAX_SOURCE_LENGTH, f"source has {len(self.source)} characters"),
             (self.dtype in DTYPES, f"dtype {shorten(self.dtype)} is none of {', '.join(DTYPES)}"),
             (
-                0 < image.longest_edge <= LARGEST,
-                f"image.longest_edge is {image.longest_edge}; it must be from 1 to {LARGEST}",
+                0 < image.longest_edge <= MAX_SIZE,
+                f"image.longest_edge is {image.longest_edge}; it must be from 1 to {MAX_SIZE}",
             ),
             (
                 len(image.mean) == len(image.std) == 3
@@ -300,13 +302,13 @@ class Config:
                 video is None
                 or (
                     all(
-                        0 < value <= LARGEST
+                        0 < value <= MAX_SIZE
                         for value in (video.fps, video.max_frames, video.longest_edge)
                     )
                     and 0 <= video.skip_secs < math.inf
                 ),
                 f"video.fps, video.max_frames and video.longest_edge must be above 0 and at most "
-                f"{LARGEST}, and video.skip_secs at least 0",
+                f"{MAX_SIZE}, and video.skip_secs at least 0",
             ),
         )
         for holds, message in checks:

@@ -1,4 +1,4 @@
-"""Load a checkpoint once, then ask: the facade of the library."""
+"""`load` and `SmolVLM`, the facade of the library."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _PUBLIC = (
 
 
 class SmolVLM:
-    """A loaded checkpoint. `load` makes one."""
+    """A loaded model, made by `load`."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -44,7 +44,7 @@ class SmolVLM:
         self.cache_options = engine.cache_options
 
     def __dir__(self) -> list[str]:
-        """What users need; the rest is what answers are made with."""
+        """The public attributes and methods."""
         return [*_PUBLIC]
 
     def __repr__(self) -> str:
@@ -61,24 +61,23 @@ class SmolVLM:
         detail: Detail = "high",
         **options: Unpack[SamplingOptions],
     ) -> Reply:
-        """The whole answer to `prompt`.
+        """Answer `prompt`, and return the whole answer.
 
         Args:
-            prompt: A question, or messages with "role" and "content" as in Hugging
-                Face's chat templates. An image item may carry its picture under
-                "image", a video item its video under "video"; those that do not take
-                the next one of `images` or `videos`.
-            images: A picture or several: paths, http(s) URLs, data URIs, bytes, PIL
-                images, numpy arrays (H, W, 3) or matplotlib figures. With a question as
-                text they come before it.
-            videos: Paths, URLs, data URIs or bytes, `Video` objects, which say which frames
-                to take, or opened clips. With a question as text they come after the images.
+            prompt: A question, or messages with "role" and "content" as in Hugging Face's
+                chat templates. An image item may hold its picture under "image", a video item
+                its video under "video"; other items take the next of `images` or `videos`.
+            images: A picture or several: paths, http(s) URLs, data URIs, bytes, PIL images,
+                numpy arrays (H, W, 3) or matplotlib figures. They precede a question given as
+                text.
+            videos: Paths, URLs, data URIs, bytes, opened clips, or `Video` objects, which also
+                select frames. They come between the images and a question given as text.
             system: A system message.
             sampling: How the answer is generated; greedy by default.
-            options: The attributes of `Sampling`, such as `max_tokens=64`, in place of it.
-            detail: "high" cuts pictures into tiles as in training, "auto" does so
-                without enlarging them, "low" takes one tile, a number caps the
-                tiles along the longer side. A video's frame is always one tile.
+            options: Attributes of `Sampling`, such as `max_tokens=64`, instead of `sampling`.
+            detail: "high" cuts pictures into tiles as in training, "auto" does so without
+                enlarging them, "low" uses one tile, and a number limits the tiles along the
+                longer side. A frame of a video is always one tile.
 
         Raises:
             ValueError: `sampling` and options are both given, or an option is out of range.
@@ -101,15 +100,16 @@ class SmolVLM:
         detail: Detail = "high",
         **options: Unpack[SamplingOptions],
     ) -> AnswerStream:
-        """The answer to `prompt` as it is generated; arguments and errors as in `ask`.
+        """Answer `prompt`, and return the answer as a stream of chunks.
 
-        Errors in the arguments are raised here; the work begins with the first chunk.
+        Arguments and errors are as in `ask`. This method only checks the arguments and opens the
+        media; the model runs when the first chunk is requested.
         """
         sampling = choose_sampling(sampling, options, Sampling())
         request = read_request(prompt, images, videos, system)
         media = self.engine.open_media(request, detail)
-        made = self.engine.make_prompt(request.messages, media)
-        return AnswerStream(self.engine, made, sampling)
+        built = self.engine.make_prompt(request.messages, media)
+        return AnswerStream(self.engine, built, sampling)
 
     def ask_many(
         self,
@@ -122,31 +122,32 @@ class SmolVLM:
         detail: Detail = "high",
         **options: Unpack[SamplingOptions],
     ) -> list[Reply]:
-        """The answers to `prompts`, questions about the same pictures and videos.
+        """Answer several questions about the same pictures and videos.
 
-        Each is what `ask` gives. The media are encoded once, and what the prompts begin with
-        is prefilled once. The rest and the answers go through the decoder together, as many
-        as fill two contexts at most.
+        The answers equal those of `ask`. The media are encoded once, and the common prefix of the
+        prompts is prefilled once. The rest is computed in batches, each of at most two contexts
+        in all.
 
         Args:
             images: A picture or several, as in `ask`; None for none.
             prompts: Questions.
             videos: As in `ask`.
             system: A system message.
-            sampling: How each answer is generated; with a seed, as by `ask` with that seed.
+            sampling: How each answer is generated. With a seed, each answer equals that of `ask`
+                with the same seed.
             options: As in `ask`.
             detail: As in `ask`.
 
         Raises:
             MediaError: A picture or video cannot be read.
-            PromptError: A prompt is no text, or longer than the context.
+            PromptError: A prompt is not text, or longer than the context.
         """
         sampling = choose_sampling(sampling, options, Sampling())
         texts = check_prompts(prompts)
         request = read_request("", () if images is None else images, videos, system)
         media = self.engine.open_media(request, detail)
-        asked = [self.engine.make_prompt(request.replace_question(text), media) for text in texts]
-        return answer_all(self.engine, asked, sampling)
+        built = [self.engine.make_prompt(request.replace_question(text), media) for text in texts]
+        return answer_all(self.engine, built, sampling)
 
     def choose(
         self,
@@ -159,23 +160,23 @@ class SmolVLM:
         detail: Detail = "high",
         normalize: Normalize = "none",
     ) -> Choice:
-        """How likely the model is to give each of `choices` as its whole answer to `question`.
+        """Rate each of `choices` by the probability that the model answers `question` with it.
 
-        The question is prefilled once, and all choices behind it together.
+        The question is prefilled once; the choices are computed together.
 
         Args:
             question: A question, or messages as in `ask`.
-            choices: Two or more answers, as the model would word them.
+            choices: Two or more answers, worded as the model would.
             images: As in `ask`.
             videos: As in `ask`.
             system: A system message.
             detail: As in `ask`.
-            normalize: "none" compares the probabilities of the whole answers, their ends
-                included. Long answers are less likely, as they are when the model speaks.
-                "tokens" compares the geometric means over each answer's tokens.
+            normalize: "none" compares the probabilities of whole answers, including their ends;
+                longer answers are less likely. "tokens" compares the geometric means over the
+                tokens of each answer.
 
         Raises:
-            ValueError: Fewer than two choices, an empty one or one twice.
+            ValueError: There are fewer than two choices, an empty one or a duplicate.
             MediaError: A picture or video cannot be read.
             PromptError: The messages are malformed, or longer than the context.
         """
@@ -185,8 +186,8 @@ class SmolVLM:
         prompt = self.engine.make_prompt(request.messages, media)
         answers = [{"role": "assistant", "content": [{"type": "text", "text": t}]} for t in texts]
         whole = [[*request.messages, answer] for answer in answers]
-        told = [self.engine.make_prompt(messages, media, False) for messages in whole]
-        return choose_answer(self.engine, prompt, told, texts, normalize)
+        transcripts = [self.engine.make_prompt(messages, media, False) for messages in whole]
+        return choose_answer(self.engine, prompt, transcripts, texts, normalize)
 
     def stream_parts(
         self,
@@ -197,14 +198,15 @@ class SmolVLM:
         system: str | None = None,
         sampling: Sampling = Sampling(),  # noqa: B008 (frozen)
     ) -> Iterator[Part]:
-        """Answers to `prompt` for each part of a long video, then one over the parts.
+        """Answer `prompt` for each part of a long video, then for the whole.
 
-        Each `Part` has its time range and the stream of its answer, which is run to its
-        end before the next part begins. A video of one part has no answer over the parts.
+        Yields a `Part` per part, with its time range and the stream of its answer, then one for
+        the whole video, made from these answers. Each stream is run to its end before the next
+        part begins. A video of a single part has no answer for the whole.
 
         Args:
             prompt: A question.
-            video: As one of `videos` in `ask`; its start and end hold for the whole.
+            video: As one of `videos` in `ask`; its start and end limit the whole video.
             seconds: Length of a part.
             system: A system message.
             sampling: How each answer is generated.
@@ -232,10 +234,10 @@ class SmolVLM:
             system: A system message.
             sampling: How each answer is generated.
             options: As in `ask`.
-            detail: As in `ask`, for every picture.
-            on_full: What to do when the context is full: "error" raises a ContextError,
-                "drop-oldest" forgets the oldest questions and answers, warns of it, and
-                runs what is left again.
+            detail: As in `ask`, for all pictures.
+            on_full: What to do when the context is full: "error" raises a ContextError;
+                "drop-oldest" drops the oldest questions with their answers, warns, and runs the
+                rest again.
         """
         sampling = choose_sampling(sampling, options, Sampling())
         return Conversation(self.engine, system, ConversationOptions(sampling, detail, on_full))
@@ -243,7 +245,7 @@ class SmolVLM:
     def encode_images(
         self, pictures: Sequence[PIL.Image.Image], detail: Detail = "high"
     ) -> mx.array | None:
-        """`image_embeds` (N, I, D) of the tiles of `pictures`, in order; None without pictures."""
+        """`image_embeds` (N, I, D) of the tiles of `pictures`, in order; None if there are none."""
         request = read_request("", pictures, (), None)
         return self.engine.encode(self.engine.open_media(request, detail))
 
@@ -258,27 +260,26 @@ def load(
     progress: Callable[[int, int, str], None] | None = None,
     adapter: str | Path | None = None,
 ) -> SmolVLM:
-    """A model ready to answer.
+    """Load a model.
 
     Args:
         model: A folder, a hub id, an alias such as "smolvlm-256m", or "demo".
             Hugging Face checkpoints are converted once, into a cache folder.
-        bits: Precision to convert to: 4, 8 or 16; None keeps the checkpoint's.
-            Folders that are converted already stay as they are.
+        bits: Precision to convert to: 4, 8 or 16; None keeps the checkpoint's. Has no effect
+            on folders that are converted already.
         offline: Never use the network.
-        dtype: Type to compute in. None is float32 on a CPU, where MLX is slower in
-            half precision; on a GPU it is the checkpoint's, or bfloat16 if that is
-            float32, as SmolVLM2 is published.
-        cache: How keys and values of the tokens are kept, and which of them from one prompt
-            to the next.
-        progress: Called during a conversion with bytes done, bytes in all, a name.
-        adapter: A folder that `mlx-smolvlm train` made on this checkpoint, in whatever
-            precision; see docs/training.md.
+        dtype: Type to compute in. None means float32 on a CPU, where MLX is slower in half
+            precision. On a GPU it means the checkpoint's type, or bfloat16 if that is float32,
+            in which SmolVLM2 is published.
+        cache: How keys and values are stored and reused.
+        progress: Called during a conversion with the bytes done, the total bytes and a name.
+        adapter: The folder of a LoRA adapter that `mlx-smolvlm train` made for this checkpoint,
+            in any precision; see docs/training.md.
 
     Raises:
         ValueError: `bits` is none of 4, 8 and 16.
-        CheckpointError: It cannot be found, converted or read, or `cache` or `adapter` does
-            not suit it.
+        CheckpointError: The model cannot be found, converted or read, or `cache` or `adapter`
+            does not suit it.
     """
     from mlx_smolvlm.checkpoint.load import (
         find_tokenizer,
@@ -306,7 +307,7 @@ def load(
 
 
 def _choose_dtype(config: Config, on_cpu: bool) -> str:
-    """The type to compute in if the user names none."""
+    """The type to compute in by default."""
     if on_cpu:
         return "float32"
     return "bfloat16" if config.dtype == "float32" else config.dtype

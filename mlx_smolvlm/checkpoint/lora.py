@@ -21,7 +21,7 @@ from mlx.utils import tree_unflatten
 
 from mlx_smolvlm.checkpoint.headers import load_tensors, read_header, save_tensors
 from mlx_smolvlm.checkpoint.load import NEVER_QUANTIZED
-from mlx_smolvlm.config import LONGEST_SOURCE, find_part
+from mlx_smolvlm.config import MAX_SOURCE_LENGTH, find_part
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import write_file
 from mlx_smolvlm.model.model import Model
@@ -67,8 +67,8 @@ class AdapterConfig:
             raise ValueError(f"scale is {self.scale}; it must be from 0 to {LARGEST_SCALE:g}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if len(self.base) > LONGEST_SOURCE:
-            raise ValueError(f"base has more than {LONGEST_SOURCE:,} characters")
+        if len(self.base) > MAX_SOURCE_LENGTH:
+            raise ValueError(f"base has more than {MAX_SOURCE_LENGTH:,} characters")
         if len(set(self.modules)) < len(self.modules):
             raise ValueError("modules names one twice")
 

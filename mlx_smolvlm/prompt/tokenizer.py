@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_smolvlm.config import LARGEST
+from mlx_smolvlm.config import MAX_SIZE
 from mlx_smolvlm.errors import CheckpointError, SmolVLMError, format_error
 from mlx_smolvlm.records import read_text, read_unique_keys
 
@@ -126,7 +126,7 @@ def _check(values: Any, vocab_size: int) -> None:
         raise ValueError("added_tokens has an empty token, or the same token twice")
     _check_ids(list(vocabulary.values()), vocab_size, "vocabulary")
     # The reader renumbers added tokens with wrong ids; PromptBuilder checks the result.
-    _check_ids(added_ids, LARGEST, "list of added tokens")
+    _check_ids(added_ids, MAX_SIZE, "list of added tokens")
     for key, kinds in _KINDS.items():
         _check_part(values.get(key), kinds, key)
 
