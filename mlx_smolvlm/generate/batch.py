@@ -1,4 +1,8 @@
-"""Answers to several prompts that begin alike, generated together."""
+"""Generates answers to several prompts with a shared prefix together.
+
+A row is a sequence that continues the shared prefix. All rows share one cache, which holds the
+prefix once, followed by the tokens of the rows in any order.
+"""
 
 from __future__ import annotations
 
@@ -18,31 +22,32 @@ from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.model.text import Placement
 from mlx_smolvlm.reuse.content import CachedState, count_common
 
-CONTEXTS = 2  # the cache of rows that go together holds at most so many times the context
-MAX_ROWS = 64  # and their logits are at most so many rows
-BEGINNING = -1  # owner of the tokens that every row sees
+CONTEXTS = 2  # size of the cache of a group of rows, as a multiple of the context
+MAX_ROWS = 64  # rows of a group; bounds the logits
+GROWTH = 256  # tokens reserved for an answer; a longer one may have to move to another group
+SHARED = -1  # owner of the tokens that every row attends to
 
 
 class RowDecoder:
-    """RowDecoder behind what `cache` holds, which is the beginning of each."""
+    """Decodes `count` rows that continue the tokens in `cache`."""
 
     def __init__(self, model: Model, cache: KVCache, count: int) -> None:
         self._model, self._cache = model, cache
-        self._owners = np.full(cache.offset, BEGINNING)
+        self._owners = np.full(cache.offset, SHARED)
         self._lengths = np.full(count, cache.offset)
 
     @property
     def columns(self) -> int:
-        """Tokens that the cache holds, the beginning's and all rows'."""
+        """Number of tokens in the cache: those of the prefix and of all rows."""
         return self._owners.size
 
     def prefill(self, suffixes: Sequence[np.ndarray]) -> mx.array:
-        """`logits` (B, vocabulary) after the tokens of `suffixes`, one for each row."""
+        """Feed one suffix per row and return the `logits` (B, vocabulary) after each."""
         ends = np.cumsum([suffix.size for suffix in suffixes]) - 1
         return self._model.head(self.compute_hidden_states(suffixes)[mx.array(ends)])
 
     def compute_hidden_states(self, suffixes: Sequence[np.ndarray]) -> mx.array:
-        """Hidden states (L, D) of the tokens of `suffixes`, one for each row, joined."""
+        """Feed one suffix per row and return the hidden states (L, D), concatenated."""
         token_ids = np.concatenate(suffixes)
         rows = np.repeat(np.arange(len(suffixes)), [suffix.size for suffix in suffixes])
         states = []
@@ -53,21 +58,21 @@ class RowDecoder:
         return mx.concatenate(states)
 
     def step(self, token_ids: mx.array, rows: np.ndarray) -> mx.array:
-        """`logits` (L, vocabulary) after one token of `token_ids` (L,) for each of `rows`."""
+        """Feed one token per row of `rows` (L,) and return the `logits` (L, vocabulary)."""
         return self._model.head(self._forward(token_ids, rows))
 
     def _forward(self, token_ids: mx.array, rows: np.ndarray) -> mx.array:
-        """Hidden states (L, D) of `token_ids` (L,), which belong to `rows` (L,)."""
+        """Feed `token_ids` (L,), which belong to `rows` (L,), and return hidden states (L, D)."""
         text_model = self._model.text_model
         embeds: mx.array = text_model.embed_tokens(token_ids)[None]  # (1, L, D)
         hidden_states: mx.array = text_model(embeds, self._cache, self._place(rows))[0]
         return hidden_states
 
     def _place(self, rows: np.ndarray) -> Placement:
-        """Where the next tokens stand, which belong to `rows` (L,) and are counted here."""
+        """Append tokens that belong to `rows` (L,); return their positions and their mask."""
         same = rows[:, None] == rows
         positions = self._lengths[rows] + np.tril(same, -1).sum(axis=1)
-        sees = (self._owners == BEGINNING) | (self._owners == rows[:, None])
+        sees = (self._owners == SHARED) | (self._owners == rows[:, None])
         mask = mx.array(np.concatenate([sees, np.tril(same)], axis=1))
         self._owners = np.concatenate([self._owners, rows])
         np.add.at(self._lengths, rows, 1)
@@ -75,21 +80,21 @@ class RowDecoder:
 
 
 def count_shared_tokens(sequences: Sequence[np.ndarray]) -> int:
-    """Tokens that all `sequences` begin with; each has at least one more."""
+    """Return the length of the longest common prefix that is shorter than each sequence."""
     shared = min(count_common(sequences[0], sequence) for sequence in sequences)
     return min(shared, *(sequence.size - 1 for sequence in sequences))
 
 
 def split_into_groups(columns: Sequence[int], shared: int, context: int) -> Iterator[range]:
-    """Which rows go through the decoder together, one group after the other.
+    """Yield groups of consecutive rows that are decoded together.
 
-    A group's tokens and the beginning fill at most `CONTEXTS` contexts. What they take is
-    so many tokens times 2 * kv_heads * head_dim * layers numbers.
+    The prefix and the rows of a group take at most `CONTEXTS * context` tokens of the cache,
+    each of which has 2 * kv_heads * head_dim * layers numbers.
 
     Args:
-        columns: Tokens that each row may come to behind the beginning.
-        shared: Tokens of the beginning; with any one of `columns` at most a context.
-        context: The longest sequence of the model.
+        columns: Number of tokens reserved for each row, without the prefix.
+        shared: Number of tokens of the prefix. With those of any one row at most `context`.
+        context: The model's context size, in tokens.
     """
     start, used = 0, shared
     for number, more in enumerate(columns):
@@ -101,14 +106,11 @@ def split_into_groups(columns: Sequence[int], shared: int, context: int) -> Iter
         yield range(start, len(columns))
 
 
-GROWTH = 256  # tokens that an answer is expected to take; one that takes more may have to move
-
-
 def check_prompts(prompts: Sequence[str]) -> Sequence[str]:
-    """`prompts`, each of which is a text.
+    """Return `prompts` if they are several texts.
 
     Raises:
-        PromptError: They are one text, or one of them is none.
+        PromptError: `prompts` is a single text, or an item is not a text.
     """
     if isinstance(prompts, str):
         raise PromptError(f"prompts is one text, {prompts!r:.100}; give a list of them, or use ask")
@@ -119,11 +121,11 @@ def check_prompts(prompts: Sequence[str]) -> Sequence[str]:
 
 
 def answer_all(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) -> list[Reply]:
-    """Replies to `prompts`, which all have the same media.
+    """Return the replies to `prompts`, which all have the same media.
 
-    What they begin with goes through the decoder once, the rest of them together. The
-    media belong to the beginning; if a chat template puts them elsewhere, or the answers are
-    held to a schema, the prompts are answered one by one, with the media encoded once.
+    The shared prefix is prefilled once, and the answers are generated together. If the prefix
+    does not include all media, or the answers have a schema or a regular expression, the prompts
+    are answered one after the other; the media are still encoded once.
     """
     if not prompts:
         return []
@@ -147,7 +149,9 @@ def answer_all(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) ->
         row.answer.reply.cached_tokens = shared
     sampler, waiting = make_row_sampler(sampling), list(rows)
     while waiting:
-        number = len(next(split_into_groups([row.soon for row in waiting], shared, context)))
+        number = len(
+            next(split_into_groups([row.reserved_tokens for row in waiting], shared, context))
+        )
         group, waiting = waiting[:number], waiting[number:]
         cache.trim(shared)
         decoding = GroupDecoder(group, RowDecoder(engine.model, cache, number), sampler)
@@ -155,22 +159,27 @@ def answer_all(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) ->
     return [row.answer.reply for row in rows]
 
 
-def make_prefix_cache(engine: Engine, beginning: Prompt, reply: Reply) -> KVCache:
-    """A cache of `beginning`, which is remembered; `reply` is told what was there already.
+def make_prefix_cache(engine: Engine, prefix: Prompt, reply: Reply) -> KVCache:
+    """Return a cache of the tokens of `prefix`, and remember it for later prompts.
 
-    It holds every token: rows side by side need a mask, which a bounded cache does not take.
+    The cache keeps every token, since rows need a mask, which a bounded cache does not support.
+
+    Args:
+        engine: The engine.
+        prefix: The prefix of several prompts, with all their media.
+        reply: Its `encoded_tiles` and `cached_tokens` are set.
     """
     unbounded = replace(engine.cache_options, max_kv_tokens=None)
     cache = engine.model.make_cache(unbounded)
-    if not beginning.input_ids.size:
+    if not prefix.input_ids.size:
         return cache
     if unbounded != engine.cache_options:
-        reply.encoded_tiles = sum(m.num_tiles for m in beginning.media if m.image_embeds is None)
-        embeds = engine.model.embed(beginning.input_ids, engine.encode(beginning.media))
+        reply.encoded_tiles = sum(m.num_tiles for m in prefix.media if m.image_embeds is None)
+        embeds = engine.model.embed(prefix.input_ids, engine.encode(prefix.media))
         prefill(engine.model, embeds, cache)
         mx.eval(cache.arrays)
         return cache
-    steps = prepare_answer(engine, beginning, reply)
+    steps = prepare_answer(engine, prefix, reply)
     while True:
         try:
             next(steps)
@@ -185,7 +194,13 @@ def make_prefix_cache(engine: Engine, beginning: Prompt, reply: Reply) -> KVCach
 
 @dataclass(frozen=True)
 class AnswerRow:
-    """One of the answers: its prompt behind the beginning, and its tokens at most."""
+    """An answer that is generated together with others.
+
+    Attributes:
+        answer: The answer so far.
+        suffix: Token ids of its prompt after the shared prefix.
+        limit: Its maximum number of tokens.
+    """
 
     answer: Answer
     suffix: np.ndarray
@@ -193,45 +208,45 @@ class AnswerRow:
 
     @property
     def token_ids(self) -> np.ndarray:
-        """What follows the beginning so far, the answer's tokens included."""
+        """Token ids after the shared prefix, including those of the answer so far."""
         return np.append(self.suffix, np.array(self.answer.reply.token_ids, self.suffix.dtype))
 
     @property
-    def count(self) -> int:
-        """Tokens of the answer so far."""
+    def num_tokens(self) -> int:
+        """Number of tokens of the answer so far."""
         return len(self.answer.reply.token_ids)
 
     @property
-    def soon(self) -> int:
-        """Tokens behind the beginning that it is given room for."""
-        return self.suffix.size + min(self.limit, self.count + GROWTH)
+    def reserved_tokens(self) -> int:
+        """Number of tokens reserved in the cache, without the shared prefix."""
+        return self.suffix.size + min(self.limit, self.num_tokens + GROWTH)
 
 
 class GroupDecoder:
-    """Answers of one group on their way through the decoder, a token of each at a time."""
+    """Generates the answers of a group, one token of each per step."""
 
     def __init__(self, group: Sequence[AnswerRow], rows: RowDecoder, sampler: RowSampler) -> None:
         self._group, self._rows, self._sampler = group, rows, sampler
-        self._counts = np.array([row.count for row in group])  # of tokens drawn
+        self._counts = np.array([row.num_tokens for row in group])  # tokens sampled
         self._limits = np.array([row.limit for row in group])
 
     def run(self, columns: int) -> list[AnswerRow]:
-        """Bring the answers to their ends.
+        """Generate until all answers have ended or the cache is full.
 
-        While the host handles the tokens, the device already computes the next ones; those
-        of answers that have just ended are not used.
+        While the host handles the tokens, the device already computes the next ones. Those of
+        answers that have just ended are discarded.
 
         Args:
-            columns: Tokens that the cache may hold.
+            columns: Maximum number of tokens in the cache.
 
         Returns:
-            What has not ended when the cache is full. It goes on in another group, as if
-            its tokens so far had been asked.
+            The answers that had not ended when the cache was full. They continue in another
+            group, where their tokens so far are part of the suffix.
         """
         suffixes = [row.token_ids for row in self._group]
         prefilled = sum(suffix.size for suffix in suffixes)
         for row in self._group:
-            if row.count == 0:
+            if row.num_tokens == 0:
                 row.answer.begin(prefilled)
         live = np.arange(len(suffixes))
         drawn = self._draw(self._rows.prefill(suffixes), live)
@@ -251,15 +266,15 @@ class GroupDecoder:
             live, drawn = live[open_], following[mx.array(open_)]
 
     def _draw(self, logits: mx.array, live: np.ndarray) -> mx.array:
-        """The next token ids (L,) of the answers `live`, on their way."""
+        """Start to sample the next token ids (L,) of the answers `live`, and count them."""
         token_ids = self._sampler(logits, self._counts[live])
         mx.async_eval(token_ids)
         self._counts[live] += 1
         return token_ids
 
     def _add(self, number: int, token_id: int) -> None:
-        """Join a token to an answer, and end that at its limit."""
+        """Append a token to an answer, and end the answer at its limit."""
         row = self._group[number]
         row.answer.add(token_id)
-        if row.answer.is_ended or row.count == row.limit:
+        if row.answer.is_ended or row.num_tokens == row.limit:
             row.answer.finish()

@@ -1,4 +1,4 @@
-"""How likely each of some answers to a question is."""
+"""Computes the probability of each of several answers to a question."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from mlx_smolvlm.generate.stream import Reply
 from mlx_smolvlm.reuse.content import count_common
 
 Normalize = Literal["none", "tokens"]
-SCORE_CHUNK = 128  # positions that go through the output head at once; bounds the logits
+SCORE_CHUNK = 128  # positions per call of the output head; bounds the logits
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Choices with their probabilities, in the order given.
+    """Choices and their probabilities, in the order given.
 
     Attributes:
-        best: The likeliest choice.
-        index: Its place.
-        choices: All of them.
-        probabilities: They add up to 1: the softmax of `logprobs`, or of `logprobs` /
-            `token_counts` if normalised by tokens.
-        logprobs: Of each choice as the whole answer, natural logarithm: the sum over its
-            tokens and the one that ends it.
-        token_counts: Tokens of each choice, the one that ends it included.
+        best: The most probable choice.
+        index: Its index in `choices`.
+        choices: All choices.
+        probabilities: Probability of each choice; they add up to 1. The softmax of `logprobs`,
+            or of `logprobs` / `token_counts` if normalized by tokens.
+        logprobs: Natural logarithm of the probability that a choice is the whole answer: the
+            sum over its tokens, including the end token.
+        token_counts: Number of tokens of each choice, including the end token.
     """
 
     best: str
@@ -46,16 +46,16 @@ class Choice:
         return self.best
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields as values for JSON."""
         return asdict(self)
 
 
 def check_choices(choices: Sequence[str], normalize: str) -> tuple[str, ...]:
-    """`choices` that can be told apart.
+    """Return `choices` as a tuple if they are valid.
 
     Raises:
-        ValueError: There are fewer than two, or one is no text, empty or there twice; or
-            `normalize` is unknown.
+        ValueError: There are fewer than two choices; a choice is not a text, empty or a
+            duplicate; or `normalize` is unknown.
     """
     if normalize not in get_args(Normalize):
         raise ValueError(f"normalize is {normalize!r}; it must be 'none' or 'tokens'")
@@ -78,7 +78,7 @@ def check_choices(choices: Sequence[str], normalize: str) -> tuple[str, ...]:
 def make_choice(
     choices: tuple[str, ...], scores: Sequence[np.ndarray], normalize: Normalize
 ) -> Choice:
-    """What `scores`, the log-probabilities of each choice's tokens, make of `choices`."""
+    """Return the result for `choices`, given the log-probabilities of each choice's tokens."""
     sums = np.array([score.sum() for score in scores])
     counts = [score.size for score in scores]
     values = sums / counts if normalize == "tokens" else sums
@@ -97,76 +97,85 @@ def make_choice(
 def choose_answer(
     engine: Engine,
     prompt: Prompt,
-    told: Sequence[Prompt],
+    transcripts: Sequence[Prompt],
     choices: tuple[str, ...],
     normalize: Normalize,
 ) -> Choice:
-    """The choice between `choices` as answers to `prompt`; `told` are both in one, each.
+    """Choose between `choices` as answers to `prompt`.
+
+    Args:
+        engine: The engine.
+        prompt: The question, up to the start of the answer.
+        transcripts: For each choice, the question and the choice as its answer.
+        choices: The choices.
+        normalize: Whether to divide log-probabilities by numbers of tokens.
 
     Raises:
-        PromptError: The chat template does not end an answer.
+        PromptError: The chat template does not end an answer with an end token.
     """
-    transcripts = [
+    sequences = [
         cut_after_answer(engine, one.input_ids, count_common(prompt.input_ids, one.input_ids))
-        for one in told
+        for one in transcripts
     ]
-    return make_choice(choices, compute_log_probabilities(engine, prompt, transcripts), normalize)
+    return make_choice(choices, compute_log_probabilities(engine, prompt, sequences), normalize)
 
 
-def cut_after_answer(engine: Engine, told: np.ndarray, start: int) -> np.ndarray:
-    """`told`, a transcript whose answer begins at `start`, up to the token that ends that.
+def cut_after_answer(engine: Engine, transcript: np.ndarray, start: int) -> np.ndarray:
+    """Return the token ids of `transcript` up to the end token of the answer at `start`.
 
     Raises:
-        PromptError: Nothing ends it.
+        PromptError: There is no end token.
     """
-    ends = np.flatnonzero(np.isin(told[start:], engine.config.eos_token_ids))
+    ends = np.flatnonzero(np.isin(transcript[start:], engine.config.eos_token_ids))
     if not ends.size:
         raise PromptError(
             "the chat template ends an answer with none of the tokens that end one in the "
             f"checkpoint's configuration ({', '.join(map(str, engine.config.eos_token_ids))})"
         )
-    return told[: start + int(ends[-1]) + 1]
+    return transcript[: start + int(ends[-1]) + 1]
 
 
 def compute_log_probabilities(
     engine: Engine, prompt: Prompt, transcripts: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-    """Log-probabilities (float64) of each transcript's tokens behind `prompt`.
+    """Return the log-probabilities (float64) of each answer's tokens.
 
-    What the prompt and all transcripts begin with goes through the decoder once, the rest
-    of them together.
+    The shared prefix of all transcripts is prefilled once, their suffixes together.
 
     Args:
-        engine: Generates the answers.
-        prompt: The question, up to where the answer begins.
-        transcripts: Input ids of the question with each answer, up to the answer's end.
+        engine: The engine.
+        prompt: The question, up to the start of the answer.
+        transcripts: Token ids (L,) of the question and each answer, including the end token.
     """
-    starts = [count_common(prompt.input_ids, told) for told in transcripts]
-    shared = min(starts) - 1  # the token before an answer is in its row: it foretells the first
+    starts = [count_common(prompt.input_ids, transcript) for transcript in transcripts]
+    shared = min(starts) - 1  # the token before an answer, which predicts its first, is in the row
     cache = make_prefix_cache(engine, replace(prompt, input_ids=prompt.input_ids[:shared]), Reply())
-    context = engine.context_size
     scores = []
-    for group in split_into_groups([told.size - shared for told in transcripts], shared, context):
+    columns = [transcript.size - shared for transcript in transcripts]
+    for group in split_into_groups(columns, shared, engine.context_size):
         cache.trim(shared)
         suffixes = [transcripts[number][shared:] for number in group]
         states = RowDecoder(engine.model, cache, len(group)).compute_hidden_states(suffixes)
-        before = 0
+        offset = 0
         for number, suffix in zip(group, suffixes, strict=True):
             first = starts[number] - shared
-            own = states[before + first - 1 : before + suffix.size - 1]
+            own = states[offset + first - 1 : offset + suffix.size - 1]
             scores.append(_score_tokens(engine, own, suffix[first:]))
-            before += suffix.size
+            offset += suffix.size
     return scores
 
 
 def _score_tokens(engine: Engine, states: mx.array, token_ids: np.ndarray) -> np.ndarray:
-    """Log-probability of each of `token_ids` (L,) after the one of `states` (L, D) before it."""
+    """Return the log-probabilities (L,) of `token_ids` (L,), each predicted by one of `states`.
+
+    `states` (L, D) are the hidden states of the preceding tokens.
+    """
     parts = []
     for start in range(0, token_ids.size, SCORE_CHUNK):
         part = slice(start, start + SCORE_CHUNK)
         logits = engine.model.head(states[part]).astype(mx.float32)
-        chosen = mx.take_along_axis(logits, mx.array(token_ids[part])[:, None], axis=1)
-        numbers = mx.concatenate([chosen, *log_normalizer(logits)], axis=1)
-        own, largest, log_sum = np.array(numbers, np.float64).T  # float32 would round once more
+        own_logits = mx.take_along_axis(logits, mx.array(token_ids[part])[:, None], axis=1)
+        numbers = mx.concatenate([own_logits, *log_normalizer(logits)], axis=1)
+        own, largest, log_sum = np.array(numbers, np.float64).T  # float32 would round again
         parts.append(own - largest - log_sum)
     return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""What every answer is generated with: model, prompt builder, memory and encoder."""
+"""The engine: model, prompt builder, memory and encoder, with which all answers are generated."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlx_smolvlm.media.video import ClipPart
     from mlx_smolvlm.prompt.builder import PromptBuilder
 
-ANSWER_SHARE = 8  # at least an eighth of the context is left for the answer
+ANSWER_SHARE = 8  # advice and summaries leave an eighth of the context for the answer
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Prompt:
     """The input of one answer.
 
     Attributes:
-        input_ids: (L,).
-        media: The pictures and videos that its placeholders stand for, in order.
+        input_ids: Token ids (L,).
+        media: The pictures and videos of its image placeholders, in order.
         state: The cached state of the conversation that the prompt belongs to, if any.
         is_turn: Whether a conversation keeps the state afterwards.
         pins: Positions of tokens that a bounded cache never drops.
@@ -52,12 +52,12 @@ class Prompt:
     pins: np.ndarray = field(default_factory=lambda: NO_PINS)
 
     def limit_tokens(self, context: int, max_tokens: int) -> int:
-        """Number of tokens that its answer may take: `max_tokens`, or what the context leaves."""
+        """Return the maximum length of the answer: `max_tokens`, or less if the context is full."""
         return min(max_tokens, context - self.input_ids.size)
 
 
 class Engine:
-    """A loaded checkpoint with all that answers are generated with.
+    """A loaded checkpoint and everything that is needed to generate answers.
 
     Attributes:
         path: Folder of the checkpoint.
@@ -87,7 +87,7 @@ class Engine:
 
     @cached_property
     def constrainer(self) -> Constrainer:
-        """Makes the constraints that hold answers to schemas; made when first used.
+        """Makes constraints for schemas and regular expressions; created on first use.
 
         Raises:
             ConstraintError: llguidance is not installed.
@@ -96,18 +96,18 @@ class Engine:
 
     @cached_property
     def checkpoint_digest(self) -> str:
-        """Digest of the files of the checkpoint and of its adapter; reads them all."""
+        """Digest of all files of the checkpoint and its adapter, which are read for it."""
         from mlx_smolvlm.reuse.disk import digest_checkpoint
 
         return digest_checkpoint(self.path, adapter=self.adapter)
 
     @property
     def context_size(self) -> int:
-        """The most tokens that a prompt and its answer may take."""
+        """Maximum number of tokens of a prompt and its answer."""
         return self.config.text.max_position_embeddings
 
     def open_media(self, request: Request, detail: Detail) -> tuple[Medium, ...]:
-        """Open the media of `request`, in order; videos are sampled, and not decoded yet.
+        """Open the media of `request`, in order. Frames of videos are chosen, but not decoded yet.
 
         Raises:
             MediaError: A picture or video cannot be opened.
@@ -149,8 +149,7 @@ class Engine:
 
         Args:
             messages: The messages.
-            media: Pictures and videos in the order of their items; those that are encoded
-                already are not encoded again.
+            media: Pictures and videos in the order of their items.
             add_generation_prompt: Whether the prompt ends with the start of an answer.
 
         Raises:
@@ -171,25 +170,25 @@ class Engine:
     def count_tokens(
         self, messages: list[Message], media: Sequence[Medium], add_generation_prompt: bool = True
     ) -> int:
-        """Number of tokens of a prompt, however long; arguments as in `make_prompt`."""
+        """Return the number of tokens of a prompt of any length; arguments as in `make_prompt`."""
         return self._input_ids(messages, media, add_generation_prompt).size
 
     def describe_content(self, prompt: Prompt) -> Content:
-        """The meaning of the tokens of `prompt`, to compare them with earlier ones."""
+        """Return the content of `prompt`, for comparison with earlier prompts."""
         config = self.config
         return make_content(
             prompt.input_ids, prompt.media, config.image_token_id, config.image_seq_len
         )
 
     def encode(self, media: Sequence[Medium]) -> mx.array | None:
-        """`image_embeds` (N, I, D) of `media`, in order; None without any."""
+        """Return the `image_embeds` (N, I, D) of `media`, in order; None without media."""
         check_process()
         for _ in encode(media, self.encoder, self.config):
             pass
         return join_embeds(media)
 
     def make_cache(self) -> KVCache:
-        """An empty cache, as `cache_options` describes it."""
+        """Return an empty cache, as `cache_options` describes it."""
         return self.model.make_cache(self.cache_options)
 
     def _input_ids(
@@ -212,7 +211,7 @@ class Engine:
 
 
 def describe_overflow(builder: PromptBuilder, length: int, media: Sequence[Medium]) -> str:
-    """An error's message: what takes how many tokens, and what would fit."""
+    """Return an error message: how many tokens each medium takes, and what would fit."""
     context = builder.config.text.max_position_embeddings
     pictures = [one for one in media if isinstance(one, Picture)]
     footage = [one for one in media if isinstance(one, Footage)]
@@ -234,7 +233,7 @@ def describe_overflow(builder: PromptBuilder, length: int, media: Sequence[Mediu
 def _advise(
     builder: PromptBuilder, length: int, pictures: list[Picture], footage: list[Footage]
 ) -> str:
-    """What the user can do."""
+    """Return what the user can do about a prompt of `length` tokens."""
     if not footage:
         return "use detail 'low' or fewer pictures" if pictures else "shorten the text"
     context = builder.config.text.max_position_embeddings
@@ -256,39 +255,47 @@ def _advise(
 
 
 def _round_down(value: float) -> str:
-    """`value` cut to two significant digits, so that it is not above what fits."""
+    """Format `value` rounded down to two significant digits or an integer."""
     digits = 1
     while value < 10:
         value, digits = value * 10, digits * 10
-    return f"{int(value) / (digits):g}"
+    return f"{int(value) / digits:g}"
 
 
 def find_pinned_tokens(content: Content, config: Config, max_kv_tokens: int) -> np.ndarray:
-    """Positions of the tokens of `content` that a cache of `max_kv_tokens` never drops.
+    """Return the positions of the tokens of `content` that a bounded cache never drops.
 
-    They are the first message, unless it fills more than half of the cache, and every picture
-    and video.
+    These are the tokens of the first message, unless it fills more than half of the cache, and
+    those of all pictures and videos.
+
+    Args:
+        content: The content of a prompt.
+        config: The configuration of the checkpoint.
+        max_kv_tokens: The size of the cache, in tokens.
+
+    Returns:
+        Sorted positions, integers.
 
     Raises:
-        PromptError: They do not fit.
+        PromptError: They do not fit into the cache.
     """
     ids = content.ids
     ends = np.flatnonzero(np.isin(ids, config.eos_token_ids))
     first = int(ends[0]) + 1 if ends.size else 0
     parts = [np.arange(first if first <= max_kv_tokens // 2 else 0)]
-    for span in content.spans:  # with the tokens that open and close it
+    for span in content.spans:  # including the tokens before and after it
         parts.append(np.arange(max(0, span.start - 2), min(span.stop + 1, ids.size)))
     pins: np.ndarray = np.unique(np.concatenate([np.arange(SINKS), *parts]))
     if pins.size > max_kv_tokens - RECENT:
         raise PromptError(
-            f"the pictures and videos and what begins the prompt take {pins.size:,} tokens, and "
-            f"max_kv_tokens is {max_kv_tokens:,}; let it be {pins.size + RECENT:,} or more, or "
+            f"the pictures, the videos and the start of the prompt take {pins.size:,} tokens, and "
+            f"max_kv_tokens is {max_kv_tokens:,}; set it to {pins.size + RECENT:,} or more, or "
             "use detail 'low', fewer pictures or fewer frames"
         )
     if ids.size > max_kv_tokens:
         warnings.warn(
-            f"the prompt is longer than max_kv_tokens, {max_kv_tokens:,}: its oldest text is "
-            "forgotten, but for its first message",
+            f"the prompt is longer than max_kv_tokens, {max_kv_tokens:,}: the oldest "
+            "text after the first message is dropped",
             SmolVLMWarning,
             stacklevel=4,
         )

@@ -1,4 +1,4 @@
-"""Which tokens may come next, so that an answer fits a schema or a regular expression."""
+"""Constrains the tokens of an answer to a schema or a regular expression."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Constrainer:
-    """Makes constraints for one checkpoint's tokenizer, which llguidance takes a moment to read."""
+    """Makes constraints for the tokenizer of one checkpoint, which llguidance reads only once."""
 
     def __init__(self, builder: PromptBuilder) -> None:
         config = builder.config
@@ -34,15 +34,16 @@ class Constrainer:
             )
 
     def __call__(self, sampling: Sampling) -> Constraint:
-        """A new constraint for the schema or the regular expression of `sampling`."""
+        """Return a new constraint for the schema or the regular expression of `sampling`."""
         text = make_grammar(sampling.schema, sampling.regex, self._lead)
         return Constraint(self._tokenizer, text, self._lead)
 
 
 class Constraint:
-    """What may follow in one answer, as it grows.
+    """The state of one constrained answer.
 
-    `lead` is what the answer begins with before that which the grammar describes.
+    Attributes:
+        lead: White space before the text that the schema or the regular expression describes.
     """
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, grammar: str, lead: str) -> None:
@@ -55,29 +56,30 @@ class Constraint:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the answer is whole and nothing can be added to it."""
+        """Whether the answer is complete and no token may follow."""
         return bool(self._matcher.is_stopped()) and not self._matcher.is_error()
 
     def compute_mask(self) -> mx.array:
-        """Which tokens may come next, bool (vocabulary,)."""
+        """Return which tokens may come next, bool (vocabulary,)."""
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         self._check()
         bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
         return mx.array(bits.view(np.bool_))
 
     def take(self, token_id: int) -> None:
-        """The answer goes on with `token_id`, one of those allowed."""
+        """Append `token_id`, which must be allowed, to the answer."""
         self._matcher.consume_token(token_id)
         self._check()
 
     def take_forced(self, most: int) -> list[int]:
-        """Up to `most` tokens that the answer must go on with; it has done so."""
+        """Append up to `most` tokens that have no alternative, and return them."""
         token_ids: list[int] = self._matcher.compute_ff_tokens()[:most]
         self._matcher.consume_tokens(token_ids)
         self._check()
         return token_ids
 
     def _check(self) -> None:
+        """Raise ConstraintError if llguidance has failed."""
         if self._matcher.is_error():
             raise ConstraintError(
                 "the answer's schema or regex cannot be followed: "
@@ -86,10 +88,10 @@ class Constraint:
 
 
 def _rename_special_tokens(tokenizer_json: str) -> str:
-    """The tokenizer with special tokens renamed to what no text holds.
+    """Return a tokenizer.json whose special tokens have names that occur in no text.
 
-    In a schema `<image>` is text, as in a prompt. Under their own names llguidance would
-    take the tokens for it, and then refuse them.
+    In a schema, `<image>` is text, as in a prompt. With the original names, llguidance would
+    match the special tokens with such text, and then refuse them.
     """
     values = json.loads(tokenizer_json)
     vocabulary: dict[str, Any] = values["model"]["vocab"]

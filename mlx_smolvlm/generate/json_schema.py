@@ -1,6 +1,6 @@
-"""A JSON Schema or a regular expression as the grammar of an answer, and the answer as a value.
+"""Turns JSON Schemas and regular expressions into grammars, and answers into values.
 
-Grammars are llguidance's, which comes with the extra `json`. How schemas are read, and
+The grammars are those of llguidance, which the extra `json` installs. How schemas are read, and
 why: docs/decisions/constrained.md.
 """
 
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 Schema = Mapping[str, Any] | type[Any] | str
 """A JSON Schema, as an object or a text, or a pydantic model."""
 
-# No white space, so none can go on forever; nothing of a schema is skipped or approximated.
+# Without flexible white space, an answer cannot be endless white space. The other options make
+# llguidance refuse schemas that it does not fully support.
 _OPTIONS = {"whitespace_flexible": False, "lenient": False, "coerce_one_of": False}
-DEEPEST = 127  # levels of a schema; llguidance reads no more
-MOST_VALUES = 10**6  # in a schema; one that is shared counts wherever it stands
-_UNSATISFIED = "NoExtensionBias"  # llguidance's word for a state that nothing leads out of
+DEEPEST = 127  # levels of a schema; llguidance's limit
+MOST_VALUES = 10**6  # values in a schema; a shared one counts each time it occurs
+_UNSATISFIED = "NoExtensionBias"  # llguidance's error for a state in which no token is allowed
 
 
 def import_llguidance() -> Any:
-    """The package llguidance.
+    """Import and return the package llguidance.
 
     Raises:
-        ConstraintError: It is not installed.
+        ConstraintError: llguidance is not installed.
     """
     try:
         import llguidance
@@ -48,11 +49,11 @@ def import_llguidance() -> Any:
 
 
 def make_grammar(schema: Schema | None, regex: str | None, lead: str = "") -> str:
-    """llguidance's grammar of `lead` and an answer that fits `schema` or `regex`.
+    """Return llguidance's grammar for `lead` and an answer that fits `schema` or `regex`.
 
     Raises:
         ConstraintError: llguidance is not installed.
-        ValueError: The schema is none.
+        ValueError: `schema` is not a JSON Schema.
     """
     module = import_llguidance()
     if schema is not None:
@@ -68,11 +69,11 @@ def make_grammar(schema: Schema | None, regex: str | None, lead: str = "") -> st
 
 
 def check_constraint(schema: Schema | None, regex: str | None) -> None:
-    """Refuse what no answer can be constrained to.
+    """Check that answers can be constrained to `schema` or `regex`.
 
     Raises:
         ConstraintError: llguidance is not installed.
-        ValueError: The message begins with "schema" or "regex", and says why.
+        ValueError: They cannot; the message begins with "schema" or "regex".
     """
     name = "regex" if schema is None else "schema"
     if regex is not None:
@@ -94,20 +95,20 @@ def check_constraint(schema: Schema | None, regex: str | None) -> None:
 
 
 def read_matcher_error(matcher: llguidance.LLMatcher) -> str:
-    """What went wrong in `matcher`, in one line."""
+    """Return the error of `matcher` in one line."""
     message = matcher.get_error()
     if message.startswith(_UNSATISFIED):
         return "no answer can fit it"
-    found = re.search(r"^error: (.*)", message, re.MULTILINE)  # of a regular expression
-    line = found[1] if found else message.splitlines()[0]
+    match = re.search(r"^error: (.*)", message, re.MULTILINE)  # in a regular expression
+    line = match[1] if match else message.splitlines()[0]
     return format_error(re.sub(r"^at \d+\(\d+\): (failed to compile JSON schema: )?", "", line))
 
 
 def read_schema(schema: Schema) -> dict[str, Any]:
-    """The JSON Schema that `schema` is, holds or describes.
+    """Return `schema` as an object.
 
     Raises:
-        ValueError: It is none of these.
+        ValueError: `schema` is not a JSON Schema in any of these forms, or too large.
     """
     if hasattr(schema, "model_json_schema"):
         schema = schema.model_json_schema()
@@ -125,12 +126,12 @@ def read_schema(schema: Schema) -> dict[str, Any]:
 
 
 def _check_size(value: Any, level: int = 1, count: int = 0) -> int:
-    """How many values there are with those of `value`; too deep or too many are refused.
+    """Return `count` plus the number of values in `value`, itself included.
 
-    The depth is checked first, since a schema in Python may hold itself.
+    The depth is checked first, since a schema in Python may contain itself.
 
     Raises:
-        ValueError: It says which.
+        ValueError: `value` is nested too deeply or has too many values.
     """
     if level > DEEPEST:
         raise ValueError(f"schema is nested more than {DEEPEST} levels deep; simplify it")
@@ -156,10 +157,10 @@ def _is_unicode(text: str) -> bool:
 
 
 def parse_answer(text: str, schema: Schema | None) -> Any:
-    """The value that `text` holds, an instance if `schema` is a pydantic model.
+    """Return the value of an answer, an instance if `schema` is a pydantic model.
 
-    None without a schema; and, with a warning, if the model refuses what fits its schema
-    (its own validators may), or Python does.
+    Returns None without a schema. Also returns None, with a warning, if the answer fits the schema
+    but pydantic or Python cannot parse it: a model's own validators may refuse it.
     """
     if schema is None:
         return None
@@ -169,7 +170,7 @@ def parse_answer(text: str, schema: Schema | None) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         warnings.warn(
-            f"the answer fits the schema and is not parsed: {format_error(error)}",
+            f"the answer fits the schema but cannot be parsed: {format_error(error)}",
             SmolVLMWarning,
             stacklevel=2,
         )
@@ -177,13 +178,13 @@ def parse_answer(text: str, schema: Schema | None) -> Any:
 
 
 def to_jsonable(value: Any) -> Any:
-    """A value of `parse_answer`, ready for JSON."""
+    """Return a result of `parse_answer` as a value for JSON."""
     return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
 
 
 @lru_cache(maxsize=1)
 def _make_byte_tokenizer() -> llguidance.LLTokenizer:
-    """A tokenizer whose tokens are the 256 bytes, to try grammars with."""
+    """Return a tokenizer whose tokens are the 256 bytes, for checking grammars."""
 
     class Bytes:
         eos_token_id, bos_token_id, special_token_ids = 256, None, (256,)
@@ -197,47 +198,50 @@ def _make_byte_tokenizer() -> llguidance.LLTokenizer:
     return tokenizer
 
 
-# Keywords whose value is a schema, a list of schemas, and schemas by name.
+# Keywords whose value is a schema, a list of schemas, or an object of schemas.
 _ONE = ("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames")
 _LIST = ("prefixItems", "items", "anyOf", "oneOf", "allOf")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
-# What joins an object's properties with those of another schema.
+# Keywords that combine an object's properties with those of another schema.
 _JOINS = ("allOf", "anyOf", "oneOf", "$ref", "$dynamicRef", "if", "dependentSchemas")
+# Keywords that say which other properties an object may have.
 _OPENING = ("additionalProperties", "unevaluatedProperties", "patternProperties")
 
 
 def close_objects(schema: dict[str, Any]) -> dict[str, Any]:
-    """A copy of `schema` whose objects have no properties but those that it lists.
+    """Return a copy of `schema` whose objects have only the properties that are listed.
 
-    JSON Schema allows an object any others, and a small model, asked for two, would make
-    up more without an end. Whatever fits the result fits `schema`. Its objects stay open
-    if properties come from several places, which closing one of them would shut out.
+    JSON Schema allows any other properties by default, and a small model would invent more and
+    more of them. All values that fit the result fit `schema`. If the properties of an object come
+    from several schemas, all objects stay open, since closing one of these schemas would exclude
+    the properties of the others.
     """
     nodes: list[dict[str, Any]] = []
     copy: dict[str, Any] = _copy_schema(schema, nodes)
     if any(_joins_properties(node) for node in nodes):
         return copy
     for node in nodes:
-        listed = node.get("properties")
-        if not isinstance(listed, dict) or any(name in node for name in _OPENING):
+        properties = node.get("properties")
+        if not isinstance(properties, dict) or any(name in node for name in _OPENING):
             continue
-        wanted, least = node.get("required", []), node.get("minProperties", 0)
-        names = {*map(str, wanted)} if isinstance(wanted, list) else set()
-        if names <= listed.keys() and isinstance(least, int) and least <= len(listed):
+        required, minimum = node.get("required", []), node.get("minProperties", 0)
+        names = {*map(str, required)} if isinstance(required, list) else set()
+        is_possible = isinstance(minimum, int) and minimum <= len(properties)
+        if names <= properties.keys() and is_possible:
             node["additionalProperties"] = False
     return copy
 
 
 def _joins_properties(node: dict[str, Any]) -> bool:
-    """Whether `node` joins several schemas that may each list properties."""
-    whole = node.get("allOf")
-    joined = sum(name in node for name in _JOINS if name != "allOf")
-    joined += len(whole) if isinstance(whole, list | tuple) else 0
-    return joined > 1 or (joined == 1 and "properties" in node)
+    """Whether `node` combines several schemas that may each list properties."""
+    all_of = node.get("allOf")
+    count = sum(name in node for name in _JOINS if name != "allOf")
+    count += len(all_of) if isinstance(all_of, list | tuple) else 0
+    return count > 1 or (count == 1 and "properties" in node)
 
 
 def _copy_schema(schema: Any, nodes: list[dict[str, Any]]) -> Any:
-    """A copy of `schema`, with references spelled as URIs; every schema in it joins `nodes`."""
+    """Return a copy of `schema` with references as URIs; append every schema in it to `nodes`."""
     if not isinstance(schema, Mapping):
         return schema
     node = dict(schema)

@@ -1,4 +1,4 @@
-"""Long videos: an answer for each part, then one over the parts."""
+"""Answers questions about long videos: one answer for each part, then one for the whole."""
 
 from __future__ import annotations
 
@@ -20,9 +20,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a video, in seconds, and the stream of its answer.
+    """An answer about a part of a video.
 
-    `is_whole` marks the answer over the parts.
+    Attributes:
+        start_s: Start of the part, in seconds.
+        end_s: End of the part, in seconds.
+        stream: The stream of the answer.
+        is_whole: Whether this is the answer about the whole video, made from those about its
+            parts.
     """
 
     start_s: float
@@ -32,7 +37,7 @@ class Part:
 
     @property
     def label(self) -> str:
-        """Its time range, MM:SS-MM:SS."""
+        """The time range, MM:SS-MM:SS."""
         return _label(self.start_s, self.end_s)
 
 
@@ -46,28 +51,26 @@ def answer_by_part(
     system: str | None,
     sampling: Sampling,
 ) -> Iterator[Part]:
-    """An answer for each of `clips`, then one over the answers if there are several."""
-    told: list[PartAnswer] = []
+    """Yield an answer for each of `clips`, then one for the whole video if there are several."""
+    answers: list[PartAnswer] = []
     messages = read_request(prompt, (), [None], system).messages
     for start, end, clip in clips:
-        part = Part(
-            start,
-            end,
-            AnswerStream(engine, engine.make_prompt(messages, [Footage(clip, clip)]), sampling),
-        )
-        yield part
-        told.append((start, end, part.stream.finish().text))
-    if len(told) > 1:
-        yield Part(
-            told[0][0], told[-1][1], _answer_whole(engine, prompt, told, system, sampling), True
-        )
+        stream = AnswerStream(engine, engine.make_prompt(messages, [Footage(clip, clip)]), sampling)
+        yield Part(start, end, stream)
+        answers.append((start, end, stream.finish().text))
+    if len(answers) > 1:
+        whole = _answer_whole(engine, prompt, answers, system, sampling)
+        yield Part(answers[0][0], answers[-1][1], whole, is_whole=True)
 
 
 def _answer_whole(
-    engine: Engine, prompt: str, told: list[PartAnswer], system: str | None, sampling: Sampling
+    engine: Engine, prompt: str, answers: list[PartAnswer], system: str | None, sampling: Sampling
 ) -> AnswerStream:
-    """The answer over the answers in `told`; over those of each half if they do not fit."""
-    lines = "\n".join(f"{_label(start, end)}: {text}" for start, end, text in told)
+    """Return the answer for the whole video, given `answers` about its parts.
+
+    If `answers` do not fit into a prompt, those of each half are first reduced to one answer.
+    """
+    lines = "\n".join(f"{_label(start, end)}: {text}" for start, end, text in answers)
     question = (
         "The parts of a video, one after the other, were asked about. The answers:\n\n"
         f"{lines}\n\nFrom these, answer for the whole video: {prompt}"
@@ -76,21 +79,17 @@ def _answer_whole(
     try:
         joined = engine.make_prompt(read_request(question, (), (), system).messages, [])
     except ContextError:
-        if len(told) < 3:
+        if len(answers) < 3:
             raise
     else:
         left = context - joined.input_ids.size
-        if len(told) < 3 or left >= min(sampling.max_tokens, context // ANSWER_SHARE):
+        if len(answers) < 3 or left >= min(sampling.max_tokens, context // ANSWER_SHARE):
             return AnswerStream(engine, joined, sampling)
-    middle = len(told) // 2
-    halves = [
-        (
-            half[0][0],
-            half[-1][1],
-            _answer_whole(engine, prompt, half, system, sampling).finish().text,
-        )
-        for half in (told[:middle], told[middle:])
-    ]
+    middle = len(answers) // 2
+    halves: list[PartAnswer] = []
+    for half in (answers[:middle], answers[middle:]):
+        text = _answer_whole(engine, prompt, half, system, sampling).finish().text
+        halves.append((half[0][0], half[-1][1], text))
     return _answer_whole(engine, prompt, halves, system, sampling)
 
 

@@ -1,4 +1,4 @@
-"""The one loop: prefill the prompt, then a token at a time."""
+"""The generation loops: prefill the prompt, then generate token after token."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mlx_smolvlm.generate.sampling import Sampler
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.model.model import Model
 
-PREFILL_CHUNK = 512  # tokens; bounds the memory of a long prompt
+PREFILL_CHUNK = 512  # tokens; bounds the memory that a long prompt takes
 
 
 def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
-    """`logits` (vocabulary,) after the last of `inputs_embeds` (1, L, D).
+    """Feed `inputs_embeds` (1, L, D) and return the `logits` (vocabulary,) of the next token.
 
-    The prompt goes through the decoder in chunks, and the output head sees its
-    last position only.
+    The prompt goes through the decoder in chunks; only its last position goes through the
+    output head.
     """
     length = inputs_embeds.shape[1]
     start = 0
@@ -34,10 +34,10 @@ def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
 def generate_tokens(
     model: Model, inputs_embeds: mx.array, cache: KVCache, sampler: Sampler, max_tokens: int
 ) -> Generator[int, None, None]:
-    """Yields up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D).
+    """Yield up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D).
 
-    While the caller handles a token, the device already computes the next one. So
-    the cache may hold one token more than was taken.
+    While the caller handles a token, the device already computes the next one. So the cache may
+    hold one token more than was yielded.
     """
     token_id = sampler(prefill(model, inputs_embeds, cache))
     mx.async_eval(token_id)
@@ -57,11 +57,11 @@ def generate_constrained_tokens(
     constraint: Constraint,
     max_tokens: int,
 ) -> Generator[int, None, None]:
-    """Yields up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D) and are allowed.
+    """Yield up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D) and are allowed.
 
-    Tokens that have no alternative go through the decoder together, the first ones with the
-    prompt. What may come next is found out while the device computes how likely it is. The
-    cache may hold forced tokens beyond those that were taken.
+    Forced tokens, which have no alternative, go through the decoder together; those that begin
+    the answer go with the prompt. The mask of allowed tokens is computed while the device
+    computes the logits. The cache may hold forced tokens beyond those that were yielded.
     """
     pending = constraint.take_forced(max_tokens)
     if pending:
@@ -85,16 +85,21 @@ def generate_constrained_tokens(
 
 
 def _read_token_id(token_id: mx.array) -> int:
-    """The number in `token_id` (1,), once the device has it."""
+    """Wait for `token_id` (1,) and return it as an integer."""
     value = token_id.item()
     assert isinstance(value, int)
     return value
 
 
 class StopText:
-    """Text passed on up to the first of some stop texts.
+    """Cuts an answer at the first of several stop texts.
 
-    What may be the beginning of a stop text is held back until that is known.
+    Text that may be the beginning of a stop text is held back until that is decided.
+
+    Attributes:
+        stops: The stop texts.
+        pending: Text that is held back.
+        is_stopped: Whether a stop text has occurred.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -103,24 +108,24 @@ class StopText:
         self.is_stopped = False
 
     def feed(self, text: str) -> str:
-        """What of the text so far may be shown now."""
+        """Append `text`, and return the text that may be shown now."""
         self.pending += text
-        found = [place for stop in self.stops if (place := self.pending.find(stop)) >= 0]
-        if found:
+        starts = [start for stop in self.stops if (start := self.pending.find(stop)) >= 0]
+        if starts:
             self.is_stopped = True
-            shown, self.pending = self.pending[: min(found)], ""
+            shown, self.pending = self.pending[: min(starts)], ""
             return shown
-        keep = max((self._find_overlap(stop) for stop in self.stops), default=0)
-        cut = len(self.pending) - keep
+        overlap = max((self._find_overlap(stop) for stop in self.stops), default=0)
+        cut = len(self.pending) - overlap
         shown, self.pending = self.pending[:cut], self.pending[cut:]
         return shown
 
     def flush(self) -> str:
-        """What was held back, once no more text comes."""
+        """Return the text that is held back, at the end of the answer."""
         shown, self.pending = self.pending, ""
         return shown
 
     def _find_overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that begins `stop`."""
+        """Return the length of the longest suffix of `pending` that begins `stop`."""
         longest = min(len(stop) - 1, len(self.pending))
         return next((n for n in range(longest, 0, -1) if self.pending.endswith(stop[:n])), 0)

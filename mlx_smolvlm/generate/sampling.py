@@ -1,4 +1,4 @@
-"""How the next token is chosen."""
+"""Sampling options, samplers, and log-probabilities of tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ import numpy as np
 
 from mlx_smolvlm.records import read_integer, read_number
 
-BLOCK = 256  # numbers that are added one after the other; about the root of a vocabulary
+BLOCK = 256  # numbers added in sequence; about the square root of a vocabulary
 
 
 def sum_last(values: mx.array) -> mx.array:
-    """The sum of `values` (..., vocabulary) over the last axis, (..., 1)."""
+    """Return the sum of `values` (..., vocabulary) over the last axis, (..., 1), in blocks.
+
+    Blocks bound the rounding error of the sum.
+    """
     count = values.shape[-1] // BLOCK
     blocks = mx.unflatten(values[..., : count * BLOCK], -1, (count, BLOCK)).sum(-1)
     rest = values[..., count * BLOCK :].sum(-1, keepdims=True)
@@ -26,14 +29,17 @@ def sum_last(values: mx.array) -> mx.array:
 
 
 def log_normalizer(logits: mx.array) -> tuple[mx.array, mx.array]:
-    """The largest of `logits`, and the logarithm of the sum of exp(logits - largest).
+    """Return the largest logit and the logarithm of the sum of exp(logits - largest).
 
-    Both are (..., 1), and their sum is the logsumexp. They come apart because adding them
-    rounds: next to logits of 1e4 a float32 has no digits left for the logarithm. The largest
-    counts as a constant in gradients.
+    Their sum is the logsumexp. They are returned separately because adding them rounds: next to
+    logits of 1e4, a float32 has no digits left for the logarithm. The largest logit is a constant
+    in gradients.
 
     Args:
         logits: float32 (..., vocabulary).
+
+    Returns:
+        Two arrays, float32 (..., 1).
     """
     outputs: tuple[mx.array, mx.array] = _log_normalizer(logits)  # type: ignore[assignment]
     largest, log_sum = outputs
@@ -51,66 +57,66 @@ def _log_normalizer(logits: mx.array) -> tuple[mx.array, mx.array]:
 def _log_normalizer_vjp(
     logits: mx.array, cotangents: tuple[mx.array, ...], outputs: tuple[mx.array, ...]
 ) -> mx.array:
-    """The softmax, computed anew: what the sum was made of would take as much memory as logits."""
+    """Recompute the softmax, since storing the terms of the sum would take as much as logits."""
     largest, log_sum = outputs
     return mx.exp(logits - largest - log_sum) * cotangents[1]
 
 
 def log_softmax(logits: mx.array) -> mx.array:
-    """Log-probabilities (..., vocabulary) of `logits` (..., vocabulary), float32."""
+    """Return the log-probabilities, float32, of `logits`; both are (..., vocabulary)."""
     logits = logits.astype(mx.float32)
     largest, log_sum = log_normalizer(logits)
     return (logits - largest) - log_sum
 
 
 def cross_entropy(logits: mx.array, targets: mx.array) -> mx.array:
-    """Cross-entropies (...) in nats of `targets` (...), float32.
+    """Return cross-entropies in nats, float32 (...).
 
     Args:
         logits: (..., vocabulary).
-        targets: Token ids.
+        targets: Token ids (...).
     """
     logits = logits.astype(mx.float32)
     largest, log_sum = log_normalizer(logits)
-    chosen = mx.take_along_axis(logits, targets[..., None], -1)
-    return (log_sum - (chosen - largest))[..., 0]
+    target_logits = mx.take_along_axis(logits, targets[..., None], -1)
+    return (log_sum - (target_logits - largest))[..., 0]
 
 
-SEED_LIMIT = 2**64  # MLX takes those below
-TEMPERATURE_RANGE = (
-    1e-6,
-    1e6,
-)  # beyond them float32 overflows; here they are greedy and uniform already
-LEAST_TOP_P = 1e-30  # below it float32 is 0; the likeliest token alone is kept long before
+SEED_LIMIT = 2**64  # seeds are smaller
+# Outside of this range float32 overflows; at its ends sampling is already greedy and uniform.
+TEMPERATURE_RANGE = (1e-6, 1e6)
+LEAST_TOP_P = 1e-30  # smaller values may be 0 in float32; only the likeliest token is left anyway
 
 Sampler = Callable[[mx.array], mx.array]
-"""Takes `logits` (vocabulary,), gives a token id (1,)."""
+"""Returns a token id (1,), given `logits` (vocabulary,)."""
 RowSampler = Callable[[mx.array, np.ndarray], mx.array]
-"""Takes `logits` (B, vocabulary) and how many tokens each answer has (B,), gives token ids (B,)."""
+"""Returns token ids (B,), given `logits` (B, vocabulary) and lengths of the answers (B,)."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is generated; the default is greedy, as the checkpoints ask for.
+    """Options for generating an answer. The default is greedy, as the checkpoints recommend.
 
     Attributes:
-        temperature: 0 takes the likeliest token; higher is more varied.
-        top_p: Keep the likeliest tokens up to this share of the probability, in (0, 1].
-        top_k: Keep this many of the likeliest tokens; 0, or as many as there are, keeps all.
-        min_p: Drop tokens below this share of the likeliest token's probability, in [0, 1).
-            This and the two above look at the probabilities at temperature 1, as in mlx-lm:
-            they act before the temperature, which varies what they keep.
-        max_tokens: The answer's length at most, in tokens.
-        seed: Repeats a sampled answer, from 0 to 2**64 - 1; None is a new one each time.
+        temperature: 0 always takes the most probable token; higher values vary more.
+        top_p: Keep the most probable tokens up to this total probability, in (0, 1].
+        top_k: Keep this number of most probable tokens; 0, or the size of the vocabulary or
+            more, keeps all.
+        min_p: Drop tokens below this share of the highest probability, in [0, 1). This and the
+            two above use the probabilities at temperature 1, as in mlx-lm; the temperature is
+            then applied to the tokens that are kept.
+        max_tokens: Maximum length of the answer, in tokens.
+        seed: Makes a sampled answer repeatable, from 0 to 2**64 - 1; None varies each time.
         stop: Texts that end the answer; they are not part of it.
-        schema: A JSON Schema, as an object or a text, or a pydantic model, that the
-            answer fits; `Reply.parsed` is its value.
+        schema: A JSON Schema, as an object or a text, or a pydantic model. The answer is JSON
+            that fits it, and `Reply.parsed` is its value.
         regex: A regular expression that the whole answer matches.
 
     Raises:
-        ValueError: A value of another type or outside its range, a schema or an expression
-            that no answer can be held to, or both.
-        ConstraintError: There is a schema or an expression, and llguidance is not installed.
+        ValueError: A value has the wrong type or is out of range; no answer can fit the schema
+            or the regular expression; or both are given.
+        ConstraintError: A schema or a regular expression is given, and llguidance is not
+            installed.
     """
 
     temperature: float = 0.0
@@ -139,19 +145,19 @@ class Sampling:
                 self._set(name, read_integer(name, getattr(self, name), accepts, limits))
         self._set("stop", _read_stop(self.stop))
         if self.schema is not None and self.regex is not None:
-            raise ValueError("schema and regex are both given; an answer is held to one of them")
+            raise ValueError("schema and regex are both given; give only one of them")
         if self.is_constrained:
             from mlx_smolvlm.generate.json_schema import check_constraint
 
             check_constraint(self.schema, self.regex)
 
     def _set(self, name: str, value: object) -> None:
-        """Set an attribute to a value that was checked, in the type that it is to have."""
+        """Set an attribute of this frozen class."""
         object.__setattr__(self, name, value)
 
     @property
     def is_constrained(self) -> bool:
-        """Whether the answer is held to a schema or a regular expression."""
+        """Whether the answer must fit a schema or a regular expression."""
         return self.schema is not None or self.regex is not None
 
 
@@ -172,11 +178,11 @@ class SamplingOptions(TypedDict, total=False):
 def choose_sampling(
     sampling: Sampling | None, options: SamplingOptions, default: Sampling
 ) -> Sampling:
-    """`sampling` if it is given, else `default` with `options` in place of its attributes.
+    """Return `sampling` if it is given, else `default` with its attributes replaced by `options`.
 
     Raises:
-        ValueError: Both are given, or an option is outside its range.
-        TypeError: `Sampling` has no attribute of an option's name.
+        ValueError: Both are given, or an option is out of range.
+        TypeError: An option is unknown.
     """
     unknown = [name for name in options if name not in SamplingOptions.__annotations__]
     if unknown:
@@ -193,10 +199,10 @@ def choose_sampling(
 
 
 def _read_stop(stop: object) -> tuple[str, ...]:
-    """Stop texts as a tuple.
+    """Return stop texts as a tuple.
 
     Raises:
-        ValueError: They are one text or no texts, or one is empty.
+        ValueError: `stop` is a single text or not a list of texts, or a text is empty.
     """
     texts = tuple(stop) if isinstance(stop, Iterable) and not isinstance(stop, str) else ("",)
     if not all(isinstance(text, str) and text for text in texts):
@@ -205,9 +211,9 @@ def _read_stop(stop: object) -> tuple[str, ...]:
 
 
 def make_sampler(sampling: Sampling) -> Sampler:
-    """The sampler that `sampling` describes.
+    """Return the sampler that `sampling` describes.
 
-    Greedy needs nothing else. A seed sets MLX's global random state, as mlx-lm does.
+    A seed sets MLX's global random state, as in mlx-lm.
     """
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
@@ -218,10 +224,10 @@ def make_sampler(sampling: Sampling) -> Sampler:
 
 
 def _make_draw(sampling: Sampling) -> Sampler:
-    """From `logits` (B, vocabulary) to token ids (B,), drawn independently.
+    """Return a function from `logits` (B, vocabulary) to independent token ids (B,).
 
-    The samplers are mlx-lm's; importing them takes more than a second, so it happens here
-    and only then.
+    The samplers are mlx-lm's. Importing them takes more than a second, so they are imported only
+    when needed.
     """
     from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
 
@@ -233,7 +239,7 @@ def _make_draw(sampling: Sampling) -> Sampler:
             temp=min(max(sampling.temperature, low), high),
             top_p=max(sampling.top_p, LEAST_TOP_P) if sampling.top_p < 1 else 0.0,
             min_p=sampling.min_p,
-            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,  # mlx-lm takes no more
+            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,  # mlx-lm's limit
         )
         return sampler
 
@@ -246,11 +252,11 @@ def _make_draw(sampling: Sampling) -> Sampler:
 
 @contextmanager
 def preserve_random_state() -> Iterator[None]:
-    """Puts MLX's random state back if the body raises.
+    """Restore MLX's random state if the body raises.
 
-    mlx-lm's samplers are compiled with that state as an input. While MLX traces such a
-    function, the state is a placeholder, and if the function raises, an interrupt included,
-    it stays one: from then on every draw of the process fails.
+    mlx-lm's samplers are compiled with that state as an input. While MLX traces such a function,
+    the state is a placeholder. If the function raises (an interrupt is enough), it remains one,
+    and all later sampling in the process fails.
     """
     state: mx.array = mx.random.state[0]  # type: ignore[index]
     try:
@@ -261,10 +267,10 @@ def preserve_random_state() -> Iterator[None]:
 
 
 def make_row_sampler(sampling: Sampling) -> RowSampler:
-    """The sampler that `sampling` describes, for the next tokens of several answers.
+    """Return the sampler that `sampling` describes, for the next tokens of several answers.
 
-    With a seed, each answer is drawn as it would be alone: the n-th tokens of all are
-    drawn from the same random state. Without one, they are drawn independently.
+    With a seed, each answer is sampled as it would be alone: the n-th tokens of all answers use
+    the same random state. Without a seed, they are sampled independently.
     """
     if sampling.temperature == 0:
         return lambda logits, _: mx.argmax(logits, axis=-1)
@@ -284,16 +290,16 @@ def make_row_sampler(sampling: Sampling) -> RowSampler:
 
 
 class RandomStates:
-    """MLX's random state at a seed and after each draw, as the seeds that set it.
+    """MLX's random states at a seed and after each draw, as the seeds that set them.
 
-    States are computed on the CPU, so that nothing waits for what a GPU is at.
+    States are computed on the CPU, so that they do not wait for work on a GPU.
     """
 
     def __init__(self, seed: int) -> None:
         self._seeds, self._state = [seed], mx.random.key(seed)
 
     def seed_after(self, draws: int) -> int:
-        """The seed of the state after so many draws."""
+        """Return the seed that sets the random state after `draws` draws."""
         while len(self._seeds) <= draws:
             self._state = mx.random.split(self._state, stream=mx.cpu)[0]
             self._seeds.append(_compute_seed(self._state))
@@ -301,7 +307,7 @@ class RandomStates:
 
 
 def _compute_seed(state: mx.array) -> int:
-    """The seed that sets MLX's random state to `state`, two halves of 64 bits."""
+    """Return the seed that sets MLX's random state to `state`, the two halves of 64 bits."""
     high, low = np.array(state).tolist()
     seed: int = high << 32 | low
     return seed

@@ -1,4 +1,4 @@
-"""An answer: its text as it is generated, and what it cost."""
+"""Generates one answer as a stream of text, with statistics."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ from mlx_smolvlm.runtime import check_process
 
 @dataclass(frozen=True)
 class Chunk:
-    """A piece of an answer as it appears.
+    """A piece of an answer.
 
-    `token_id` is the token that completed `text`; None for text that was held back to the
-    end of the answer: a stop text might have followed, or the rest of a character.
+    Attributes:
+        text: The text.
+        token_id: The token that completed `text`. None for text that was held back until the end
+            of the answer, as the possible beginning of a stop text or of a character.
     """
 
     text: str
@@ -37,17 +39,26 @@ class Chunk:
 
 @dataclass
 class Reply:
-    """An answer with what it cost.
+    """An answer and its statistics.
 
-    `finish_reason` is "stop" (the model ended it, or a stop text was met),
-    "length" (`max_tokens` or the context is used up) or "interrupted".
-    `image_tiles` are of pictures, `video_frames` of videos; `encoded_tiles` is how many of
-    both went through the encoder now. `cached_tokens` is how many of `prompt_tokens` were
-    there already, from what was asked before.
-    `time_to_first_token_s` counts from the call, so it includes the pictures;
-    `prompt_tps` counts the decoder's part alone, without those tokens. `peak_memory_gb` is the
-    most that MLX held, in 10**9 bytes. `parsed` is the value of an answer held to a schema, an
-    instance if that is a pydantic model; None without a schema, or if the answer was cut.
+    Attributes:
+        text: The text of the answer.
+        token_ids: Its tokens, including an end token.
+        finish_reason: "stop" (an end token or a stop text ended the answer, or it completes a
+            schema or regular expression), "length" (`max_tokens` or the end of the context was
+            reached) or "interrupted".
+        prompt_tokens: Number of tokens of the prompt.
+        image_tiles: Number of tiles of its pictures.
+        video_frames: Number of frames of its videos.
+        encoded_tiles: Number of tiles and frames that the vision encoder encoded for this answer.
+        cached_tokens: Number of prompt tokens whose keys and values were reused.
+        generation_tokens: Number of tokens of the answer.
+        prompt_tps: Speed of the prefill in tokens per second, without reused tokens.
+        generation_tps: Speed of the generation in tokens per second.
+        time_to_first_token_s: Seconds from the call to the first token, media included.
+        peak_memory_gb: Peak of the memory that MLX allocated, in 10**9 bytes.
+        parsed: The value of an answer with a schema, an instance if that is a pydantic model.
+            None without a schema, or if the answer is incomplete.
     """
 
     text: str = ""
@@ -69,13 +80,18 @@ class Reply:
         return self.text
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, ready for JSON."""
+        """Return all fields as values for JSON."""
         return {**asdict(self), "parsed": to_jsonable(self.parsed)}
 
 
 class PreparedPrompt(NamedTuple):
-    """What the loop starts from: the prompt's content, the embeddings of what is new in it, and
-    the cache of what is not."""
+    """A prompt that is ready for prefill.
+
+    Attributes:
+        content: The content of the prompt.
+        inputs_embeds: Embeddings of the tokens that are not in the cache, (1, L, D).
+        cache: Keys and values of the tokens before them.
+    """
 
     content: Content
     inputs_embeds: mx.array
@@ -83,13 +99,21 @@ class PreparedPrompt(NamedTuple):
 
 
 class Answer:
-    """An answer under way: token ids go in, text comes out; `reply` is the answer so far.
+    """Turns the tokens of an answer into text, and keeps its statistics.
 
-    The clock of the first token runs from here. `is_ended` says that no token may follow. The
-    text is shown without its `lead`; None stands for any white space.
+    The time to the first token is measured from the creation of this object. A character of
+    several tokens is shown when it is complete. An incomplete one at the end of the answer becomes
+    U+FFFD, as the tokenizer decodes it.
 
-    Some characters take several tokens. Their text is shown once they are whole; what is left
-    of one when the answer ends is U+FFFD, as the tokenizer decodes it.
+    Args:
+        engine: The engine.
+        prompt: The prompt of the answer.
+        stop: Texts that end the answer.
+        lead: Text to remove from the start of the answer; None removes any white space.
+
+    Attributes:
+        reply: The answer so far.
+        is_ended: Whether the answer has ended, so that no token may follow.
     """
 
     def __init__(
@@ -106,21 +130,21 @@ class Answer:
         self.is_ended = False
         self._engine, self._stop_text, self._lead = engine, StopText(stop), lead
         self._decoder = DecodeStream(skip_special_tokens=False)
-        self._undecoded: list[int] = []  # the last token ids, whose text is not whole yet
-        self._started = self._begun = self._first = time.perf_counter()
+        self._undecoded: list[int] = []  # token ids of an incomplete character
+        self._start_s = self._prefill_start_s = self._first_token_s = time.perf_counter()
         self._prefilled = 0
 
     @property
     def is_cut(self) -> bool:
-        """Whether a stop text ended it."""
+        """Whether a stop text ended the answer."""
         return self._stop_text.is_stopped
 
     def begin(self, prefilled: int) -> None:
-        """The media are encoded and the decoder begins with so many tokens."""
-        self._begun, self._prefilled = time.perf_counter(), prefilled
+        """Start the clock of the prefill, in which `prefilled` tokens go through the decoder."""
+        self._prefill_start_s, self._prefilled = time.perf_counter(), prefilled
 
     def add(self, token_id: int) -> str:
-        """The text that may be shown now that `token_id` has come."""
+        """Append a token, and return the text that may be shown now."""
         engine, reply = self._engine, self.reply
         self._tick()
         reply.token_ids.append(token_id)
@@ -138,14 +162,14 @@ class Answer:
         return self._feed(text)
 
     def _feed(self, text: str) -> str:
-        """What of the text so far may be shown now; a stop text in it ends the answer."""
+        """Append text, and return the text that may be shown now; a stop text ends the answer."""
         text = self._stop_text.feed(text)
         if self._stop_text.is_stopped:
             self._end("stop")
         return self._show(text)
 
     def finish(self, reason: Literal["stop", "length"] = "length") -> str:
-        """The text that was held back, once no more tokens come; `reason` says why they do not."""
+        """End the answer for `reason`, if it has not ended, and return the text held back."""
         if not self.is_ended:
             self._end(reason)
         tokenizer = self._engine.prompt_builder.tokenizer
@@ -156,7 +180,7 @@ class Answer:
         self.is_ended, self.reply.finish_reason = True, reason
 
     def _show(self, text: str) -> str:
-        """`text` joined to the reply, without the space after "Assistant:"."""
+        """Append `text` to the reply and return it, without the white space before the answer."""
         if self._lead:
             text, self._lead = text[len(self._lead) :], self._lead[len(text) :]
         elif self._lead is None and not self.reply.text:
@@ -165,23 +189,32 @@ class Answer:
         return text
 
     def _tick(self) -> None:
-        """A token has come: set the times and the memory of the reply."""
+        """Update the times and the memory of the reply at a new token."""
         now, reply = time.perf_counter(), self.reply
         if not reply.token_ids:
-            self._first = now
-            reply.time_to_first_token_s = now - self._started
-            reply.prompt_tps = self._prefilled / (now - self._begun)
+            self._first_token_s = now
+            reply.time_to_first_token_s = now - self._start_s
+            reply.prompt_tps = self._prefilled / (now - self._prefill_start_s)
         else:
-            reply.generation_tps = len(reply.token_ids) / (now - self._first)
+            reply.generation_tps = len(reply.token_ids) / (now - self._first_token_s)
         reply.peak_memory_gb = mx.get_peak_memory() / 1e9
 
 
 def prepare_answer(
     engine: Engine, prompt: Prompt, reply: Reply
 ) -> Generator[Progress, None, PreparedPrompt]:
-    """Finds out what is there already, and encodes the media that are not, step by step.
+    """Look up a cached state for `prompt`, and encode its new media step by step.
 
-    `reply` is told how much that was.
+    Args:
+        engine: The engine.
+        prompt: The prompt.
+        reply: Its `encoded_tiles` and `cached_tokens` are set.
+
+    Yields:
+        The progress of the encoding.
+
+    Returns:
+        The prompt, ready for prefill.
     """
     check_process()
     mx.reset_peak_memory()
@@ -208,11 +241,15 @@ def prepare_answer(
 
 
 class AnswerStream(Iterator[Chunk]):
-    """Yields an answer's chunks; `reply` is the answer so far.
+    """An iterator over the chunks of an answer.
 
-    Pictures and videos are encoded when the first chunk is asked for, or by `prepare`.
-    After Ctrl-C, or when the caller stops early, `reply` holds what was said until then.
-    `state` is a conversation's own, before the answer and then after it.
+    Pictures and videos are encoded before the first chunk, or by `prepare`. If Ctrl-C or the
+    caller stops the answer early, `reply` has the text so far.
+
+    Attributes:
+        reply: The answer so far.
+        state: The cached state of the conversation: before the answer, and after it once the
+            answer has ended. None outside of a conversation, before the answer.
     """
 
     def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
@@ -227,7 +264,7 @@ class AnswerStream(Iterator[Chunk]):
         self._lock = threading.Lock()
 
     def __next__(self) -> Chunk:
-        """The next piece; no layer lies between this and the loop over tokens."""
+        """Return the next chunk."""
         answer = self._answer
         with self._lock_thread():
             if self._is_over:
@@ -247,21 +284,21 @@ class AnswerStream(Iterator[Chunk]):
             raise StopIteration
 
     def close(self) -> None:
-        """Stop the answer here."""
+        """Stop the answer."""
         with self._lock_thread():
             self._end()
 
     @contextmanager
     def _lock_thread(self) -> Iterator[None]:
-        """Refuse to do two things at once; one after another, threads may take turns.
+        """Lock this stream while the body runs; threads may take turns, but not wait.
 
         Raises:
-            SmolVLMError: Another thread is in here.
+            SmolVLMError: Another thread is using this stream.
         """
         if not self._lock.acquire(blocking=False):
             raise SmolVLMError(
                 "this answer is being generated in another thread; wait until that is done, or "
-                "use a stream or a conversation of its own in each thread"
+                "use a separate stream or conversation in each thread"
             )
         try:
             yield
@@ -269,7 +306,7 @@ class AnswerStream(Iterator[Chunk]):
             self._lock.release()
 
     def finish(self) -> Reply:
-        """The whole answer, once it has been generated."""
+        """Generate the rest of the answer, and return the whole reply."""
         try:
             for _ in self:
                 pass
@@ -278,9 +315,9 @@ class AnswerStream(Iterator[Chunk]):
         return self.reply
 
     def prepare(self) -> Iterator[Progress]:
-        """Decode and encode pictures and videos step by step, to show how far that is.
+        """Decode and encode pictures and videos step by step, and yield the progress.
 
-        Who does not go to its end leaves the rest to the first chunk.
+        If you stop early, the first chunk does the rest.
         """
         while True:
             with self._lock_thread():
@@ -293,7 +330,7 @@ class AnswerStream(Iterator[Chunk]):
         self._ready = yield from prepare_answer(self._engine, self._prompt, self.reply)
 
     def _start(self) -> Generator[int, None, None]:
-        """Prepare what is left to prepare, and start to generate token ids."""
+        """Finish the preparation, and return the generator of token ids."""
         for _ in self._preparation:
             pass
         _, embeds, cache = self._ready
@@ -305,7 +342,7 @@ class AnswerStream(Iterator[Chunk]):
         return generate_constrained_tokens(model, embeds, cache, sampler, self._constraint, limit)
 
     def _end(self) -> None:
-        """Generate no more; what has been computed is remembered."""
+        """Stop generating, and remember the state for later prompts."""
         if self._is_over:
             return
         self._is_over = True
@@ -317,10 +354,10 @@ class AnswerStream(Iterator[Chunk]):
             self._engine.memory.keep_state(self.state, content, self._prompt.is_turn)
 
     def _complete(self) -> str:
-        """Set why the answer ended, and its value; the text that was held back until now."""
+        """Set the finish reason and the parsed value; return the text that was held back."""
         answer, constraint = self._answer, self._constraint
-        whole = constraint is not None and constraint.is_complete and not answer.is_cut
-        text = answer.finish("stop" if whole else "length")
-        if whole:
+        is_whole = constraint is not None and constraint.is_complete and not answer.is_cut
+        text = answer.finish("stop" if is_whole else "length")
+        if is_whole:
             self.reply.parsed = parse_answer(self.reply.text, self._sampling.schema)
         return text

@@ -118,9 +118,9 @@ def test_a_long_answer_still_sees_its_question_and_picture(bounded: SmolVLM) -> 
 
 def test_pictures_that_do_not_fit_are_refused(bounded: SmolVLM) -> None:
     pictures = [noise(seed) for seed in range(8)]
-    with pytest.raises(PromptError, match=r"max_kv_tokens is 128; let it be \d+ or more") as error:
+    with pytest.raises(PromptError, match=r"max_kv_tokens is 128; set it to \d+ or more") as error:
         bounded.ask(QUESTION, images=pictures)
-    wanted = int(str(error.value).split("let it be ")[1].split()[0])
+    wanted = int(str(error.value).split("set it to ")[1].split()[0])
     fits = CacheOptions(max_kv_tokens=wanted)
     wide = SmolVLM(
         Engine(bounded.path, bounded.config, bounded.model, bounded.engine.prompt_builder, fits)
@@ -137,7 +137,7 @@ def test_pictures_that_do_not_fit_are_refused(bounded: SmolVLM) -> None:
 
 
 def test_a_prompt_longer_than_the_cache_says_so(bounded: SmolVLM) -> None:
-    with pytest.warns(SmolVLMWarning, match=r"longer than max_kv_tokens, 128: its oldest text"):
+    with pytest.warns(SmolVLMWarning, match=r"longer than max_kv_tokens, 128: the oldest text"):
         bounded.ask("wool " * 60, sampling=SHORT)
     with pytest.raises(PromptError, match="context is 512"):  # not the cache decides that
         bounded.ask("wool " * 600)
@@ -159,7 +159,7 @@ def test_pinned_tokens(tiny: SmolVLM) -> None:
     assert pinned([*text, END, *text * 2], (10, 15), (30, 34)) == [*range(21), *range(28, 35)]
     assert len(pinned(text * 5, (10, 71))) == 100 - RECENT
     with pytest.raises(
-        PromptError, match="take 69 tokens, and max_kv_tokens is 100; let it be 101"
+        PromptError, match="take 69 tokens, and max_kv_tokens is 100; set it to 101"
     ):
         pinned(text * 5, (10, 72))
 
