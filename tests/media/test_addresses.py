@@ -1,4 +1,4 @@
-"""Which addresses a download may connect to, and that it connects to those that were checked."""
+"""Downloads connect only to allowed addresses, and exactly to those that were checked."""
 
 import ipaddress
 import socket
@@ -10,7 +10,7 @@ from mlx_smolvlm.media import download
 from mlx_smolvlm.media.fetch import open_bytes
 from tests.helpers import web_server as web
 
-PUBLIC, PRIVATE = "127.0.0.1", "127.0.0.9"  # as `server` lets them be
+PUBLIC, PRIVATE = "127.0.0.1", "127.0.0.9"  # as the `server` fixture treats them
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def server(monkeypatch):
 
 @pytest.fixture
 def names(monkeypatch):
-    """Addresses by name, of which each look-up takes the first set; the look-ups made."""
+    """(known, asked): addresses by name, the first set used per look-up; names looked up."""
     known, asked = {}, []
     original = socket.getaddrinfo
 
@@ -93,7 +93,7 @@ def test_no_redirect_leads_from_a_public_address_to_another(server, host, monkey
 
 
 def guarded(connect, port):
-    """`socket.socket.connect` to the server alone."""
+    """Wrap `socket.socket.connect` so that it only connects to the server."""
 
     def connect_here(self, address):
         assert address[:2] == (PUBLIC, port), address
@@ -122,7 +122,7 @@ def test_a_first_address_that_is_private_may_lead_to_another(monkeypatch, names)
 
 
 def test_a_private_network_may_lead_out_and_back(server, names, monkeypatch):
-    """As from a private page to a public login and back: what counts is where it began."""
+    """Such as a private page, a public login, and back: only the first address counts."""
     monkeypatch.setattr(download, "is_public", lambda address: next(public))
     public = iter([False, True, False])
     server.answers["/start"] = web.redirect("/login")
@@ -131,7 +131,7 @@ def test_a_private_network_may_lead_out_and_back(server, names, monkeypatch):
 
 
 def test_a_name_is_looked_up_once_and_what_was_checked_is_connected_to(server, names):
-    """A name server that names a private address from the second look-up on (DNS rebinding)."""
+    """The name server returns a private address from the second look-up on (DNS rebinding)."""
     known, asked = names
     known["rebind.test"] = [[PUBLIC], [PRIVATE], [PRIVATE]]
     server.answers["/start"] = web.redirect(f"http://rebind.test:{server.port}/ok")
@@ -197,7 +197,7 @@ def test_a_proxy_makes_the_connection(server, monkeypatch):
 
 
 def test_no_certificate_is_checked_against_a_proxy(server, monkeypatch, tmp_path):
-    """The proxy forwards bytes, and TLS is spoken with the host behind it."""
+    """The proxy forwards bytes; TLS is between us and the host behind it."""
     monkeypatch.setenv("SSL_CERT_FILE", str(server.use_tls(tmp_path)))
     tls, server.tls = server.tls, None
 

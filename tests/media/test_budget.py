@@ -1,4 +1,4 @@
-"""Small files that describe gigabytes: refused, or read within bounds."""
+"""Small files that describe gigabytes are refused or read within limits."""
 
 import io
 import random
@@ -26,7 +26,7 @@ def saved(image, form, **options):
 
 
 def refused(data):
-    """The message of the MediaError that a picture gives."""
+    """The message of the MediaError raised for a picture."""
     with pytest.raises(MediaError) as caught:
         open_image(data)
     return str(caught.value)
@@ -72,7 +72,7 @@ def test_formats_that_people_send(form):
 
 @pytest.fixture
 def bands(monkeypatch):
-    """Bands of at most 60 pixels; gives the number of pixels of each array or picture made."""
+    """Limit bands to 60 pixels; a list of the pixel counts of all bands."""
     monkeypatch.setattr(picture, "_BAND_PIXELS", 60)
     sizes = []
 
@@ -142,7 +142,7 @@ def with_segments(*bodies):
 
 
 def test_many_exif_segments_are_refused():
-    """Pillow joins them one by one, which is quadratic."""
+    """Pillow concatenates them one by one, which takes quadratic time."""
     exif = Image.Exif()
     exif[0x0112] = 6
     body = exif.tobytes() + bytes(60_000)
@@ -153,7 +153,7 @@ def test_many_exif_segments_are_refused():
 
 
 def test_other_segments_may_be_many():
-    """Depth maps and panoramas are kept in hundreds of them."""
+    """Depth maps and panoramas use hundreds of them."""
     body = b"http://ns.adobe.com/xmp/extension/\0" + bytes(65_000)
     assert open_image(with_segments(*[body] * 100)).size == (20, 10)
 
@@ -174,7 +174,7 @@ def test_a_header_of_very_many_pieces_is_refused(monkeypatch):
 
 
 def test_a_header_that_is_read_over_and_over(monkeypatch):
-    """As the tags of a TIFF that all name the same bytes. Pixels may be read several times."""
+    """Such as TIFF tags that all refer to the same bytes. Pixels may be read several times."""
     monkeypatch.setattr(budget, "_READ_SLACK", 0)
     stream = budget.PictureStream(io.BytesIO(bytes(1000)), "it")
     for _ in range(budget.MAX_HEADER_RATIO):
@@ -299,7 +299,7 @@ def test_frames_and_delays_are_those_that_pillow_finds(form, seed):
 
 
 def test_a_delay_is_of_one_frame_alone():
-    """A frame of a GIF that states none has none, whatever the one before stated."""
+    """A GIF frame without a delay does not inherit that of the previous frame."""
     data = gif((30, 20), 3)
     control = b"!\xf9\x04\x04\x32\0\0\0"
     first, second = data.index(b"!\xf9"), data.rindex(b"!\xf9", 0, data.rindex(b"!\xf9"))
@@ -357,7 +357,7 @@ def test_a_keyframe_is_looked_up_once_for_a_frame(monkeypatch):
 
 
 def long_as(years):
-    """An AVI of 60 frames whose header makes it so long."""
+    """An AVI of 60 frames whose header states a duration of `years`."""
     data = clips.data("mpeg-4 avi")
     place = data.index(b"strh") + 8 + 20
     scale = round(years * 365.25 * 86400)

@@ -1,4 +1,4 @@
-"""Downloads: one deadline for all of one, bounded sizes, numbers that are numbers."""
+"""Downloads: one deadline for the whole download, limits on sizes, strict Content-Length."""
 
 import base64
 import contextlib
@@ -37,7 +37,7 @@ def refused(url, **options):
 
 
 def dripping(server, kind):
-    """An answer that takes 3 s, of which no part is silent for long; then it is whole."""
+    """A response that takes 3 s without pausing for long, and is then complete."""
     head = b"HTTP/1.1 200 OK\r\n"
     return {
         "body": server.drip(web.ok(b"", "Content-Length: 1000"), b"x"),
@@ -95,7 +95,7 @@ def test_a_video_that_hardly_comes_is_given_up_long_before_its_deadline(server, 
 
 @pytest.mark.parametrize(("nbytes", "passed_s"), [(1, 120), (25_000, 240), (51_000, 3600)])
 def test_the_pace_that_a_video_must_keep(monkeypatch, nbytes, passed_s):
-    """By a clock on which each read takes 5 s."""
+    """With a clock on which each read takes 5 s."""
     clock = itertools.count(0, 5)
     monkeypatch.setattr(download.time, "monotonic", lambda: next(clock))
     network, reads = download.Network(20, 3600, 120), 0
@@ -117,7 +117,7 @@ def test_silence_ends_earlier_than_the_deadline(server, monkeypatch, scheme):
 
 
 def test_the_head_of_a_response_is_bounded(server):
-    # Newer Pythons read 100 interim responses at most; these are so long that fewer are too many.
+    # Newer Pythons read at most 100 interim responses; these exceed the limit before that.
     line = b"a: " + b"b" * 30_000 + b"\r\n"
     for pieces in (
         (b"HTTP/1.1 100 Continue\r\n" + line + b"\r\n",),

@@ -1,4 +1,4 @@
-"""Offline, by --offline or by the environment, no process so much as makes a socket."""
+"""With --offline or the environment variables, no process opens a socket."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.media.fetch import is_offline
 from tests.helpers import hf_folder as hf
 
-# Runs the command line in a process that ends where a socket is made or a name looked up.
+# Runs the command line in a process that exits when it opens a socket or looks up a name.
 GUARDED = """
     import os, sys
     def guard(event, _arguments):

@@ -1,4 +1,4 @@
-"""Readers of frames: each gives what decoding the whole file gives, in every format."""
+"""Each reader gives the same frames as decoding the whole file, in every format."""
 
 import io
 from dataclasses import replace
@@ -20,7 +20,7 @@ def reader_of(data):
 
 @pytest.fixture(params=["reading over gaps", "seeking over gaps"])
 def gaps(request, monkeypatch):
-    """Whether a gap is sought over, however short, or read over, however long."""
+    """Make the decoder always seek over gaps, or never."""
     packets = 1 if request.param.startswith("seeking") else 10**9
     monkeypatch.setattr(decode, "SEEK_PACKETS", packets)
 
@@ -85,7 +85,7 @@ def count_decoded(monkeypatch):
 
 
 def test_few_frames_are_decoded(monkeypatch):
-    """From the keyframe on, and of those between only the ones that others refer to."""
+    """Decoding starts at the keyframe and skips frames that no other frame refers to."""
     reader = reader_of(cases.data("3 min"))
     counts = count_decoded(monkeypatch)
     assert len(list(reader.read([20, 1720]))) == 2
@@ -97,7 +97,7 @@ def test_few_frames_are_decoded(monkeypatch):
 
 @pytest.mark.parametrize("name", ["open gop", "open gop hevc", "b frames", "h264 ts"])
 def test_frames_before_the_keyframe_of_an_open_group_need_no_second_look(name, monkeypatch):
-    """They are decoded from the keyframe before, at once: not from the start in the end."""
+    """They are decoded from the previous keyframe, without a second pass from the start."""
     reader, counts = reader_of(cases.data(name)), count_decoded(monkeypatch)
     for index in range(reader.num_frames):
         counts.clear()
@@ -172,7 +172,7 @@ def test_sound_is_no_video_even_with_a_cover(container, with_cover):
 
 
 def test_a_stream_that_starts_late():
-    """Numbers of frames count from the first one; where the sound begins does not matter."""
+    """Frame numbers start at the first frame, whenever the sound begins."""
     made = cases.SPECS["h264 ts"]
     late = cases.make(replace(made, times=tuple(10 * n + 700 for n in range(made.frames))))
     with av.open(io.BytesIO(late)) as container:

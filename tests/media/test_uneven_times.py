@@ -1,4 +1,4 @@
-"""Frames at uneven times: the packets' times win over a rate that contradicts them."""
+"""Frames at uneven times: packet times override a rate that contradicts them."""
 
 import bisect
 import io
@@ -135,7 +135,7 @@ def test_a_rate_that_drifts():
 
 
 def test_small_jitter_leaves_the_rate_in_charge():
-    """Else a phone's recordings would not be sampled as in training."""
+    """Otherwise recordings of phones would not be sampled as in training."""
     jitter = np.random.default_rng(0).uniform(-0.015, 0.015, 900)
     times = np.sort(np.arange(900) / 30 + jitter - jitter[0])
     assert build_measured_timeline(times, 0.033, 30).times_s is None
@@ -147,7 +147,7 @@ def test_small_jitter_leaves_the_rate_in_charge():
     ("last_s", "expected"), [(0.5, 3.5), (3.0, 6.0), (0.0, 4.5), (2.0**31, 4.5), (-1.0, 4.5)]
 )
 def test_how_long_the_last_frame_is_shown(last_s, expected):
-    """As its packet says, unless that is longer than all else or missing: then the mean."""
+    """The duration of its packet, or the mean if that is missing or longer than all others."""
     assert build_measured_timeline(np.array([0, 0.1, 3.0]), last_s, 10).duration_s == expected
 
 
@@ -200,7 +200,7 @@ def test_any_range(uneven):
 
 
 def test_uneven_sampling_of_even_frames_is_the_same():
-    """The two ways to choose agree where both can be used."""
+    """Both ways of sampling agree where both apply."""
     for number, fps in ((270, 30.0), (40, 8.0), (10, 25.0), (7, 0.5), (4000, 25.0)):
         even = build_even_timeline(number, fps)
         uneven = Timeline(number, fps, even.duration_s, np.arange(number) / fps)
@@ -236,7 +236,7 @@ def test_animations_have_a_time_for_each_frame(form):
 
 
 class Disk(io.BytesIO):
-    """A file whose disk fails behind a place, and that refuses offsets as Linux does."""
+    """A file that fails to read beyond a position, and refuses offsets as Linux does."""
 
     def __init__(self, data, good=10**9):
         super().__init__(data)
@@ -255,7 +255,7 @@ class Disk(io.BytesIO):
 
 @pytest.mark.parametrize("byte", [b"\x7f", b"\x8f"])
 def test_an_offset_outside_of_any_file_is_passed_over(byte):
-    """The last bytes of this file say where its index begins: much too early, or too late."""
+    """The last bytes of this file give the offset of its index, here before or after the file."""
     data = made("nut")
     data = data[:-12] + byte * 8 + data[-4:]
     reader = open_reader(lambda: Disk(data), "the file")

@@ -1,4 +1,4 @@
-"""Files that are cut, damaged, lie, or are no videos: one clear line, or the best true answer."""
+"""Truncated, damaged, lying and unsuitable files: one clear error, or the frames that are left."""
 
 import io
 import json
@@ -181,7 +181,7 @@ def fuzz(rounds):
 
 
 def test_damage_of_any_kind():
-    """In a process of its own: a crash or hang of a decoder would take pytest with it."""
+    """In a separate process, since a decoder might crash or hang."""
     rounds = 60
     result = subprocess.run(
         [sys.executable, "-W", "error", "-c", FUZZ, str(rounds)],
@@ -318,7 +318,7 @@ def test_files_that_name_other_files_are_refused(name, tmp_path):
 
 
 def test_ffmpeg_would_follow_such_a_file(tmp_path):
-    """So the test above tests something."""
+    """This shows that the test above is needed."""
     (tmp_path / "real.mp4").write_bytes(clips.data("h264 mp4"))
     path = tmp_path / "script.txt"
     path.write_text("ffconcat version 1.0\nfile 'real.mp4'\n")
