@@ -14,7 +14,7 @@ import mlx_smolvlm
 from mlx_smolvlm import MediaError, PromptError, Sampling, SmolVLM
 from mlx_smolvlm.generate.engine import Prompt
 from mlx_smolvlm.generate.stream import Answer
-from mlx_smolvlm.smolvlm import _usual_dtype
+from mlx_smolvlm.smolvlm import _choose_dtype
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
 SHORT = Sampling(max_tokens=6)
@@ -217,4 +217,4 @@ def test_public_names_exist() -> None:
 )
 def test_usual_dtype(tiny: SmolVLM, stored: str, on_cpu: bool, expected: str) -> None:
     config = dataclasses.replace(tiny.config, dtype=stored)
-    assert _usual_dtype(config, on_cpu) == expected
+    assert _choose_dtype(config, on_cpu) == expected
