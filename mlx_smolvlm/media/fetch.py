@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from http.client import HTTPResponse
 
 MAX_BYTES = 256 * 1024**2  # in a picture that is downloaded or piped
-MAX_VIDEO_BYTES = 4 * 1024**3  # in a video that is, which goes to a temporary file
+MAX_VIDEO_BYTES = 4 * 1024**3  # in such a video, which goes to a temporary file
 TIMEOUT_S = 20.0  # without receiving anything
 DEADLINE_S = 120.0  # from the connection to the last byte, redirects included
 VIDEO_DEADLINE_S = 3600.0
@@ -29,10 +29,10 @@ _CHUNK = 1 << 16
 _OFFLINE_VARIABLES = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")  # also read by huggingface_hub
 
 
-def is_offline(asked: bool = False) -> bool:
-    """Whether the network must not be used, as `asked` for or set in the environment."""
+def is_offline(offline: bool = False) -> bool:
+    """Whether the network must not be used, because of `offline` or the environment."""
     values = (os.environ.get(name, "") for name in _OFFLINE_VARIABLES)
-    return asked or any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
+    return offline or any(value.upper() in ("1", "ON", "YES", "TRUE") for value in values)
 
 
 def describe_source(source: str | Path) -> str:
@@ -180,7 +180,7 @@ def _copy_stream(stream: BinaryIO | HTTPResponse, name: str, video: bool) -> Bin
 
 
 class DescriptorReader(io.RawIOBase):
-    """Reads the file of a descriptor from its beginning, with a position of its own."""
+    """Reads the file of a descriptor from its beginning, at a separate position."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor, self._position = descriptor, 0
