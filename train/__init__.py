@@ -1,1 +1,1 @@
-"""Trains on a dataset and evaluates the result."""
+"""Fine-tuning on a dataset, and evaluation of checkpoints."""

@@ -1,7 +1,7 @@
-"""Datasets: JSONL files of conversations, with the pictures and videos that they are about.
+"""Reads datasets: JSONL files of conversations about pictures and videos.
 
-A line is a conversation, or in short a question and its answer; docs/training.md describes the
-format. What is wrong with a line is said here, before any work is done.
+A line is a conversation, or a question with its answer as a short form. docs/training.md describes
+the format. All lines are checked when the file is read, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mlx_smolvlm.prompt.template import normalize_message
 
 Message = dict[str, Any]
 
-LARGEST_FILE = 2**30  # bytes of lines; media are files of their own
+LARGEST_FILE = 2**30  # bytes, without the media
 MEDIA = {"image": "images", "video": "videos"}
 SHORT = ("image", "video", "question", "answer")
 KEYS = ("messages", *SHORT, *MEDIA.values(), "system", "task", "answers", "metric", "choices")
@@ -31,16 +31,16 @@ class Example:
     """A line of a dataset.
 
     Attributes:
-        messages: As `SmolVLM.ask` takes them, content a list of items, media items without a
-            source; the last one is an assistant's.
-        images: One for each image item, in order.
-        videos: One for each video item, in order.
-        task: What to count it under; None if the line does not say.
-        line: Its number in `file`, from 1.
-        file: Where it stands.
-        answers: What is accepted as an answer; by default the text of the last message.
-        metric: How an answer is to be judged; None leaves it to the reader.
-        choices: What an answer is to be chosen from; empty if it is free.
+        messages: Messages as for `SmolVLM.ask`: the content is a list of items, and media items
+            have no source. The last message is an assistant's.
+        images: The file of each image item, in order.
+        videos: The file of each video item, in order.
+        task: The task that an evaluation counts the line under; None if the line names none.
+        line: The number of the line in `file`, from 1.
+        file: The JSONL file.
+        answers: The accepted answers; by default the text of the last message.
+        metric: The name of the metric for answers; None if the line names none.
+        choices: The texts to choose an answer from; empty if the answer is free.
     """
 
     messages: tuple[Message, ...]
@@ -55,37 +55,38 @@ class Example:
 
     @property
     def prompt(self) -> list[Message]:
-        """The messages that the last answer is an answer to."""
+        """The messages before the last answer."""
         return list(self.messages[:-1])
 
     @property
     def where(self) -> str:
-        """File and line, for messages of errors."""
+        """File and line as "FILE:LINE", for error messages."""
         return f"{self.file}:{self.line}"
 
 
 def read_dataset(path: str | Path, split: str = "train") -> list[Example]:
-    """The examples in the file `path`, or in `split`.jsonl of the folder `path`, in order.
+    """Read the examples of a dataset, in the order of its lines.
 
     Args:
-        path: A folder, or a JSONL file; media are looked for beside the file.
-        split: Which file of a folder: "train", "valid" or any other name.
+        path: A JSONL file, or a folder that has one. Paths of media are relative to the file's
+            folder.
+        split: The name of the file in a folder, without .jsonl: "train", "valid" or any other.
 
     Raises:
-        DatasetError: There is no such file, it holds no example, or a line is not as
-            docs/training.md says; it names file, line and reason.
+        DatasetError: There is no such file, it is empty, or a line does not follow the format in
+            docs/training.md. The message names file, line and reason.
     """
     file = expand_path(path, DatasetError)
     if os.path.isdir(file):  # Path.is_dir raises where a name is too long
         file = file / f"{split}.jsonl"
     examples = list(_read_examples(file))
     if not examples:
-        raise DatasetError(f"{file} has no lines; give it one example a line")
+        raise DatasetError(f"{file} is empty; write one example on each line")
     return examples
 
 
 def _read_examples(file: Path) -> Iterator[Example]:
-    """The examples of the lines of `file`; empty lines are passed over."""
+    """Yield the example of each line of `file` that is not blank."""
     try:
         text = read_file(file, LARGEST_FILE).decode("utf-8-sig")
     except OSError as error:
@@ -104,7 +105,7 @@ def _read_examples(file: Path) -> Iterator[Example]:
 
 
 def _parse_example(line: str, number: int, file: Path) -> Example:
-    """The example that `line` states."""
+    """Parse line `number` of `file`."""
     try:
         values = json.loads(line)
     except ValueError as error:
@@ -113,7 +114,7 @@ def _parse_example(line: str, number: int, file: Path) -> Example:
         raise DatasetError(f"it must be a JSON object, not a {type(values).__name__}")
     for key in values:
         if key not in KEYS:
-            raise DatasetError(f"the key {shorten(key)} is not known; known are {', '.join(KEYS)}")
+            raise DatasetError(f"unknown key {shorten(key)}; the keys are {', '.join(KEYS)}")
     answers, choices = _get_texts(values, "answers"), _get_texts(values, "choices")
     media = {kind: _find_media(values, kind, file.parent) for kind in MEDIA}
     counts = {kind: len(paths) for kind, paths in media.items()}
@@ -121,7 +122,9 @@ def _parse_example(line: str, number: int, file: Path) -> Example:
     for kind, count in counts.items():
         items = sum(item["type"] == kind for one in messages for item in one["content"])
         if items != count:
-            raise DatasetError(f"the messages have {items} {kind} items, and {MEDIA[kind]} {count}")
+            raise DatasetError(
+                f"the messages have {items} {kind} items, but {MEDIA[kind]} has {count} files"
+            )
     if "choices" in values:
         _check_choices(choices)
     return Example(
@@ -138,12 +141,12 @@ def _parse_example(line: str, number: int, file: Path) -> Example:
 
 
 def _check_choices(choices: tuple[str, ...]) -> None:
-    """Refuse choices between which `SmolVLM.choose` cannot choose."""
+    """Refuse choices that `SmolVLM.choose` cannot choose between."""
     if len(set(choices)) < 2:
-        raise DatasetError("choices needs two different texts or more")
+        raise DatasetError("choices must have two or more different texts")
     for choice, count in Counter(choices).items():
         if not choice.strip():
-            raise DatasetError("choices has a text that is empty")
+            raise DatasetError("choices has an empty text")
         if count > 1:
             raise DatasetError(f"choices has {shorten(choice)} twice; give each text once")
 
@@ -151,11 +154,11 @@ def _check_choices(choices: tuple[str, ...]) -> None:
 def _build_messages(
     values: dict[str, Any], answers: tuple[str, ...], counts: dict[str, int]
 ) -> list[Message]:
-    """The messages of a line, media items and the last answer included."""
+    """Build the messages of a line, with its media items and the last answer."""
     if "messages" in values:
         short = [key for key in SHORT if key in values]
         if short:
-            raise DatasetError(f"it has both messages and {short[0]}; give one of the two")
+            raise DatasetError(f"it has both messages and {short[0]}; keep one of them")
         messages = _check_messages(values["messages"])
     else:
         if _get_text(values, "question") is None:
@@ -165,12 +168,12 @@ def _build_messages(
             messages.append(_make_message("assistant", values["answer"]))
     if messages[-1]["role"] != "assistant":
         if not answers:
-            raise DatasetError("the last message must be an assistant's, or there must be answers")
+            raise DatasetError("it has no answer: end with an assistant's message, or add answers")
         messages.append(_make_message("assistant", answers[0]))
     system = _get_text(values, "system")
     if system is not None:
         if messages[0]["role"] == "system":
-            raise DatasetError("it has system, and a system message as well; give one of the two")
+            raise DatasetError("it has both system and a system message; keep one of them")
         messages.insert(0, _make_message("system", system))
     _check_answers(messages)
     _place_media(messages, counts)
@@ -178,32 +181,36 @@ def _build_messages(
 
 
 def _check_messages(value: Any) -> list[Message]:
-    """Messages rebuilt from plain values."""
+    """Check the messages of a line and copy them."""
     if not isinstance(value, list) or not value:
         raise DatasetError("messages must be a list of one or more messages")
     return [normalize_message(message, number) for number, message in enumerate(value, 1)]
 
 
 def _make_message(role: str, text: str) -> Message:
-    """A message of one text."""
+    """Return a message with one text."""
     return normalize_message({"role": role, "content": text}, 1)
 
 
 def _check_answers(messages: list[Message]) -> None:
-    """Refuse an answer that is empty, not text, or to nothing."""
+    """Refuse an answer that is empty, has media, or does not follow a user's message."""
     for number, message in enumerate(messages, 1):
         if message["role"] != "assistant":
             continue
         if any(item["type"] != "text" for item in message["content"]):
-            raise DatasetError(f"message {number} is an answer with a picture or video; give text")
+            raise DatasetError(
+                f"message {number} is an answer with a picture or video; use text only"
+            )
         if not _join_text(message).strip():
             raise DatasetError(f"message {number} is an empty answer")
         if number == 1 or messages[number - 2]["role"] != "user":
-            raise DatasetError(f"message {number} is an answer, and the one before is no user's")
+            raise DatasetError(
+                f"message {number} is an answer, but does not follow a user's message"
+            )
 
 
 def _place_media(messages: list[Message], counts: dict[str, int]) -> None:
-    """Put media items before the first user's text if no message has any."""
+    """Put media items before the text of the first user's message if no message has any."""
     if any(item["type"] in MEDIA for message in messages for item in message["content"]):
         return
     first = next(message for message in messages if message["role"] == "user")
@@ -212,15 +219,15 @@ def _place_media(messages: list[Message], counts: dict[str, int]) -> None:
 
 
 def _join_text(message: Message) -> str:
-    """The text of a message without media."""
+    """Return the text of a message without media."""
     return "".join(item["text"] for item in message["content"])
 
 
 def _find_media(values: dict[str, Any], kind: str, folder: Path) -> tuple[Path, ...]:
-    """The files of one kind that a line names."""
+    """Return the files of the media of one kind."""
     many = MEDIA[kind]
     if kind in values and many in values:
-        raise DatasetError(f"it has both {kind} and {many}; give one of the two")
+        raise DatasetError(f"it has both {kind} and {many}; keep one of them")
     names = _get_texts(values, many)
     if kind in values:
         names = (_get_text(values, kind) or "",)
@@ -228,7 +235,7 @@ def _find_media(values: dict[str, Any], kind: str, folder: Path) -> tuple[Path, 
 
 
 def _find_file(name: str, folder: Path) -> Path:
-    """The file `name` of a line, looked for in `folder` if it is no whole path."""
+    """Return the path of the file `name`, which may be relative to `folder`."""
     try:
         path = folder / expand_path(name)
     except OSError as error:
@@ -239,27 +246,29 @@ def _find_file(name: str, folder: Path) -> Path:
 
 
 def _get_text(values: dict[str, Any], key: str) -> str | None:
-    """The text under `key`; None if there is none."""
+    """Return the text under `key`, or None if there is no such key."""
     value = values.get(key)
     if key in values and (not isinstance(value, str) or not value.strip()):
-        raise DatasetError(f"{key} must be a text that is not empty, not {shorten(value)}")
+        raise DatasetError(f"{key} must be a text and not empty; it is {shorten(value)}")
     return None if value is None else _check_text(value, key)
 
 
 def _get_texts(values: dict[str, Any], key: str) -> tuple[str, ...]:
-    """The texts under `key`; none if there is no such key."""
+    """Return the texts under `key`; empty if there is no such key."""
     value = values.get(key, [])
     if isinstance(value, str):
         value = [value]
     if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-        raise DatasetError(f"{key} must be a list of texts, not {shorten(value)}")
+        raise DatasetError(
+            f"{key} must be a list of texts that are not empty; it is {shorten(value)}"
+        )
     if key == "answers" and key in values and not value:
-        raise DatasetError("answers has no text")
+        raise DatasetError("answers is empty; give at least one text, or leave it out")
     return tuple(_check_text(one, key) for one in value)
 
 
 def _check_text(text: str, key: str) -> str:
-    """`text`, which stands under `key`, if every character of it can be written."""
+    """Return `text` if it can be encoded as UTF-8; it may have lone surrogates from JSON."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

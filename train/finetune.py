@@ -1,4 +1,4 @@
-"""A fine-tuning from its settings to a folder, resumed where an earlier run of it stopped."""
+"""Fine-tunes a checkpoint into a folder, and resumes an earlier run in that folder."""
 
 from __future__ import annotations
 
@@ -49,24 +49,32 @@ LARGEST_LOG = 2**30  # bytes
 
 
 def check_folder(out: Path) -> None:
-    """Refuse a folder that holds something else than a training."""
+    """Create the folder `out`, or refuse it if it has files that are not of a training."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         names = sorted(one.name for one in out.iterdir())
     except FileExistsError:
-        raise TrainingError(f"{out} is no folder; choose another with --out") from None
+        raise TrainingError(f"{out} is not a folder; choose another with --out") from None
     except (OSError, ValueError) as error:  # a name with a NUL character is a ValueError
         reason = getattr(error, "strerror", None) or error
         raise TrainingError(f"{out} cannot be used: {reason}; choose another with --out") from None
     others = [name for name in names if name not in OWN_NAMES and not name.startswith(".")]
     if others:
         raise TrainingError(
-            f"{out} holds {others[0]!r}, which is of no training; choose another folder with --out"
+            f"{out} holds {others[0]!r}, which is not a training's file; choose another folder "
+            "with --out"
         )
 
 
 def lock_folder(out: Path) -> int:
-    """A descriptor that keeps other trainings out of the folder; what killed ones left goes."""
+    """Lock the folder against other trainings, and remove the temporary files of killed ones.
+
+    Returns:
+        A file descriptor; closing it unlocks the folder.
+
+    Raises:
+        TrainingError: Another process has locked the folder.
+    """
     try:
         descriptor = lock(out)
     except BlockingIOError:
@@ -78,22 +86,31 @@ def lock_folder(out: Path) -> int:
 
 @contextmanager
 def report_write_errors(out: Path) -> Iterator[None]:
-    """Within it, what the system refuses to write is said in one line.
+    """Turn an `OSError` inside the context into a `TrainingError`.
 
     Raises:
-        TrainingError: It names the file and the reason; what was saved before is whole.
+        TrainingError: A file cannot be written; the state saved before is intact.
     """
     try:
         yield
     except OSError as error:
         raise TrainingError(
-            f"{error.filename or out} cannot be written: {error.strerror or error}; see to "
-            "that, and the same command goes on from what was saved last"
+            f"{error.filename or out} cannot be written: {error.strerror or error}; after fixing "
+            "that, the same command goes on from the last saved state"
         ) from None
 
 
 def check_same(path: Path, stored: dict[str, str], own: dict[str, str]) -> None:
-    """Refuse to go on from a state that other settings, data or weights led to."""
+    """Refuse to resume from a state of other settings, data or weights.
+
+    Args:
+        path: The state's file, for messages.
+        stored: The notes of the state: "settings", "data" and "base".
+        own: The notes of this training.
+
+    Raises:
+        TrainingError: They differ, or `stored` is damaged.
+    """
     advice = "choose another folder with --out, or remove this one"
     try:
         old = json.loads(stored.get("settings", "{}"))
@@ -114,7 +131,7 @@ def check_same(path: Path, stored: dict[str, str], own: dict[str, str]) -> None:
 
 
 def rewind(log: Path, step: int) -> None:
-    """Take from `log` what came after `step`, or was not written to its end."""
+    """Remove the lines of `log` that are after `step` or incomplete; create it if missing."""
     lines = []
     if os.path.lexists(log):
         try:
@@ -131,7 +148,13 @@ def rewind(log: Path, step: int) -> None:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Examples that fit, with their lengths in tokens, and how many were left out."""
+    """Examples that are short enough.
+
+    Attributes:
+        examples: The examples.
+        lengths: The length of each in tokens.
+        skipped: How many were too long.
+    """
 
     examples: tuple[Example, ...]
     lengths: tuple[int, ...]
@@ -140,10 +163,12 @@ class TrainingData:
 
 @dataclass(frozen=True)
 class TuningEvent:
-    """A step that was made, or an evaluation before the first one (`report` is None).
+    """What `Tuning.run` yields: a step, or the evaluation before the first step.
 
-    `valid_loss` is of the held-out examples, if it was their turn; `tokens` are those of the
-    step's rows, without what fills them up.
+    Attributes:
+        report: The figures of the step; None for the evaluation before the first.
+        valid_loss: The loss on the held-out examples; None if they were not evaluated.
+        tokens: The tokens of the step's rows, without padding.
     """
 
     report: StepReport | None
@@ -154,42 +179,55 @@ class TuningEvent:
 def measure_examples(
     vlm: SmolVLM, examples: Sequence[Example], media_options: MediaOptions, settings: Settings
 ) -> TrainingData:
-    """The examples that are short enough; every prompt is made once, no picture decoded.
+    """Tokenize every example once, without decoding pictures, and select the short enough ones.
 
     Raises:
-        DatasetError: An example is too long and the settings do not say to skip it, a medium
+        DatasetError: An example is too long and the settings do not skip it, a picture or video
             cannot be read, or no example is left.
     """
     context = vlm.config.text.max_position_embeddings
     limit = min(context, settings.max_tokens or context)
-    kept, lengths = [], []
+    short, lengths = [], []
     for example in examples:
         media = measure_media(vlm, example, media_options)
         length = build_row(vlm.engine.prompt_builder, example, media).ids.size
         if length <= limit:
-            kept.append(example)
+            short.append(example)
             lengths.append(length)
         elif settings.too_long == "error":
             raise DatasetError(
-                f"{example.where}: it takes {length:,} tokens, and {limit:,} are the most; raise "
+                f"{example.where}: it takes {length:,} tokens, but the limit is {limit:,}; raise "
                 f'max_tokens (the context is {context:,}), use a lower detail, or too_long = "skip"'
             )
-    if not kept:
+    if not short:
         raise DatasetError(f"no example of {examples[0].file} fits into {limit:,} tokens")
-    return TrainingData(tuple(kept), tuple(lengths), len(examples) - len(kept))
+    return TrainingData(tuple(short), tuple(lengths), len(examples) - len(short))
 
 
 class Tuning:
-    """A training that is ready to run, its folder locked.
+    """A fine-tuning with its model and data loaded and its folder locked.
 
-    `total` steps are to be made on `examples`; `skipped` ones are too long.
+    Attributes:
+        settings: The settings.
+        out: The folder.
+        vlm: The checkpoint; training changes its model in place.
+        loop: The training loop.
+        example_count: Examples to train on, of all datasets.
+        skipped_count: Examples left out because they are too long.
+        total_steps: Steps of the whole training.
     """
 
     def __init__(self, settings: Settings, out: Path, offline: bool = False) -> None:
-        """Load the model, read the data, and go on from the folder's state if there is one.
+        """Load the model, read the data, and resume from the folder's state if there is one.
+
+        Args:
+            settings: The settings.
+            out: The folder to write to; it is created if needed.
+            offline: Do not download the model.
 
         Raises:
-            TrainingError: The folder is taken, or its state is of another training.
+            TrainingError: The folder is in use, holds other files, or its state is of another
+                training.
             DatasetError: An example cannot be used.
             CheckpointError: The model cannot be loaded.
         """
@@ -205,13 +243,13 @@ class Tuning:
             raise
 
     def _prepare(self, offline: bool) -> None:
-        """Model, data and loop; errors as the constructor."""
+        """Load the model and the data, and create the loop; raises as the constructor."""
         settings = self.settings
         datasets = [read_dataset(settings.resolve_path(one.path)) for one in settings.data]
         held_out = self._read_held_out()
         dtype = settings.dtype or ("float32" if settings.method == "full" else None)
         local = settings.resolve_path(settings.model)
-        # Path.is_dir raises where a name is too long, as that of a hub's model may be.
+        # Path.is_dir raises if a name is too long, as a model name may be.
         name = local if os.path.isdir(local) else settings.model
         self.vlm = vlm = load(name, offline=offline, dtype=dtype)
         self._notes = self._compute_identity(datasets)
@@ -222,13 +260,13 @@ class Tuning:
         self.skipped_count = sum(one.skipped for one in (*data, valid) if one is not None)
         self.total_steps = self._count_steps()
         self._adapter = self._choose_parameters()
-        features = None if trains_encoder(vlm.model) else EmbeddingCache(vlm)
-        self._loader = self._make_loader(data, media_options, features)
-        self._valid = self._make_valid(valid, media_options, features)
+        cache = None if trains_encoder(vlm.model) else EmbeddingCache(vlm)
+        self._loader = self._make_loader(data, media_options, cache)
+        self._valid = self._make_valid(valid, media_options, cache)
         self.loop = self._make_loop()
 
     def _choose_parameters(self) -> AdapterConfig | None:
-        """Leave what is to be trained; the new adapter, if the method is by one."""
+        """Freeze all other parameters; return the new adapter's configuration if there is one."""
         settings, vlm = self.settings, self.vlm
         mx.random.seed(settings.seed)
         if settings.method == "lora":
@@ -239,22 +277,22 @@ class Tuning:
 
     @property
     def parameter_count(self) -> int:
-        """How many numbers are trained."""
-        trained: Any = tree_flatten(self.vlm.model.trainable_parameters())
-        return sum(int(array.size) for _, array in trained)
+        """The number of parameters that are trained."""
+        parameters: Any = tree_flatten(self.vlm.model.trainable_parameters())
+        return sum(int(array.size) for _, array in parameters)
 
     @property
     def result(self) -> Path:
-        """The folder of what is trained."""
+        """The folder of the adapter or of the trained model."""
         return self.out / (ADAPTER if self._adapter else MODEL)
 
     def run(self) -> Iterator[TuningEvent]:
-        """Makes the steps that are left, evaluates, saves and logs as the settings say.
+        """Take the remaining steps, and evaluate, save and log as often as the settings say.
 
-        What was trained is saved at the end; who stops before calls `save`.
+        The result is saved after the last step. If you stop earlier, call `save`.
 
         Raises:
-            TrainingError: The loss is no number any more, or the disk refuses.
+            TrainingError: The loss is infinite or not a number, or a file cannot be written.
             DatasetError: A picture or video cannot be decoded.
         """
         settings = self.settings
@@ -270,7 +308,7 @@ class Tuning:
             yield event
 
     def evaluate(self) -> float:
-        """Mean loss of the tokens of the held-out answers."""
+        """Return the mean loss per token of the held-out answers."""
         assert self._valid is not None
         loader, batches = self._valid
         self.vlm.model.eval()
@@ -282,11 +320,11 @@ class Tuning:
         return float((total / weight).item())  # type: ignore[arg-type]
 
     def save(self) -> None:
-        """Write what was trained, then the state to go on from.
+        """Write the adapter or model, then the state to resume from.
 
         Raises:
-            TrainingError: The disk is full, or refuses for another reason.
-            CheckpointError: Likewise, of a whole model.
+            TrainingError: A file cannot be written, for example because the disk is full.
+            CheckpointError: The same, for the files of a whole model.
         """
         model = self.vlm.model
         with report_write_errors(self.out):
@@ -297,44 +335,49 @@ class Tuning:
             self.loop.save(self.out / STATE_FILE, self._notes)
 
     def fuse(self) -> Path:
-        """The checkpoint of base and adapter together.
+        """Write a checkpoint of the base with the adapter, and return its folder.
 
         Raises:
             TrainingError: There is no adapter.
         """
         if self._adapter is None:
-            raise TrainingError("method full has no adapter to fuse: its model is whole already")
+            raise TrainingError(
+                "method full has no adapter to fuse: it writes a whole model already"
+            )
         return fuse(self.vlm.path, self.result, self.out / FUSED)
 
     def close(self) -> None:
-        """Let go of threads and of the folder."""
+        """End the threads and unlock the folder."""
         for loader in self._loaders:
             loader.close()
         os.close(self._lock)
 
     def _compute_identity(self, datasets: Sequence[Sequence[Example]]) -> dict[str, str]:
-        """What has to be the same for a training to go on."""
-        total = hashlib.blake2b(digest_size=16)
+        """Return the notes that must be equal for a state to be resumed.
+
+        Media count by their sizes alone, since reading all of them could take minutes.
+        """
+        digest = hashlib.blake2b(digest_size=16)
         for examples in datasets:
             data = examples[0].file.read_bytes()
-            total.update(b"%d\n" % len(data) + data)
+            digest.update(b"%d\n" % len(data) + data)
             for path in [path for one in examples for path in (*one.images, *one.videos)]:
-                total.update(b"%d\n" % path.stat().st_size)
+                digest.update(b"%d\n" % path.stat().st_size)
         base = json.dumps([self.vlm.config.to_dict(), compute_signature(self.vlm.model)])
         return {
             "settings": json.dumps(self.settings.dump_decisive()),
-            "data": total.hexdigest(),
+            "data": digest.hexdigest(),
             "base": hashlib.blake2b(base.encode(), digest_size=16).hexdigest(),
         }
 
     def _read_held_out(self) -> list[Example]:
-        """The examples to evaluate on: those named, else the valid.jsonl beside the data."""
+        """Read the examples to evaluate on: of `valid`, or of each valid.jsonl in a data folder."""
         settings = self.settings
         if settings.valid is not None:
             return read_dataset(settings.resolve_path(settings.valid), "valid")
         folders = [settings.resolve_path(one.path) for one in settings.data]
-        found = [one for one in folders if (one / "valid.jsonl").is_file()]
-        return [example for one in found for example in read_dataset(one, "valid")]
+        folders = [one for one in folders if (one / "valid.jsonl").is_file()]
+        return [example for one in folders for example in read_dataset(one, "valid")]
 
     def _count_steps(self) -> int:
         settings = self.settings
@@ -349,48 +392,48 @@ class Tuning:
         self,
         data: Sequence[TrainingData],
         media_options: MediaOptions,
-        features: EmbeddingCache | None,
+        cache: EmbeddingCache | None,
     ) -> BatchLoader:
         settings, count = self.settings, self.total_steps * self.settings.accumulate
         weights = [one.weight for one in settings.data if one.weight is not None]
         lengths = [one.lengths for one in data]
         order = BatchOrder(lengths, weights or None, settings.batch_size, count, settings.seed)
 
-        def items(number: int) -> list[Example]:
+        def select_examples(number: int) -> list[Example]:
             return [data[d].examples[i] for d, i in order.get_batch(number)]
 
-        self._loaders.append(BatchLoader(self.vlm, items, count, media_options, features))
+        self._loaders.append(BatchLoader(self.vlm, select_examples, count, media_options, cache))
         return self._loaders[-1]
 
     def _make_valid(
         self,
         data: TrainingData | None,
         media_options: MediaOptions,
-        features: EmbeddingCache | None,
+        cache: EmbeddingCache | None,
     ) -> tuple[BatchLoader, int] | None:
-        """Batches of the held-out examples, alike in length, and their number."""
+        """Return a loader of the held-out examples, sorted by length, and its number of batches."""
         if data is None:
             return None
         size = self.settings.batch_size
         order = sorted(range(len(data.examples)), key=lambda i: data.lengths[i])
         count = math.ceil(len(order) / size)
 
-        def items(number: int) -> list[Example]:
+        def select_examples(number: int) -> list[Example]:
             return [data.examples[i] for i in order[number * size : (number + 1) * size]]
 
-        self._loaders.append(BatchLoader(self.vlm, items, count, media_options, features))
+        self._loaders.append(BatchLoader(self.vlm, select_examples, count, media_options, cache))
         return self._loaders[-1], count
 
     def _make_loop(self) -> Loop:
-        settings, own = self.settings, self.settings.optimizer
-        schedule = Schedule(own.rate, self.total_steps, own.warmup, own.schedule, own.floor)  # type: ignore[arg-type]
-        options = LoopOptions(schedule, settings.accumulate, own.clip or None, settings.seed)
+        settings, adamw = self.settings, self.settings.optimizer
+        schedule = Schedule(adamw.rate, self.total_steps, adamw.warmup, adamw.schedule, adamw.floor)  # type: ignore[arg-type]
+        options = LoopOptions(schedule, settings.accumulate, adamw.clip or None, settings.seed)
         loss = checkpointed_loss if settings.checkpoint_gradients else answer_loss
-        adam = optim.AdamW(own.rate, weight_decay=own.weight_decay, bias_correction=True)
-        return Loop(self.vlm.model, loss, adam, self._loader.load_batch, options)
+        optimizer = optim.AdamW(adamw.rate, weight_decay=adamw.weight_decay, bias_correction=True)
+        return Loop(self.vlm.model, loss, optimizer, self._loader.load_batch, options)
 
     def _resume(self) -> None:
-        """Go on from the folder's state, if it is of this training."""
+        """Restore the folder's state, if there is one and it is of this training."""
         path = self.out / STATE_FILE
         if path.exists():
             check_same(path, read_notes(path), self._notes)
@@ -398,7 +441,7 @@ class Tuning:
         rewind(self.out / LOG_FILE, self.loop.step)
 
     def _log(self, event: TuningEvent) -> TuningEvent:
-        """`event`, written to the log."""
+        """Append `event` to the log, and return it."""
         report = event.report
         values: dict[str, Any] = {"step": report.step if report else 0}
         if report is not None:

@@ -1,9 +1,9 @@
-"""The loop of a training: steps, rates, accumulated gradients, and a state on disk.
+"""The training loop: learning rates, steps with accumulated gradients, and a saved state.
 
-It knows neither what a batch is nor what is trained: it is given a module, a loss, an
-optimizer, and a function from a number to a batch. What is random in a step follows from
-the seed and the step's number, so a run that goes on from its state equals one that was
-never stopped, bit for bit.
+The loop is given a module, a loss, an optimizer and a function that loads a batch by its number; it
+knows nothing else about them. The random numbers of a step depend on the seed and the step's
+number alone, so a run that is resumed from its state gives the same weights, bit for bit, as one
+that was never stopped.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_ten
 from mlx_smolvlm.errors import CheckpointError, TrainingError
 
 ScheduleKind = Literal["cosine", "linear", "constant"]
-# From the trainee and a batch to a sum of losses and what they count together: the loss of a
-# step is the one by the other, over all its batches.
+# From the trainee and a batch to a sum of losses and the sum of their weights. The loss of a step
+# is the first divided by the second, each summed over the step's batches.
 LossFunction = Callable[[Any, Any], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates: up to `rate` in `warmup` steps, then down to `floor` of it at the end.
+    """Learning rates: a linear warmup to `rate`, then a decay to `floor` times `rate`.
 
     Attributes:
-        rate: The highest.
-        steps: Of the whole training.
-        warmup: Steps in which the rate grows in a straight line.
-        kind: How it falls: along a cosine, in a straight line, or not at all.
-        floor: Share of `rate` that is left at the end.
+        rate: The highest learning rate.
+        steps: Steps of the whole training.
+        warmup: Steps of the warmup.
+        kind: The shape of the decay; "constant" has none.
+        floor: The last rate as a fraction of `rate`.
     """
 
     rate: float
@@ -49,25 +49,25 @@ class Schedule:
     floor: float = 0.0
 
     def get_rate(self, step: int) -> float:
-        """The rate of `step`, from 0."""
+        """Return the learning rate of step number `step`, counted from 0."""
         if step < self.warmup:
             return self.rate * (step + 1) / (self.warmup + 1)
         if self.kind == "constant":
             return self.rate
-        share = (step - self.warmup) / max(1, self.steps - self.warmup)
-        left = 1 - share if self.kind == "linear" else 0.5 + 0.5 * math.cos(math.pi * share)
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        left = 1 - progress if self.kind == "linear" else 0.5 + 0.5 * math.cos(math.pi * progress)
         return self.rate * (self.floor + (1 - self.floor) * left)
 
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """How steps are made.
+    """Options of a `Loop`.
 
     Attributes:
-        schedule: Rates, and how many steps.
-        accumulate: Batches of a step.
-        clip: The longest gradient, by its norm; None for any.
-        seed: What everything random follows from.
+        schedule: The learning rates and the number of steps.
+        accumulate: Batches whose gradients are added up in a step.
+        clip: The largest norm of the gradient; longer gradients are scaled down. None never does.
+        seed: Seeds the random numbers of every step.
     """
 
     schedule: Schedule
@@ -78,10 +78,15 @@ class LoopOptions:
 
 @dataclass(frozen=True)
 class StepReport:
-    """A step that was made: its number from 1, and the loss before it.
+    """The figures of one step.
 
-    `weight` is what its losses counted together; `norm` is of the gradient, before it was
-    clipped; `seconds` is how long it took.
+    Attributes:
+        step: Its number, from 1.
+        loss: The mean loss of its batches, before the update.
+        weight: The sum of the weights of its losses; with `answer_loss` the number of targets.
+        rate: Its learning rate.
+        norm: The norm of the gradient, before clipping.
+        seconds: How long it took.
     """
 
     step: int
@@ -93,46 +98,47 @@ class StepReport:
 
 
 class Loop:
-    """A training under way; `step` steps are made."""
+    """Trains a module step by step; `step` is the number of steps taken."""
 
     def __init__(
         self,
         trainee: nn.Module,
         loss: LossFunction,
         optimizer: optim.Optimizer,
-        batch: Callable[[int], Any],
+        load_batch: Callable[[int], Any],
         options: LoopOptions,
     ) -> None:
-        """A loop before its first step.
+        """Set up the loop before its first step.
 
         Args:
-            trainee: What is trained: its parameters that are not frozen.
+            trainee: The module to train; frozen parameters stay as they are.
             loss: See `LossFunction`.
-            optimizer: Its rate is set before every step.
-            batch: The batch of a number; step s takes numbers s * accumulate and on.
-            options: How steps are made.
+            optimizer: Its learning rate is set before every step.
+            load_batch: Returns a batch by its number. Step s, from 0, takes the numbers
+                s * accumulate to (s + 1) * accumulate - 1.
+            options: The schedule, accumulation, clipping and the seed.
         """
         self.trainee, self.optimizer, self.options = trainee, optimizer, options
-        self._batch, self._value_and_grad = batch, nn.value_and_grad(trainee, loss)
+        self._load_batch, self._value_and_grad = load_batch, nn.value_and_grad(trainee, loss)
         self.step = 0
         optimizer.init(trainee.trainable_parameters())
 
     @property
     def is_done(self) -> bool:
-        """Whether every step is made."""
+        """Whether all steps have been taken."""
         return self.step >= self.options.schedule.steps
 
     def run(self) -> Iterator[StepReport]:
-        """Makes the steps that are left, and reports each.
+        """Take the remaining steps, and yield the figures of each.
 
         Raises:
-            TrainingError: The loss is no number any more.
+            TrainingError: The loss is infinite or not a number.
         """
         while not self.is_done:
             yield self.advance()
 
     def advance(self) -> StepReport:
-        """Makes one step; errors as `run`."""
+        """Take one step; raises as `run`."""
         began, rate = time.perf_counter(), self.options.schedule.get_rate(self.step)
         loss, weight, gradient = self.compute_gradient()
         if not math.isfinite(loss):
@@ -150,55 +156,60 @@ class Loop:
         return StepReport(self.step, loss, weight, rate, float(norm.item()), seconds)
 
     def compute_gradient(self) -> tuple[float, float, Any]:
-        """Loss of the present step, what its batches count together, and the gradient."""
+        """Return the loss of the next step, its weight (see `StepReport`) and the gradient."""
         options = self.options
         mx.random.seed(options.seed * 1_000_003 + self.step)
         total = weight = 0.0
         gradient: Any = None
         self.trainee.train()
         for part in range(options.accumulate):
-            batch = self._batch(self.step * options.accumulate + part)
-            (value, count), own = self._value_and_grad(self.trainee, batch)
-            gradient = own if gradient is None else tree_map(mx.add, gradient, own)
+            batch = self._load_batch(self.step * options.accumulate + part)
+            (value, count), added = self._value_and_grad(self.trainee, batch)
+            gradient = added if gradient is None else tree_map(mx.add, gradient, added)
             mx.eval(value, count, gradient)
             total, weight = total + float(value.item()), weight + float(count.item())
         return total / weight, weight, tree_map(lambda one: one / weight, gradient)
 
     def save(self, path: Path, notes: dict[str, str]) -> None:
-        """Write step, trained parameters and the optimizer's state to `path`, at once.
+        """Write the step, the trained parameters and the optimizer's state atomically.
 
         Args:
-            path: Ends in .safetensors.
-            notes: What `read_notes` is to give back.
+            path: A file name that ends in .safetensors.
+            notes: Texts to store with the state; `read_notes` returns them.
         """
         parts = {"trainee": self.trainee.trainable_parameters(), "optimizer": self.optimizer.state}
         arrays = dict(tree_flatten(parts))
         save_tensors(path, arrays, {**notes, "step": str(self.step)})
 
     def restore(self, path: Path) -> None:
-        """Go on from what `save` wrote to `path`.
+        """Continue from the state that `save` wrote to `path`.
 
         Raises:
-            TrainingError: It is no state of this training.
+            TrainingError: The file is damaged, or is the state of another training.
         """
         with _state_errors():
             arrays, step = load_tensors(path), read_metadata(path).get("step", "")
         if not (step.isascii() and step.isdigit()) or len(step) > 9:
-            raise TrainingError(f"{path} states the step {step!r:.40}; remove it to begin anew")
+            raise TrainingError(
+                f"{path} has the step {step!r:.40}, not a number; remove it to start again"
+            )
         if int(step) > self.options.schedule.steps:
             raise TrainingError(
-                f"{path} is of step {step}, and there are {self.options.schedule.steps}; remove it "
-                "to begin anew"
+                f"{path} is of step {step}, but the training has {self.options.schedule.steps} "
+                "steps; remove it to start again"
             )
 
-        def stored(name: str, old: mx.array) -> mx.array:
+        def get_array(name: str, old: mx.array) -> mx.array:
             array = arrays.get(name)
             if array is None or (array.shape, array.dtype) != (old.shape, old.dtype):
-                raise TrainingError(f"{path} has no '{name}' of this training; remove it")
+                raise TrainingError(
+                    f"{path} has no '{name}' of this training's shape and type; remove it to "
+                    "start again"
+                )
             return array
 
-        own = {"trainee": self.trainee.trainable_parameters(), "optimizer": self.optimizer.state}
-        state: Any = tree_map_with_path(stored, own)
+        parts = {"trainee": self.trainee.trainable_parameters(), "optimizer": self.optimizer.state}
+        state: Any = tree_map_with_path(get_array, parts)
         self.trainee.update(state["trainee"])
         self.optimizer.state = state["optimizer"]
         self.step = int(step)
@@ -206,7 +217,7 @@ class Loop:
 
 
 def read_notes(path: Path) -> dict[str, str]:
-    """The notes that `Loop.save` wrote to `path`, and "step".
+    """Return the notes that `Loop.save` wrote to `path`, and the step under "step".
 
     Raises:
         TrainingError: The file is damaged.
@@ -217,11 +228,11 @@ def read_notes(path: Path) -> dict[str, str]:
 
 @contextlib.contextmanager
 def _state_errors() -> Iterator[None]:
-    """Turns errors of reading a checkpoint's file into those of a training's state."""
+    """Turn a `CheckpointError` into a `TrainingError` about the state."""
     try:
         yield
     except CheckpointError as error:
         reason = str(error).removesuffix("; fetch it again")
         raise TrainingError(
-            f"the state of the training cannot be read: {reason}; remove it to begin anew"
+            f"the state of the training cannot be read: {reason}; remove it to start again"
         ) from None

@@ -1,7 +1,7 @@
-"""The loss of answers: how unlikely the model finds their tokens, each seeing only those before it.
+"""The training loss: the cross-entropy of answer tokens, and gradient checkpointing.
 
-The decoder is run as it prefills, causal and without a cache, and the head only where a token is
-to be predicted: logits of every place would take most of the memory.
+The decoder runs as in a prefill, causal and without a cache. The head runs only at places whose
+next token is a target: logits (B, L, vocabulary) of all places would take most of the memory.
 """
 
 from __future__ import annotations
@@ -23,16 +23,17 @@ from mlx_smolvlm.model.vision import VisionLayer
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of tokens, and what they show. Letters as in `mlx_smolvlm/model.py`.
+    """Rows of tokens, and the tiles they refer to; shape letters as in model/model.py.
 
     Attributes:
-        input_ids: int32 (B, L), filled up with 0 behind each row.
-        places: Flat places int32 (T,) in (B, L) whose next token is to be predicted.
-        targets: Those tokens, int32 (T,).
-        pixel_values: float32 (N, H, W, 3), tiles in the order of the placeholders; None if they
-            are encoded already, or there are none.
-        image_embeds: (N, I, D) of those that are encoded already; None if none is.
-        seed: What its dropout follows from where layers are computed twice.
+        input_ids: int32 (B, L), padded with 0 at the end of each row.
+        places: int32 (T,), indices into the flattened `input_ids` of the tokens before the targets.
+        targets: int32 (T,), the tokens to predict.
+        pixel_values: float32 (N, H, W, 3), the tiles in the order of their placeholders; None if
+            the batch has `image_embeds` or no tiles.
+        image_embeds: (N, I, D), the encoded tiles; None if the batch has `pixel_values` or no
+            tiles.
+        seed: Seeds dropout if layers are checkpointed.
     """
 
     input_ids: np.ndarray
@@ -44,7 +45,7 @@ class Batch:
 
 
 def answer_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
-    """Sum of the cross-entropies of the targets, float32, and how many they are."""
+    """Return the summed cross-entropy of the targets and their count, both float32 ()."""
     hidden = compute_hidden_states(model, batch)  # (B, L, D)
     logits = model.head(hidden.reshape(-1, hidden.shape[-1])[mx.array(batch.places)])
     losses = cross_entropy(logits, mx.array(batch.targets))
@@ -52,7 +53,7 @@ def answer_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
 
 
 def compute_hidden_states(model: Model, batch: Batch) -> mx.array:
-    """Hidden states (B, L, D) of every place of `batch`."""
+    """Return the decoder's hidden states (B, L, D) for `batch`."""
     b, length = batch.input_ids.shape
     image_embeds = batch.image_embeds
     if batch.pixel_values is not None:
@@ -63,33 +64,36 @@ def compute_hidden_states(model: Model, batch: Batch) -> mx.array:
 
 
 def checkpointed_loss(model: Model, batch: Batch) -> tuple[mx.array, mx.array]:
-    """The same as `answer_loss`; for the gradient, layers are computed a second time."""
+    """Return the same as `answer_loss`, with gradient checkpointing of each layer."""
     with checkpoint_layers(batch.seed):
         return answer_loss(model, batch)
 
 
 @contextmanager
 def checkpoint_layers(seed: int | None = None) -> Iterator[None]:
-    """Within it, layers keep only their inputs for the gradient, and are computed again.
+    """Checkpoint gradients inside the context: the backward pass recomputes each layer.
+
+    Layers of the decoder and the encoder keep only their inputs for the backward pass. Not safe
+    with threads: the layer classes are changed.
 
     Args:
-        seed: Each call of a layer seeds MLX's random numbers with a number that follows from
-            this one, so that dropout drops the same values the second time. None for models
-            without dropout: the random state is left alone.
+        seed: Each call of a layer seeds MLX's random numbers with a number that depends on it, so
+            that dropout drops the same values when the layer is recomputed. None is for models
+            without dropout and leaves the random state alone.
     """
     kinds: tuple[Any, ...] = (DecoderLayer, VisionLayer)
     originals = [kind.__call__ for kind in kinds]
     count = 0
 
-    def wrapped(original: Any) -> Any:
+    def wrap(original: Any) -> Any:
         def call(layer: nn.Module, *inputs: Any) -> mx.array:
             nonlocal count
             count += 1
-            own = None if seed is None else (seed * 1009 + count) % 2**63
+            call_seed = None if seed is None else (seed * 1009 + count) % 2**63
 
             def run(*again: Any) -> mx.array:
-                if own is not None:
-                    mx.random.seed(own)
+                if call_seed is not None:
+                    mx.random.seed(call_seed)
                 states: mx.array = original(layer, *again)
                 return states
 
@@ -100,11 +104,8 @@ def checkpoint_layers(seed: int | None = None) -> Iterator[None]:
 
     try:
         for kind, original in zip(kinds, originals, strict=True):
-            kind.__call__ = wrapped(original)
+            kind.__call__ = wrap(original)
         yield
     finally:
         for kind, original in zip(kinds, originals, strict=True):
             kind.__call__ = original
-
-
-LOSSES = {False: answer_loss, True: checkpointed_loss}

@@ -1,4 +1,4 @@
-"""Which parameters of a model are trained, and how what was trained is written."""
+"""Selects the parameters to train, and writes trained models as checkpoints."""
 
 from __future__ import annotations
 
@@ -31,13 +31,20 @@ from mlx_smolvlm.errors import TrainingError
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.train.settings import LoraSettings
 
-TUNED_SUFFIX = ", fine-tuned"  # what follows the source of a checkpoint that was trained further
+TUNED_SUFFIX = ", fine-tuned"  # appended to the source of a fine-tuned checkpoint
 
 
 def start_adapter(
     model: Model, parts: tuple[str, ...], lora: LoraSettings, source: str
 ) -> AdapterConfig:
-    """New adapters of `parts`, the only parameters of `model` that are left to train."""
+    """Add new LoRA matrices to `parts` of `model`, and freeze everything else.
+
+    Args:
+        model: Changed in place.
+        parts: Parts of the network, of `config.PARTS`.
+        lora: Rank, scale and dropout.
+        source: The `source` of the checkpoint's configuration.
+    """
     config = AdapterConfig(
         base=source,
         base_signature=compute_signature(model),
@@ -54,41 +61,43 @@ def start_adapter(
 
 
 def freeze_other_parts(model: Model, parts: tuple[str, ...]) -> None:
-    """Freeze all of `model` but `parts`.
+    """Freeze all parameters of `model` except those of `parts`.
 
     Raises:
-        TrainingError: One of them is quantized, so that it cannot be trained in full.
+        TrainingError: A matrix in `parts` is quantized, and so cannot be trained itself.
     """
-    packed = (nn.QuantizedLinear, nn.QuantizedEmbedding)
+    quantized = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     for path, module in model.named_modules():
-        if isinstance(module, packed) and find_part(path) in parts:
+        if isinstance(module, quantized) and find_part(path) in parts:
             raise TrainingError(
                 f"'{path}' is quantized to {module.bits} bits, and method full trains floats; "
-                'use method "lora", leave the part out, or convert the checkpoint with --bits 16'
+                'use method "lora", leave out the part, or convert the checkpoint with --bits 16'
             )
     model.freeze()
     for path, module in model.named_modules():
-        own = [name for name, value in module.items() if isinstance(value, mx.array)]
-        trained = [name for name in own if find_part(f"{path}.{name}") in parts]
-        if trained:
-            module.unfreeze(recurse=False, keys=trained)
+        names = [name for name, value in module.items() if isinstance(value, mx.array)]
+        names = [name for name in names if find_part(f"{path}.{name}") in parts]
+        if names:
+            module.unfreeze(recurse=False, keys=names)
 
 
 def trains_encoder(model: Model) -> bool:
-    """Whether what `model` makes of a picture changes in training."""
+    """Whether training changes the embeddings that `model` computes for an image."""
     names: Any = tree_flatten(model.trainable_parameters())
     return any(find_part(name) in ("vision", "connector") for name, _ in names)
 
 
 def write_model(model: Model, base: Path, config: Config, dest: Path) -> None:
-    """Write `model`, which `config` describes, as a checkpoint to `dest`.
+    """Write `model` as a checkpoint.
 
     Args:
-        base: The checkpoint that tokenizer and template come from.
-        dest: A folder that is absent, empty or an older checkpoint.
+        model: The model.
+        base: The checkpoint to copy the tokenizer and the chat template from.
+        config: The configuration of `model`; floats are written in its `dtype`.
+        dest: A folder that does not exist, is empty or holds a checkpoint to replace.
 
     Raises:
-        CheckpointError: It cannot be written.
+        CheckpointError: The checkpoint cannot be written.
     """
     dtype: mx.Dtype = getattr(mx, config.dtype)
     parameters: Any = tree_flatten(model.parameters())
@@ -106,25 +115,33 @@ def write_model(model: Model, base: Path, config: Config, dest: Path) -> None:
 
 
 def mark_as_tuned(config: Config) -> Config:
-    """`config` of a checkpoint that was trained further."""
+    """Return `config` with ", fine-tuned" at the end of its source."""
     return replace(config, source=config.source.removesuffix(TUNED_SUFFIX) + TUNED_SUFFIX)
 
 
 def fuse(base: Path, adapter: Path, dest: Path) -> Path:
-    """The checkpoint `dest`: that in `base` with the adapter added to its weights.
+    """Write a checkpoint of a base model with an adapter added to its weights.
 
-    Matrices that were adapted are floats in it, of the type that the checkpoint's floats have:
-    packed again they would lose what little was added. The others stay as they are.
+    Adapted matrices become floats of the base's `dtype`: quantizing them again would lose most of
+    the small change that the adapter adds. The other matrices stay as they are.
+
+    Args:
+        base: The checkpoint that the adapter was trained on.
+        adapter: The folder of the adapter.
+        dest: The folder to write.
+
+    Returns:
+        `dest`.
 
     Raises:
-        CheckpointError: The adapter does not fit, or `dest` is taken.
+        CheckpointError: The adapter does not fit the base, or `dest` cannot be written.
     """
     config = read_config(base)
     model = load_model(base, "float32")
     adapted = load_adapter(model, adapter, config.source)
     modules: dict[str, Any] = dict(model.named_modules())
-    whole = [(path, modules[path].fuse(dequantize=True)) for path in adapted.modules]
-    model.update_modules(tree_unflatten(whole))
+    fused = [(path, modules[path].fuse(dequantize=True)) for path in adapted.modules]
+    model.update_modules(tree_unflatten(fused))
     old = config.quantization
     kept = tuple(one for one in old.overrides if one[0] not in adapted.modules)
     unpacked = tuple((path, None) for path in adapted.modules if old.find(path) is not None)

@@ -1,7 +1,7 @@
-"""The TOML file that describes a training, read strictly.
+"""Reads the TOML file that configures a fine-tuning.
 
-docs/training.md describes every key. One that is not known, of another type or out of range is
-refused by name, before any work is done.
+docs/training.md describes every key. An unknown key, or a value of another type or out of range, is
+refused by name before any work is done.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from mlx_smolvlm.records import read_record
 METHODS = ("lora", "full")
 SCHEDULES = ("cosine", "linear", "constant")
 DETAILS = ("high", "auto", "low")
-# They change nothing in the weights that a training ends with.
+# Keys that have no influence on the trained weights.
 NOT_DECISIVE = ("out", "evaluate_every", "save_every", "log_every", "fuse", "valid", "folder")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank matrices: their width, what their product is multiplied with, and dropout."""
+    """LoRA: the rank of the matrices, the factor of their product, and the dropout before them."""
 
     rank: int = 8
     scale: float = 4.0
@@ -42,7 +42,7 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """AdamW, its learning rates (see `loop.Schedule`), and the longest gradient (0: any)."""
+    """AdamW with the learning rates of a `loop.Schedule`; `clip` 0 does not clip the gradient."""
 
     rate: float = 2e-4
     schedule: str = "cosine"
@@ -63,7 +63,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """A dataset, and its share of the mixture; None if no dataset has one."""
+    """A dataset, and its weight in the mixture; None draws all examples equally often."""
 
     path: str
     weight: float | None = None
@@ -76,7 +76,7 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """A training. `folder` is that of the file, which relative paths begin at."""
+    """The configuration of a fine-tuning; relative paths are resolved in `folder`."""
 
     model: str
     data: tuple[DataSettings, ...]
@@ -106,20 +106,20 @@ class Settings:
 
     @property
     def trained_parts(self) -> tuple[str, ...]:
-        """Which parts are trained; by default all in full, decoder and connector by LoRA."""
+        """The parts to train: by default all if in full, the decoder and connector if by LoRA."""
         if self.parts is not None:
             return self.parts
         return PARTS if self.method == "full" else ("text", "connector")
 
     def resolve_path(self, name: str) -> Path:
-        """A path that the file names."""
+        """Return the path `name`, which may be relative to the file's folder."""
         return self.folder / expand_path(name, TrainingError)
 
     def check(self) -> None:
-        """Refuse values out of range.
+        """Refuse values that are out of range or contradict each other.
 
         Raises:
-            TrainingError: It names the key, the value and what it may be.
+            TrainingError: Names the key, the value and the allowed values.
         """
         _check_choice("method", self.method, METHODS)
         _check_choice("too_long", self.too_long, ("error", "skip"))
@@ -142,30 +142,32 @@ class Settings:
             if getattr(self, name) is not None:
                 _check_range(name, getattr(self, name), 1e-6, 1e6)
         if self.fuse and self.method != "lora":
-            raise TrainingError("fuse is of no use with method full: its model is whole already")
+            raise TrainingError("fuse needs method lora: method full writes a whole model already")
         if (self.steps is None) == (self.epochs is None):
             raise TrainingError("give either steps or epochs")
         if not self.data:
-            raise TrainingError("there is no [[data]]; give at least one, with a path")
+            raise TrainingError("[[data]] is missing; add at least one with a path")
         weights = [one.weight is None for one in self.data]
         if any(weights) and not all(weights):
-            raise TrainingError("some [[data]] have a weight and some have none; give all one")
+            raise TrainingError(
+                "some [[data]] have a weight and some have none; give all of them one"
+            )
         self.lora.check()
         self.optimizer.check()
         for dataset in self.data:
             dataset.check()
 
     def dump_decisive(self) -> dict[str, Any]:
-        """What the weights follow from, as plain values."""
+        """Return the settings that influence the trained weights, as plain values."""
         values = dataclasses.asdict(self)
         return {name: value for name, value in values.items() if name not in NOT_DECISIVE}
 
 
 def read_settings(path: str | Path) -> Settings:
-    """The training that the file at `path` describes.
+    """Read the settings in the TOML file at `path`.
 
     Raises:
-        TrainingError: It cannot be read, or says what no training can be.
+        TrainingError: The file cannot be read, or a key or value is invalid.
     """
     file = expand_path(path, TrainingError)
     try:
@@ -176,7 +178,7 @@ def read_settings(path: str | Path) -> Settings:
         raise TrainingError(f"{file} is {error}") from None
     try:
         if isinstance(values.get("data"), dict):
-            raise TrainingError("data must be written as [[data]], not [data]")
+            raise TrainingError("write [[data]], not [data]: data is a list of tables")
         settings = read_record(Settings, values, skip=("folder",))
         settings = dataclasses.replace(settings, folder=file.parent)
         settings.check()
@@ -186,13 +188,13 @@ def read_settings(path: str | Path) -> Settings:
 
 
 def _check_range(name: str, value: float, low: float, high: float) -> None:
-    """Refuse a `value` outside of low..high."""
+    """Refuse a `value` below `low` or above `high`."""
     if not low <= value <= high:
-        bound = f"from {low:g} on" if math.isinf(high) else f"from {low:g} to {high:g}"
+        bound = f"{low:g} or more" if math.isinf(high) else f"from {low:g} to {high:g}"
         raise TrainingError(f"{name} is {shorten(value)}; it must be {bound}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Refuse a `value` that is none of `choices`."""
+    """Refuse a `value` that is not one of `choices`."""
     if value not in choices:
         raise TrainingError(f"{name} is {shorten(value)}; it must be one of {', '.join(choices)}")

@@ -99,7 +99,7 @@ def test_errors_are_one_line(tiny_folder: Path, work: Path) -> None:
     for arguments, words in (
         ((work / "bad.toml",), "the key 'stepps' is not known"),
         ((work / "none.toml",), "cannot be read"),
-        ((config, "--out", work / "data"), "which is of no training"),
+        ((config, "--out", work / "data"), "which is not a training's file"),
         ((cases.write_config(work, work / "none"),), "none"),
     ):
         result = run("train", *arguments)

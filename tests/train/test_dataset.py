@@ -81,28 +81,28 @@ USER, ANSWER = {"role": "user", "content": "?"}, {"role": "assistant", "content"
 BAD: list[tuple[Any, str]] = [
     ("{", "not valid JSON"),
     ([1], "must be a JSON object"),
-    ({"prompt": "?"}, "the key 'prompt' is not known"),
+    ({"prompt": "?"}, "unknown key 'prompt'"),
     ({"answer": "!"}, "neither messages nor a question"),
-    ({"question": "?"}, "must be an assistant's"),
+    ({"question": "?"}, "it has no answer: end with an assistant's"),
     ({"question": 3, "answer": "!"}, "question must be a text"),
     ({"question": "?", "answer": " "}, "answer must be a text"),
-    ({"question": "?", "answers": []}, "answers has no text"),
+    ({"question": "?", "answers": []}, "answers is empty"),
     ({"question": "?", "answers": [3]}, "answers must be a list of texts"),
-    ({"question": "?", "answer": "!", "choices": ["a"]}, "choices needs two"),
+    ({"question": "?", "answer": "!", "choices": ["a"]}, "choices must have two"),
     ({"question": "?", "answer": "!", "choices": ["a", "!", "a"]}, "choices has 'a' twice"),
-    ({"question": "?", "answer": "!", "choices": ["!", "\n"]}, "choices has a text that is empty"),
+    ({"question": "?", "answer": "!", "choices": ["!", "\n"]}, "choices has an empty text"),
     ({"image": "none.png", "question": "?", "answer": "!"}, "no file 'none.png'"),
     ({"image": "a.png", "images": ["a.png"], "question": "?"}, "both image and images"),
     ({"messages": [USER, ANSWER], "question": "?"}, "both messages and question"),
     ({"messages": []}, "one or more messages"),
-    ({"messages": [USER]}, "must be an assistant's"),
+    ({"messages": [USER]}, "it has no answer: end with an assistant's"),
     ({"messages": [ANSWER]}, "message 1 is an answer"),
     ({"messages": [USER, ANSWER, ANSWER]}, "message 3 is an answer"),
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "message 2 is an empty"),
     ({"messages": [USER, {"role": "bot", "content": "!"}]}, "message 2 has the role 'bot'"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]},
-        "1 image items, and images 0",
+        "1 image items, but images has 0",
     ),
     (
         {
@@ -114,7 +114,10 @@ BAD: list[tuple[Any, str]] = [
         },
         "message 2 is an answer with a picture",
     ),
-    ({"messages": [{"role": "system", "content": "."}, USER, ANSWER], "system": "."}, "as well"),
+    (
+        {"messages": [{"role": "system", "content": "."}, USER, ANSWER], "system": "."},
+        "both system",
+    ),
     ({"question": "\ud800", "answer": "!"}, "not valid Unicode"),
 ]
 
@@ -129,7 +132,7 @@ def test_a_bad_line_is_named(line: Any, reason: str, tmp_path: Path) -> None:
 def test_a_file_that_is_absent_empty_or_no_text(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"train\.jsonl cannot be read"):
         read_dataset(tmp_path)
-    with pytest.raises(DatasetError, match="has no lines"):
+    with pytest.raises(DatasetError, match="is empty"):
         read_dataset(dataset(tmp_path, ""))
     (tmp_path / "train.jsonl").write_bytes(b"\xff")
     with pytest.raises(DatasetError, match="not UTF-8"):

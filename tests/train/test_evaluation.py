@@ -172,10 +172,10 @@ def test_folders_and_names_of_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ({"metric": "bleu"}, "the metric 'bleu' is not known"),
+        ({"metric": "bleu"}, "unknown metric 'bleu'"),
         ({"metric": "choices"}, "it has no choices"),
-        ({"choices": ["a", "b"]}, "'yes' is none of its choices"),
-        ({"metric": "letter"}, "'yes' begins with no letter of an option"),
+        ({"choices": ["a", "b"]}, "'yes' is not one of its choices"),
+        ({"metric": "letter"}, "'yes' does not begin with an option letter"),
     ],
 )
 def test_a_line_that_no_answer_satisfies(tmp_path: Path, line: dict[str, Any], reason: str) -> None:
@@ -291,7 +291,7 @@ def test_a_letter_changed_is_another_dataset(tiny: SmolVLM, data: Path, tmp_path
 def test_a_file_of_another_kind_is_left_alone(tiny: SmolVLM, data: Path, restart: bool) -> None:
     before = data.read_bytes()
     evaluation = Evaluation(tiny, read_cases([data], SHORT), SHORT)
-    with pytest.raises(DatasetError, match="is no results file"):
+    with pytest.raises(DatasetError, match="is not a results file"):
         next(evaluation.run(data, restart))
     assert data.read_bytes() == before
 

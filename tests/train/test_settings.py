@@ -57,9 +57,9 @@ BAD = {
     'folder = "x"\n' + LEAST: "key 'folder' is not known",
     'steps = 3\n[[data]]\npath = "d"\n': "key 'model' is missing",
     'model = "demo"\nsteps = 3\n': "key 'data' is missing",
-    'model = "demo"\nsteps = 3\ndata = []\n': r"no \[\[data\]\]",
+    'model = "demo"\nsteps = 3\ndata = []\n': r"\[\[data\]\] is missing",
     'model = "demo"\nsteps = 3\ndata = ["d"]\n': r"data must be a table, not 'd'",
-    'model = "demo"\nsteps = 3\n[data]\npath = "d"\n': r"must be written as \[\[data\]\]",
+    'model = "demo"\nsteps = 3\n[data]\npath = "d"\n': r"write \[\[data\]\], not \[data\]",
     LEAST.replace("path", "name"): "key 'data.name' is not known",
     LEAST + "weight = 0\n": "data.weight is 0.0; it must be from 1e-09",
     LEAST + '[[data]]\npath = "e"\nweight = 1\n': "some .* have a weight",
@@ -79,7 +79,7 @@ BAD = {
     "seed = -1\n" + LEAST: "seed is -1",
     'dtype = "int8"\n' + LEAST: "dtype is 'int8'",
     'too_long = "cut"\n' + LEAST: "too_long is 'cut'",
-    'fuse = true\nmethod = "full"\n' + LEAST: "fuse is of no use",
+    'fuse = true\nmethod = "full"\n' + LEAST: "fuse needs method lora",
     "fuse = 1\n" + LEAST: "fuse must be true or false",
     "lora = 3\n" + LEAST: "lora must be a table",
     LEAST + "[lora]\nrank = 0\n": "lora.rank is 0",
@@ -87,7 +87,7 @@ BAD = {
     LEAST + "[lora]\ndropout = 1.0\n": "lora.dropout is 1.0",
     LEAST + "[optimizer]\nrate = nan\n": "optimizer.rate is nan",
     LEAST + '[optimizer]\nschedule = "step"\n': "optimizer.schedule is 'step'",
-    LEAST + "[optimizer]\nclip = -1\n": "optimizer.clip is -1.0; it must be from 0 on",
+    LEAST + "[optimizer]\nclip = -1\n": "optimizer.clip is -1.0; it must be 0 or more",
 }
 
 

@@ -231,7 +231,7 @@ def test_held_out_answers_are_judged_without_dropout(tiny_folder: Path, work: Pa
     vlm = load(tiny_folder, adapter=work / "out" / "adapter")
     assert tuning._valid is not None
     loader, batches = tuning._valid
-    fresh = BatchLoader(vlm, loader._items, batches, MediaOptions(), EmbeddingCache(vlm))
+    fresh = BatchLoader(vlm, loader._select_examples, batches, MediaOptions(), EmbeddingCache(vlm))
     pairs = [answer_loss(vlm.model, fresh.load_batch(number)) for number in range(batches)]
     batch = fresh.load_batch(0)
     fresh.close()
@@ -325,7 +325,7 @@ def test_rows_that_share_their_first_picture_are_told_apart(tiny_folder: Path, w
 
     vlm = load(tiny_folder)
     tuning = open_tuning(work, tiny_folder)
-    template = tuning._loader._items(0)[0]
+    template = tuning._loader._select_examples(0)[0]
     tuning.close()
     rows = [example(names[0], names[1]), example(names[0], names[2])]
     loader = BatchLoader(vlm, lambda number: [rows[number]], 2, MediaOptions(), EmbeddingCache(vlm))
@@ -355,7 +355,7 @@ def test_datasets_are_mixed_by_their_weights(tiny_folder: Path, work: Path) -> N
         text += f'\n[[data]]\npath = "{name}"\nweight = {weight}\n'
     path.write_text(text)
     tuning = Tuning(read_settings(path), work / "out")
-    drawn = [one for number in range(40) for one in tuning._loader._items(number)]
+    drawn = [one for number in range(40) for one in tuning._loader._select_examples(number)]
     tuning.close()
     often = Counter((one.file.parent.name, one.where) for one in drawn)
     totals = Counter(one.file.parent.name for one in drawn)

@@ -516,7 +516,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(
 def test_a_state_that_is_cut_off(tiny_folder: Path, work: Path) -> None:
     (work / "out").mkdir()
     (work / "out" / "state.safetensors").write_text("x")
-    with pytest.raises(TrainingError, match=r"the state .* is cut .* 1 bytes; remove it to begin"):
+    with pytest.raises(TrainingError, match=r"the state .* is cut .* 1 bytes; remove it to start"):
         tune(work, tiny_folder)
 
 

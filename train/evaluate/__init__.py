@@ -1,1 +1,1 @@
-"""Scores a checkpoint on datasets."""
+"""Evaluation: the accuracy of a checkpoint on datasets."""

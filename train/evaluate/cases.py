@@ -1,4 +1,4 @@
-"""Which lines of datasets an evaluation asks, and how each is judged."""
+"""Selects the lines of datasets that an evaluation asks, and the metric of each."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from mlx_smolvlm.train.evaluate.metrics import METRICS, Metric, check_metric, fi
 if TYPE_CHECKING:
     from mlx_smolvlm.media.tiles import Detail
 
-SPLITS = ("test", "valid")  # of a folder, the first that is there
+SPLITS = ("test", "valid")  # in a folder, the first file of these is evaluated
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What to ask, and how.
+    """Options of an evaluation.
 
     Attributes:
-        metric: For lines that name none; None takes "choices" where a line has choices, and
-            "exact" elsewhere.
-        tasks: Only lines of these tasks; none stands for all.
-        limit: Of each task, the first so many lines.
-        max_tokens: Tokens of an answer at most.
+        metric: The metric of lines that name none; None takes "choices" if the line has choices,
+            else "exact".
+        tasks: The tasks to evaluate; empty for all.
+        limit: Lines of each task to ask, from its first; None for all.
+        max_tokens: Most tokens of an answer.
         detail: As in `SmolVLM.ask`.
-        skip_bad: Count a line that cannot be asked as wrong, instead of stopping there.
+        skip_bad: Count a line that cannot be asked as wrong instead of raising.
 
     Raises:
         ValueError: A value is out of range.
@@ -56,9 +56,13 @@ class EvaluationOptions:
 
 @dataclass(frozen=True)
 class Case:
-    """A line of a dataset, what to count it under, and how to judge the answer to it.
+    """A line of a dataset to ask.
 
-    `file` is what the report calls the line's file.
+    Attributes:
+        example: The line.
+        file: The name of its file in the report.
+        task: The task it counts under.
+        metric: The metric of its answer.
     """
 
     example: Example
@@ -68,13 +72,19 @@ class Case:
 
     @property
     def key(self) -> tuple[str, int]:
-        """File and line."""
+        """The file's name and the line's number."""
         return self.file, self.example.line
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """The cases to ask, in order, with the names of their files and a digest of all lines."""
+    """The lines to ask.
+
+    Attributes:
+        files: The names of the files in the report.
+        digest: SHA-256 of all lines and of the names and sizes of their media, in hexadecimal.
+        cases: The lines, in order.
+    """
 
     files: tuple[str, ...]
     digest: str
@@ -82,14 +92,15 @@ class Dataset:
 
 
 def read_cases(paths: Sequence[str | Path], options: EvaluationOptions) -> Dataset:
-    """The lines of the files `paths`, in order, and which of them to ask.
+    """Read datasets and select the lines to ask.
 
     Args:
-        paths: JSONL files, or folders with a test.jsonl or else a valid.jsonl.
-        options: They choose metrics and lines.
+        paths: JSONL files, or folders with a test.jsonl or a valid.jsonl.
+        options: `tasks` and `limit` select lines, `metric` is the default metric.
 
     Raises:
-        DatasetError: A file or a line cannot be used, or no line is chosen.
+        DatasetError: A file or a line cannot be used, a file is given twice, or there is no such
+            task.
     """
     files = [_find_file(expand_path(path, DatasetError)) for path in paths]
     read = [read_dataset(file) for file in files]
@@ -107,69 +118,69 @@ def read_cases(paths: Sequence[str | Path], options: EvaluationOptions) -> Datas
 
 
 def _find_file(path: Path) -> Path:
-    """The file at `path`, or the one in the folder there that is not for training."""
+    """Return `path`, or the file of `SPLITS` in it if it is a folder."""
     if not os.path.isdir(path):  # Path.is_dir raises where a name is too long
         return path
     for split in SPLITS:
         if (path / f"{split}.jsonl").is_file():
             return path / f"{split}.jsonl"
-    raise DatasetError(f"{path} has neither test.jsonl nor valid.jsonl; name a file in it")
+    raise DatasetError(f"{path} has neither test.jsonl nor valid.jsonl; give a file instead")
 
 
 def _name_files(files: Sequence[Path]) -> list[str]:
-    """What to call `files`: their paths from the folder that they are all in."""
+    """Return the paths of `files` relative to the innermost folder that holds them all."""
     paths = [file.resolve() for file in files]
     top = os.path.commonpath([path.parent for path in paths])
     return [path.relative_to(top).as_posix() for path in paths]
 
 
 def _make_case(example: Example, file: str, default: Metric | None) -> Case:
-    """How to judge `example`; one that no answer could satisfy is refused.
+    """Select the metric of `example`.
 
     Raises:
-        DatasetError: It names file and line.
+        DatasetError: The metric is unknown, or gives every answer to the line a 0.
     """
-    usual: Metric = default or ("choices" if example.choices else "exact")
+    fallback: Metric = default or ("choices" if example.choices else "exact")
     try:
-        metric = usual if example.metric is None else check_metric(example.metric)
+        metric = fallback if example.metric is None else check_metric(example.metric)
     except ValueError:
         raise DatasetError(
-            f"{example.where}: the metric {shorten(example.metric)} is not known; "
-            f"known are {', '.join(METRICS)}"
+            f"{example.where}: unknown metric {shorten(example.metric)}; "
+            f"the metrics are {', '.join(METRICS)}"
         ) from None
     reason = None
     if metric == "choices" and not example.choices:
-        reason = "it has no choices to be judged by"
+        reason = "it has no choices"
     elif metric == "choices" and not set(example.answers) & set(example.choices):
-        reason = f"the answer {shorten(example.answers[0])} is none of its choices"
+        reason = f"the answer {shorten(example.answers[0])} is not one of its choices"
     elif metric == "letter" and not all(map(find_option_letter, example.answers)):
-        reason = f"the answer {shorten(example.answers[0])} begins with no letter of an option"
+        reason = f"the answer {shorten(example.answers[0])} does not begin with an option letter"
     if reason:
         raise DatasetError(f"{example.where}: {reason}; change the line or its metric ({metric})")
     return Case(example, file, example.task or example.file.stem, metric)
 
 
 def _select_cases(cases: Sequence[Case], options: EvaluationOptions) -> list[Case]:
-    """The cases to ask, in order."""
+    """Return the cases of the tasks and within the limit of `options`, in order."""
     known = dict.fromkeys(case.task for case in cases)
     for task in options.tasks:
         if task not in known:
             raise DatasetError(f"there is no task {task!r}; there are {', '.join(known)}")
-    chosen = []
+    selected = []
     counts: Counter[str] = Counter()
     for case in cases:
         if options.tasks and case.task not in options.tasks:
             continue
         counts[case.task] += 1
         if options.limit is None or counts[case.task] <= options.limit:
-            chosen.append(case)
-    return chosen
+            selected.append(case)
+    return selected
 
 
 def _compute_digest(names: Sequence[str], files: Sequence[Path], cases: Sequence[Case]) -> str:
-    """Digest of names and bytes of `files`, and of names and sizes of their media.
+    """Return SHA-256 of the names and bytes of `files` and the names and sizes of their media.
 
-    Media are not read: an evaluation of videos would begin with minutes of reading.
+    Media are not read, since reading videos could take minutes.
     """
     total = hashlib.sha256()
     for name, file in zip(names, files, strict=True):

@@ -1,4 +1,4 @@
-"""Accuracy of a checkpoint on datasets, by task.
+"""Asks a checkpoint the lines of datasets, and scores its answers by task.
 
 evaluate(vlm, ["data/test.jsonl"], EvaluationOptions(metric="anls")).overall.share
 """
@@ -30,17 +30,18 @@ def evaluate(
     options: EvaluationOptions = EvaluationOptions(),  # noqa: B008 (frozen)
     results: Path | None = None,
 ) -> Report:
-    """How right the answers of `vlm` to the datasets at `paths` are.
+    """Evaluate a checkpoint on datasets.
 
     Args:
         vlm: A loaded checkpoint.
-        paths: JSONL files, or folders with a test.jsonl or else a valid.jsonl.
-        options: What to ask, and how.
-        results: A file to keep each result in, so that a stopped evaluation can go on;
-            None keeps none.
+        paths: JSONL files, or folders with a test.jsonl or a valid.jsonl.
+        options: Which lines to ask, and how.
+        results: A file to write each result to. If it has results of the same evaluation, only
+            the missing lines are asked. None writes no file.
 
     Raises:
-        DatasetError: A file or a line cannot be used, or `results` holds something else.
+        DatasetError: A file or a line cannot be used, or `results` is not a results file of this
+            evaluation.
         MediaError: A picture or video cannot be read; it names the line.
         PromptError: A line is longer than the context; it names the line.
     """
@@ -51,7 +52,7 @@ def evaluate(
 
 
 class Evaluation:
-    """An evaluation under way; `results` are those so far, in the order of the dataset."""
+    """An evaluation that can be run line by line, stopped and resumed."""
 
     def __init__(self, vlm: SmolVLM, dataset: Dataset, options: EvaluationOptions) -> None:
         self._vlm, self._dataset, self._options = vlm, dataset, options
@@ -59,24 +60,24 @@ class Evaluation:
 
     @property
     def total(self) -> int:
-        """Lines to be asked in all."""
+        """The number of lines to ask."""
         return len(self._dataset.cases)
 
     @property
     def results(self) -> list[Result]:
-        """Results of the chosen lines that are known."""
+        """The results so far, in the order of the dataset."""
         keys = [case.key for case in self._dataset.cases]
         return [self._results[key] for key in keys if key in self._results]
 
     def run(self, path: Path | None = None, restart: bool = False) -> Iterator[Result]:
-        """Ask what is not known yet, and yield each result once it is kept.
+        """Ask the lines that have no result, and yield each result after it has been written.
 
         Args:
-            path: A results file, made or gone on with; None keeps results in memory.
-            restart: Forget what the file holds.
+            path: The results file, created if it does not exist; None keeps results in memory.
+            restart: Delete the results in the file first.
 
         Raises:
-            DatasetError: The file cannot be gone on with.
+            DatasetError: The file is not a results file of this evaluation.
             MediaError: A picture or video cannot be read; it names the line.
             PromptError: A line is longer than the context; it names the line.
         """
@@ -97,19 +98,19 @@ class Evaluation:
                 file.close()
 
     def report(self) -> Report:
-        """What the results so far add up to.
+        """Return the scores of the results so far.
 
         Raises:
-            DatasetError: There are none yet.
+            DatasetError: There are no results yet.
         """
         if not self.results:
             raise DatasetError("no line has been asked yet; run the evaluation first")
         tasks, overall = score_tasks(self.results)
         header = self._header()
-        chosen = {"tasks": list(self._options.tasks), "limit": self._options.limit}
+        selection = {"tasks": list(self._options.tasks), "limit": self._options.limit}
         return Report(
             model=header["model"],
-            data={**header["data"], **chosen},
+            data={**header["data"], **selection},
             settings=header["settings"],
             versions=header["versions"],
             tasks=tasks,
@@ -118,7 +119,7 @@ class Evaluation:
         )
 
     def _header(self) -> dict[str, Any]:
-        """What the answers depend on; a results file begins with it."""
+        """Return what the answers depend on: the first line of a results file."""
         vlm, options = self._vlm, self._options
         parts = {part: getattr(vlm.config.quantization, part) for part in PARTS}
         return {
@@ -144,17 +145,17 @@ class Evaluation:
 
 
 def _get_dtype(vlm: SmolVLM) -> str:
-    """The type that the model computes in."""
+    """Return the name of the type that the model computes in."""
     weights = dict(tree_flatten(vlm.model.parameters()))
     return str(weights["text_model.norm.weight"].dtype).removeprefix("mlx.core.")
 
 
 def answer_case(vlm: SmolVLM, case: Case, options: EvaluationOptions) -> Result:
-    """The answer of `vlm` to `case`, judged.
+    """Ask the line of `case` and score the answer.
 
     Raises:
-        MediaError: A picture or video cannot be read, and `options` do not skip that.
-        PromptError: The line is longer than the context, likewise.
+        MediaError: A picture or video cannot be read, and `options.skip_bad` is off.
+        PromptError: The line is longer than the context, and `options.skip_bad` is off.
     """
     example = case.example
     try:
@@ -179,7 +180,8 @@ def answer_case(vlm: SmolVLM, case: Case, options: EvaluationOptions) -> Result:
             return _make_result(case, error=str(error))
         kind = MediaError if isinstance(error, MediaError) else PromptError
         raise kind(
-            f"{example.where}: {error}; mend or remove the line, or count it as wrong (--skip-bad)"
+            f"{example.where}: {error}; fix or remove the line, or use --skip-bad to count it as "
+            "wrong"
         ) from error
     return _make_result(case, reply.text, reply)
 
@@ -187,9 +189,9 @@ def answer_case(vlm: SmolVLM, case: Case, options: EvaluationOptions) -> Result:
 def _make_result(
     case: Case, answer: str = "", reply: Reply | None = None, error: str | None = None
 ) -> Result:
-    """The result of `case`; the same on every machine, so without times and whole paths."""
+    """Return the result of `case`, without times and absolute paths, which differ by machine."""
     example = case.example
-    asked = next(one for one in reversed(example.prompt) if one["role"] == "user")
+    question = next(one for one in reversed(example.prompt) if one["role"] == "user")
     media = (*example.images, *example.videos)
     folder = example.file.parent
     return Result(
@@ -197,7 +199,7 @@ def _make_result(
         line=example.line,
         task=case.task,
         metric=case.metric,
-        question="".join(item["text"] for item in asked["content"] if item["type"] == "text"),
+        question="".join(item["text"] for item in question["content"] if item["type"] == "text"),
         media=tuple(Path(os.path.relpath(path, folder)).as_posix() for path in media),
         expected=example.answers,
         answer=answer,
