@@ -302,8 +302,8 @@ def test_a_fused_checkpoint_keeps_other_overrides(tiny_folder: Path, tmp_path: P
     assert {path for path, _ in tree_flatten(build_model(config).parameters())} == set(whole)
     adapter = save_random_adapter(tmp_path / "adapter", base, ("connector",))
     fused = read_config(fuse(base, adapter, tmp_path / "fused")).quantization
-    assert fused.of(kept) == eight
-    assert fused.of(adapted) is None
+    assert fused.find(kept) == eight
+    assert fused.find(adapted) is None
     load(tmp_path / "fused")
 
 
