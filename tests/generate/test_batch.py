@@ -1,4 +1,4 @@
-"""Several questions in one call say what single calls say, for less work."""
+"""Several questions in one call get the answers of single calls, with less work."""
 
 import dataclasses
 import warnings
@@ -49,13 +49,13 @@ SHORT = Sampling(max_tokens=6)
 
 @pytest.fixture(autouse=True)
 def _forget(tiny: SmolVLM) -> None:
-    """Every test begins without what others have asked."""
+    """Clear the memory, so that tests do not reuse the states of other tests."""
     tiny.engine.memory.clear()
 
 
 @pytest.fixture
 def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tokens of each pass through the decoder."""
+    """Number of tokens of each forward pass of the decoder."""
     counts: list[int] = []
     forward = TextModel.__call__
 
@@ -69,7 +69,7 @@ def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.fixture
 def seen(tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tiles of each pass through the encoder of `tiny`."""
+    """Number of tiles of each call of the encoder of `tiny`."""
     counts: list[int] = []
     encoder = tiny.engine.encoder
 
@@ -88,7 +88,7 @@ def demo() -> SmolVLM:
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A video of three seconds, of which three frames are seen."""
+    """A video of three seconds, from which three frames are taken."""
     path = tmp_path_factory.mktemp("film") / "film.mp4"
     random = np.random.default_rng(1)
     with av.open(str(path), "w") as container:
@@ -102,13 +102,13 @@ def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ending(vlm: SmolVLM, *token_ids: int) -> SmolVLM:
-    """`vlm` for which answers also end with `token_ids`."""
+    """Return `vlm` with `token_ids` as further end tokens."""
     config = dataclasses.replace(vlm.config, eos_token_ids=(*vlm.config.eos_token_ids, *token_ids))
     return SmolVLM(Engine(vlm.path, config, vlm.model, vlm.engine.prompt_builder))
 
 
 def alone(vlm: SmolVLM, questions: list[str], **options: object) -> list[Reply]:
-    """Cold replies to `questions`, one after the other."""
+    """Return replies to `questions` from single calls without reuse."""
     replies = []
     for question in questions:
         vlm.engine.memory.clear()
@@ -117,7 +117,7 @@ def alone(vlm: SmolVLM, questions: list[str], **options: object) -> list[Reply]:
 
 
 def assert_same(many: list[Reply], single: list[Reply]) -> None:
-    """All of the replies but what depends on time and on what was done before."""
+    """Return the fields of the replies that depend neither on time nor on earlier calls."""
     for one, other in zip(many, single, strict=True):
         for name in ("token_ids", "text", "finish_reason", "prompt_tokens", "generation_tokens"):
             assert getattr(one, name) == getattr(other, name), name
@@ -173,7 +173,7 @@ def test_the_demo_answers_as_in_single_calls(demo: SmolVLM) -> None:
 def test_one_pass_over_the_picture_and_a_quarter_of_the_tokens(
     tiny: SmolVLM, fed: list[int], seen: list[int]
 ) -> None:
-    # As many tiles as a square picture has on the real checkpoints; theirs have more tokens.
+    # The number of tiles of a square picture on the real checkpoints, whose tiles have more tokens.
     image = dataclasses.replace(tiny.config.image, longest_edge=4 * tiny.config.tile_size)
     config = dataclasses.replace(tiny.config, image=image)
     vlm = SmolVLM(Engine(tiny.path, config, tiny.model, tiny.engine.prompt_builder))
@@ -199,7 +199,7 @@ def test_a_step_feeds_only_answers_that_go_on(tiny: SmolVLM, fed: list[int]) -> 
     fed.clear()
     vlm.ask_many(None, QUESTIONS[:3], sampling=SHORT)
     steps = fed[2:]
-    # The step after an end is on its way already when the end is seen.
+    # The step after an end token has already started when the host reads the token.
     assert steps == [sum(end >= number for end in ends) for number in range(5)]
     assert min(ends) < max(ends)
 
@@ -239,7 +239,7 @@ def test_groups_and_moves_change_nothing(
         largest.append(columns(rows))
         return largest[-1]
 
-    # A cache of a hundred tokens, in which each answer is expected to take three.
+    # A cache of a hundred tokens, with three reserved for each answer.
     monkeypatch.setattr("mlx_smolvlm.generate.batch.GROWTH", 3)
     monkeypatch.setattr("mlx_smolvlm.generate.batch.CONTEXTS", 100 / 512)
     monkeypatch.setattr("mlx_smolvlm.generate.batch.CONTEXTS", 100 / 512)
@@ -336,7 +336,7 @@ def test_wrong_arguments(tiny: SmolVLM, seen: list[int]) -> None:
 
 @pytest.mark.parametrize("options", [{"kv_bits": 8}, {"max_kv_tokens": 160}])
 def test_other_caches_answer_too(tmp_path: Path, options: dict[str, int]) -> None:
-    """Packed rows equal packed single calls; rows side by side need every token."""
+    """Packed rows equal packed single calls; rows use a cache that keeps every token."""
     vlm = load("demo", cache=CacheOptions(memory_bytes=0, **options))
     picture = Path(__file__).parents[2] / "examples" / "two.png"
     questions = ["What is in this picture?", "How many shapes are there?", "Where is the triangle?"]

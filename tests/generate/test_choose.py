@@ -1,4 +1,4 @@
-"""Probabilities of answers: those of cold forward passes over whole transcripts."""
+"""Probabilities of choices equal those of forward passes over whole transcripts."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def demo() -> SmolVLM:
 
 
 def cold(vlm: SmolVLM, messages: list[dict[str, object]], choice: str, pictures: int) -> float:
-    """Log-probability of `choice` and its end, by one pass over the whole transcript."""
+    """Return the log-probability of `choice` and its end token, from one forward pass."""
     media = vlm.engine.open_media(read_request("", [PICTURE] * pictures, (), None), "high")
     grids = [one.grid for one in media]
     prompt = vlm.engine.prompt_builder.build(messages, grids).tolist()

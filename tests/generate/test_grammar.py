@@ -120,7 +120,7 @@ def test_an_answer_matches_its_expression(vlm: SmolVLM, regex: str) -> None:
 
 
 def test_a_choice_of_the_model_is_its_own() -> None:
-    # Among all texts the model takes the one that it takes anyway.
+    # A constraint that allows every text does not change the answer.
     demo = mlx_smolvlm.load("demo")
     for question in ("Tell me", "What can you do?", "How many stars are there?"):
         free = demo.ask(question, sampling=Sampling(max_tokens=30))
@@ -140,7 +140,7 @@ def test_the_demo_answers_right_within_bounds() -> None:
 
 
 class Recorder(Constraint):
-    """Notes the place in the answer of every token that was chosen."""
+    """Records the index in the answer of every sampled token."""
 
     places: list[int]
     at: int
@@ -159,14 +159,14 @@ class Recorder(Constraint):
 
 
 class OneByOne(Recorder):
-    """Chooses every token, the forced ones out of one."""
+    """Samples every token, including those without an alternative."""
 
     def take_forced(self, most: int) -> list[int]:
         return super().take_forced(0)
 
 
 class Run:
-    """What one constrained answer computed."""
+    """Records the computations of one constrained answer."""
 
     def __init__(self, vlm: SmolVLM, kind: type[Recorder], monkeypatch: pytest.MonkeyPatch) -> None:
         self.forwards, self.logits = 0, list[np.ndarray]()
@@ -214,7 +214,7 @@ def test_forced_tokens_go_together_and_change_nothing(
 
 
 def test_the_cache_holds_what_was_said(tiny: SmolVLM) -> None:
-    # A conversation goes on from the cache: it must be the tokens', in their order.
+    # A conversation continues from the cache, so it must hold the tokens in their order.
     constraint = tiny.engine.constrainer(
         Sampling(regex="(red|green) and then (yes|no) and [a-z]{3}")
     )
@@ -229,7 +229,7 @@ def test_the_cache_holds_what_was_said(tiny: SmolVLM) -> None:
 
 
 def test_a_cut_answer_is_not_parsed(tiny: SmolVLM) -> None:
-    # The second property is asked for after a choice, so cuts fall into forced tokens twice.
+    # The second property follows a sampled value, so limits cut forced tokens in two places.
     schema = {**COLOUR, "required": ["colour", "count"]}
     whole = tiny.ask("Hi", sampling=Sampling(schema=schema, max_tokens=60))
     for most in range(1, min(60, whole.generation_tokens)):
@@ -476,7 +476,7 @@ def test_a_schema_is_walked_within_bounds() -> None:
 
 
 def mutated(schema: dict[str, Any], rng: random.Random) -> dict[str, Any]:
-    """`schema` with other values at some places, of any kind."""
+    """Return `schema` with arbitrary values in some places."""
     values = [0, -1, 2**63, 10**400, 0.5, math.inf, "", "#", "\ud800", "(a{1000}){1000}", True]
     values += [None, [], [64], {}, {"a": 1}, {"allOf": 5}, {1: 2}, (1,), b"x", {None: 1}]
     keys = ["allOf", "anyOf", "oneOf", "$ref", "if", "items", "prefixItems", "properties", "const"]

@@ -38,7 +38,7 @@ def peaked(size: int = VOCABULARY) -> np.ndarray:
 
 
 def masked(size: int = VOCABULARY) -> np.ndarray:
-    """As a constrained answer has them: few tokens are allowed, and most blocks have none."""
+    """Logits as in a constrained answer: few tokens are allowed, and most blocks have none."""
     logits = random_logits(3, size)
     logits[:, size // 3 + 1 :] = -np.inf
     logits[:, ::2] = -np.inf
@@ -67,14 +67,14 @@ def test_log_softmax(name: str, size: int) -> None:
     logits = DISTRIBUTIONS[name](size)
     expected = true_log_softmax(logits)
     actual = np.array(log_softmax(mx.array(logits)))
-    # A float32 of -16 is right to 1e-6, one of -1e4 to 5e-4: half of its last digit.
+    # The rounding error of a float32 is 1e-6 at -16 and 5e-4 at -1e4: half of its last digit.
     np.testing.assert_allclose(actual, expected, rtol=1.2e-7, atol=1e-6)
     assert abs(np.exp(actual.astype(np.float64)).sum(-1) - 1).max() < 2e-6
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 def test_scores_of_tokens(name: str) -> None:
-    """`choose` subtracts in float64, so that its scores are right to 1e-6 of any size."""
+    """`choose` subtracts in float64, so that all its scores have an error below 1e-6."""
     logits = DISTRIBUTIONS[name](VOCABULARY)
     token_ids = np.array([VOCABULARY // 2, 1, 7])
     vlm = SimpleNamespace(model=SimpleNamespace(head=lambda states: states))
@@ -108,7 +108,7 @@ def test_sum_last_adds_every_number() -> None:
 
 
 def test_predictions_of_two_models() -> None:
-    """Models that hardly differ: their divergence is far below the terms that it is made of."""
+    """The divergence of two nearly equal models is far below the terms of its sum."""
     one = random_logits(3)
     other = one + np.random.default_rng(1).normal(0, 0.01, one.shape).astype(np.float32)
     targets = np.array([0, 9, VOCABULARY - 1])

@@ -70,7 +70,7 @@ def test_stop_text_cuts_at_the_first_stop(pieces: list[str], stops: list[str]) -
             break
     else:
         shown += stop_text.flush()
-    # The stop that is complete first ends the text, wherever another would begin.
+    # The stop text that is complete first ends the text, even if another one begins earlier.
     text = "".join(pieces)
     seen = ""
     for piece in pieces:

@@ -107,7 +107,7 @@ def test_the_command_line_passes_every_option_on() -> None:
 
 
 def filtered(sampling: Sampling, at: float) -> np.ndarray:
-    """Probabilities of `LOGITS` when the filters look at them at the temperature `at`."""
+    """Return the probabilities of `LOGITS` if the filters are applied at the temperature `at`."""
     share = np.exp(LOGITS.astype(np.float64) / at)
     share /= share.sum()
     likelier = np.array([share[share > one].sum() for one in share])

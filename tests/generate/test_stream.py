@@ -1,4 +1,4 @@
-"""Where answers end, and what their text is then, in every way of asking."""
+"""Where answers end, and their text at the end, in every method that generates answers."""
 
 import copy
 import dataclasses
@@ -56,13 +56,13 @@ def ending_with(vlm: SmolVLM, *token_ids: int) -> SmolVLM:
 
 @pytest.fixture(scope="module")
 def endless(tiny: SmolVLM) -> SmolVLM:
-    """A model whose answers nothing ends but their length."""
+    """A model without end tokens, whose answers end only at `max_tokens`."""
     return ending_with(tiny)
 
 
 @pytest.fixture(scope="module")
 def greedy(endless: SmolVLM) -> list[int]:
-    """The tokens of a greedy answer that nothing ends."""
+    """Return the tokens of a greedy answer without an end token."""
     return endless.ask("Hi", sampling=LONG).token_ids
 
 
@@ -138,7 +138,7 @@ Script = Callable[..., SmolVLM]
 
 @pytest.fixture
 def script(endless: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> Script:
-    """Takes token ids, and end tokens; gives a model that answers everything with the first."""
+    """A function that makes a model that always answers with given token ids."""
 
     def answering(said: list[int], *ends: int) -> SmolVLM:
         def sampler(_: Sampling) -> Callable[[mx.array], mx.array]:
@@ -199,7 +199,7 @@ def test_half_a_character_of_a_constrained_answer(tiny: SmolVLM) -> None:
 
 @pytest.fixture
 def generators(monkeypatch: pytest.MonkeyPatch) -> list[Generator[Any, None, None]]:
-    """Those that answers take tokens and tiles from; held, so that nothing but a call ends them."""
+    """The generators of tokens and tiles. The references prevent garbage collection of them."""
     made: list[Generator[Any, None, None]] = []
 
     def recorded(name: str) -> None:
@@ -259,7 +259,7 @@ def test_an_interrupted_answer_is_closed(
     answer, following = endless.stream("Hi", sampling=LONG), AnswerStream.__next__
 
     def interrupt(stream: AnswerStream) -> Chunk:
-        """The one who takes a chunk is interrupted, not the stream itself."""
+        """Raise KeyboardInterrupt in the consumer of a chunk, not in the stream."""
         following(stream)
         raise KeyboardInterrupt
 

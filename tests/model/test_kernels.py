@@ -1,4 +1,4 @@
-"""The kernels that a forward pass may take, by benchmarks/kernels.py."""
+"""Numbers of kernels of a forward pass, counted by benchmarks/kernels.py."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,7 +56,7 @@ def test_decoded_token_with_a_bounded_cache(model: Model) -> None:
 
 
 def test_decoded_token_with_a_packed_cache(wide: Model) -> None:
-    # Packing, three updates for one, and products, scale and softmax for one attention.
+    # Packing, three updates instead of one, and products, scale and softmax instead of attention.
     assert bench.decoded_token(wide, CacheOptions(kv_bits=8)).total() <= 18 * 3 + 8
 
 
@@ -66,8 +66,8 @@ def test_decoded_tokens_of_several_answers(model: Model, answers: int) -> None:
 
 
 def test_encoder(model: Model) -> None:
-    # A packed product has no fused bias: q, k and v's costs one more kernel a layer; the
-    # other biases join the kernels that follow them (docs/decisions/kernels.md).
+    # A quantized product has no fused bias. The one of q, k and v takes a kernel per layer; the
+    # others are fused into the kernels that follow them (docs/decisions/kernels.md).
     packed = isinstance(model.vision_model.encoder.layers[0].mlp.fc1, nn.QuantizedLinear)
     one = bench.encoded_tiles(model, 32, 1).total()
     assert one <= (11 if packed else 10) * LAYERS + 12
@@ -86,7 +86,7 @@ def test_count_of_a_known_graph() -> None:
 
 
 def test_forward_never_waits_for_the_device(model: Model) -> None:
-    # Within a transformation an evaluation raises, so these would fail.
+    # Within mx.compile an evaluation raises, so this fails if the forward pass evaluates.
     cache = model.make_cache()
     pixel_values = mx.zeros((2, 32, 32, 3))
 

@@ -1,4 +1,4 @@
-"""Every stage of the network against recorded ones of transformers, without torch."""
+"""All stages of the network are compared with recorded ones of transformers."""
 
 import gzip
 import json

@@ -1,4 +1,4 @@
-"""Prompts: ids as recorded from transformers, and what a user's text may not do."""
+"""Prompts: token ids equal to those of transformers, and protection against typed tokens."""
 
 import json
 
@@ -42,7 +42,7 @@ def config_of(checkpoint):
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """The recorded tokenizers as files."""
+    """A folder with the recorded tokenizers as files."""
     folder = tmp_path_factory.mktemp("tokenizers")
     for key, values in GOLDEN["tokenizers"].items():
         (folder / f"{key}.json").write_text(json.dumps(values), encoding="utf-8")
@@ -68,7 +68,7 @@ def builder(builders):
 
 @pytest.fixture
 def make(folder):
-    """A builder with another template, or with changes to the tokenizer's file."""
+    """A function that makes a builder with another template or a changed tokenizer file."""
 
     def make(template=TEMPLATE, change=None, config=None, tokenizer="49280"):
         path = folder / f"{tokenizer}.json"
@@ -196,7 +196,7 @@ def test_a_typed_token_in_a_text_only_template(builders):
 
 alphabet = st.one_of(
     st.sampled_from([*SPECIALS, "<", ">", "<im", "age>", "\n", " ", "\U000f0000", "\U000f0001"]),
-    # The vocabulary has no token for some bytes, and leaves out code points that need them.
+    # The vocabulary has no tokens for some bytes, so code points that need them are excluded.
     st.characters(max_codepoint=0x1FFFF, exclude_categories=["Cs", "Cc"]),
 )
 texts = st.lists(alphabet, max_size=8).map("".join)
@@ -289,7 +289,7 @@ def test_an_empty_text_is_empty_to_the_template(make):
 
 def test_the_text_around_a_template_token_is_tokenized_whole(builder):
     ids = builder.build([user("\n\n")], [])
-    # ": " and the user's line ends are one run of text
+    # ": " and the user's line breaks are tokenized as one text
     run = builder.tokenizer.encode("User: \n\n", add_special_tokens=False).ids
     assert ids.tolist()[1 : 1 + len(run)] == run
 

@@ -1,4 +1,4 @@
-"""Messages as users write them: read alike in every common form, or refused in one line."""
+"""All common forms of messages are accepted, and malformed ones are refused in one line."""
 
 import re
 from typing import Any
