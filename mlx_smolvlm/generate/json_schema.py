@@ -90,8 +90,8 @@ def check_constraint(schema: Schema | None, regex: str | None) -> None:
         matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
     if matcher.is_error():
         reason = read_matcher_error(matcher)
-        shown = f"regex {regex!r:.200}" if schema is None else name
-        raise ValueError(f"{shown} cannot be used: {reason}; change or simplify it")
+        subject = f"regex {regex!r:.200}" if schema is None else name
+        raise ValueError(f"{subject} cannot be used: {reason}; change or simplify it")
 
 
 def read_matcher_error(matcher: llguidance.LLMatcher) -> str:

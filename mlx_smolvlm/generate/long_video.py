@@ -77,14 +77,14 @@ def _answer_whole(
     )
     context = engine.context_size
     try:
-        joined = engine.make_prompt(read_request(question, (), (), system).messages, [])
+        prompt_of_parts = engine.make_prompt(read_request(question, (), (), system).messages, [])
     except ContextError:
         if len(answers) < 3:
             raise
     else:
-        left = context - joined.input_ids.size
+        left = context - prompt_of_parts.input_ids.size
         if len(answers) < 3 or left >= min(sampling.max_tokens, context // ANSWER_SHARE):
-            return AnswerStream(engine, joined, sampling)
+            return AnswerStream(engine, prompt_of_parts, sampling)
     middle = len(answers) // 2
     halves: list[PartAnswer] = []
     for half in (answers[:middle], answers[middle:]):

@@ -113,17 +113,17 @@ class StopText:
         starts = [start for stop in self.stops if (start := self.pending.find(stop)) >= 0]
         if starts:
             self.is_stopped = True
-            shown, self.pending = self.pending[: min(starts)], ""
-            return shown
+            output, self.pending = self.pending[: min(starts)], ""
+            return output
         overlap = max((self._find_overlap(stop) for stop in self.stops), default=0)
         cut = len(self.pending) - overlap
-        shown, self.pending = self.pending[:cut], self.pending[cut:]
-        return shown
+        output, self.pending = self.pending[:cut], self.pending[cut:]
+        return output
 
     def flush(self) -> str:
         """Return the text that is held back, at the end of the answer."""
-        shown, self.pending = self.pending, ""
-        return shown
+        output, self.pending = self.pending, ""
+        return output
 
     def _find_overlap(self, stop: str) -> int:
         """Return the length of the longest suffix of `pending` that begins `stop`."""

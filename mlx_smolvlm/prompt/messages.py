@@ -109,11 +109,12 @@ def _read_items(message: Any, where: str) -> Iterator[tuple[Message, Any]]:
     for item in content:
         if not isinstance(item, Mapping) or "type" not in item:
             raise PromptError(f"{where} has the item {item!r:.100}; give an object with a 'type'")
-        given = item["type"]
-        kind = _KINDS.get(given) if isinstance(given, str) else None
+        item_type = item["type"]
+        kind = _KINDS.get(item_type) if isinstance(item_type, str) else None
         if kind is None:
             raise PromptError(
-                f"{where} has content of type {given!r:.100}; it must be 'text', 'image' or 'video'"
+                f"{where} has content of type {item_type!r:.100}; "
+                "it must be 'text', 'image' or 'video'"
             )
         if kind == "text":
             yield {"type": "text", "text": item.get("text")}, None

@@ -63,8 +63,8 @@ class ChatTemplate:
             heading, whole = self.render(messages[:1], True), self.render(messages, False)
         except PromptError:
             return ""
-        lead, found, _ = whole.removeprefix(heading).partition(_PROBE)
-        return lead if found and whole.startswith(heading) and not lead.strip() else ""
+        lead, probe, _ = whole.removeprefix(heading).partition(_PROBE)
+        return lead if probe and whole.startswith(heading) and not lead.strip() else ""
 
     def _run(self, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
         from mlx_smolvlm.prompt.sandbox import render
