@@ -26,7 +26,7 @@ import mlx_smolvlm.generate.stream as answers
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.errors import MediaError
 ANSWERS, GO = json.loads(os.environ["ANSWERS"]), os.environ["GO"]
-asked, real_tokens = [], answers.tokens
+asked, real_tokens = [], answers.generate_tokens
 real_prompt, real_start = Engine.make_prompt, answers.AnswerStream.__init__
 def hold():
     while not os.path.exists(GO):
