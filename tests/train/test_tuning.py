@@ -161,7 +161,8 @@ def test_embeddings_are_kept_within_a_bound(
 
 
 def test_an_example_that_is_too_long(tiny_folder: Path, work: Path) -> None:
-    with pytest.raises(DatasetError, match=r"train\.jsonl:\d: it takes \d+ tokens, but the limit is 60"):
+    message = r"train\.jsonl:\d: it takes \d+ tokens, but the limit is 60"
+    with pytest.raises(DatasetError, match=message):
         tune(work, tiny_folder, max_tokens=60)
     tuning = Tuning(
         read_settings(cases.write_config(work, tiny_folder, max_tokens=60, too_long="skip")),
