@@ -1,16 +1,16 @@
-"""Every published checkpoint at its full size, with random weights: converted, loaded, asked.
+"""Convert, load and ask every published checkpoint at full size, with random weights.
 
     python -m benchmarks.family [--only NAME]... [--files FOLDER] [--work FOLDER] [--precision P]...
                                 [--detail low|high] [--no-answer]
 
 Names and shapes of the tensors are the published ones (tests/golden/checkpoint_keys.json), in the
-type they are published in. FOLDER has a folder for each checkpoint with its small files
-(tokenizer.json, chat_template.json, preprocessor_config.json, ...); what is missing is made
-here, which changes the size on disk by the tokenizer's 3.5 MB and nothing else. Weights are
-written tensor by tensor into --work and deleted afterwards: 9 GB for 2.2B in float32.
+published dtype. FOLDER has a folder for each checkpoint with its small files (tokenizer.json,
+chat_template.json, preprocessor_config.json, ...); missing files are made, which changes the size
+on disk only by the tokenizer's 3.5 MB. Weights are written tensor by tensor into --work and deleted
+afterwards: 9 GB for 2.2B in float32.
 
-Every step is a process of its own, whose greatest resident memory is reported. On a CPU the answer
-is computed with float32 activations and each matrix is unpacked for its product, since MLX's
+Each step runs in its own process, and its peak resident memory is reported. On a CPU the answer is
+computed with float32 activations and each matrix is unpacked for its product, because MLX's
 packed products are many times slower there; a GPU needs less.
 """
 
@@ -32,14 +32,14 @@ ROOT = Path(__file__).parent.parent
 KEYS = ROOT / "tests" / "golden" / "checkpoint_keys.json"
 TEMPLATE = ROOT / "mlx_smolvlm" / "demo" / "chat_template.jinja"
 PICTURE = ROOT / "examples" / "three.png"
-SHARD_BYTES = 5 * 10**9  # what transformers splits at
+SHARD_BYTES = 5 * 10**9  # the limit of transformers
 ITEM_BYTES = {"F32": 4, "BF16": 2}
 SPECIAL = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>", "<|im_start|>")
 
 
 @dataclass(frozen=True)
 class Published:
-    """A checkpoint: whose names and shapes it has, and the type of its weights."""
+    """The entry of the golden file with the names and shapes of a checkpoint, and its dtype."""
 
     keys: str
     dtype: str
@@ -56,7 +56,7 @@ CHECKPOINTS = {
     "SmolVLM2-2.2B-Instruct": Published("SmolVLM2-2.2B-Instruct", "F32"),
 }
 
-# What `mlx-smolvlm convert` is told.
+# Options of `mlx-smolvlm convert`.
 PRECISIONS: dict[str, dict[str, Any]] = {
     "16": {"dtype": "bfloat16"},
     "4": {"bits": 4},
@@ -65,8 +65,8 @@ PRECISIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def tensor_shapes(keys: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor's shape by name; `keys` has one pattern for all layers."""
+def list_tensor_shapes(keys: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor by name; `keys` has one pattern for all layers."""
     shapes = {}
     for pattern, shape in keys["tensors"].items():
         part = "vision_config" if "vision_model" in pattern else "text_config"
@@ -75,8 +75,8 @@ def tensor_shapes(keys: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def count(shape: tuple[int, ...]) -> int:
-    """How many numbers an array of `shape` holds."""
+def count_numbers(shape: tuple[int, ...]) -> int:
+    """Return the number of elements of an array of `shape`."""
     size = 1
     for side in shape:
         size *= side
@@ -84,19 +84,19 @@ def count(shape: tuple[int, ...]) -> int:
 
 
 def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    """Write random tensors of `dtype` to the safetensors file `path`, one after the other."""
+    """Write random tensors of `dtype` to the safetensors file `path`, one at a time."""
     import numpy as np
 
     header, end = {}, 0
     for name, shape in shapes.items():
-        start, end = end, end + count(shape) * ITEM_BYTES[dtype]
+        start, end = end, end + count_numbers(shape) * ITEM_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     random = np.random.default_rng(len(shapes))
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for shape in shapes.values():
-            values = random.random(count(shape), dtype=np.float32)
+            values = random.random(count_numbers(shape), dtype=np.float32)
             values -= 0.5
             values *= 0.1
             if dtype == "BF16":  # the upper half of a float32
@@ -106,11 +106,11 @@ def write_shard(path: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> N
 
 
 def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str) -> None:
-    """Write a whole checkpoint's random weights, in shards as transformers splits them."""
+    """Write the random weights of a checkpoint, in shards like those of transformers."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     size = 0
     for name, shape in shapes.items():
-        nbytes = count(shape) * ITEM_BYTES[dtype]
+        nbytes = count_numbers(shape) * ITEM_BYTES[dtype]
         if size + nbytes > SHARD_BYTES:
             shards.append({})
             size = 0
@@ -129,7 +129,7 @@ def write_weights(folder: Path, shapes: dict[str, tuple[int, ...]], dtype: str) 
 
 
 def make_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
-    """A tokenizer.json of bytes and the special tokens, `<image>` where `config` has it."""
+    """Return a tokenizer.json of bytes and special tokens, with the image token of `config`."""
     from tokenizers import pre_tokenizers
 
     image = config["image_token_id"]
@@ -152,7 +152,7 @@ def make_tokenizer(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_small_files(folder: Path, config: dict[str, Any], files: Path | None) -> list[str]:
-    """Write all but the weights; the files that had to be made."""
+    """Write all files but the weights, and return the names of those that were made."""
     tile = config["vision_config"]["image_size"]
     made: dict[str, Any] = {
         "config.json": config,
@@ -175,44 +175,44 @@ def write_small_files(folder: Path, config: dict[str, Any], files: Path | None) 
     return sorted(set(made) - {"config.json"})
 
 
-def peak_bytes() -> int:
-    """The greatest resident memory of this process so far."""
+def read_peak_bytes() -> int:
+    """Return the peak resident memory of this process in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
         1 if sys.platform == "darwin" else 1024
     )
 
 
-def step_write(name: str, keys: Path, folder: Path, files: Path | None) -> dict[str, Any]:
-    """Write the source; its bytes, its numbers, and what was made."""
+def write_source(name: str, keys: Path, folder: Path, files: Path | None) -> dict[str, Any]:
+    """Write the source, and return its number of weights, the made files and peak memory."""
     published = CHECKPOINTS[name]
     values = json.loads(keys.read_text(encoding="utf-8"))[published.keys]
-    shapes = tensor_shapes(values)
+    shapes = list_tensor_shapes(values)
     write_weights(folder, shapes, published.dtype)
     own = None if files is None else files / name
     return {
-        "parameters": sum(map(count, shapes.values())),
+        "parameters": sum(map(count_numbers, shapes.values())),
         "made": write_small_files(folder, values["config"], own),
-        "peak": peak_bytes(),
+        "peak": read_peak_bytes(),
     }
 
 
-def step_convert(source: Path, dest: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Convert; peak memory, seconds, and the bytes of weights and of the folder."""
+def convert_source(source: Path, dest: Path, options: dict[str, Any]) -> dict[str, Any]:
+    """Convert, and return peak memory, seconds, and the bytes of weights and folder."""
     from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.run import convert_checkpoint
 
     began = time.perf_counter()
     convert_checkpoint(source, dest, ConvertOptions(**options))
     return {
-        "peak": peak_bytes(),
+        "peak": read_peak_bytes(),
         "seconds": time.perf_counter() - began,
         "weights": sum(path.stat().st_size for path in dest.glob("*.safetensors")),
         "disk": sum(path.stat().st_size for path in dest.iterdir()),
     }
 
 
-def step_answer(folder: Path, detail: Literal["high", "low"]) -> dict[str, Any]:
-    """Load strictly and answer one token about a picture; peak memory and seconds."""
+def answer_once(folder: Path, detail: Literal["high", "low"]) -> dict[str, Any]:
+    """Load, answer one token about a picture, and return peak memory and seconds."""
     from mlx_smolvlm import Sampling
     from mlx_smolvlm.convert.open_model import FolderReader
 
@@ -222,7 +222,7 @@ def step_answer(folder: Path, detail: Literal["high", "low"]) -> dict[str, Any]:
     sampling = Sampling(max_tokens=1)
     reply = vlm.ask("What is this?", images=[PICTURE], sampling=sampling, detail=detail)
     return {
-        "peak": peak_bytes(),
+        "peak": read_peak_bytes(),
         "load_s": loaded,
         "answer_s": time.perf_counter() - began - loaded,
         "tiles": reply.encoded_tiles,
@@ -231,7 +231,7 @@ def step_answer(folder: Path, detail: Literal["high", "low"]) -> dict[str, Any]:
 
 
 def run_step(*arguments: object) -> dict[str, Any]:
-    """What a step, run in a process of its own, says."""
+    """Run a step in its own process, and return its result."""
     command = [sys.executable, __file__, "--step", *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -240,15 +240,15 @@ def run_step(*arguments: object) -> dict[str, Any]:
     return result
 
 
-def steps(arguments: list[str]) -> dict[str, Any]:
-    """The result of the step that `arguments` name."""
+def run_named_step(arguments: list[str]) -> dict[str, Any]:
+    """Run the step that `arguments` name, and return its result."""
     kind, *rest = arguments
     if kind == "write":
         name, keys, folder, files = rest
-        return step_write(name, Path(keys), Path(folder), Path(files) if files else None)
+        return write_source(name, Path(keys), Path(folder), Path(files) if files else None)
     if kind == "convert":
-        return step_convert(Path(rest[0]), Path(rest[1]), json.loads(rest[2]))
-    return step_answer(Path(rest[0]), "high" if rest[1] == "high" else "low")
+        return convert_source(Path(rest[0]), Path(rest[1]), json.loads(rest[2]))
+    return answer_once(Path(rest[0]), "high" if rest[1] == "high" else "low")
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
@@ -274,16 +274,16 @@ def measure(name: str, options: argparse.Namespace) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--step"]:
-        print(json.dumps(steps(sys.argv[2:])))
+        print(json.dumps(run_named_step(sys.argv[2:])))
         return
-    parser = argparse.ArgumentParser(description="The whole family at full size.")
+    parser = argparse.ArgumentParser(description="Convert and ask every checkpoint at full size.")
     parser.add_argument("--only", action="append", choices=CHECKPOINTS, metavar="NAME")
     parser.add_argument("--keys", type=Path, default=KEYS, help="names and shapes")
     parser.add_argument("--files", type=Path, help="a folder of small files for each checkpoint")
-    parser.add_argument("--work", type=Path, help="where weights are written meanwhile")
+    parser.add_argument("--work", type=Path, help="folder for temporary weights")
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
     parser.add_argument("--detail", choices=("low", "high"), default="low", help="of the picture")
-    parser.add_argument("--no-answer", action="store_true", help="convert alone")
+    parser.add_argument("--no-answer", action="store_true", help="only convert")
     options = parser.parse_args()
     options.precision = options.precision or list(PRECISIONS)
     if options.work is not None:

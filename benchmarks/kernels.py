@@ -3,9 +3,9 @@
     python -m benchmarks.kernels [--model demo] [--json]
 
 On Metal each `mx.fast` call and each `mx.dequantize` is one kernel; on a CPU it is
-written out as many operations. So every such call is replaced by one node, the
-graph is exported with `mx.export_to_dot`, and the nodes that are not views are
-counted. The count says nothing of how long a kernel takes.
+many operations. So every such call is replaced by one node, the graph is exported with
+`mx.export_to_dot`, and the nodes that are not views are counted. The count does not tell how long a
+kernel takes.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ VIEWS = {
 
 
 def _one_node(first: mx.array, *others: Any, **named: Any) -> mx.array:
-    """One kernel of `first`'s shape that depends on every array and fuses with none."""
+    """Return one kernel of `first`'s shape that depends on all arrays and is never fused."""
     arrays = [x for x in (*others, *named.values()) if isinstance(x, mx.array)]
     return mx.depends(mx.sort(first), arrays) if arrays else mx.sort(first)
 
 
 def _dequantize(w: mx.array, scales: mx.array, *others: Any, **named: Any) -> mx.array:
-    """One kernel of the shape that `mx.dequantize` gives."""
+    """Return one kernel with the output shape of `mx.dequantize`."""
     group_size = named.get("group_size") or 64
     out = mx.zeros((*scales.shape[:-1], scales.shape[-1] * group_size), mx.float32)
     mx.eval(out)
@@ -56,10 +56,10 @@ def _dequantize(w: mx.array, scales: mx.array, *others: Any, **named: Any) -> mx
 
 
 @contextmanager
-def one_node_each() -> Iterator[None]:
-    """Within this, each `mx.fast` call that the model makes is one node of the graph."""
+def make_single_nodes() -> Iterator[None]:
+    """Make each `mx.fast` call inside the `with` block one node of the graph."""
     names = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
-    kept = {name: getattr(mx.fast, name) for name in names}
+    originals = {name: getattr(mx.fast, name) for name in names}
     dequantize = mx.dequantize
     try:
         for name in names:
@@ -67,14 +67,14 @@ def one_node_each() -> Iterator[None]:
         mx.dequantize = _dequantize
         yield
     finally:
-        for name, function in kept.items():
+        for name, function in originals.items():
             setattr(mx.fast, name, function)
         mx.dequantize = dequantize
 
 
-def kernels(forward: Callable[[], Any]) -> Counter[str]:
-    """Kernels in the graph of what `forward` returns, by the name of the operation."""
-    with one_node_each():
+def count_kernels(forward: Callable[[], Any]) -> Counter[str]:
+    """Count the kernels that compute the result of `forward`, by the name of the operation."""
+    with make_single_nodes():
         out = forward()
     dot = io.StringIO()
     mx.export_to_dot(dot, *(out if isinstance(out, (list, tuple)) else [out]))
@@ -82,17 +82,19 @@ def kernels(forward: Callable[[], Any]) -> Counter[str]:
     return Counter(node for node in nodes if node not in VIEWS)
 
 
-def decoded_token(model: Model, options: CacheOptions = CacheOptions()) -> Counter[str]:  # noqa: B008
-    """Kernels of one greedy decoding step after a prompt, which fills a bounded cache."""
+def count_decoding(model: Model, options: CacheOptions = CacheOptions()) -> Counter[str]:  # noqa: B008
+    """Count the kernels of a greedy decoding step; the prompt fills a bounded cache."""
     cache = model.make_cache(options)
     prompt = mx.zeros((1, options.max_kv_tokens or 2), mx.int32)
     mx.eval(model.text_model(model.text_model.embed_tokens(prompt), cache), cache.arrays)
     token_id = mx.array([0])
-    return kernels(lambda: [mx.argmax(model.step(token_id, cache), keepdims=True), *cache.arrays])
+    return count_kernels(
+        lambda: [mx.argmax(model.step(token_id, cache), keepdims=True), *cache.arrays]
+    )
 
 
-def decoded_tokens(model: Model, answers: int) -> Counter[str]:
-    """Kernels of one greedy decoding step of several answers behind one prompt."""
+def count_batch_decoding(model: Model, answers: int) -> Counter[str]:
+    """Count the kernels of a greedy decoding step of several answers to one prompt."""
     cache = model.make_cache()
     mx.eval(
         model.text_model(model.text_model.embed_tokens(mx.array([[0, 0]])), cache), cache.arrays
@@ -103,29 +105,29 @@ def decoded_tokens(model: Model, answers: int) -> Counter[str]:
         logits = rows.step(token_ids, np.arange(answers))
         return [mx.argmax(logits, axis=-1), *cache.arrays]
 
-    return kernels(step)
+    return count_kernels(step)
 
 
-def encoded_tiles(model: Model, tile_size: int, count: int) -> Counter[str]:
-    """Kernels of the encoder and the connector over `count` tiles."""
+def count_encoding(model: Model, tile_size: int, count: int) -> Counter[str]:
+    """Count the kernels of the encoder and the connector for `count` tiles."""
     pixel_values = mx.zeros((count, tile_size, tile_size, 3), model.dtype)
     mx.eval(pixel_values)
     encode = compile_encoder(model)
-    return kernels(lambda: encode(pixel_values))
+    return count_kernels(lambda: encode(pixel_values))
 
 
-def report(model: Model, tile_size: int) -> dict[str, Any]:
-    """Counts for both passes, with the layers that they are spread over."""
+def make_report(model: Model, tile_size: int) -> dict[str, Any]:
+    """Count the kernels of decoding and encoding, and the layers of the model."""
     step, one, many = (
-        decoded_token(model),
-        encoded_tiles(model, tile_size, 1),
-        encoded_tiles(model, tile_size, 13),
+        count_decoding(model),
+        count_encoding(model, tile_size, 1),
+        count_encoding(model, tile_size, 13),
     )
     return {
         "decoder_layers": len(model.text_model.layers),
         "decoded_token": step.total(),
-        "decoded_token_packed_cache": decoded_token(model, CacheOptions(kv_bits=8)).total(),
-        "decoded_tokens_of_8": decoded_tokens(model, 8).total(),
+        "decoded_token_packed_cache": count_decoding(model, CacheOptions(kv_bits=8)).total(),
+        "decoded_tokens_of_8": count_batch_decoding(model, 8).total(),
         "encoder_layers": len(model.vision_model.encoder.layers),
         "encoder_1_tile": one.total(),
         "encoder_13_tiles": many.total(),
@@ -140,7 +142,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     vlm = load(options.model)
-    counts = report(vlm.model, vlm.config.tile_size)
+    counts = make_report(vlm.model, vlm.config.tile_size)
     if options.json:
         print(json.dumps(counts, indent=2))
         return

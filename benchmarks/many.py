@@ -1,10 +1,10 @@
-"""Eight questions about one picture: in one call, and in eight.
+"""Compare eight questions about one picture in one call and in eight calls.
 
     python -m benchmarks.many [--geometry demo|256m] [--tokens N] [--longest-edge N] [--json]
 
-Each of the eight calls begins from nothing, as in eight runs of a script. `256m` has the
+Each of the eight calls starts with an empty cache, as in eight runs of a script. `256m` has the
 widths, layers, tiles and placeholders of SmolVLM-256M with random weights and the demo's
-vocabulary, so its answers are nonsense of `--tokens` tokens.
+vocabulary, so its answers are `--tokens` tokens of nonsense.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ QUESTIONS = [
 ]
 
 
-def of_256m(longest_edge: int) -> SmolVLM:
-    """Random weights in the shape of SmolVLM-256M, with the demo's tokenizer."""
+def make_256m(longest_edge: int) -> SmolVLM:
+    """Return a random model of SmolVLM-256M's sizes with the demo's tokenizer."""
     demo = load("demo", dtype="float32")
     text = demo.config.text
     config = replace(
@@ -63,8 +63,8 @@ def of_256m(longest_edge: int) -> SmolVLM:
     return SmolVLM(Engine(demo.path, config, model, builder))
 
 
-def measured(vlm: SmolVLM, ask: Callable[[], list[Reply]]) -> tuple[list[Reply], dict[str, Any]]:
-    """Replies, and what they took from nothing."""
+def measure(vlm: SmolVLM, ask: Callable[[], list[Reply]]) -> tuple[list[Reply], dict[str, Any]]:
+    """Return the replies of `ask` and their cost, starting with an empty cache."""
     vlm.engine.memory.clear()
     began = time.perf_counter()
     replies = ask()
@@ -77,7 +77,7 @@ def measured(vlm: SmolVLM, ask: Callable[[], list[Reply]]) -> tuple[list[Reply],
 
 
 def compare(vlm: SmolVLM, picture: Image.Image, sampling: Sampling) -> dict[str, Any]:
-    """Both ways, and whether they say the same."""
+    """Measure both ways, and whether their answers are equal."""
 
     def singly() -> list[Reply]:
         replies = []
@@ -87,8 +87,8 @@ def compare(vlm: SmolVLM, picture: Image.Image, sampling: Sampling) -> dict[str,
         return replies
 
     vlm.ask(QUESTIONS[0], images=[picture.resize((8, 8))], detail="low", sampling=sampling)
-    many, together = measured(vlm, lambda: vlm.ask_many(picture, QUESTIONS, sampling=sampling))
-    single, apart = measured(vlm, singly)
+    many, together = measure(vlm, lambda: vlm.ask_many(picture, QUESTIONS, sampling=sampling))
+    single, apart = measure(vlm, singly)
     same = [one.token_ids for one in many] == [one.token_ids for one in single]
     return {"ask_many": together, "8 x ask": apart, "same_ids": same}
 
@@ -104,7 +104,7 @@ def main() -> None:
         vlm, picture = load("demo", dtype="float32"), Image.open(EXAMPLE)
     else:
         pixels = np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8)
-        vlm, picture = of_256m(options.longest_edge), Image.fromarray(pixels)
+        vlm, picture = make_256m(options.longest_edge), Image.fromarray(pixels)
     result = compare(vlm, picture, Sampling(max_tokens=options.tokens))
     if options.json:
         print(json.dumps(result))

@@ -1,14 +1,14 @@
-"""What GPTQ, mixed precision and tuned scales win over rounding, on the real SmolLM2-135M-Instruct.
+"""Measure how much GPTQ, mixed precision and tuned scales reduce the loss of rounding.
 
     make oracles
     python -m benchmarks.precision [--bits 4] [--group-size 64] [--samples 16] [--steps 16]
         [--mixed]
 
-Everything is rounded to --bits, embeddings too (which are the head); with --mixed, precisions are
-mixed to the same size first. Then errors are made up for (GPTQ), and scales and biases are
-tuned (DWQ) to what was rounded and to what GPTQ made. KL is to float32 weights, over
-benchmarks/text.txt, which nothing is calibrated on: that is the bundled text and the
-project's documents.
+The model is SmolLM2-135M-Instruct. All matrices are rounded to --bits, including the embeddings
+(which are the head); with --mixed, precisions are mixed to the same size first. Then errors are
+compensated (GPTQ), and scales and biases are tuned (DWQ) for the rounded model and for that of
+GPTQ. KL is measured against float32 weights on benchmarks/text.txt; calibration uses other texts,
+the bundled one and the project's documents.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ CALIBRATION = [
     *(ROOT / f"{n}.md" for n in ("README", "Package", "CHANGELOG")),
 ]
 TOKENS = 4000
-MEASURED = 8  # samples that precisions are mixed by
+MEASURED = 8  # samples to choose mixed precisions on
 
 
 class Judge:
-    """What a model loses on held-out text against the float one."""
+    """Measures the loss of a model on held-out text against the float model."""
 
     def __init__(self, vlm: SmolVLM) -> None:
         self._passages = split_texts(vlm, [HELD_OUT.read_text(encoding="utf-8")], TOKENS)
@@ -64,7 +64,7 @@ class Judge:
         return mx.concatenate([compute_last_hidden(vlm.model, one) for one in self._passages])
 
     def show(self, name: str, source: Source, plan: Plan, began: float) -> None:
-        """Print a line about what `plan` makes of `source`, scales rounded as they are stored."""
+        """Print the loss of `source` converted by `plan`, with scales rounded as stored."""
         seconds, vlm = time.monotonic() - began, SourceReader(source, plan).load()
         packed = vlm.model.text_model.embed_tokens  # as a head, a packed product is slow on a CPU
         vlm.model.text_model.embed_tokens = nn.Embedding(1, 1)
@@ -85,13 +85,13 @@ class Judge:
 
 
 def progress(done: int, total: int, text: str) -> None:
-    """Tell stderr now and then."""
+    """Print every tenth step to stderr."""
     if done % 10 == 0:
         print(f"{done}/{total} {text}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What is won over rounding.")
+    parser = argparse.ArgumentParser(description="Measure the gain over rounding.")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=16)
@@ -108,18 +108,18 @@ def main() -> None:
         run(source, options)
 
 
-def spread(samples: list[Sample], count: int) -> list[Sample]:
-    """`count` of `samples`, evenly spread."""
+def spread_samples(samples: list[Sample], count: int) -> list[Sample]:
+    """Return `count` of `samples`, evenly spread."""
     count = min(count, len(samples))
     return [samples[number * len(samples) // count] for number in range(count)]
 
 
 def run(folder: Path, options: argparse.Namespace) -> None:
-    """Measure and print."""
+    """Measure the conversions of `folder`, and print their losses."""
     source = open_source(folder, True)
     vlm = SourceReader(source).load()
     judge = Judge(vlm)
-    samples = spread(read_samples(vlm, CALIBRATION), options.samples)
+    samples = spread_samples(read_samples(vlm, CALIBRATION), options.samples)
     tokens = sum(sample.input_ids.size for sample in samples)
     print(f"{len(samples)} samples of {tokens} tokens to calibrate on", file=sys.stderr)
     uniform = ConvertOptions(
@@ -129,7 +129,7 @@ def run(folder: Path, options: argparse.Namespace) -> None:
     name, plan, began = "rounded", plan_checkpoint(source, uniform), time.monotonic()
     if options.mixed:
         target = BetterOptions(target_bits=options.bits + 32 / options.group_size)
-        mixture = mix(plan, vlm.model, spread(samples, MEASURED), target, progress)
+        mixture = mix(plan, vlm.model, spread_samples(samples, MEASURED), target, progress)
         print("\n".join(mixture.format_lines()), file=sys.stderr, flush=True)
         overrides = tuple((path, one.quantization) for path, one in mixture.choices.items())
         mixed = ConvertOptions(dtype="bfloat16", overrides=overrides)

@@ -1,16 +1,16 @@
-"""What every way to quantize costs the real SmolLM2-135M-Instruct, against float32.
+"""Measure what each quantization of SmolLM2-135M-Instruct loses against float32.
 
     make oracles
     python -m benchmarks.quantization [--text FILE]... [--tokens N] [--json]
     python -m benchmarks.quantization --check
 
 Each matrix of the decoder and the embeddings (which are the head too) is packed by MLX and
-unpacked again to float32. --check says how far that is from MLX's own packed products, in a
-checkpoint that the converter wrote. On a CPU the latter are many times slower; with a preloaded
-OpenBLAS (LD_PRELOAD) the float products are faster yet.
+unpacked to float32. --check compares that with MLX's packed products in a converted checkpoint. On
+a CPU packed products are many times slower; a preloaded OpenBLAS (LD_PRELOAD) makes the float
+products faster still.
 
-A width of 576 takes no groups of 128. For those rows its matrices get 64 columns of zeros, so
-four of five groups are as large as they should be.
+Groups of 128 do not divide a width of 576. For them the matrices are padded with 64 columns of
+zeros, so that four of five groups are full.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ CHECKED_TOKENS = 64
 Modes = dict[str, tuple[Quantization | None, Quantization | None]]  # layers, embeddings
 
 
-def all_modes() -> Modes:
-    """Every mode, the coarsest last; then what `--bits 4` gives, with finer embeddings."""
+def list_modes() -> Modes:
+    """Return all modes, the coarsest last, then those of `--bits 4` with 8-bit embeddings."""
     modes: Modes = {}
     for bits in reversed(AFFINE_BITS):
         for group in AFFINE_GROUPS:
@@ -70,22 +70,22 @@ def all_modes() -> Modes:
     return modes
 
 
-def bits_per_weight(quantization: Quantization) -> float:
-    """Bits of a number, with its share of what its group has."""
+def count_bits(quantization: Quantization) -> float:
+    """Return the bits of a weight, including its share of the scales of its group."""
     extra = 32 if quantization.mode == "affine" else 8
     return quantization.bits + extra / quantization.group_size
 
 
-def rounded(weight: mx.array, quantization: Quantization) -> mx.array:
-    """`weight` packed and unpacked, with columns of zeros meanwhile if groups ask for them."""
+def round_weight(weight: mx.array, quantization: Quantization) -> mx.array:
+    """Pack and unpack `weight`, padded with columns of zeros to whole groups."""
     width = weight.shape[1]
     padded = mx.pad(weight, [(0, 0), (0, -width % quantization.group_size)])
     packed = unpack(pack(padded, quantization), quantization, mx.float32)
     return mx.contiguous(packed[:, :width])
 
 
-def matrices(vlm: SmolVLM) -> Iterator[tuple[nn.Module, bool]]:
-    """Modules of the decoder with a matrix, and whether they are embeddings."""
+def list_matrices(vlm: SmolVLM) -> Iterator[tuple[nn.Module, bool]]:
+    """Yield the modules of the decoder with a matrix, and whether they are embeddings."""
     text = vlm.model.text_model
     yield text.embed_tokens, True
     for layer in text.layers:
@@ -96,10 +96,10 @@ def matrices(vlm: SmolVLM) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def measure(vlm: SmolVLM, texts: list[str], tokens: int) -> dict[str, dict[str, float]]:
-    """The losses of every mode, by its name; the weights of `vlm` are float again afterwards."""
+    """Return the losses of every mode by its name; the weights of `vlm` are restored."""
     passages = split_texts(vlm, texts, tokens)
     targets = np.concatenate([passage.targets for passage in passages])
-    modules = [one for one in matrices(vlm) if one[0].weight.ndim == 2]
+    modules = [one for one in list_matrices(vlm) if one[0].weight.ndim == 2]
     originals = [module.weight for module, _ in modules]
     total = sum(weight.size for weight in originals)
 
@@ -109,13 +109,13 @@ def measure(vlm: SmolVLM, texts: list[str], tokens: int) -> dict[str, dict[str, 
     expected = hidden()
     original = originals[0]  # the embeddings, which are the head too
     results = {}
-    for name, (layers, embeddings) in all_modes().items():
+    for name, (layers, embeddings) in list_modes().items():
         bits = 0.0
         for (module, is_embedding), weight in zip(modules, originals, strict=True):
             kind = embeddings if is_embedding else layers
-            module.weight = weight if kind is None else rounded(weight, kind)
+            module.weight = weight if kind is None else round_weight(weight, kind)
             mx.eval(module.weight)
-            bits += weight.size * (16 if kind is None else bits_per_weight(kind)) / total
+            bits += weight.size * (16 if kind is None else count_bits(kind)) / total
         found = compare_predictions(
             (expected, hidden()), (lambda x: x @ original.T, get_head(vlm.model)), targets
         )
@@ -136,13 +136,13 @@ def measure(vlm: SmolVLM, texts: list[str], tokens: int) -> dict[str, dict[str, 
 
 
 def check(vlm: SmolVLM, source: Path) -> dict[str, float]:
-    """Greatest difference of logits between unpacked weights and MLX's packed products."""
+    """Return the largest difference of logits between unpacked weights and packed products."""
     quantization = Quantization(4, 64, "affine")
     options = ConvertOptions(bits=4, embeddings_bits=4, vision_bits=16, connector_bits=16)
     packed = load(convert_checkpoint(source, source.parent / "packed", options))
-    for module, _ in matrices(vlm):
+    for module, _ in list_matrices(vlm):
         if module.weight.ndim == 2:
-            module.weight = rounded(module.weight, quantization)
+            module.weight = round_weight(module.weight, quantization)
     ids = split_texts(vlm, [TEXT.read_text(encoding="utf-8")], CHECKED_TOKENS)[0].input_ids
     logits = [one.model(one.model.embed(ids))[0] for one in (packed, vlm)]
     return {
@@ -152,7 +152,7 @@ def check(vlm: SmolVLM, source: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What every way to quantize costs.")
+    parser = argparse.ArgumentParser(description="Measure what each quantization loses.")
     parser.add_argument("--text", type=Path, action="append", help="default: benchmarks/text.txt")
     parser.add_argument("--tokens", type=int, default=4000, help="at most")
     parser.add_argument("--json", action="store_true")
@@ -176,10 +176,10 @@ def main() -> None:
         values = {"texts": [path.name for path in paths], "tokens": tokens, "results": results}
         print(json.dumps(values, indent=2))
         return
-    show(results, f"{tokens} tokens of {', '.join(path.name for path in paths)}")
+    print_table(results, f"{tokens} tokens of {', '.join(path.name for path in paths)}")
 
 
-def show(results: dict[str, dict[str, float]], title: str) -> None:
+def print_table(results: dict[str, dict[str, float]], title: str) -> None:
     """Print the table."""
     first = next(iter(results.values()))
     print(f"{title}; perplexity in float32 {first['perplexity_float32']:.3f}")

@@ -1,10 +1,10 @@
-"""A checkpoint of SmolVLM2-256M's sizes with random weights, for benchmarks.
+"""Make a checkpoint of SmolVLM2-256M's sizes with random weights, for benchmarks.
 
     python -m benchmarks.random_checkpoint FOLDER [--files FILES]
 
-Writes FOLDER/hf as published ones are, for other programs, and FOLDER/converted for this
-package. Tokenizer, chat template and settings of pictures come from FILES, a folder with
-the published checkpoint's small files, or else from the hub (4 MB).
+Writes FOLDER/hf in the published format, for other programs, and FOLDER/converted for this
+package. The tokenizer, chat template and image settings come from FILES, a folder with the small
+files of the published checkpoint, or from the hub (4 MB).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ SMALL_FILES = (
 )
 
 
-def small_files(files: Path | None) -> Path:
-    """A folder with the published checkpoint's files but the weights."""
+def find_small_files(files: Path | None) -> Path:
+    """Return a folder with the files of the published checkpoint except the weights."""
     if files is not None:
         return files
     from huggingface_hub import snapshot_download
@@ -39,14 +39,14 @@ def small_files(files: Path | None) -> Path:
     return Path(snapshot_download(SOURCE, allow_patterns=list(SMALL_FILES)))
 
 
-def random_checkpoint(folder: Path, files: Path | None = None) -> Path:
-    """`folder`/converted, with random weights; made once, beside `folder`/hf."""
+def make_random_checkpoint(folder: Path, files: Path | None = None) -> Path:
+    """Make `folder`/hf and `folder`/converted unless they exist, and return the latter."""
     converted, source = folder / "converted", folder / "hf"
     if converted.exists():
         return converted
     shutil.rmtree(source, ignore_errors=True)
     source.mkdir(parents=True)
-    found = small_files(files)
+    found = find_small_files(files)
     for name in SMALL_FILES:
         if (found / name).exists():
             shutil.copyfile(found / name, source / name)
@@ -76,11 +76,13 @@ def random_checkpoint(folder: Path, files: Path | None = None) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="SmolVLM2-256M's sizes, random weights.")
+    parser = argparse.ArgumentParser(
+        description="Make a random checkpoint of SmolVLM2-256M's sizes."
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--files", type=Path)
     options = parser.parse_args(arguments)
-    print(random_checkpoint(options.folder, options.files))
+    print(make_random_checkpoint(options.folder, options.files))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Accuracy by task of a checkpoint and of its conversions, as `mlx-smolvlm eval` counts it.
+"""Measure the accuracy by task of a checkpoint and of its conversions.
 
     python -m benchmarks.recipes MODEL DATASET [--limit 100] [--only tiny] [--work FOLDER]
 
-Every conversion is made by `mlx-smolvlm convert` and judged by `mlx-smolvlm eval`, in processes
-of their own. With `--work` conversions and results stay there, and a stopped run goes on.
+Conversions are made by `mlx-smolvlm convert` and evaluated by `mlx-smolvlm eval`, each in its own
+process. With `--work`, conversions and results are kept, and a stopped run continues.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-# What `mlx-smolvlm convert` is told.
+# Options of `mlx-smolvlm convert`.
 CONVERSIONS: dict[str, list[str]] = {
     "8 bits": ["--bits", "8"],
     "quality": ["--recipe", "quality"],
@@ -28,7 +28,7 @@ CONVERSIONS: dict[str, list[str]] = {
 
 
 def run(*arguments: object) -> str:
-    """What `mlx-smolvlm` prints on stdout for `arguments`; ends the program if it fails."""
+    """Run `mlx-smolvlm` and return its stdout; exits the program if it fails."""
     command = [str(Path(sys.executable).with_name("mlx-smolvlm")), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
@@ -36,21 +36,21 @@ def run(*arguments: object) -> str:
     return done.stdout
 
 
-def judged(model: str | Path, data: Path, results: Path, limit: int | None) -> dict[str, Any]:
-    """The report of `eval`."""
+def evaluate(model: str | Path, data: Path, results: Path, limit: int | None) -> dict[str, Any]:
+    """Return the report of `mlx-smolvlm eval`."""
     bound = [] if limit is None else ["--limit", limit]
     report = run("eval", model, data, "--results", results, "--json", *bound)
-    found: dict[str, Any] = json.loads(report)
-    return found
+    values: dict[str, Any] = json.loads(report)
+    return values
 
 
-def weight_bytes(folder: Path) -> int:
-    """Bytes of the weights."""
+def count_weight_bytes(folder: Path) -> int:
+    """Return the bytes of the weights in `folder`."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def print_table(reports: dict[str, dict[str, Any]], sizes: dict[str, int]) -> None:
-    """A line a task, a column a conversion."""
+    """Print a line for each task and a column for each conversion."""
     names = list(reports)
     print(f"| task | n | {' | '.join(names)} |")
     print("|---|---|" + "---|" * len(names))
@@ -66,26 +66,26 @@ def print_table(reports: dict[str, dict[str, Any]], sizes: dict[str, int]) -> No
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What conversions cost, by task.")
+    parser = argparse.ArgumentParser(description="Measure the accuracy of conversions by task.")
     parser.add_argument("model", type=Path, help="folder of an unquantized checkpoint")
     parser.add_argument("data", type=Path)
-    parser.add_argument("--limit", type=int, help="of each task, the first lines")
+    parser.add_argument("--limit", type=int, help="lines of each task; default: all")
     parser.add_argument("--only", action="append", choices=CONVERSIONS)
-    parser.add_argument("--work", type=Path, help="where conversions and results stay")
+    parser.add_argument("--work", type=Path, help="folder to keep conversions and results in")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as spare:
         work = options.work or Path(spare)
         work.mkdir(parents=True, exist_ok=True)
         limit = options.limit
-        reports = {"source": judged(options.model, options.data, work / "source.jsonl", limit)}
-        sizes = {"source": weight_bytes(options.model)}
+        reports = {"source": evaluate(options.model, options.data, work / "source.jsonl", limit)}
+        sizes = {"source": count_weight_bytes(options.model)}
         for name in options.only or CONVERSIONS:
             folder = work / name.replace(", ", "-").replace(" ", "-")
             if not folder.exists():
                 run("convert", options.model, folder, *CONVERSIONS[name])
             results = folder.with_suffix(".jsonl")
-            reports[name] = judged(folder, options.data, results, limit)
-            sizes[name] = weight_bytes(folder)
+            reports[name] = evaluate(folder, options.data, results, limit)
+            sizes[name] = count_weight_bytes(folder)
         print_table(reports, sizes)
 
 

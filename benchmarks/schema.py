@@ -1,11 +1,11 @@
-"""What holding answers to a schema costs.
+"""Measure the cost of constraining answers to a schema.
 
     python -m benchmarks.schema [--tokenizer FILE] [--tokens N] [--rounds N]
 
-For the demo, and for a decoder of SmolVLM-256M's size with random weights and the vocabulary
-in FILE (a tokenizer.json of such a checkpoint; without one the second part is left out):
-a free answer, the same length with a mask at every token, and an answer to a schema with its
-forced tokens decoded one by one and together. All are timed in turns, in one run.
+It times four kinds of answers in turns: a free one, one of the same length with a mask at every
+token, and answers to a schema with the forced tokens decoded one by one and together. The models
+are the demo and, with --tokenizer, a decoder of SmolVLM-256M's size with random weights and the
+vocabulary in FILE, a tokenizer.json of such a checkpoint.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ SCHEMA: dict[str, Any] = {
     },
     "required": ["title", "kind", "date", "is_paid", "corners"],
 }
-ANYTHING = "(?s:.{4000})"  # every text, and too long to end within the benchmark
+ANYTHING = "(?s:.{4000})"  # any text, longer than the answers of the benchmark
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
@@ -56,7 +56,7 @@ TEMPLATE = (
 
 
 class Timed(Constraint):
-    """Adds up the seconds that llguidance takes on the host."""
+    """A constraint that sums up the seconds spent in llguidance."""
 
     masks_s, steps_s, chosen = 0.0, 0.0, 0
 
@@ -80,14 +80,14 @@ class Timed(Constraint):
 
 
 class OneByOne(Timed):
-    """Has every token chosen, the forced ones out of one."""
+    """Decodes forced tokens like all others."""
 
     def take_forced(self, most: int) -> list[int]:
         return []
 
 
 class Runs:
-    """Answers of one model, free and constrained, that are timed in turns."""
+    """Generates free and constrained answers of one model, and times them."""
 
     def __init__(self, model: Model, constrainer: Constrainer, most: int) -> None:
         self._model, self._constrainer, self._most = model, constrainer, most
@@ -96,14 +96,14 @@ class Runs:
         self.last: dict[str, tuple[list[int], Timed | None]] = {}
 
     def constraint(self, kind: type[Timed], sampling: Sampling) -> Timed:
-        """A constraint that keeps time."""
+        """Return a constraint of class `kind`."""
         made = self._constrainer(sampling)
         made.__class__ = kind
         assert isinstance(made, Timed)
         return made
 
     def run(self, name: str) -> float:
-        """Seconds that the answer takes, after a prompt of 8 tokens."""
+        """Generate the answer `name` to a prompt of 8 tokens, and return the seconds."""
         model, constraint = self._model, None
         sampler, cache = make_sampler(Sampling()), model.make_cache()
         ids: Iterator[int]
@@ -122,8 +122,8 @@ class Runs:
         return elapsed
 
 
-def report(title: str, runs: Runs, rounds: int) -> None:
-    """Print medians over `rounds`, after one that warms up."""
+def print_report(title: str, runs: Runs, rounds: int) -> None:
+    """Print medians over `rounds`, after a warm-up round."""
     names = ("free", "masked", "schema, one by one", "schema, together")
     times: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds + 1):
@@ -151,8 +151,8 @@ def report(title: str, runs: Runs, rounds: int) -> None:
     print(f"schema, one by one / together: {statistics.median(saved):.2f}\n")
 
 
-def large(tokenizer: Path) -> tuple[Model, Constrainer]:
-    """A decoder of SmolVLM-256M's size with random weights, and its constrainer."""
+def make_large_model(tokenizer: Path) -> tuple[Model, Constrainer]:
+    """Return a random decoder of SmolVLM-256M's size, and its constrainer."""
     config = Config(
         vision=VisionConfig(64, 128, 1, 2, 32, 8, 1e-6),
         text=TextConfig(576, 1536, 30, 9, 3, 64, 1e5, 1e-5, 49280, 8192, False),
@@ -174,8 +174,8 @@ def large(tokenizer: Path) -> tuple[Model, Constrainer]:
     return model, constrainer
 
 
-def compile_s(make: Callable[[], object]) -> float:
-    """Median seconds that `make` takes."""
+def time_median(make: Callable[[], object]) -> float:
+    """Return the median seconds of nine calls of `make`."""
     times = []
     for _ in range(9):
         started = time.perf_counter()
@@ -185,19 +185,21 @@ def compile_s(make: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Cost of constrained answers.")
+    parser = argparse.ArgumentParser(description="Measure the cost of constrained answers.")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json of 49,280 tokens")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     demo = mlx_smolvlm.load("demo")
-    report("demo", Runs(demo.model, demo.engine.constrainer, options.tokens), options.rounds)
+    print_report("demo", Runs(demo.model, demo.engine.constrainer, options.tokens), options.rounds)
     if options.tokenizer is not None:
-        model, constrainer = large(options.tokenizer)
-        report("256M, random weights", Runs(model, constrainer, options.tokens), options.rounds)
+        model, constrainer = make_large_model(options.tokenizer)
+        print_report(
+            "256M, random weights", Runs(model, constrainer, options.tokens), options.rounds
+        )
         sampling = Sampling(schema=SCHEMA)
-        print(f"checking the schema: {1000 * compile_s(lambda: Sampling(schema=SCHEMA)):.1f} ms")
-        print(f"starting an answer: {1000 * compile_s(lambda: constrainer(sampling)):.1f} ms")
+        print(f"checking the schema: {1000 * time_median(lambda: Sampling(schema=SCHEMA)):.1f} ms")
+        print(f"starting an answer: {1000 * time_median(lambda: constrainer(sampling)):.1f} ms")
 
 
 if __name__ == "__main__":

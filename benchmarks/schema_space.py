@@ -1,9 +1,9 @@
-"""Right answers of the demo with and without the space that it learned to begin with.
+"""Count right answers of the demo with and without the leading space that it was trained with.
 
     python -m benchmarks.schema_space [--items N]
 
-Held-out questions about colors, numbers and places, answered freely, and then held to the
-answers that occur in each family, after what each row says.
+Held-out questions about colors, numbers and places are answered freely, and then constrained to
+the answers of each family, with the leading space that each row names.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ FAMILIES = ("color", "count", "where")
 LEADS = {"free": None, "space demanded": " ", "space left to the model": " ?", "no space": ""}
 
 
-def constraint(vlm: mlx_smolvlm.SmolVLM, answers: list[str], lead: str) -> Constraint:
-    """Holds an answer to `answers`, after `lead`, a regular expression."""
+def make_constraint(vlm: mlx_smolvlm.SmolVLM, answers: list[str], lead: str) -> Constraint:
+    """Return a constraint to one of `answers` after the regular expression `lead`."""
     regex = f"{lead}({'|'.join(map(re.escape, answers))})"
     constrainer: Any = vlm.engine.constrainer
     return Constraint(constrainer._tokenizer, make_grammar(None, regex), "")
@@ -45,7 +45,7 @@ def main() -> None:
             sampling = Sampling(max_tokens=60, regex=None if lead is None else ".*")
             stream = vlm.stream(case.messages, images=case.pictures, sampling=sampling)
             if lead is not None:
-                stream._constraint = constraint(vlm, answers[case.family], lead)
+                stream._constraint = make_constraint(vlm, answers[case.family], lead)
             right += stream.finish().text.strip() == case.answer
         print(f"{name:24} {right} of {len(asked)}")
 

@@ -1,9 +1,9 @@
-"""Time until the command is of use, cold process each time.
+"""Measure how long commands take in a new process.
 
     python -m benchmarks.startup [--runs 15] [--model demo] [--json FILE]
 
-Prints the median, the fastest and the slowest of N runs; the machine's file cache
-is warm after the first one, which is not counted.
+Prints the median, the fastest and the slowest of N runs. One run before them, which is not
+counted, fills the file cache.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 
-def seconds(command: list[str]) -> float:
-    """Wall-clock time of `command`.
+def time_command(command: list[str]) -> float:
+    """Return the wall-clock time of `command` in seconds.
 
     Raises:
-        SystemExit: The command failed; it shows why.
+        SystemExit: The command failed; the message holds its stderr.
     """
     # An installed package has its bytecode; some test machines forbid writing it.
     env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
@@ -57,11 +57,11 @@ def main() -> None:
         ],
     }
     for command in commands.values():
-        seconds(command)
+        time_command(command)
     times: dict[str, list[float]] = {name: [] for name in commands}
-    for _ in range(arguments.runs):  # in turn, so that a slow moment hits all of them
+    for _ in range(arguments.runs):  # in turns, so that a slow moment affects all of them
         for name, command in commands.items():
-            times[name].append(seconds(command))
+            times[name].append(time_command(command))
     report = {
         "command": " ".join(["python", "-m", "benchmarks.startup", *sys.argv[1:]]),
         "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

@@ -1,12 +1,12 @@
-"""What the second question about a picture costs: tiles encoded, tokens run, time to the answer.
+"""Measure the cost of a second question about a picture: tiles, tokens and time.
 
     python -m benchmarks.turns [--files FILES] [--folder FOLDER] [--rival PYTHON] [--json]
 
 A conversation of two turns about one picture of 640 x 480, which is 13 tiles, with a model of
 SmolVLM2-256M's sizes and random weights (benchmarks/random_checkpoint.py; FILES has the
 published small files, FOLDER keeps the checkpoint). With --rival, the Python of an environment
-that has mlx-vlm, its own chat program is asked the same. Each program runs in a process of
-its own, one after the other.
+with mlx-vlm, its chat program is measured too. The programs run one after the other, each in its
+own process.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ ANSWER = 4  # tokens
 Row = dict[str, Any]
 
 
-def picture(folder: Path) -> str:
-    """A picture of noise."""
+def make_picture(folder: Path) -> str:
+    """Write a picture of noise, and return its path."""
     from PIL import Image
 
     path = folder / "noise.png"
@@ -36,8 +36,8 @@ def picture(folder: Path) -> str:
     return str(path)
 
 
-def ours(folder: str, path: str) -> list[Row]:
-    """Two turns of a `Conversation`."""
+def measure_ours(folder: str, path: str) -> list[Row]:
+    """Measure two turns of a `Conversation`."""
     import mlx_smolvlm as smolvlm
 
     vlm = smolvlm.load(folder)
@@ -56,12 +56,12 @@ def ours(folder: str, path: str) -> list[Row]:
     return rows
 
 
-def mlx_vlm(folder: str, path: str) -> list[Row]:
-    """Two turns of mlx-vlm's own chat program, as its loop makes them."""
+def measure_mlx_vlm(folder: str, path: str) -> list[Row]:
+    """Measure two turns of mlx-vlm's chat program, called as its own loop does."""
     import contextlib
     import io
 
-    from mlx_vlm.chat import MLXVisionChat
+    from measure_mlx_vlm.chat import MLXVisionChat
 
     chat = MLXVisionChat(folder, temperature=0.0, max_tokens=ANSWER, verbose=False)
     tiles: list[int] = []
@@ -99,8 +99,8 @@ def mlx_vlm(folder: str, path: str) -> list[Row]:
     return rows
 
 
-def in_process(python: str, program: str, folder: Path, path: str) -> list[Row]:
-    """What the turns of `program` cost, in a process of `python`."""
+def run_process(python: str, program: str, folder: Path, path: str) -> list[Row]:
+    """Measure the turns of `program` in a process of `python`."""
     command = [python, __file__, "--one", program, str(folder), path]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
@@ -109,8 +109,8 @@ def in_process(python: str, program: str, folder: Path, path: str) -> list[Row]:
     return rows
 
 
-def table(results: dict[str, list[Row]]) -> str:
-    """The results, a line a turn."""
+def format_table(results: dict[str, list[Row]]) -> str:
+    """Return the results as text, a line for each turn."""
     lines = [f"{'program':<12} {'turn':>4} {'tiles':>6} {'tokens':>7} {'run':>6} {'first s':>8}"]
     for program, rows in results.items():
         for turn, row in enumerate(rows, 1):
@@ -127,25 +127,25 @@ def table(results: dict[str, list[Row]]) -> str:
 def main() -> None:
     """Print the table, or the rows as JSON."""
     if sys.argv[1:2] == ["--one"]:
-        program = {"mlx-smolvlm": ours, "mlx-vlm": mlx_vlm}[sys.argv[2]]
+        program = {"mlx-smolvlm": measure_ours, "mlx-vlm": measure_mlx_vlm}[sys.argv[2]]
         print(json.dumps(program(sys.argv[3], sys.argv[4])))
         return
-    parser = argparse.ArgumentParser(description="What a second question costs.")
+    parser = argparse.ArgumentParser(description="Measure the cost of a second question.")
     parser.add_argument("--files", type=Path, help="the published checkpoint's small files")
     parser.add_argument("--folder", type=Path, help="keep the random checkpoint here")
     parser.add_argument("--rival", help="the Python of an environment with mlx-vlm")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    from benchmarks.random_checkpoint import random_checkpoint
+    from benchmarks.random_checkpoint import make_random_checkpoint
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = options.folder or Path(temporary) / "random-256m"
-        converted = random_checkpoint(folder, options.files)
-        shown = picture(Path(temporary))
-        results = {"mlx-smolvlm": in_process(sys.executable, "mlx-smolvlm", converted, shown)}
+        converted = make_random_checkpoint(folder, options.files)
+        shown = make_picture(Path(temporary))
+        results = {"mlx-smolvlm": run_process(sys.executable, "mlx-smolvlm", converted, shown)}
         if options.rival:
-            results["mlx-vlm"] = in_process(options.rival, "mlx-vlm", folder / "hf", shown)
-    print(json.dumps(results) if options.json else table(results))
+            results["mlx-vlm"] = run_process(options.rival, "mlx-vlm", folder / "hf", shown)
+    print(json.dumps(results) if options.json else format_table(results))
 
 
 if __name__ == "__main__":

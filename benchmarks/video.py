@@ -1,14 +1,14 @@
-"""Memory and time of a video, by its length and by the frames taken of it.
+"""Measure memory and time of a video by its length and its number of frames.
 
     python -m benchmarks.video [--files FOLDER | --model MODEL] [--media] [--json]
                                [--seconds 10,60,600] [--frames 10,32,64] [--keyint 30]
 
-Each line is a process of its own. The clips are made on the first run (video_clips.py:
-some minutes, and 1.5 GB for ten minutes of video) and kept in --cache. Unless --model
-names another, the model has SmolVLM2-256M's sizes and random weights, which cost what
-trained ones do; its small files come from --files, or from the hub. --media leaves the model
-out: opening, decoding and resizing alone. On two CPU cores the whole table takes the
-better part of an hour, which the encoder spends; choose fewer --frames or --media there.
+Each line is measured in its own process. The clips are made on the first run (video_clips.py: some
+minutes, and 1.5 GB for ten minutes of video) and kept in --cache. Without --model, the model has
+SmolVLM2-256M's sizes and random weights, which cost as much as trained ones; its small files come
+from --files or from the hub. --media measures only opening, decoding and resizing. On two CPU
+cores the whole table takes most of an hour, mainly in the encoder; use fewer --frames or --media
+there.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks.video_clips import numbers, path_of
+from benchmarks.video_clips import locate_clip, parse_numbers
 
 CACHE = Path(tempfile.gettempdir()) / "mlx-smolvlm-benchmark"
 
 Row = dict[str, Any]
 
-COLUMNS = {  # of the table: the heading, and how a value is written
+COLUMNS = {  # heading and format of each value
     "seconds": ("clip s", "d"),
     "frames": ("frames", "d"),
     "tiles": ("tiles", "d"),
@@ -49,23 +49,23 @@ COLUMNS = {  # of the table: the heading, and how a value is written
 }
 
 
-def peak_mb() -> float:
-    """The most memory that this process has held, in 10**6 bytes."""
+def read_peak_mb() -> float:
+    """Return the peak memory of this process, in 10**6 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 @contextmanager
-def clock(row: Row, name: str) -> Iterator[None]:
-    """Adds the seconds within to `row`."""
+def add_seconds(row: Row, name: str) -> Iterator[None]:
+    """Add the seconds of the `with` block to `row[name]`."""
     started = time.perf_counter()
     yield
     row[name] = row.get(name, 0.0) + time.perf_counter() - started
 
 
 @contextmanager
-def stages_timed(row: Row) -> Iterator[None]:
-    """Within this, decoding and resizing add their seconds to `row`."""
+def time_stages(row: Row) -> Iterator[None]:
+    """Add the seconds of decoding and resizing inside the `with` block to `row`."""
     from mlx_smolvlm.media import tiles as image
     from mlx_smolvlm.media import video
 
@@ -74,14 +74,14 @@ def stages_timed(row: Row) -> Iterator[None]:
     def timed_frames(self: video.Clip) -> Iterator[video.Frame]:
         pictures = frames(self)
         while True:
-            with clock(row, "decode_s"):
+            with add_seconds(row, "decode_s"):
                 picture = next(pictures, None)
             if picture is None:
                 return
             yield picture
 
     def timed_tile(*given: Any) -> Any:
-        with clock(row, "resize_s"):
+        with add_seconds(row, "resize_s"):
             return tile_frame(*given)
 
     try:
@@ -92,9 +92,9 @@ def stages_timed(row: Row) -> Iterator[None]:
 
 
 def measure(path: Path, seconds: int, frames: int, model: str, media: bool) -> Row:
-    """A line of the table, measured in this process.
+    """Measure a row of the table in this process.
 
-    `decode_s` has also what the encoder's batch before holds up; `encode_s` is the rest.
+    `decode_s` includes waiting for the encoder's previous batch; `encode_s` is the rest.
     """
     import mlx_smolvlm as smolvlm
     from mlx_smolvlm.checkpoint.load import read_config
@@ -103,40 +103,40 @@ def measure(path: Path, seconds: int, frames: int, model: str, media: bool) -> R
 
     vlm = None if media else smolvlm.load(model)
     config = read_config(resolve(model, ResolveOptions())) if vlm is None else vlm.config
-    row: Row = {"seconds": seconds, "before_mb": peak_mb()}
-    with clock(row, "total_s"):
-        with clock(row, "index_s"):
+    row: Row = {"seconds": seconds, "before_mb": read_peak_mb()}
+    with add_seconds(row, "total_s"):
+        with add_seconds(row, "index_s"):
             wanted = smolvlm.Video(path, fps=frames / seconds, max_frames=frames)
             clip = open_video(wanted, config)
-        with stages_timed(row):
+        with time_stages(row):
             if vlm is None:
-                row["tiles"] = _resized(clip, config)
+                row["tiles"] = _count_tiles(clip, config)
             else:
-                row |= _answered(vlm, clip, row)
+                row |= _time_answer(vlm, clip, row)
     row["frames"] = len(clip.indices)
     row["s_per_frame"] = row["total_s"] / row["frames"]
-    row["peak_mb"] = peak_mb()
+    row["peak_mb"] = read_peak_mb()
     return row
 
 
-def _resized(clip: Any, config: Any) -> int:
-    """How many tiles `clip` has, each made as for the encoder and dropped."""
+def _count_tiles(clip: Any, config: Any) -> int:
+    """Make the tiles of `clip`, drop them, and return their number."""
     from mlx_smolvlm.media import tiles as image
 
     edge = config.video.longest_edge if config.video else config.tile_size
     return sum(len(image.tile_frame(one.picture, edge, config)) for one in clip.read_frames())
 
 
-def _answered(vlm: Any, clip: Any, row: Row) -> Row:
-    """What the model adds to `row`, by an answer of one token."""
+def _time_answer(vlm: Any, clip: Any, row: Row) -> Row:
+    """Time an answer of one token in `row`, and return its counts."""
     from mlx_smolvlm import Sampling
 
     stream = vlm.stream("What happens here?", videos=[clip], sampling=Sampling(max_tokens=1))
-    with clock(row, "encode_s"):
+    with add_seconds(row, "encode_s"):
         for _ in stream.prepare():
             pass
     row["encode_s"] -= row["decode_s"] + row["resize_s"]
-    with clock(row, "prefill_s"):
+    with add_seconds(row, "prefill_s"):
         reply = stream.finish()
     return {
         "tiles": reply.video_frames,
@@ -146,13 +146,13 @@ def _answered(vlm: Any, clip: Any, row: Row) -> Row:
 
 
 def run(module: str, *arguments: str | Path) -> str:
-    """What `module`, run as a command with `arguments`, prints last.
+    """Run `module` as a command with `arguments`, and return the last line that it prints.
 
-    The work is done in others so that this process stays small: on Linux the peak of
-    a process begins with the size of its parent.
+    The work runs in other processes to keep this one small: on Linux the peak memory of a process
+    starts at the size of its parent.
 
     Raises:
-        SystemExit: It failed.
+        SystemExit: The command failed.
     """
     command = [sys.executable, "-m", module, *map(str, arguments)]
     result = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -161,8 +161,8 @@ def run(module: str, *arguments: str | Path) -> str:
     return result.stdout.strip().splitlines()[-1]
 
 
-def prepared(options: argparse.Namespace) -> str:
-    """The model, once it and the clips are there."""
+def prepare_model(options: argparse.Namespace) -> str:
+    """Make the clips and the model, and return the folder of the model."""
     lengths = ",".join(map(str, options.seconds))
     clips = options.cache / "clips"
     run("benchmarks.video_clips", clips, "--seconds", lengths, "--keyint", str(options.keyint))
@@ -172,27 +172,27 @@ def prepared(options: argparse.Namespace) -> str:
     return run("benchmarks.random_checkpoint", options.cache / "random-256m", *files)
 
 
-def measured(options: argparse.Namespace, model: str) -> Iterator[Row]:
-    """Each line of the table, by a process of its own."""
+def measure_rows(options: argparse.Namespace, model: str) -> Iterator[Row]:
+    """Yield the rows of the table, each measured in its own process."""
     for frames in options.frames:
         for seconds in options.seconds:
-            path = path_of(options.cache / "clips", seconds, options.keyint)
+            path = locate_clip(options.cache / "clips", seconds, options.keyint)
             one = {"path": str(path), "seconds": seconds, "frames": frames, "model": model}
             yield json.loads(
                 run("benchmarks.video", "--one", json.dumps(one | {"media": options.media}))
             )
 
 
-def line(row: Row, heading: bool = False) -> str:
-    """`row` in the table, or the headings of its columns."""
+def format_row(row: Row, heading: bool = False) -> str:
+    """Return the text of `row`, or the headings of its columns."""
     shown = {name: column for name, column in COLUMNS.items() if name in row}
     if heading:
         return "  ".join(head for head, _ in shown.values())
     return "  ".join(f"{row[name]:{len(head)}{form}}" for name, (head, form) in shown.items())
 
 
-def against_shortest(rows: Sequence[Row]) -> list[Row]:
-    """For each number of frames, each length against the shortest one."""
+def compare_with_shortest(rows: Sequence[Row]) -> list[Row]:
+    """Compare each length with the shortest one for the same number of frames."""
     found = []
     for row in rows:
         same = [other for other in rows if other["frames"] == row["frames"]]
@@ -211,11 +211,11 @@ def against_shortest(rows: Sequence[Row]) -> list[Row]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Memory and time of a video.")
+    parser = argparse.ArgumentParser(description="Measure memory and time of a video.")
     parser.add_argument("--model", help="instead of random weights")
     parser.add_argument("--files", type=Path, help="the published checkpoint without weights")
-    parser.add_argument("--seconds", type=numbers, default=[10, 60, 600])
-    parser.add_argument("--frames", type=numbers, default=[10, 32, 64])
+    parser.add_argument("--seconds", type=parse_numbers, default=[10, 60, 600])
+    parser.add_argument("--frames", type=parse_numbers, default=[10, 32, 64])
     parser.add_argument("--keyint", type=int, default=30, help="frames from keyframe to keyframe")
     parser.add_argument("--media", action="store_true", help="leave the model out")
     parser.add_argument("--cache", type=Path, default=CACHE, help="for clips and random weights")
@@ -225,13 +225,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.one:
         print(json.dumps(measure(**options.one)))
         return
-    model = prepared(options)
+    model = prepare_model(options)
     rows: list[Row] = []
-    for row in measured(options, model):
+    for row in measure_rows(options, model):
         if not options.json:
-            print(line(row) if rows else f"{line(row, heading=True)}\n{line(row)}", flush=True)
+            print(
+                format_row(row) if rows else f"{format_row(row, heading=True)}\n{format_row(row)}",
+                flush=True,
+            )
         rows.append(row)
-    compared = against_shortest(rows)
+    compared = compare_with_shortest(rows)
     if options.json:
         print(json.dumps({"rows": rows, "against_shortest": compared}, indent=2))
         return

@@ -1,11 +1,10 @@
-"""Clips for benchmarks/video.py: 1920 x 1080, 30 frames a second, H.264, moving and noisy.
+"""Make clips for benchmarks/video.py: 1920 x 1080, 30 frames a second, H.264.
 
     python -m benchmarks.video_clips FOLDER [--seconds 10,60,600] [--keyint 30]
 
-A picture of smooth colours passes by under a window that wanders, with noise as a sensor
-has it and a square that crosses it. Up to a minute is encoded; longer clips are that
-minute's packets over and over, with later times, which a decoder cannot tell from
-a clip that was encoded whole.
+A window moves over a picture of smooth colours, with noise like that of a sensor and a square that
+crosses the frame. Up to a minute is encoded; longer clips repeat the packets of that minute with
+later timestamps, which a decoder cannot tell from a clip that was encoded as a whole.
 """
 
 from __future__ import annotations
@@ -23,21 +22,21 @@ from mlx_smolvlm.files import make_private_folder, replace_file
 SIZE = (1920, 1080)
 FPS = 30
 MINUTE = 60  # seconds
-SPREAD = 128  # pixels by which the window wanders to each side
+SPREAD = 128  # pixels by which the window moves to each side
 
 
-def path_of(folder: Path, seconds: int, keyint: int, size: tuple[int, int] = SIZE) -> Path:
-    """Where `clip` keeps a clip."""
+def locate_clip(folder: Path, seconds: int, keyint: int, size: tuple[int, int] = SIZE) -> Path:
+    """Return the path at which `make_clip` stores a clip."""
     return folder / f"{size[0]}x{size[1]}-{seconds}s-keyint{keyint}.mp4"
 
 
-def clip(folder: Path, seconds: int, keyint: int, size: tuple[int, int] = SIZE) -> Path:
-    """A clip of `seconds`, made once, with a keyframe every `keyint` frames.
+def make_clip(folder: Path, seconds: int, keyint: int, size: tuple[int, int] = SIZE) -> Path:
+    """Make a clip of `seconds` unless it exists, and return its path.
 
     Args:
-        folder: Where it is kept.
-        seconds: Its length; above a minute a number of whole minutes.
-        keyint: 30 is a second, as phones have it; 250 is x264's default.
+        folder: The folder of clips.
+        seconds: The length; above a minute a number of whole minutes.
+        keyint: Frames between keyframes: 30 is a second, as phones use; 250 is x264's default.
         size: Width and height.
 
     Raises:
@@ -45,20 +44,20 @@ def clip(folder: Path, seconds: int, keyint: int, size: tuple[int, int] = SIZE) 
     """
     if seconds > MINUTE and seconds % MINUTE:
         raise ValueError(f"seconds is {seconds}; above {MINUTE} it must be a multiple of it")
-    path = path_of(folder, seconds, keyint, size)
+    path = locate_clip(folder, seconds, keyint, size)
     if path.exists():
         return path
-    make_private_folder(folder)  # the usual one lies in the system's temporary folder
+    make_private_folder(folder)  # the default is in the system's temporary folder
     with replace_file(path, path.suffix) as partial:
         if seconds > MINUTE:
-            _repeat(clip(folder, MINUTE, keyint, size), partial, seconds // MINUTE)
+            _repeat(make_clip(folder, MINUTE, keyint, size), partial, seconds // MINUTE)
         else:
             _encode(partial, seconds * FPS, keyint, size)
     return path
 
 
-def frames(count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
-    """`count` frames as planes of YUV 4:2:0, (3 / 2 * H, W) uint8."""
+def draw_frames(count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Yield `count` frames as planes of YUV 4:2:0, (3 / 2 * H, W) uint8."""
     width, height = size
     random = np.random.default_rng(0)
     y, x = np.mgrid[: height + 2 * SPREAD, : width + 2 * SPREAD].astype(np.float32)
@@ -87,7 +86,7 @@ def frames(count: int, size: tuple[int, int]) -> Iterator[np.ndarray]:
 
 
 def _encode(path: Path, count: int, keyint: int, size: tuple[int, int]) -> None:
-    """Encode `count` frames with x264's veryfast preset, three B-frames among them."""
+    """Encode `count` frames with x264's veryfast preset and three B-frames."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264", rate=FPS)
         stream.width, stream.height = size
@@ -98,7 +97,7 @@ def _encode(path: Path, count: int, keyint: int, size: tuple[int, int]) -> None:
             "crf": "20",
             "x264-params": f"keyint={keyint}:scenecut=0:bframes=3",
         }
-        for planes in frames(count, size):
+        for planes in draw_frames(count, size):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuv420p")))
         container.mux(stream.encode())
 
@@ -124,20 +123,20 @@ def _repeat(source: Path, path: Path, times: int) -> None:
             end += length
 
 
-def numbers(text: str) -> list[int]:
-    """Whole numbers with commas between them."""
+def parse_numbers(text: str) -> list[int]:
+    """Parse whole numbers separated by commas."""
     return [int(part) for part in text.split(",")]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Make the clips of benchmarks/video.py.")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--seconds", type=numbers, default=[10, 60, 600])
-    parser.add_argument("--keyint", type=numbers, default=[30])
+    parser.add_argument("--seconds", type=parse_numbers, default=[10, 60, 600])
+    parser.add_argument("--keyint", type=parse_numbers, default=[30])
     options = parser.parse_args(arguments)
     for keyint in options.keyint:
         for seconds in options.seconds:
-            path = clip(options.folder, seconds, keyint)
+            path = make_clip(options.folder, seconds, keyint)
             size = path.stat().st_size
             print(f"{path}  {size / 1e6:.1f} MB  {size * 8 / seconds / 1e6:.1f} Mbit/s")
 

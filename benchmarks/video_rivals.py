@@ -1,13 +1,13 @@
-"""What other programs make of a clip: frames, tiles, tokens, time and memory.
+"""Measure other programs on a clip: frames, tiles, tokens, time and memory.
 
     python -m benchmarks.video_rivals {mlx-vlm,transformers} CLIP HF_FOLDER
                                       [--frames N] [--processor] [--json]
 
-To be run by the Python that has the program: an environment with mlx-vlm (it need not have
-this package), or this repository's after `make oracles`. Where torchvision is not
-installed, transformers runs with the stand-in of tests/helpers/video_oracle.py, which resizes
-with Pillow, and reads with PyAV. CLIP and HF_FOLDER are what benchmarks/video.py leaves in its
-cache. --processor leaves the model out; --frames takes other frames than the program would.
+Run it with the Python of an environment with mlx-vlm (this package is not needed there), or with
+this repository's after `make oracles`. Without torchvision, transformers uses the replacement in
+tests/helpers/video_oracle.py, which resizes with Pillow and decodes with PyAV. CLIP and HF_FOLDER
+are in the cache of benchmarks/video.py. --processor skips the model; --frames overrides the
+program's number of frames.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ PROMPT = "What happens here?"
 Row = dict[str, Any]
 
 
-def mlx_vlm(clip: str, folder: str, frames: int | None, processor_only: bool) -> Row:
-    """As `python -m mlx_vlm generate --video CLIP` goes about it, step by step."""
+def measure_mlx_vlm(clip: str, folder: str, frames: int | None, processor_only: bool) -> Row:
+    """Measure the steps of `python -m mlx_vlm generate --video CLIP`."""
     import mlx.core as mx
-    from mlx_vlm import load, stream_generate
-    from mlx_vlm.generate.video import resolve_video_inputs
-    from mlx_vlm.prompt_utils import apply_chat_template
-    from mlx_vlm.utils import VideoSampling, load_config, load_processor, prepare_inputs
+    from measure_mlx_vlm import load, stream_generate
+    from measure_mlx_vlm.generate.video import resolve_video_inputs
+    from measure_mlx_vlm.prompt_utils import apply_chat_template
+    from measure_mlx_vlm.utils import VideoSampling, load_config, load_processor, prepare_inputs
 
     importlib.import_module("mlx_vlm.models.smolvlm")  # its processor instead of transformers'
     if processor_only:
@@ -42,7 +42,7 @@ def mlx_vlm(clip: str, folder: str, frames: int | None, processor_only: bool) ->
         model, processor = load(folder)
         mx.eval(model.parameters())
         config = model.config.to_dict()
-    row: Row = {"before_mb": peak_mb()}
+    row: Row = {"before_mb": read_peak_mb()}
     started = time.perf_counter()
     sampling = VideoSampling(nframes=frames, frame_factor=1) if frames else VideoSampling()
     resolved = resolve_video_inputs(processor, [clip], sampling=sampling, max_frames=frames or 16)
@@ -67,10 +67,10 @@ def mlx_vlm(clip: str, folder: str, frames: int | None, processor_only: bool) ->
     return row | {"total_s": time.perf_counter() - started}
 
 
-def transformers(clip: str, folder: str, frames: int | None, processor_only: bool) -> Row:
-    """transformers' processor and model in float32, an answer of one token."""
+def measure_transformers(clip: str, folder: str, frames: int | None, processor_only: bool) -> Row:
+    """Measure transformers' processor and model in float32, with an answer of one token."""
     import torch
-    from transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
+    from measure_transformers import PreTrainedTokenizerFast, SmolVLMForConditionalGeneration
 
     from tests.helpers.video_oracle import VideoOracle
 
@@ -78,11 +78,11 @@ def transformers(clip: str, folder: str, frames: int | None, processor_only: boo
     template = json.loads((Path(folder) / "chat_template.json").read_text(encoding="utf-8"))
     tokenizer.chat_template = template["chat_template"]
     processor = VideoOracle(folder, tokenizer, 64)
-    processor.processor.chat_template = _with_videos(template["chat_template"])
+    processor.processor.chat_template = _add_videos(template["chat_template"])
     model = None
     if not processor_only:
         model = SmolVLMForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    row: Row = {"before_mb": peak_mb()}
+    row: Row = {"before_mb": read_peak_mb()}
     started = time.perf_counter()
     content = [{"type": "video"}, {"type": "text", "text": PROMPT}]
     sampling = {"num_frames": frames, "fps": 1000.0} if frames else {}
@@ -103,22 +103,22 @@ def transformers(clip: str, folder: str, frames: int | None, processor_only: boo
     return row | {"total_s": time.perf_counter() - started}
 
 
-def _with_videos(template: str) -> str:
-    """A published chat template, with transformers' placeholder for videos if it has none."""
+def _add_videos(template: str) -> str:
+    """Add transformers' placeholder for videos to a chat template without one."""
     if "<video>" in template:
         return template
     image = "{% elif line['type'] == 'image' %}{{ '<image>' }}"
     return template.replace(image, image + image.replace("image", "video"))
 
 
-def peak_mb() -> float:
-    """The most memory that this process has held, in 10**6 bytes."""
+def read_peak_mb() -> float:
+    """Return the peak memory of this process, in 10**6 bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="What other programs make of a clip.")
+    parser = argparse.ArgumentParser(description="Measure other programs on a clip.")
     parser.add_argument("program", choices=["mlx-vlm", "transformers"])
     parser.add_argument("clip")
     parser.add_argument("folder", help="a Hugging Face checkpoint")
@@ -126,9 +126,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processor", action="store_true", help="leave the model out")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args(arguments)
-    measure = mlx_vlm if options.program == "mlx-vlm" else transformers
+    measure = measure_mlx_vlm if options.program == "mlx-vlm" else measure_transformers
     row = measure(options.clip, options.folder, options.frames, options.processor)
-    row["peak_mb"] = peak_mb()
+    row["peak_mb"] = read_peak_mb()
     if options.json:
         print(json.dumps(row))
         return

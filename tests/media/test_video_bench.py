@@ -30,18 +30,18 @@ def packets(path: Path) -> list[tuple[int, bool]]:
 
 
 def test_clip_has_its_frames_and_keyframes(tmp_path: Path) -> None:
-    path = video_clips.clip(tmp_path, 2, 25, SIZE)
+    path = video_clips.make_clip(tmp_path, 2, 25, SIZE)
     assert packets(path) == [(i, i in (0, 25, 50)) for i in range(60)]
     with av.open(str(path)) as container:
         kinds = {PictureType(frame.pict_type).name for frame in container.decode(video=0)}
     assert kinds == {"I", "P", "B"}  # B-frames as cameras' and most files have them
     made = path.stat().st_mtime_ns
-    assert video_clips.clip(tmp_path, 2, 25, SIZE).stat().st_mtime_ns == made
+    assert video_clips.make_clip(tmp_path, 2, 25, SIZE).stat().st_mtime_ns == made
 
 
 def test_long_clip_repeats_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(video_clips, "MINUTE", 1)
-    path = video_clips.clip(tmp_path, 3, 25, SIZE)
+    path = video_clips.make_clip(tmp_path, 3, 25, SIZE)
     assert packets(path) == [(i, i % 30 in (0, 25)) for i in range(90)]
     with av.open(str(path)) as container:
         frames = [frame.to_ndarray() for frame in container.decode(video=0)]
@@ -49,7 +49,7 @@ def test_long_clip_repeats_a_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (frames[7] != frames[8]).any()
     monkeypatch.setattr(video_clips, "MINUTE", 2)
     with pytest.raises(ValueError, match="multiple"):
-        video_clips.clip(tmp_path, 5, 25, SIZE)
+        video_clips.make_clip(tmp_path, 5, 25, SIZE)
 
 
 def frames_alive() -> int:
@@ -58,7 +58,7 @@ def frames_alive() -> int:
 
 
 def test_frames_are_let_go_without_the_garbage_collector(tmp_path: Path) -> None:
-    path = video_clips.clip(tmp_path, 4, 25, SIZE)
+    path = video_clips.make_clip(tmp_path, 4, 25, SIZE)
     config = read_config(resolve("demo", ResolveOptions()))
     clip = open_video(Video(path, fps=30, max_frames=120), config)
     gc.collect()
@@ -73,7 +73,7 @@ def test_frames_are_let_go_without_the_garbage_collector(tmp_path: Path) -> None
 
 
 def test_measured_line(tmp_path: Path) -> None:
-    path = video_clips.clip(tmp_path, 2, 25, SIZE)
+    path = video_clips.make_clip(tmp_path, 2, 25, SIZE)
     rows = [bench.measure(path, 2, frames, "demo", media=True) for frames in (3, 5)]
     assert [(row["frames"], row["tiles"]) for row in rows] == [(3, 3), (5, 5)]
     row = bench.measure(path, 2, 4, "demo", media=False)
@@ -88,7 +88,7 @@ def test_measured_line(tmp_path: Path) -> None:
     parts = ("index_s", "decode_s", "resize_s", "encode_s", "prefill_s")
     assert sum(row[part] for part in parts) <= row["total_s"]
     assert all(name in row for name in bench.COLUMNS)
-    assert len(bench.line(row)) >= len(bench.line(row, heading=True))
+    assert len(bench.format_row(row)) >= len(bench.format_row(row, heading=True))
 
 
 def test_each_length_is_compared_with_the_shortest_of_as_many_frames() -> None:
@@ -97,7 +97,7 @@ def test_each_length_is_compared_with_the_shortest_of_as_many_frames() -> None:
         for frames in (10, 64)
         for seconds in (10, 60)
     ]
-    assert bench.against_shortest(rows) == [
+    assert bench.compare_with_shortest(rows) == [
         {
             "frames": frames,
             "seconds": 60,

@@ -47,31 +47,34 @@ def model(request: pytest.FixtureRequest) -> Model:
 
 
 def test_decoded_token(model: Model) -> None:
-    assert bench.decoded_token(model).total() <= 12 * LAYERS + 8
+    assert bench.count_decoding(model).total() <= 12 * LAYERS + 8
 
 
 def test_decoded_token_with_a_bounded_cache(model: Model) -> None:
     options = CacheOptions(max_kv_tokens=72)
-    assert bench.decoded_token(model, options) == bench.decoded_token(model)
+    assert bench.count_decoding(model, options) == bench.count_decoding(model)
 
 
 def test_decoded_token_with_a_packed_cache(wide: Model) -> None:
     # Packing, three updates instead of one, and products, scale and softmax instead of attention.
-    assert bench.decoded_token(wide, CacheOptions(kv_bits=8)).total() <= 18 * 3 + 8
+    assert bench.count_decoding(wide, CacheOptions(kv_bits=8)).total() <= 18 * 3 + 8
 
 
 @pytest.mark.parametrize("answers", [1, 2, 9])
 def test_decoded_tokens_of_several_answers(model: Model, answers: int) -> None:
-    assert bench.decoded_tokens(model, answers).total() <= bench.decoded_token(model).total() + 1
+    assert (
+        bench.count_batch_decoding(model, answers).total()
+        <= bench.count_decoding(model).total() + 1
+    )
 
 
 def test_encoder(model: Model) -> None:
     # A quantized product has no fused bias. The one of q, k and v takes a kernel per layer; the
     # others are fused into the kernels that follow them (docs/decisions/kernels.md).
     packed = isinstance(model.vision_model.encoder.layers[0].mlp.fc1, nn.QuantizedLinear)
-    one = bench.encoded_tiles(model, 32, 1).total()
+    one = bench.count_encoding(model, 32, 1).total()
     assert one <= (11 if packed else 10) * LAYERS + 12
-    assert one == bench.encoded_tiles(model, 32, 13).total()
+    assert one == bench.count_encoding(model, 32, 13).total()
 
 
 def test_count_of_a_known_graph() -> None:
@@ -79,7 +82,7 @@ def test_count_of_a_known_graph() -> None:
     w = mx.ones((8,))
     mx.eval(x, w)
     # One product, one norm, one sum; the transpose and the reshape are views.
-    counted = bench.kernels(
+    counted = bench.count_kernels(
         lambda: mx.fast.rms_norm(x @ x.T.reshape(8, 4) @ x, w, 1e-5).reshape(32) + 1
     )
     assert counted.total() == 4
