@@ -79,11 +79,11 @@ def find_surprises(
 
 
 def pair_answers(
-    asked: Sequence[PictureQuestion], a: Observation, b: Observation
+    questions: Sequence[PictureQuestion], a: Observation, b: Observation
 ) -> tuple[AnswerPair, ...]:
     """Pair the answers of both to each question."""
     result = []
-    for question, one, other in zip(asked, a.answers, b.answers, strict=True):
+    for question, one, other in zip(questions, a.answers, b.answers, strict=True):
         equal = [x == y for x, y in zip(one.token_ids, other.token_ids, strict=False)]
         longest = max(len(one.token_ids), len(other.token_ids))
         count = equal.index(False) if False in equal else len(equal)

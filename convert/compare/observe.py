@@ -265,10 +265,12 @@ def observe(
     )
 
 
-def _answer(vlm: SmolVLM, asked: PictureQuestion, work: Workload) -> tuple[Passage, GreedyAnswer]:
+def _answer(
+    vlm: SmolVLM, question: PictureQuestion, work: Workload
+) -> tuple[Passage, GreedyAnswer]:
     """Answer a question, and return its prompt and the answer."""
-    pictures = () if asked.picture is None else (asked.picture,)
-    request = read_request(asked.text, pictures, (), None)
+    pictures = () if question.picture is None else (question.picture,)
+    request = read_request(question.text, pictures, (), None)
     media = vlm.engine.open_media(request, work.detail)
     prompt = vlm.engine.make_prompt(request.messages, media)
     reply = AnswerStream(vlm.engine, prompt, Sampling(max_tokens=work.max_tokens)).finish()

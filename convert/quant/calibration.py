@@ -75,8 +75,10 @@ def _find_files(paths: Sequence[Path]) -> Iterator[Path]:
         files = [file for file in inside if file.suffix.lower() in TEXTS + DATASETS]
         files = [file for file in files if file.is_file()]
         if not files:
-            known = ", ".join(TEXTS + DATASETS)
-            raise CheckpointError(f"{path} is no calibration file or folder of them: {known}")
+            suffixes = ", ".join(TEXTS + DATASETS)
+            raise CheckpointError(
+                f"{path} is not a calibration file or a folder of them; use {suffixes}"
+            )
         yield from files
 
 

@@ -295,7 +295,7 @@ class Rounder:
         return outputs
 
     def round_matrix(self, path: str, module: nn.Module, moment: mx.array | None) -> None:
-        """Round the weight of `module` to the planned precision; None as `moment` is no GPTQ."""
+        """Round the weight of `module` as planned, by GPTQ if `moment` of its inputs is given."""
         self._progress(self._count, len(self._steps), path)
         self._count += 1
         step = self._steps[path]

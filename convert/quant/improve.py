@@ -254,7 +254,7 @@ def measure_choices(
 
 
 def _can_quantize(step: Step, quantization: Quantization) -> bool:
-    """Whether groups divide the width; the vision MLP is padded until they do."""
+    """Whether groups divide the width; the vision MLP is padded, so there they always do."""
     if step.entry.path.endswith(".mlp.fc2"):
         return True
     try:
@@ -317,9 +317,9 @@ def choose_precisions(
             cost = -(-(one.nbytes - smallest[path]) // unit)
             if cost > room:
                 continue
-            tried = best[: room + 1 - cost] + one.damage
-            better = tried < least[cost:]
-            least[cost:][better], pick[cost:][better] = tried[better], number
+            total = best[: room + 1 - cost] + one.damage
+            better = total < least[cost:]
+            least[cost:][better], pick[cost:][better] = total[better], number
         best = least
         picks.append((path, pick))
     result, left = {}, room
@@ -344,9 +344,9 @@ def estimate_importance(
     modules = {path: leaves[path] for path in paths}
     weights = {path: module.weight for path, module in modules.items()}
 
-    def loss(given: dict[str, mx.array], sample: Sample, key: mx.array) -> mx.array:
+    def loss(parameters: dict[str, mx.array], sample: Sample, key: mx.array) -> mx.array:
         for path, module in modules.items():
-            module.weight = given[path]
+            module.weight = parameters[path]
         return _compute_nll(model, sample, key)
 
     total = {path: mx.zeros(_split_blocks(weight).shape[:2]) for path, weight in weights.items()}
@@ -371,8 +371,8 @@ def _compute_nll(model: Model, sample: Sample, key: mx.array) -> mx.array:
     embeds = model.embed(sample.input_ids, None if pixels is None else model.encode(pixels))
     hidden = model.text_model(embeds)[0, sample.start - 1 : -1]
     logits = model.head(hidden).astype(mx.float32)
-    drawn = mx.random.categorical(mx.stop_gradient(logits), key=key)
-    return cross_entropy(logits, drawn).sum()
+    token_ids = mx.random.categorical(mx.stop_gradient(logits), key=key)
+    return cross_entropy(logits, token_ids).sum()
 
 
 def _split_blocks(weight: mx.array) -> mx.array:

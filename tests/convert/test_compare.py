@@ -1,4 +1,4 @@
-"""What two checkpoints are compared by: numbers against numpy, parts that cannot be compared."""
+"""Comparisons: numbers against numpy, parts that cannot be compared, reports."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""GPTQ of one matrix, against the update formula of the paper written out."""
+"""GPTQ of one matrix, compared with the update formula of the paper."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,4 +1,4 @@
-"""Precision mixed by what is measured, and scales that are tuned."""
+"""Mixed precisions, tuned scales, calibration samples, and the options for them."""
 
 import itertools
 import json
@@ -324,7 +324,9 @@ def test_folders_and_datasets_are_read(plain, tmp_path):
     told = asked.input_ids[asked.start :].tolist()
     assert decode(told[:-1]) == "red"
     assert told[-1] == plain.config.eos_token_ids[0]
-    with pytest.raises(CheckpointError, match="is no calibration file or folder"):
+    with pytest.raises(
+        CheckpointError, match="is not a calibration file or a folder of them; use .txt"
+    ):
         read_samples(plain, [tmp_path / "ignored.bin"])
 
 

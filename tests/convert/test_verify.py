@@ -1,4 +1,4 @@
-"""`convert --verify` and `compare`: a conversion is measured, and what was found is kept."""
+"""`convert --verify` and `compare`: a conversion is compared, and the result is written."""
 
 import json
 import os

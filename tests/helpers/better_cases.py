@@ -1,4 +1,4 @@
-"""A small checkpoint to convert in better ways, and how far two models lie apart."""
+"""A small checkpoint for mixed precision, GPTQ and DWQ, and the divergence of two models."""
 
 import mlx.core as mx
 import numpy as np
@@ -33,7 +33,7 @@ def make_source(folder, **changes):
 
 
 def kl_of(plain, other):
-    """KL divergence of `other` from `plain` in nats on held-out text."""
+    """Return the KL divergence of `other` from `plain` in nats on held-out text."""
     passages = split_texts(plain, [HELD_OUT], 800)
     both = [
         mx.concatenate([compute_last_hidden(v.model, p) for p in passages]) for v in (plain, other)
