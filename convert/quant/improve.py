@@ -5,8 +5,7 @@ divergence of rounded weights from the float ones is half of d'Fd, with d the er
 Fisher information. Rounding errors are almost independent of each other, so only the diagonal of F
 is used: the mean square of the gradient of the log-likelihood of tokens that are drawn from the
 model's own predictions. One backward pass for each sample gives it for all matrices, including
-those of the vision encoder, because the decoder reads the pictures. It is stored as means over
-`BLOCK` weights of a row.
+those of the vision encoder, because the decoder reads the pictures.
 """
 
 from __future__ import annotations

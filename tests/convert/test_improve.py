@@ -325,7 +325,7 @@ def test_folders_and_datasets_are_read(plain, tmp_path):
     assert decode(told[:-1]) == "red"
     assert told[-1] == plain.config.eos_token_ids[0]
     with pytest.raises(
-        CheckpointError, match="is not a calibration file or a folder of them; use .txt"
+        CheckpointError, match=r"is not a calibration file or a folder of them; use \.txt"
     ):
         read_samples(plain, [tmp_path / "ignored.bin"])
 
