@@ -108,7 +108,7 @@ def read_processors(source: Source) -> tuple[Section, Section | None]:
         if not source.has("preprocessor_config.json"):
             raise CheckpointError(
                 f"{source.folder} has no preprocessor_config.json, so the picture size is unknown; "
-                " copy it from the checkpoint that this one was made from"
+                "copy it from the checkpoint that this one was made from"
             )
         images = Section(source.read_json("preprocessor_config.json"), "preprocessor_config.json")
     name = "video_preprocessor_config.json"

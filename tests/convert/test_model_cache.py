@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -165,7 +166,8 @@ def test_names_mean_what_the_list_says(cache, tmp_path):
     for name in ("demo", "", "/", ".", "..", "HuggingFaceTB", REPO[:-1], f"{REPO}@b", f"{REPO}/a",
                  str(cache), str(paths[0].parent), str(paths[0] / "config.json"),
                  f"{REPO}/../../elsewhere", str(tmp_path)):  # fmt: skip
-        with pytest.raises(CheckpointError, match=r"there is no checkpoint .* in the cache"):
+        message = re.escape(f"there is no checkpoint '{name}' in the cache {cache};")
+        with pytest.raises(CheckpointError, match=message):
             find_models(name, models)
 
 
