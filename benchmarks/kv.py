@@ -159,9 +159,9 @@ def compare_with_full(
 
 def measure_demo(items: int) -> dict[str, dict[str, float]]:
     """Return for each cache the share of right answers and of answers that do not change."""
-    from demo_recipe.evaluate import ask, cases
+    from demo_recipe.evaluate import ask, make_cases
 
-    asked = [case for topic in TOPICS for case in cases(topic, items)]
+    asked = [case for topic in TOPICS for case in make_cases(topic, items)]
     results: dict[str, dict[str, float]] = {}
     full: list[str] = []
     for name, options in {

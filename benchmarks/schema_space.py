@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 import mlx_smolvlm
-from demo_recipe.evaluate import cases
+from demo_recipe.evaluate import make_cases
 from mlx_smolvlm import Sampling
 from mlx_smolvlm.generate.grammar import Constraint
 from mlx_smolvlm.generate.json_schema import make_grammar
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=60, help="questions of a family")
     options = parser.parse_args()
     vlm = mlx_smolvlm.load("demo", dtype="float32")
-    asked = list(cases("shapes", options.items, families=FAMILIES))
+    asked = list(make_cases("shapes", options.items, families=FAMILIES))
     answers = {
         family: sorted({case.answer for case in asked if case.family == family})
         for family in FAMILIES

@@ -27,31 +27,31 @@ class Ahead(Generic[Place, Made]):
         after: Callable[[Place], Place | None],
         workers: int = 0,
     ) -> None:
-        self._make, self._after = make, after
+        self._make, self._find_next = make, after
         self._pool: Executor = ThreadPoolExecutor(1)
         if workers:
             context = multiprocessing.get_context("spawn")
             self._pool = ProcessPoolExecutor(workers, mp_context=context)
         self._depth = 1 + 2 * workers
-        self._begun: deque[tuple[Place, Future[Made]]] = deque()
+        self._pending: deque[tuple[Place, Future[Made]]] = deque()
 
-    def at(self, place: Place) -> Made:
+    def get(self, place: Place) -> Made:
         """What is made of `place`; the next ones are begun."""
-        if not self._begun or self._begun[0][0] != place:
-            self._begun.clear()
+        if not self._pending or self._pending[0][0] != place:
+            self._pending.clear()
             self._begin(place)
-        _, future = self._begun.popleft()
-        for following in self._follow(self._begun[-1][0] if self._begun else place):
+        _, future = self._pending.popleft()
+        for following in self._follow(self._pending[-1][0] if self._pending else place):
             self._begin(following)
         return future.result()
 
     def _follow(self, last: Place) -> Iterator[Place]:
-        while len(self._begun) < self._depth:
-            following = self._after(last)
+        while len(self._pending) < self._depth:
+            following = self._find_next(last)
             if following is None:
                 return
             yield following
             last = following
 
     def _begin(self, place: Place) -> None:
-        self._begun.append((place, self._pool.submit(self._make, place)))
+        self._pending.append((place, self._pool.submit(self._make, place)))

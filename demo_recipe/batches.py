@@ -12,12 +12,12 @@ from functools import partial
 
 import numpy as np
 
-from demo_recipe.items import Drawn
-from demo_recipe.labels import patch_labels, token_mask
+from demo_recipe.items import LabeledPicture
+from demo_recipe.labels import make_patch_labels, make_token_mask
 from demo_recipe.prefix import ANSWERED_LAYER, ASKED_LAYER, Pointers
-from demo_recipe.rows import Pointed, Row, make_row, padded
-from demo_recipe.tokenizer import token_id
-from demo_recipe.topics import NO_FOCUS, TOPICS, Focus, ask, ask_several, draw, talk
+from demo_recipe.rows import Pointed, QuestionRow, make_row, pad_rows
+from demo_recipe.tokenizer import find_token_id
+from demo_recipe.topics import NO_FOCUS, TOPICS, Focus, ask, ask_several, draw, make_talk
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.media.tiles import Detail, Grid, tile_picture
 from mlx_smolvlm.prompt.builder import PromptBuilder
@@ -39,7 +39,7 @@ class EncoderBatch:
 
 
 @dataclass(frozen=True)
-class Batch:
+class PictureBatch:
     """Questions about pictures; C beginnings of equal length, R questions on each.
 
     Attributes:
@@ -65,7 +65,7 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuestionOptions:
     """What is asked, and told beside the answers.
 
     Attributes:
@@ -79,7 +79,7 @@ class Asked:
     places: bool = False
 
 
-PLAIN = Asked()
+PLAIN = QuestionOptions()
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ def sample_grid(rng: np.random.Generator, topics: tuple[str, ...]) -> str:
     return str(rng.choice(("square", "wide", "tall"), p=(0.86, 0.09, 0.05)))
 
 
-def encoder_batch(
+def make_encoder_batch(
     seed: int, config: Config, size: int = 48, shares: Mapping[str, float] = ENCODER_SHARES
 ) -> EncoderBatch:
     """`size` tiles with labels; the same for the same arguments.
@@ -160,7 +160,7 @@ def encoder_batch(
         topic = str(rng.choice(list(shares), p=list(shares.values())))
         drawn = draw(rng, topic, sample_size(rng, sample_grid(rng, (topic,))))
         whole = rng.random() < 0.5 and not TOPICS[topic].tiled
-        shown, _ = told_tiles(drawn, config, "low" if whole else "high")
+        shown, _ = label_tiles(drawn, config, "low" if whole else "high")
         for number, labels in enumerate(shown.labels):
             last = number == len(shown.labels) - 1
             if (labels[..., 0] > 0).any() or (last and whole) or rng.random() < 0.05:
@@ -168,14 +168,14 @@ def encoder_batch(
     return EncoderBatch(*(np.stack(part) for part in zip(*found[:size], strict=True)))
 
 
-def told_tiles(drawn: Drawn, config: Config, detail: Detail) -> tuple[EncoderBatch, Grid]:
+def label_tiles(drawn: LabeledPicture, config: Config, detail: Detail) -> tuple[EncoderBatch, Grid]:
     """The tiles of a picture with their labels, and its grid."""
     cut = tile_picture(drawn.picture, config, detail)
-    told = patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
-    return EncoderBatch(raw(cut.pixel_values, config), *told), cut.grid
+    told = make_patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
+    return EncoderBatch(denormalize(cut.pixel_values, config), *told), cut.grid
 
 
-def raw(pixel_values: np.ndarray, config: Config) -> np.ndarray:
+def denormalize(pixel_values: np.ndarray, config: Config) -> np.ndarray:
     """`pixel_values` as uint8, as they were before `image.tiles` normalized them."""
     values = pixel_values * (255 * np.array(config.image.std, np.float32))
     values += 255 * np.array(config.image.mean, np.float32) + np.float32(0.5)
@@ -189,13 +189,13 @@ def pick_mix(rng: np.random.Generator, mixes: tuple[tuple[Mix, float], ...] = ()
     return mixes[int(rng.choice(len(mixes), p=[share for _, share in mixes]))][0]
 
 
-def batch(
+def make_picture_batch(
     seed: int,
     builder: PromptBuilder,
     mix: Mix,
-    asked: Asked = PLAIN,
+    asked: QuestionOptions = PLAIN,
     scale: int = 1,
-) -> Batch:
+) -> PictureBatch:
     """Questions as `mix` wants; the same for the same arguments.
 
     Args:
@@ -203,46 +203,48 @@ def batch(
     """
     rng = np.random.default_rng(seed)
     if not mix.topics:
-        rows = [make_row(builder, talk(rng), "User: ") for _ in range(scale * mix.rows)]
-        prefix = np.array([[token_id(builder.tokenizer, "<|im_start|>")]], np.int32)
-        return _batch(prefix, None, rows, {}, asked)
+        rows = [make_row(builder, make_talk(rng), "User: ") for _ in range(scale * mix.rows)]
+        prefix = np.array([[find_token_id(builder.tokenizer, "<|im_start|>")]], np.int32)
+        return _make_picture_batch(prefix, None, rows, {}, asked)
     kind = sample_grid(rng, mix.topics)
     system = str(rng.choice(_SYSTEMS)) if rng.random() < 0.04 else None
     shown: list[EncoderBatch] = []
     rows, prefixes = [], []
     grids: list[Grid] = []
     for _ in range(scale * mix.conversations):
-        pictures = _draw(rng, mix, kind)
+        pictures = _draw_pictures(rng, mix, kind)
         grids = []
         for drawn in pictures:
-            told, grid = told_tiles(drawn, builder.config, mix.detail)
+            told, grid = label_tiles(drawn, builder.config, mix.detail)
             shown.append(told)
             grids.append(grid)
-        prefixes.append(picture_prefix(builder, grids, system))
+        prefixes.append(make_picture_prefix(builder, grids, system))
         for _ in range(mix.rows):
             if mix.pictures > 1:
                 turns = [ask_several(pictures, rng)]
             else:
                 turns = ask(pictures[0], rng, 1 + int(rng.random() < 0.18), asked.focus)
             rows.append(make_row(builder, turns, ""))
-    joined = (np.concatenate(part) for part in zip(*map(_arrays, shown), strict=True))
+    joined = (np.concatenate(part) for part in zip(*map(_get_arrays, shown), strict=True))
     pointers = find_pointers(rows, grids, prefixes[0], builder.config, asked.missing)
-    return _batch(np.array(prefixes, np.int32), EncoderBatch(*joined), rows, pointers, asked)
+    return _make_picture_batch(
+        np.array(prefixes, np.int32), EncoderBatch(*joined), rows, pointers, asked
+    )
 
 
-def _draw(rng: np.random.Generator, mix: Mix, kind: str) -> list[Drawn]:
+def _draw_pictures(rng: np.random.Generator, mix: Mix, kind: str) -> list[LabeledPicture]:
     """The pictures of a conversation."""
     weights = np.array([max(TOPICS[name].weight, 1e-6) for name in mix.topics])
     names = rng.choice(mix.topics, size=mix.pictures, p=weights / weights.sum())
     return [draw(rng, str(name), sample_size(rng, kind)) for name in names]
 
 
-def picture_prefix(
+def make_picture_prefix(
     builder: PromptBuilder, grids: list[Grid], system: str | None = None
 ) -> list[int]:
     """Token ids of a conversation up to its pictures, which are cut into `grids`."""
     encode = partial(builder.tokenizer.encode, add_special_tokens=False)
-    ids = [token_id(builder.tokenizer, "<|im_start|>")]
+    ids = [find_token_id(builder.tokenizer, "<|im_start|>")]
     if system is not None:
         ids += [*encode(f"System: {system}").ids, builder.config.eos_token_ids[0]]
     ids += encode("User:" if system is None else "\nUser:").ids
@@ -251,12 +253,16 @@ def picture_prefix(
     return ids
 
 
-def _arrays(shown: EncoderBatch) -> tuple[np.ndarray, ...]:
+def _get_arrays(shown: EncoderBatch) -> tuple[np.ndarray, ...]:
     return shown.pixels, shown.labels, shown.extents
 
 
 def find_pointers(
-    rows: list[Row], grids: list[Grid], prefix: list[int], config: Config, missing: bool = False
+    rows: list[QuestionRow],
+    grids: list[Grid],
+    prefix: list[int],
+    config: Config,
+    missing: bool = False,
 ) -> dict[int, Pointers]:
     """Where the tokens of `rows` should look, by layer.
 
@@ -276,7 +282,7 @@ def find_pointers(
                 mask = np.zeros(len(spots), bool)
                 for box in boxes:
                     own = slice(starts[box.picture], starts[box.picture + 1])
-                    mask[own] |= token_mask(box.extent, grids[box.picture], side)
+                    mask[own] |= make_token_mask(box.extent, grids[box.picture], side)
                 target = np.zeros(len(prefix), bool)
                 target[spots] = mask
                 target[0] = not boxes  # of what is nowhere
@@ -285,25 +291,27 @@ def find_pointers(
         return Pointers(np.array(places, np.int32), np.stack(masks)) if places else None
 
     nowhere: list[list[Pointed]] = [
-        [(place, ()) for place in row.missing if missing] for row in rows
+        [(place, ()) for place in row.missing_places if missing] for row in rows
     ]
     layers = {
-        ASKED_LAYER: gather([*enumerate(row.asked for row in rows), *enumerate(nowhere)]),
-        ANSWERED_LAYER: gather(enumerate(row.answered for row in rows)),
+        ASKED_LAYER: gather(
+            [*enumerate(row.question_pointers for row in rows), *enumerate(nowhere)]
+        ),
+        ANSWERED_LAYER: gather(enumerate(row.answer_pointers for row in rows)),
     }
     return {layer: found for layer, found in layers.items() if found is not None}
 
 
-def _batch(
+def _make_picture_batch(
     prefix_ids: np.ndarray,
     shown: EncoderBatch | None,
-    rows: list[Row],
+    rows: list[QuestionRow],
     pointers: dict[int, Pointers],
-    asked: Asked,
-) -> Batch:
-    row_ids, weights = padded(rows)
+    asked: QuestionOptions,
+) -> PictureBatch:
+    row_ids, weights = pad_rows(rows)
     flat = np.flatnonzero(weights)
-    return Batch(
+    return PictureBatch(
         prefix_ids=prefix_ids,
         shown=shown,
         row_ids=row_ids,
@@ -311,15 +319,15 @@ def _batch(
         targets=row_ids.reshape(-1)[flat],
         weights=weights.reshape(-1)[flat] / weights.sum(),
         pointers=pointers,
-        named=named_places(rows if asked.places else [], row_ids.shape[1]),
+        named=find_named_places(rows if asked.places else [], row_ids.shape[1]),
     )
 
 
-def named_places(rows: list[Row], length: int) -> np.ndarray:
+def find_named_places(rows: list[QuestionRow], length: int) -> np.ndarray:
     """`Batch.named` of `rows` that are padded to `length`."""
     found = []
     for number, row in enumerate(rows):
-        for place, boxes in row.asked:
+        for place, boxes in row.question_pointers:
             if len(boxes) == 1:
                 left, top, right, bottom = boxes[0].extent
                 shares = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top

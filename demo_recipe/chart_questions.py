@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 
 from demo_recipe.draw import COLOR_NAMES
-from demo_recipe.items import Box, Maker, Part, Turn, fill
+from demo_recipe.items import Box, Part, Turn, TurnMaker, fill
 from demo_recipe.questions import DESCRIBE, WHAT, pick
 
 
@@ -72,26 +72,26 @@ BAR_LETTER = (
 )  # fmt: skip
 
 
-def makers(bars: Bars) -> tuple[tuple[Maker, float], ...]:
+def makers(bars: Bars) -> tuple[tuple[TurnMaker, float], ...]:
     """Who asks about a chart of `bars`, from left to right; the weights sum up to 1."""
     return (
-        (partial(value, bars), 0.28), (partial(extreme, bars), 0.14),
-        (partial(compare, bars), 0.13), (partial(values, bars), 0.12),
-        (partial(count, bars), 0.07), (partial(bar_color, bars), 0.06),
-        (partial(bar_letter, bars), 0.06), (partial(absent, bars), 0.05),
-        (partial(what, bars), 0.05), (partial(describe, bars), 0.04),
+        (partial(ask_value, bars), 0.28), (partial(ask_extreme, bars), 0.14),
+        (partial(ask_compare, bars), 0.13), (partial(ask_values, bars), 0.12),
+        (partial(ask_count, bars), 0.07), (partial(ask_bar_color, bars), 0.06),
+        (partial(ask_bar_letter, bars), 0.06), (partial(ask_absent, bars), 0.05),
+        (partial(ask_what, bars), 0.05), (partial(ask_describe, bars), 0.04),
     )  # fmt: skip
 
 
-def value(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_value(bars: Bars, rng: np.random.Generator) -> Turn:
     """What one bar shows."""
-    bar = _one(bars, rng)
+    bar = _pick_bar(bars, rng)
     by_color = rng.random() < 0.5
-    question = _filled(pick(rng, VALUE), _named(bar, by_color))
+    question = _fill(pick(rng, VALUE), _name_bar(bar, by_color))
     return Turn("value", question, (Part(str(bar.value), (bar.box,)), Part(".")))
 
 
-def extreme(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_extreme(bars: Bars, rng: np.random.Generator) -> Turn:
     """The highest or the lowest bar: its color, its letter or its value."""
     high = rng.random() < 0.5
     bar = (max if high else min)(bars, key=lambda one: one.value)
@@ -107,7 +107,7 @@ def extreme(bars: Bars, rng: np.random.Generator) -> Turn:
     return Turn("extreme", fill(pick(rng, WHICH_VALUE), asked), answer)
 
 
-def compare(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_compare(bars: Bars, rng: np.random.Generator) -> Turn:
     """Whether one bar is higher, or lower, than another that has not its value."""
     while True:
         one, other = (bars[int(i)] for i in rng.choice(len(bars), 2, replace=False))
@@ -116,15 +116,15 @@ def compare(bars: Bars, rng: np.random.Generator) -> Turn:
     high = rng.random() < 0.5
     word = "higher" if high else "lower"
     by_color = rng.random() < 0.5
-    question = _filled(
-        pick(rng, COMPARE), _named(one, by_color), (Part(word),), _named(other, by_color)
+    question = _fill(
+        pick(rng, COMPARE), _name_bar(one, by_color), (Part(word),), _name_bar(other, by_color)
     )
     yes = (one.value > other.value) == high
     answer = Part("Yes" if yes else "No", (one.box, other.box))
     return Turn("chart compare", question, (answer, Part(".")))
 
 
-def values(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_values(bars: Bars, rng: np.random.Generator) -> Turn:
     """What every bar shows, from left to right."""
     answer: list[Part] = []
     for bar in bars:
@@ -133,27 +133,27 @@ def values(bars: Bars, rng: np.random.Generator) -> Turn:
     return Turn("chart list", pick(rng, LIST), (*answer, Part(".")))
 
 
-def count(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_count(bars: Bars, rng: np.random.Generator) -> Turn:
     """How many bars there are."""
     answer = Part(str(len(bars)), tuple(bar.box for bar in bars))
     return Turn("bars", pick(rng, COUNT), (answer, Part(".")))
 
 
-def bar_color(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_bar_color(bars: Bars, rng: np.random.Generator) -> Turn:
     """The color of the bar over a letter."""
-    bar = _one(bars, rng)
+    bar = _pick_bar(bars, rng)
     question = fill(pick(rng, BAR_COLOR), Part(bar.letter, (bar.letter_box,)))
     return Turn("bar color", question, (Part(bar.color.capitalize(), (bar.box,)), Part(".")))
 
 
-def bar_letter(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_bar_letter(bars: Bars, rng: np.random.Generator) -> Turn:
     """The letter under the bar of a color."""
-    bar = _one(bars, rng)
+    bar = _pick_bar(bars, rng)
     question = fill(pick(rng, BAR_LETTER), Part(bar.color, (bar.box,)))
     return Turn("bar letter", question, (Part(bar.letter, (bar.letter_box,)), Part(".")))
 
 
-def absent(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_absent(bars: Bars, rng: np.random.Generator) -> Turn:
     """That there is no such bar, to a question that takes one for granted."""
     if rng.random() < 0.5:
         missing = [name for name in COLOR_NAMES if name not in {bar.color for bar in bars}]
@@ -166,14 +166,14 @@ def absent(bars: Bars, rng: np.random.Generator) -> Turn:
     return Turn("absent", pick(rng, VALUE).format(asked), f"There is no {name}.", name)
 
 
-def what(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_what(bars: Bars, rng: np.random.Generator) -> Turn:
     """What the picture is."""
     number = Part(str(len(bars)), tuple(bar.box for bar in bars))
     asked = WHAT[:-1]  # which asks for shapes
     return Turn("what chart", pick(rng, asked), fill("A bar chart with {} bars.", number))
 
 
-def describe(bars: Bars, rng: np.random.Generator) -> Turn:
+def ask_describe(bars: Bars, rng: np.random.Generator) -> Turn:
     """Letter, color and value of every bar."""
     answer = [Part("A bar chart with "), Part(str(len(bars)), tuple(bar.box for bar in bars))]
     for i, bar in enumerate(bars):
@@ -182,18 +182,18 @@ def describe(bars: Bars, rng: np.random.Generator) -> Turn:
     return Turn("describe chart", pick(rng, DESCRIBE), (*answer, Part(".")))
 
 
-def _one(bars: Bars, rng: np.random.Generator) -> Bar:
+def _pick_bar(bars: Bars, rng: np.random.Generator) -> Bar:
     return bars[int(rng.integers(len(bars)))]
 
 
-def _named(bar: Bar, by_color: bool) -> tuple[Part, ...]:
+def _name_bar(bar: Bar, by_color: bool) -> tuple[Part, ...]:
     """ "The red bar" or "bar B", as a question names it."""
     if by_color:
         return Part("the "), Part(bar.color, (bar.box,)), Part(" bar")
     return Part("bar "), Part(bar.letter, (bar.letter_box, bar.box))
 
 
-def _filled(template: str, *names: tuple[Part, ...]) -> tuple[Part, ...]:
+def _fill(template: str, *names: tuple[Part, ...]) -> tuple[Part, ...]:
     """`template` with the parts of a name in place of each {}."""
     pieces = template.split("{}")
     said = [Part(pieces[0])]

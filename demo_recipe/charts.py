@@ -11,15 +11,15 @@ from PIL import Image, ImageDraw
 from demo_recipe import chart_questions
 from demo_recipe.chart_questions import Bar
 from demo_recipe.draw import COLOR_NAMES, RGB, sample_rgb
-from demo_recipe.items import Box, Drawn, Extent, Glyph
+from demo_recipe.items import Box, Extent, Glyph, LabeledPicture
 from demo_recipe.lettering import (
     MEASURE,
     Face,
-    cap_height,
-    luminance,
-    whole_size,
-    width_of,
-    write,
+    compute_luminance,
+    draw_text,
+    measure_cap_height,
+    measure_width,
+    round_size,
 )
 
 KINDS = ("bar", *string.ascii_uppercase)
@@ -45,7 +45,7 @@ class Plot:
         return round(self.bottom - (self.bottom - self.top) * value / TOP)
 
 
-def sample(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+def sample(rng: np.random.Generator, size: tuple[int, int]) -> LabeledPicture:
     """A picture of `size` (width, height) pixels with a bar chart, and its turns."""
     width, height = size
     unit = max(size) / MEASURE
@@ -59,23 +59,23 @@ def sample(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
         right=round(width * (0.97 - 0.04 * rng.random())),
         bottom=round(height - 1.25 * cap - unit * (3 + 3 * rng.random())),
     )
-    background = _background(rng)
+    background = _sample_background(rng)
     picture = Image.new("RGB", size, background[1])
     _draw_grid(rng, picture, plot, background[1])
-    colors = _colors(rng, background, count)
-    extents = _draw_bars(rng, picture, plot, colors, _values(rng, count))
-    letters = _letters(rng, count)
-    under = _write_letters(rng, picture, plot, letters, (cap, _against(background[1])))
+    colors = _sample_colors(rng, background, count)
+    extents = _draw_bars(rng, picture, plot, colors, _sample_values(rng, count))
+    letters = _sample_letters(rng, count)
+    under = _write_letters(rng, picture, plot, letters, (cap, _pick_contrast(background[1])))
     bars = tuple(
         Bar(letter, name, value, Box(extent), Box(place))
         for letter, (name, _), (extent, value), place in zip(
             letters, colors, extents, under, strict=True
         )
     )
-    return Drawn(picture, _glyphs(bars), chart_questions.makers(bars), background[0])
+    return LabeledPicture(picture, _make_glyphs(bars), chart_questions.makers(bars), background[0])
 
 
-def _glyphs(bars: tuple[Bar, ...]) -> tuple[Glyph, ...]:
+def _make_glyphs(bars: tuple[Bar, ...]) -> tuple[Glyph, ...]:
     glyphs = []
     for i, bar in enumerate(bars):
         glyphs += [
@@ -85,7 +85,7 @@ def _glyphs(bars: tuple[Bar, ...]) -> tuple[Glyph, ...]:
     return tuple(glyphs)
 
 
-def _values(rng: np.random.Generator, count: int) -> list[int]:
+def _sample_values(rng: np.random.Generator, count: int) -> list[int]:
     """`count` values of which one alone is the highest, and one alone the lowest."""
     while True:
         values = [int(value) for value in rng.integers(1, TOP + 1, size=count)]
@@ -93,7 +93,7 @@ def _values(rng: np.random.Generator, count: int) -> list[int]:
             return values
 
 
-def _letters(rng: np.random.Generator, count: int) -> str:
+def _sample_letters(rng: np.random.Generator, count: int) -> str:
     """`count` different letters: A, B, C and so on, or a later run, or any."""
     draw = rng.random()
     if draw < 0.4:
@@ -104,59 +104,59 @@ def _letters(rng: np.random.Generator, count: int) -> str:
     return "".join(string.ascii_uppercase[i] for i in rng.permutation(26)[:count])
 
 
-def _background(rng: np.random.Generator) -> tuple[str, RGB]:
+def _sample_background(rng: np.random.Generator) -> tuple[str, RGB]:
     draw = rng.random()
-    name = "white" if draw < 0.65 else "black" if draw < 0.8 else _any_color(rng)
+    name = "white" if draw < 0.65 else "black" if draw < 0.8 else _sample_color(rng)
     return name, sample_rgb(rng, name)
 
 
-def _colors(
+def _sample_colors(
     rng: np.random.Generator, background: tuple[str, RGB], count: int
 ) -> list[tuple[str, RGB]]:
     """Names and colors of `count` bars, each far from the others and from the background."""
     colors: list[tuple[str, RGB]] = []
     while len(colors) < count:
-        name = _any_color(rng)
+        name = _sample_color(rng)
         rgb = sample_rgb(rng, name)
         fresh = name not in (background[0], *(other for other, _ in colors))
-        apart = all(_distance(rgb, other) > _APART for _, other in colors)
-        if fresh and apart and _distance(rgb, background[1]) > _SEEN:
+        apart = all(_compute_distance(rgb, other) > _APART for _, other in colors)
+        if fresh and apart and _compute_distance(rgb, background[1]) > _SEEN:
             colors.append((name, rgb))
     return colors
 
 
-def _any_color(rng: np.random.Generator) -> str:
+def _sample_color(rng: np.random.Generator) -> str:
     return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
 
 
-def _distance(one: RGB, other: RGB) -> float:
+def _compute_distance(one: RGB, other: RGB) -> float:
     return float(np.linalg.norm(np.subtract(one, other)))
 
 
-def _mixed(one: RGB, other: RGB, share: float) -> RGB:
+def _mix(one: RGB, other: RGB, share: float) -> RGB:
     """A color `share` of the way from `one` to `other`."""
     red, green, blue = (round(a + (b - a) * share) for a, b in zip(one, other, strict=True))
     return red, green, blue
 
 
-def _against(rgb: RGB) -> RGB:
+def _pick_contrast(rgb: RGB) -> RGB:
     """Black or white, whichever is better seen on `rgb`."""
-    return (0, 0, 0) if luminance(rgb) > 120 else (255, 255, 255)
+    return (0, 0, 0) if compute_luminance(rgb) > 120 else (255, 255, 255)
 
 
 def _draw_grid(rng: np.random.Generator, picture: Image.Image, plot: Plot, ground: RGB) -> None:
     """Thin lines at each unit or each second one, stronger at five and ten, and the axes."""
     pen = ImageDraw.Draw(picture)
     thick = max(1, round(max(picture.size) / MEASURE))
-    strong = _against(ground)
+    strong = _pick_contrast(ground)
     step = 1 if rng.random() < 0.65 else 2
     faint = 0.12 + 0.1 * rng.random()
     half = rng.random() < 0.5 and step == 1
     for value in range(step, TOP + 1, step):
         share = faint * 2 if half and value % 5 == 0 else faint
         y = plot.height_of(value)
-        pen.line((plot.left, y, plot.right, y), _mixed(ground, strong, share), thick)
-    axis = _mixed(ground, strong, 0.6 + 0.4 * rng.random())
+        pen.line((plot.left, y, plot.right, y), _mix(ground, strong, share), thick)
+    axis = _mix(ground, strong, 0.6 + 0.4 * rng.random())
     if rng.random() < 0.6:
         pen.line((plot.left, plot.top, plot.left, plot.bottom), axis, thick)
     pen.rectangle((plot.left, plot.bottom, plot.right, plot.bottom + thick - 1), axis)
@@ -194,12 +194,12 @@ def _write_letters(
 ) -> list[Extent]:
     """The extents of the letters, each under the middle of its bar; `look` is height and color."""
     cap, rgb = look
-    size = whole_size(cap / cap_height())
+    size = round_size(cap / measure_cap_height())
     face = Face(size, stroke=int(size > 18 and rng.random() < 0.5), spacing=0.0)
     pitch = (plot.right - plot.left) / len(letters)
     bottom = picture.height - 0.2 * cap  # room for the tail of a Q
     extents = []
     for i, letter in enumerate(letters):
-        left = plot.left + pitch * (i + 0.5) - width_of(letter, face) / 2
-        extents += write(picture, letter, (left, bottom), face, rgb)
+        left = plot.left + pitch * (i + 0.5) - measure_width(letter, face) / 2
+        extents += draw_text(picture, letter, (left, bottom), face, rgb)
     return extents

@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 from num2words import num2words
 
-from demo_recipe.batches import find_pointers, raw
-from demo_recipe.clip_questions import ask_clip, makers_of
-from demo_recipe.clips import VIDEO, Clip, sampled_indices, shown_frames
-from demo_recipe.grounding import word_table
-from demo_recipe.labels import patch_labels
-from demo_recipe.motion import frame_labels, token_labels, word_labels
+from demo_recipe.batches import denormalize, find_pointers
+from demo_recipe.clip_questions import ask_clip, select_makers
+from demo_recipe.clips import VIDEO, Clip, render_sampled_frames, sampled_indices
+from demo_recipe.grounding import make_word_table
+from demo_recipe.labels import make_patch_labels
+from demo_recipe.motion import make_frame_labels, make_token_labels, make_word_labels
 from demo_recipe.prefix import Pointers
-from demo_recipe.rows import Row, make_row, padded
+from demo_recipe.rows import QuestionRow, make_row, pad_rows
 from demo_recipe.sample_clips import SAMPLED, sample_clip
-from demo_recipe.tokenizer import token_id
-from demo_recipe.topics import shape_glyphs
+from demo_recipe.tokenizer import find_token_id
+from demo_recipe.topics import make_shape_glyphs
 from mlx_smolvlm.config import VisionConfig
 from mlx_smolvlm.media.tiles import Grid, tile_frame
 from mlx_smolvlm.media.timeline import format_duration, format_timestamp
@@ -72,7 +72,7 @@ class ClipBatch:
     pointers: dict[int, Pointers]
 
 
-def clip_batch(
+def make_clip_batch(
     seed: int,
     builder: PromptBuilder,
     frames: int,
@@ -89,38 +89,40 @@ def clip_batch(
     weights = np.array(_SAMPLED_WEIGHTS) * (np.array(SAMPLED) <= longest)
     sampled = int(rng.choice(SAMPLED, p=weights / weights.sum()))
     clips = [sample_clip(rng, sampled) for _ in range(max(2, frames // sampled))]
-    prefixes = np.array([clip_prefix(builder, clip) for clip in clips], np.int32)
+    prefixes = np.array([make_clip_prefix(builder, clip) for clip in clips], np.int32)
     pixels = [
         tile_frame(frame, VIDEO.longest_edge, builder.config)
         for clip in clips
-        for frame in shown_frames(clip, rng)
+        for frame in render_sampled_frames(clip, rng)
     ]
     is_long = rng.random() < _LONG_SHARE
-    rows: list[Row] = []
+    rows: list[QuestionRow] = []
     words: list[list[tuple[int, int, int, int]]] = []
-    table, side = word_table(builder.tokenizer), math.isqrt(builder.config.image_seq_len)
+    table, side = make_word_table(builder.tokenizer), math.isqrt(builder.config.image_seq_len)
     for clip in clips:
         for _ in range(_LONG_ROWS if is_long else _SHORT_ROWS):
             count = 1 + int(is_long and rng.random() < 0.3)
-            turns = ask_clip(clip, rng, count, makers_of(clip, is_long))
+            turns = ask_clip(clip, rng, count, select_makers(clip, is_long))
             rows.append(make_row(builder, turns, "\n\n"))
-            told = word_labels(clip, rows[-1].ids, table)
+            told = make_word_labels(clip, rows[-1].ids, table)
             words.append([label for label in told if not rows[-1].weights[label[0]]])
-    row_ids, shares = padded(rows)
+    row_ids, shares = pad_rows(rows)
     flat = np.flatnonzero(shares)
     length = row_ids.shape[1]
     found = [(i * length + at, *what) for i, row in enumerate(words) for at, *what in row]
-    labels = [_patch_labels(clip, builder.config.vision) for clip in clips]
+    labels = [_make_patch_labels(clip, builder.config.vision) for clip in clips]
     grids, prefix = [Grid(0, 0)] * sampled, prefixes[0].tolist()
     return ClipBatch(
         prefix_ids=prefixes,
-        pixels=raw(np.concatenate(pixels), builder.config),
+        pixels=denormalize(np.concatenate(pixels), builder.config),
         labels=np.concatenate([told for told, _ in labels]),
         extents=np.concatenate([extents for _, extents in labels]),
         image_places=np.flatnonzero(prefixes == builder.config.image_token_id).astype(np.int32),
-        token_labels=np.concatenate([token_labels(clip, side) for clip in clips]).reshape(-1, 5),
-        closings=_closings(prefixes, builder.config.image_token_id),
-        frame_labels=np.concatenate([frame_labels(clip) for clip in clips]),
+        token_labels=np.concatenate([make_token_labels(clip, side) for clip in clips]).reshape(
+            -1, 5
+        ),
+        closings=_find_closings(prefixes, builder.config.image_token_id),
+        frame_labels=np.concatenate([make_frame_labels(clip) for clip in clips]),
         row_ids=row_ids,
         places=(flat - 1).astype(np.int32),
         targets=row_ids.reshape(-1)[flat],
@@ -130,17 +132,17 @@ def clip_batch(
     )
 
 
-def _patch_labels(clip: Clip, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
+def _make_patch_labels(clip: Clip, config: VisionConfig) -> tuple[np.ndarray, np.ndarray]:
     """Labels and extents of the sampled frames' patches; ranks and totals are not to be told."""
     told = []
     for index in sampled_indices(clip.frames, clip.fps):
         scene = clip.scene(index)
-        glyphs = [replace(glyph, rank=-1, total=-1) for glyph in shape_glyphs(scene)]
-        told.append(patch_labels(glyphs, scene.background, Grid(0, 0), config.patch_grid))
+        glyphs = [replace(glyph, rank=-1, total=-1) for glyph in make_shape_glyphs(scene)]
+        told.append(make_patch_labels(glyphs, scene.background, Grid(0, 0), config.patch_grid))
     return np.concatenate([one for one, _ in told]), np.concatenate([one for _, one in told])
 
 
-def _closings(prefixes: np.ndarray, image_token_id: int) -> np.ndarray:
+def _find_closings(prefixes: np.ndarray, image_token_id: int) -> np.ndarray:
     """Flat places of the tokens that follow a frame's last placeholder."""
     is_image = prefixes == image_token_id
     is_last = is_image[:, :-1] & ~is_image[:, 1:]
@@ -149,7 +151,7 @@ def _closings(prefixes: np.ndarray, image_token_id: int) -> np.ndarray:
     return closings
 
 
-def clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
+def make_clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
     """Token ids of a conversation about `clip` up to the end of its last frame.
 
     With `clip_row` it is what `PromptBuilder.build` makes of the same messages, which a
@@ -160,7 +162,7 @@ def clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
         f"User: You are provided the following series of {num2words(len(indices))} frames "
         f"from a {format_duration(clip.duration_s)} [H:MM:SS] video.\n"
     )
-    ids = [token_id(builder.tokenizer, "<|im_start|>")]
+    ids = [find_token_id(builder.tokenizer, "<|im_start|>")]
     for index in indices:
         text = f"{before}\nFrame from {format_timestamp(index / clip.fps)}:"
         ids += builder.tokenizer.encode(text, add_special_tokens=False).ids

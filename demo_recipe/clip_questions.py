@@ -13,12 +13,12 @@ from demo_recipe.questions import (
     BACKGROUND,
     COLOR,
     COUNT,
-    article,
-    capital,
-    casual,
-    name,
+    add_article,
+    capitalize,
+    find_unique,
+    make_casual,
+    name_shape,
     pick,
-    unique,
 )
 
 HAPPENS = (
@@ -72,162 +72,164 @@ _WAYS = {"left": "to the left", "right": "to the right", "up": "up", "down": "do
 STILL = "It stays still."
 
 
-def color_boxes(clip: Clip, number: int) -> tuple[Box, ...]:
+def find_color_boxes(clip: Clip, number: int) -> tuple[Box, ...]:
     """Where the color `number` of what turns is to be seen, frame by frame."""
     boxes = []
     for frame, index in enumerate(sampled_indices(clip.frames, clip.fps)):
         if clip.color_number(index) == number:
             whole = clip.event == "background turns"
-            boxes.append(Box((0.0, 0.0, 1.0, 1.0), frame) if whole else _box(clip, 0, frame, index))
+            boxes.append(
+                Box((0.0, 0.0, 1.0, 1.0), frame) if whole else _make_box(clip, 0, frame, index)
+            )
     return tuple(boxes)
 
 
-def shape_boxes(clip: Clip, number: int) -> tuple[Box, ...]:
+def find_shape_boxes(clip: Clip, number: int) -> tuple[Box, ...]:
     """Where the shape `number` is to be seen, frame by frame."""
     indices = sampled_indices(clip.frames, clip.fps)
-    return tuple(_box(clip, number, frame, index) for frame, index in enumerate(indices))
+    return tuple(_make_box(clip, number, frame, index) for frame, index in enumerate(indices))
 
 
-def _box(clip: Clip, number: int, frame: int, index: int) -> Box:
+def _make_box(clip: Clip, number: int, frame: int, index: int) -> Box:
     scene = clip.scene(index)
     left, top, right, bottom = scene.shapes[number].extent(scene.width, scene.height)
     return Box((max(left, 0.0), max(top, 0.0), min(right, 1.0), min(bottom, 1.0)), frame)
 
 
-def shown(clip: Clip, text: str, number: int) -> Part:
+def make_part(clip: Clip, text: str, number: int) -> Part:
     """`text`, to be seen at the shape `number`."""
-    return Part(text, shape_boxes(clip, number))
+    return Part(text, find_shape_boxes(clip, number))
 
 
-def colors_in_order(clip: Clip, first_capital: bool = False) -> tuple[Part, ...]:
+def list_colors(clip: Clip, first_capital: bool = False) -> tuple[Part, ...]:
     """The colors of what turns, as in "red, then blue"."""
     parts: list[Part] = []
     for number, color in enumerate(clip.colors):
-        text = capital(color) if first_capital and not number else color
-        parts += [Part(", then ")] * bool(number) + [Part(text, color_boxes(clip, number))]
+        text = capitalize(color) if first_capital and not number else color
+        parts += [Part(", then ")] * bool(number) + [Part(text, find_color_boxes(clip, number))]
     return tuple(parts)
 
 
-def event(clip: Clip) -> tuple[Part, ...]:
+def describe_event(clip: Clip) -> tuple[Part, ...]:
     """Answer to "what happens", without a full stop."""
     if clip.event == "background turns":
-        return (Part("The background turns "), *colors_in_order(clip))
+        return (Part("The background turns "), *list_colors(clip))
     first = clip.shapes[0]
     if clip.event == "shape turns":
-        kind = shown(clip, capital(article(first.kind)), 0)
-        return (kind, Part(" turns "), *colors_in_order(clip))
-    thing = shown(clip, capital(article(name(first))), 0)
+        kind = make_part(clip, capitalize(add_article(first.kind)), 0)
+        return (kind, Part(" turns "), *list_colors(clip))
+    thing = make_part(clip, capitalize(add_article(name_shape(first))), 0)
     if clip.event == "moves":
-        return (thing, Part(" moves "), shown(clip, _WAYS[clip.motion], 0))
+        return (thing, Part(" moves "), make_part(clip, _WAYS[clip.motion], 0))
     if len(clip.shapes) == 1:
         return (thing, Part(" stays still"))
     return (Part("Nothing moves"),)
 
 
-def story(clip: Clip) -> tuple[Part, ...]:
+def describe_clip(clip: Clip) -> tuple[Part, ...]:
     """Answer to "describe the video": what happens, what else is there, and the background."""
     numbers = range(len(clip.shapes))
-    things = [shown(clip, article(name(clip.shapes[n])), n) for n in numbers]
-    ground = f"on {article(clip.background[0])} background."
+    things = [make_part(clip, add_article(name_shape(clip.shapes[n])), n) for n in numbers]
+    ground = f"on {add_article(clip.background[0])} background."
     if clip.event == "background turns":
         behind = (Part(", behind "), things[0], Part(".")) if things else (Part("."),)
-        return (*event(clip), *behind)
+        return (*describe_event(clip), *behind)
     others = things[1:]
     if clip.event == "stays" and others:
         return (Part(f"Nothing moves {ground}"),)
     if others and clip.paints:
-        return (*event(clip), Part(", beside "), others[0], Part(f", {ground}"))
+        return (*describe_event(clip), Part(", beside "), others[0], Part(f", {ground}"))
     if others:
-        return (*event(clip), Part(" and "), others[0], Part(f" stays still, {ground}"))
-    return (*event(clip), Part(f"{',' if clip.paints else ''} {ground}"))
+        return (*describe_event(clip), Part(" and "), others[0], Part(f" stays still, {ground}"))
+    return (*describe_event(clip), Part(f"{',' if clip.paints else ''} {ground}"))
 
 
-def way(clip: Clip, shape: Shape) -> str:
+def describe_direction(clip: Clip, shape: Shape) -> str:
     """Answer to which way `shape`, one of the clip's, moves."""
     if clip.motion == "none" or shape != clip.shapes[0]:
         return STILL
     return f"{_WAYS[clip.motion].capitalize()}."
 
 
-def _asked(clip: Clip, shape: Shape, words: str) -> Part:
+def _make_shape_part(clip: Clip, shape: Shape, words: str) -> Part:
     """`words` for `shape`, to be seen where it is."""
-    return shown(clip, words, clip.shapes.index(shape))
+    return make_part(clip, words, clip.shapes.index(shape))
 
 
-def happens(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_happens(clip: Clip, rng: np.random.Generator) -> Turn:
     """What happens, in a few words."""
-    return Turn("happens", pick(rng, HAPPENS), (*event(clip), Part(".")))
+    return Turn("happens", pick(rng, HAPPENS), (*describe_event(clip), Part(".")))
 
 
-def describe(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_describe(clip: Clip, rng: np.random.Generator) -> Turn:
     """What happens, with what else is there and the background."""
-    return Turn("story", pick(rng, STORY), story(clip))
+    return Turn("story", pick(rng, STORY), describe_clip(clip))
 
 
-def direction(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_direction(clip: Clip, rng: np.random.Generator) -> Turn:
     """Which way a shape moves, or that it stays, or that there is none."""
     if rng.random() < 0.06 or not clip.shapes:
         kinds = [shape.kind for shape in clip.shapes]
         kind = str(rng.choice([kind for kind in SHAPES if kind not in kinds]))
         taken = pick(rng, DIRECTION).format(f"the {kind}")
         return Turn("absent", taken, f"There is no {kind}.", kind)
-    shape = _one_of(clip, rng)
-    asked = _naming(clip, shape, rng)
-    answer = way(clip, shape)
+    shape = _pick_shape(clip, rng)
+    asked = _name_shape(clip, shape, rng)
+    answer = describe_direction(clip, shape)
     wording: tuple[str, ...] = DIRECTION
     if answer != STILL and rng.random() < 0.3:
         wording = ACROSS if clip.motion in ("left", "right") else ALONG
-    question = fill(pick(rng, wording), _asked(clip, shape, asked))
-    return Turn("direction", question, (_asked(clip, shape, answer),))
+    question = fill(pick(rng, wording), _make_shape_part(clip, shape, asked))
+    return Turn("direction", question, (_make_shape_part(clip, shape, answer),))
 
 
-def mover(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_mover(clip: Clip, rng: np.random.Generator) -> Turn:
     """What moves; of two shapes now and then what stays."""
     if clip.motion == "none":
         return Turn("mover", pick(rng, MOVER), "Nothing.")
     if len(clip.shapes) == 2 and rng.random() < 0.25:
-        answer = shown(clip, f"{capital(article(name(clip.shapes[1])))}.", 1)
+        answer = make_part(clip, f"{capitalize(add_article(name_shape(clip.shapes[1])))}.", 1)
         return Turn("mover", pick(rng, KEEPER), (answer,))
-    answer = shown(clip, f"{capital(article(name(clip.shapes[0])))}.", 0)
+    answer = make_part(clip, f"{capitalize(add_article(name_shape(clip.shapes[0])))}.", 0)
     return Turn("mover", pick(rng, MOVER), (answer,))
 
 
-def moves(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_moves(clip: Clip, rng: np.random.Generator) -> Turn:
     """Whether a shape, or anything at all, moves."""
     if not clip.shapes or rng.random() < 0.3:
         whatever = str(rng.choice(("anything", "something")))
         told = "No." if clip.motion == "none" else "Yes."
         return Turn("moves", pick(rng, MOVES).format(whatever), told)
-    shape = _one_of(clip, rng)
+    shape = _pick_shape(clip, rng)
     moving = shape is clip.shapes[0] and clip.motion != "none"
-    asked = _asked(clip, shape, _naming(clip, shape, rng))
+    asked = _make_shape_part(clip, shape, _name_shape(clip, shape, rng))
     wording: tuple[str, ...] = MOVES
     told = "Yes." if moving else "No."
     if rng.random() < 0.25:
         told, wording = ("It moves." if moving else STILL), EITHER
-    answer = _asked(clip, shape, told)
+    answer = _make_shape_part(clip, shape, told)
     return Turn("moves", fill(pick(rng, wording), asked), (answer,))
 
 
-def order(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_order(clip: Clip, rng: np.random.Generator) -> Turn:
     """All colors of what turns, in order."""
     family = "order of two" if len(clip.colors) == 2 else "order of more"
-    answer = (*colors_in_order(clip, first_capital=True), Part("."))
+    answer = (*list_colors(clip, first_capital=True), Part("."))
     return Turn(family, pick(rng, ORDER), answer)
 
 
-def ends(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_ends(clip: Clip, rng: np.random.Generator) -> Turn:
     """The first or the last color of what turns."""
     is_first = rng.random() < 0.5
     number = 0 if is_first else len(clip.colors) - 1
-    answer = (Part(f"{capital(clip.colors[number])}.", color_boxes(clip, number)),)
+    answer = (Part(f"{capitalize(clip.colors[number])}.", find_color_boxes(clip, number)),)
     if rng.random() < 0.4:
         return Turn("ends", pick(rng, FIRST if is_first else LAST), answer)
-    asked = "background" if clip.event == "background turns" else _noun(clip, rng)
+    asked = "background" if clip.event == "background turns" else _pick_noun(clip, rng)
     return Turn("ends", pick(rng, AT_FIRST if is_first else AT_LAST).format(asked), answer)
 
 
-def turner(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_turner(clip: Clip, rng: np.random.Generator) -> Turn:
     """What changes its color, if anything does."""
     answer = "Nothing."
     if clip.paints:
@@ -237,64 +239,67 @@ def turner(clip: Clip, rng: np.random.Generator) -> Turn:
     return Turn("turner", pick(rng, wording), answer)
 
 
-def seen(clip: Clip, rng: np.random.Generator) -> Turn:
+def ask_seen(clip: Clip, rng: np.random.Generator) -> Turn:
     """What a single frame shows as well: a color, the background, how many shapes there are."""
     draw = rng.random()
     if draw < 0.4 and clip.event != "background turns":
         return Turn("seen", pick(rng, BACKGROUND), f"{clip.background[0].capitalize()}.")
     if draw > 0.6:
         still = clip.shapes[1:] if clip.event == "shape turns" else clip.shapes
-        single = [shape for shape in still if _kinds(clip.shapes).count(shape.kind) == 1]
+        single = [shape for shape in still if _list_kinds(clip.shapes).count(shape.kind) == 1]
         if single:
             shape = single[int(rng.integers(len(single)))]
-            kind, hue = _asked(clip, shape, shape.kind), capital(shape.color)
-            return Turn("seen", fill(pick(rng, COLOR), kind), (_asked(clip, shape, f"{hue}."),))
+            kind, hue = _make_shape_part(clip, shape, shape.kind), capitalize(shape.color)
+            return Turn(
+                "seen", fill(pick(rng, COLOR), kind), (_make_shape_part(clip, shape, f"{hue}."),)
+            )
     return Turn("seen", pick(rng, COUNT).format("shapes"), f"{len(clip.shapes)}.")
 
 
-def _kinds(shapes: tuple[Shape, ...]) -> list[str]:
+def _list_kinds(shapes: tuple[Shape, ...]) -> list[str]:
     return [shape.kind for shape in shapes]
 
 
-def _one_of(clip: Clip, rng: np.random.Generator) -> Shape:
+def _pick_shape(clip: Clip, rng: np.random.Generator) -> Shape:
     """What is asked about: the first shape in two cases of three."""
     return clip.shapes[0 if len(clip.shapes) == 1 or rng.random() < 0.65 else 1]
 
 
-def _naming(clip: Clip, shape: Shape, rng: np.random.Generator) -> str:
+def _name_shape(clip: Clip, shape: Shape, rng: np.random.Generator) -> str:
     """Words that name `shape` beyond doubt, as in "the red circle"."""
     scene = clip.scene(0)
-    options = [f"the {name(shape)}"] if clip.event != "shape turns" else []
-    if shape.kind in [one.kind for one in unique(scene, "kind")]:
+    options = [f"the {name_shape(shape)}"] if clip.event != "shape turns" else []
+    if shape.kind in [one.kind for one in find_unique(scene, "kind")]:
         options += [f"the {shape.kind}"] * 2
     if len(clip.shapes) == 1:
         options += ["it", "the shape"]
-    return pick(rng, tuple(options or [f"the {name(shape)}"]))
+    return pick(rng, tuple(options or [f"the {name_shape(shape)}"]))
 
 
-def _noun(clip: Clip, rng: np.random.Generator) -> str:
+def _pick_noun(clip: Clip, rng: np.random.Generator) -> str:
     """A noun for what turns: its kind, or "shape" where there is one only."""
     return "shape" if len(clip.shapes) == 1 and rng.random() < 0.3 else clip.shapes[0].kind
 
 
 Maker = Callable[[Clip, np.random.Generator], Turn]
 _ALWAYS: tuple[tuple[Maker, float], ...] = (
-    (happens, 0.2), (describe, 0.3), (mover, 0.12), (moves, 0.12), (turner, 0.05), (seen, 0.07),
+    (ask_happens, 0.2), (ask_describe, 0.3), (ask_mover, 0.12), (ask_moves, 0.12),
+    (ask_turner, 0.05), (ask_seen, 0.07),
 )  # fmt: skip
-MOTION_MAKERS: tuple[tuple[Maker, float], ...] = (*_ALWAYS, (direction, 0.36))
+MOTION_MAKERS: tuple[tuple[Maker, float], ...] = (*_ALWAYS, (ask_direction, 0.36))
 COLOR_MAKERS: tuple[tuple[Maker, float], ...] = (
-    (happens, 0.16), (describe, 0.25), (mover, 0.04), (moves, 0.04), (turner, 0.06), (seen, 0.05),
-    (direction, 0.05), (order, 0.4), (ends, 0.2),
+    (ask_happens, 0.16), (ask_describe, 0.25), (ask_mover, 0.04), (ask_moves, 0.04),
+    (ask_turner, 0.06), (ask_seen, 0.05), (ask_direction, 0.05), (ask_order, 0.4), (ask_ends, 0.2),
 )  # fmt: skip
 
 
-def makers_of(clip: Clip, long: bool = True) -> tuple[tuple[Maker, float], ...]:
+def select_makers(clip: Clip, long: bool = True) -> tuple[tuple[Maker, float], ...]:
     """Families of questions that make sense for `clip`, with their shares.
 
     Without `long`, only those with short answers.
     """
     makers = COLOR_MAKERS if clip.paints else MOTION_MAKERS
-    return makers if long else tuple(maker for maker in makers if maker[0] is not describe)
+    return makers if long else tuple(maker for maker in makers if maker[0] is not ask_describe)
 
 
 def ask_clip(
@@ -303,4 +308,4 @@ def ask_clip(
     """`turns` questions about `clip`, of families drawn by the weights of `makers`."""
     weights = np.array([weight for _, weight in makers])
     picks = rng.choice(len(makers), size=turns, p=weights / weights.sum())
-    return [casual(makers[i][0](clip, rng), rng) for i in picks]
+    return [make_casual(makers[i][0](clip, rng), rng) for i in picks]

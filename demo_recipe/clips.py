@@ -79,7 +79,7 @@ class Clip:
                 shapes[0].x + share * self.travel[0],
                 shapes[0].y + share * self.travel[1],
             )
-            shapes[0] = replace(shapes[0], x=x, y=y, cell=cell_of(x, y, self.width, self.height))
+            shapes[0] = replace(shapes[0], x=x, y=y, cell=find_cell(x, y, self.width, self.height))
         if self.paints:
             color, rgb = self.paints[self.color_number(index)]
             if self.event == "background turns":
@@ -94,21 +94,21 @@ def sampled_indices(frames: int, fps: float) -> tuple[int, ...]:
     return sample_indices(frames, fps, frames / fps, VIDEO)
 
 
-def cell_of(x: float, y: float, width: int, height: int) -> int:
+def find_cell(x: float, y: float, width: int, height: int) -> int:
     """Which of the nine cells a point lies in."""
     return 3 * min(2, int(3 * y / height)) + min(2, int(3 * x / width))
 
 
-def shown_frames(clip: Clip, rng: np.random.Generator | None = None) -> list[Image.Image]:
+def render_sampled_frames(clip: Clip, rng: np.random.Generator | None = None) -> list[Image.Image]:
     """The sampled frames, RGB; with `rng`, half of them are worn as by video coding."""
     frames = [render(clip.scene(i)) for i in sampled_indices(clip.frames, clip.fps)]
     if rng is None or rng.random() < 0.5:
         return frames
     quality = int(rng.integers(35, 96))
-    return [_worn(frame, quality) for frame in frames]
+    return [_compress(frame, quality) for frame in frames]
 
 
-def _worn(frame: Image.Image, quality: int) -> Image.Image:
+def _compress(frame: Image.Image, quality: int) -> Image.Image:
     """`frame` through JPEG, which halves the resolution of colors as H.264 does."""
     buffer = io.BytesIO()
     frame.save(buffer, "JPEG", quality=quality)

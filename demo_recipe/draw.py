@@ -114,7 +114,7 @@ def sample_scene(
     )
 
 
-def cell_extent(cell: int) -> tuple[float, float, float, float]:
+def compute_cell_extent(cell: int) -> tuple[float, float, float, float]:
     """Left, top, right, bottom of one of the nine cells, as shares of the picture's sides."""
     column, row = cell % 3, cell // 3
     return column / 3, row / 3, (column + 1) / 3, (row + 1) / 3
@@ -156,14 +156,14 @@ def _sample_shapes(
                 twin = shapes[-1]
                 shape = replace(shape, kind=twin.kind, color=twin.color, rgb=twin.rgb)
             shapes.append(shape)
-            if shape.color == background or not _fits(shapes, size):
+            if shape.color == background or not _keeps_clear(shapes, size):
                 break
         else:
             return shapes
         largest = max((0.995 if apart else 0.95) * largest, _SMALLEST_RADIUS)
 
 
-def _fits(shapes: list[Shape], size: tuple[int, int]) -> bool:
+def _keeps_clear(shapes: list[Shape], size: tuple[int, int]) -> bool:
     """Whether the last of `shapes` keeps clear of the others and of the border."""
     *others, last = shapes
     width, height = size
@@ -197,21 +197,21 @@ def _sample_shape(
     x = width * (left + (right - left) * rng.random())
     y = height * (top + (bottom - top) * rng.random())
     if apart:  # a large one moves inward, as far as its cell goes
-        x = _inward(x, radius + 2, (width * left, width * right), width)
-        y = _inward(y, radius + 2, (height * top, height * bottom), height)
+        x = _move_inward(x, radius + 2, (width * left, width * right), width)
+        y = _move_inward(y, radius + 2, (height * top, height * bottom), height)
     radius = min(radius, max(min(x, y, width - x, height - y) - 1.5, smallest * scale))
     rotation = ROTATIONS.get(kind, 0.0) * (2 * rng.random() - 1)
     outlined = bool(rng.random() < 0.1) and radius > 20
     return Shape(kind, color, sample_rgb(rng, color), x, y, radius, rotation, outlined, cell)
 
 
-def _inward(at: float, margin: float, within: tuple[float, float], side: float) -> float:
+def _move_inward(at: float, margin: float, within: tuple[float, float], side: float) -> float:
     """`at`, brought as near to `margin` from both ends of `side` as `within` allows."""
     first, last = within
     return float(np.clip(at, min(margin, last), max(side - margin, first)))
 
 
-def outline(shape: Shape) -> Points:
+def compute_outline(shape: Shape) -> Points:
     """The polygon of `shape`, in pixels."""
     angles = [-math.pi / 2 + 2 * math.pi * i / 48 for i in range(48)]
     corners: list[tuple[float, float]]
@@ -224,7 +224,7 @@ def outline(shape: Shape) -> Points:
     elif shape.kind == "diamond":
         corners = [(0.0, -1.0), (0.75, 0.0), (0.0, 1.0), (-0.75, 0.0)]
     elif shape.kind == "star":
-        corners = [(r * math.cos(a), r * math.sin(a)) for a, r in _star()]
+        corners = [(r * math.cos(a), r * math.sin(a)) for a, r in _make_star()]
     else:
         arm, tip = 0.3, 0.95
         corners = [(-arm, -tip), (arm, -tip), (arm, -arm), (tip, -arm), (tip, arm), (arm, arm)]
@@ -235,14 +235,14 @@ def outline(shape: Shape) -> Points:
     ]
 
 
-def area(shape: Shape) -> float:
+def compute_area(shape: Shape) -> float:
     """What `shape` covers, in square pixels."""
-    points = outline(shape)
+    points = compute_outline(shape)
     following = points[1:] + points[:1]
     return abs(sum(x * v - u * y for (x, y), (u, v) in zip(points, following, strict=True))) / 2
 
 
-def _star() -> list[tuple[float, float]]:
+def _make_star() -> list[tuple[float, float]]:
     """Angle and radius of a star's ten corners, a tip on top."""
     return [(-math.pi / 2 + math.pi * i / 5, 1.0 if i % 2 == 0 else 0.42) for i in range(10)]
 
@@ -254,7 +254,7 @@ def render(scene: Scene) -> Image.Image:
     picture = Image.new("RGB", size, scene.background_rgb)
     pen = ImageDraw.Draw(picture)
     for shape in scene.shapes:
-        points = [(x * zoom, y * zoom) for x, y in outline(shape)]
+        points = [(x * zoom, y * zoom) for x, y in compute_outline(shape)]
         if shape.outlined:
             edge = max(1, round(shape.radius * zoom / 20))
             pen.polygon(points, fill=shape.rgb, outline=(0, 0, 0), width=edge)
@@ -263,7 +263,7 @@ def render(scene: Scene) -> Image.Image:
     return picture.reduce(zoom) if zoom > 1 else picture
 
 
-def index_map(scene: Scene, side: int) -> np.ndarray:
+def render_index_map(scene: Scene, side: int) -> np.ndarray:
     """Which shape each pixel shows, uint8 (side, side), the picture squashed to a square.
 
     0 is the background, i + 1 is `scene.shapes[i]`.
@@ -271,6 +271,8 @@ def index_map(scene: Scene, side: int) -> np.ndarray:
     picture = Image.new("L", (side, side))
     pen = ImageDraw.Draw(picture)
     for i, shape in enumerate(scene.shapes):
-        points = [(x * side / scene.width, y * side / scene.height) for x, y in outline(shape)]
+        points = [
+            (x * side / scene.width, y * side / scene.height) for x, y in compute_outline(shape)
+        ]
         pen.polygon(points, fill=i + 1)
     return np.asarray(picture)

@@ -31,10 +31,10 @@ def start_encoder(model: VisionModel, pixel_values: np.ndarray) -> None:
     weight = (vectors[:, top] / np.sqrt(values[top] + 0.01)).T  # (V, p*p*3)
     embeddings.patch_embedding.weight = mx.array(weight.astype(np.float32))
     embeddings.patch_embedding.bias = mx.array((-weight @ mean).astype(np.float32))
-    embeddings.position_embedding.weight = mx.array(_sines(grid, width))
+    embeddings.position_embedding.weight = mx.array(_make_sines(grid, width))
 
 
-def _sines(grid: int, width: int) -> np.ndarray:
+def _make_sines(grid: int, width: int) -> np.ndarray:
     """2-d sine and cosine positions, float32 (grid*grid, width)."""
     rates = math.pi * 2 / grid * 2.0 ** (np.arange(width // 4) * 4 / (width // 4) - 1)
     angles = np.arange(grid)[:, None] * rates

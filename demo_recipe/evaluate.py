@@ -27,7 +27,7 @@ LONGEST = Sampling(max_tokens=256)  # as `mlx-smolvlm eval` has it
 
 
 @dataclass(frozen=True)
-class Case:
+class HeldoutCase:
     """A conversation that ends with a question, and the answer that is expected.
 
     Attributes:
@@ -47,9 +47,9 @@ class Case:
         return "".join(item["text"] for item in content if item["type"] == "text")
 
 
-def cases(
+def make_cases(
     topic: str, count: int, seed: int = 0, families: Collection[str] | None = None
-) -> Iterator[Case]:
+) -> Iterator[HeldoutCase]:
     """Up to `count` cases of every family of `topic`, one of `heldout.ALL_TOPICS`.
 
     Args:
@@ -57,11 +57,13 @@ def cases(
     """
     for item in collect(topic, count, seed, families):
         pictures = tuple(drawn.picture for drawn in item.pictures)
-        yield Case(item.task, item.messages[:-1], item.answer, pictures, item.clip)
+        yield HeldoutCase(item.task, item.messages[:-1], item.answer, pictures, item.clip)
 
 
 @contextmanager
-def media_of(pictures: Iterable[Image.Image], clip: Clip | None) -> Iterator[dict[str, Any]]:
+def make_media_items(
+    pictures: Iterable[Image.Image], clip: Clip | None
+) -> Iterator[dict[str, Any]]:
     """The `images` and `videos` of a call; the clip is a file while that lasts."""
     with tempfile.TemporaryDirectory() as folder:
         videos = []
@@ -71,14 +73,16 @@ def media_of(pictures: Iterable[Image.Image], clip: Clip | None) -> Iterator[dic
         yield {"images": list(pictures), "videos": videos}
 
 
-def ask(vlm: SmolVLM, case: Case, sampling: Sampling = LONGEST, detail: Detail = "high") -> Reply:
+def ask(
+    vlm: SmolVLM, case: HeldoutCase, sampling: Sampling = LONGEST, detail: Detail = "high"
+) -> Reply:
     """What `vlm` answers."""
-    with media_of(case.pictures, case.clip) as media:
+    with make_media_items(case.pictures, case.clip) as media:
         return vlm.ask(case.messages, **media, sampling=sampling, detail=detail)
 
 
-def shares(
-    vlm: SmolVLM, asked: Iterable[Case], detail: Detail = "high"
+def compute_shares(
+    vlm: SmolVLM, asked: Iterable[HeldoutCase], detail: Detail = "high"
 ) -> dict[str, tuple[int, int]]:
     """For each family how many answers of `vlm` are right to the letter, and of how many."""
     right, total = Counter[str](), Counter[str]()

@@ -8,10 +8,10 @@ from itertools import islice
 import mlx_smolvlm as smolvlm
 from demo_recipe.clip_questions import HAPPENS
 from demo_recipe.clips import Clip
-from demo_recipe.evaluate import media_of
+from demo_recipe.evaluate import make_media_items
 from demo_recipe.example_questions import PLAIN
-from demo_recipe.examples import DRAWN, Example, Picked, candidate
-from demo_recipe.items import text_of
+from demo_recipe.examples import DRAWN, DemoExample, Picked, make_candidate
+from demo_recipe.items import join_parts
 from demo_recipe.lexicon import HELD_OUT
 
 # What answers must be, by the example's name and the question. The README and tests ask the
@@ -42,11 +42,11 @@ def pick(vlm: smolvlm.SmolVLM, name: str) -> Picked:
     Raises:
         LookupError: It gives too few of them whatever the number.
     """
-    telling = (n for n in range(_NUMBERS) if is_telling(name, candidate(name, n)))
+    telling = (n for n in range(_NUMBERS) if is_good_example(name, make_candidate(name, n)))
     best: Picked | None = None
     for number in islice(telling, _TRIED):
         most = _SPARED if best is None else len(best.left_out) - 1
-        missed = misses(vlm, candidate(name, number), most, tuple(MUST.get(name, ())))
+        missed = find_misses(vlm, make_candidate(name, number), most, tuple(MUST.get(name, ())))
         if missed is not None:
             best = Picked(number, missed)
         if missed == ():
@@ -56,26 +56,26 @@ def pick(vlm: smolvlm.SmolVLM, name: str) -> Picked:
     return best
 
 
-def is_telling(name: str, made: Example) -> bool:
+def is_good_example(name: str, made: DemoExample) -> bool:
     """Whether a picture or clip that is to be picked for `name` shows what it is for."""
     if name in DRAWN and len(made.turns) < len(PLAIN[DRAWN[name][0]]):
         return False
-    answers = {text_of(turn.question): text_of(turn.answer) for turn in made.turns}
+    answers = {join_parts(turn.question): join_parts(turn.answer) for turn in made.turns}
     wanted = MUST.get(name, {})
     return all(re.fullmatch(regex, answers.get(asked, "")) for asked, regex in wanted.items())
 
 
-def misses(
-    vlm: smolvlm.SmolVLM, made: Example, most: int, needed: tuple[str, ...]
+def find_misses(
+    vlm: smolvlm.SmolVLM, made: DemoExample, most: int, needed: tuple[str, ...]
 ) -> tuple[str, ...] | None:
     """Questions that `vlm` answers wrong; None if it is the first, one of `needed`, or > `most`."""
     missed: list[str] = []
     shown = made.shown
     told = ((), shown) if isinstance(shown, Clip) else ((shown,), None)
-    with media_of(*told) as media:
+    with make_media_items(*told) as media:
         for turn in made.turns:
-            question = text_of(turn.question)
-            if vlm.ask(question, **media).text == text_of(turn.answer):
+            question = join_parts(turn.question)
+            if vlm.ask(question, **media).text == join_parts(turn.answer):
                 continue
             missed.append(question)
             if turn is made.turns[0] or question in needed or len(missed) > most:

@@ -13,7 +13,7 @@ from demo_recipe import page_questions as pages
 from demo_recipe import word_questions as words
 from demo_recipe.clips import Clip
 from demo_recipe.draw import Scene
-from demo_recipe.items import Drawn, Part, Turn, text_of
+from demo_recipe.items import LabeledPicture, Part, Turn, join_parts
 from demo_recipe.questions import (
     AT,
     BACKGROUND,
@@ -23,12 +23,12 @@ from demo_recipe.questions import (
     EXISTS,
     WHAT,
     WHERE,
-    article,
-    capital,
-    contents,
-    description,
-    name,
-    unique,
+    add_article,
+    capitalize,
+    describe_scene,
+    find_unique,
+    list_contents,
+    name_shape,
 )
 
 # By topic, {} for what a question names.
@@ -56,20 +56,20 @@ def asked(scene: Scene) -> list[Turn]:
     """Good questions about `scene`, in their plainest wording, with the true answers."""
     first, last = scene.shapes[0], scene.shapes[-1]
     turns = [
-        Turn("what", WHAT[0], contents(scene)),
-        Turn("describe", DESCRIBE[0], description(scene)),
+        Turn("what", WHAT[0], list_contents(scene)),
+        Turn("describe", DESCRIBE[0], describe_scene(scene)),
         Turn("count", COUNT[0].format("shapes"), f"{len(scene.shapes)}."),
-        Turn("exists", EXISTS[0].format(article(name(first))), "Yes."),
-        Turn("at", AT[0].format(last.place), f"{capital(article(name(last)))}."),
+        Turn("exists", EXISTS[0].format(add_article(name_shape(first))), "Yes."),
+        Turn("at", AT[0].format(last.place), f"{capitalize(add_article(name_shape(last)))}."),
         Turn("background", BACKGROUND[0], f"{scene.background.capitalize()}."),
     ]
-    for shape in unique(scene, "kind")[:1]:
+    for shape in find_unique(scene, "kind")[:1]:
         turns.append(Turn("color", COLOR[0].format(shape.kind), f"{shape.color.capitalize()}."))
-        turns.append(Turn("where", WHERE[0].format(shape.kind), f"{capital(shape.place)}."))
+        turns.append(Turn("where", WHERE[0].format(shape.kind), f"{capitalize(shape.place)}."))
     return turns
 
 
-def asked_of_drawn(drawn: Drawn, topic: str) -> list[Turn]:
+def asked_of_drawn(drawn: LabeledPicture, topic: str) -> list[Turn]:
     """Those of the questions `PLAIN` of `topic` that fit `drawn`, with the true answers."""
     turns = [
         maker(np.random.default_rng(seed)) for seed in range(_TRIES) for maker, _ in drawn.makers
@@ -78,24 +78,24 @@ def asked_of_drawn(drawn: Drawn, topic: str) -> list[Turn]:
     found = []
     for plain in PLAIN[topic]:
         wording = re.compile(re.escape(plain).replace(r"\{\}", ".+"))
-        fitting = [turn for turn in turns if wording.fullmatch(text_of(turn.question))]
-        fitting.sort(key=lambda turn: len(text_of(turn.question).split()))
+        fitting = [turn for turn in turns if wording.fullmatch(join_parts(turn.question))]
+        fitting.sort(key=lambda turn: len(join_parts(turn.question).split()))
         found += fitting[:1]
     return found
 
 
 def asked_of_clip(clip: Clip) -> list[Turn]:
     """Good questions about `clip`, in their plainest wording, with the true answers."""
-    happens = (*asking.event(clip), Part("."))
+    happens = (*asking.describe_event(clip), Part("."))
     turns = [
         Turn("happens", asking.HAPPENS[0], happens),
         Turn("happens", asking.HAPPENS[1], happens),
-        Turn("story", asking.STORY[0], asking.story(clip)),
+        Turn("story", asking.STORY[0], asking.describe_clip(clip)),
     ]
     first = clip.shapes[0]
     if clip.paints:
         start, end = clip.colors[0].capitalize(), clip.colors[-1].capitalize()
-        order = asking.colors_in_order(clip, first_capital=True)
+        order = asking.list_colors(clip, first_capital=True)
         turns += [
             Turn("order", asking.ORDER[0], (*order, Part("."))),
             Turn("ends", asking.FIRST[0], f"{start}."),
@@ -104,12 +104,12 @@ def asked_of_clip(clip: Clip) -> list[Turn]:
         ]
     else:
         moves = clip.motion != "none"
-        mover = f"{capital(article(name(first)))}." if moves else "Nothing."
+        mover = f"{capitalize(add_article(name_shape(first)))}." if moves else "Nothing."
         turns += [
             Turn("mover", asking.MOVER[0], mover),
             Turn("moves", asking.MOVES[0].format(f"the {first.kind}"), "Yes." if moves else "No."),
         ]
-    for shape in unique(clip.scene(0), "kind"):
-        way = asking.way(clip, shape)
+    for shape in find_unique(clip.scene(0), "kind"):
+        way = asking.describe_direction(clip, shape)
         turns.append(Turn("direction", asking.DIRECTION[0].format(f"the {shape.kind}"), way))
     return turns

@@ -22,7 +22,7 @@ from demo_recipe.clips import Clip, Event
 from demo_recipe.draw import render, sample_scene
 from demo_recipe.example_questions import asked, asked_of_clip, asked_of_drawn
 from demo_recipe.film import write_mp4
-from demo_recipe.items import Turn, text_of
+from demo_recipe.items import Turn, join_parts
 from demo_recipe.sample_clips import sample_clip
 from demo_recipe.topics import TOPICS
 
@@ -63,7 +63,7 @@ mlx-smolvlm chat "What happens in this video?" -v examples/left.mp4 -m demo
 
 
 @dataclass(frozen=True)
-class Example:
+class DemoExample:
     """A picture or a clip, with good questions about it and the true answers."""
 
     shown: Image.Image | Clip
@@ -71,7 +71,7 @@ class Example:
 
     def answer(self, question: str) -> str:
         """The answer to one of its questions."""
-        return next(text_of(t.answer) for t in self.turns if text_of(t.question) == question)
+        return next(join_parts(t.answer) for t in self.turns if join_parts(t.question) == question)
 
 
 @dataclass(frozen=True)
@@ -93,46 +93,46 @@ def write_picked(picked: dict[str, Picked], path: Path = PICKED) -> None:
     path.write_text(json.dumps({name: vars(one) for name, one in picked.items()}, indent=1) + "\n")
 
 
-def candidate(name: str, number: int) -> Example:
+def make_candidate(name: str, number: int) -> DemoExample:
     """What one of `PICTURES` or `CLIPS` is with `number`, with all questions that fit it."""
     rng = np.random.default_rng([SEED, *name.encode(), number])
     if name in CLIPS:
         event, sampled = CLIPS[name]
         clip = sample_clip(rng, sampled, event)
-        return Example(clip, asked_of_clip(clip))
+        return DemoExample(clip, asked_of_clip(clip))
     if name in SHAPES:
         scene = sample_scene(rng, SHAPES[name])
-        return Example(render(scene), asked(scene))
+        return DemoExample(render(scene), asked(scene))
     topic, size = DRAWN[name]
     if topic == "words":
         drawn = words.sample(rng, size, heldout=True)
     else:
         drawn = TOPICS[topic].sample(rng, size)
-    return Example(drawn.picture, asked_of_drawn(drawn, topic))
+    return DemoExample(drawn.picture, asked_of_drawn(drawn, topic))
 
 
-def example(name: str) -> Example:
+def make_example(name: str) -> DemoExample:
     """One of `PICTURES` or `CLIPS`, as it was picked."""
     picked = read_picked()[name]
-    made = candidate(name, picked.number)
-    kept = [turn for turn in made.turns if text_of(turn.question) not in picked.left_out]
-    return Example(made.shown, kept)
+    made = make_candidate(name, picked.number)
+    kept = [turn for turn in made.turns if join_parts(turn.question) not in picked.left_out]
+    return DemoExample(made.shown, kept)
 
 
-def told(turn: Turn) -> str:
+def format_turn(turn: Turn) -> str:
     """A question with its answer as examples/README.md shows them, a row of a table or a block."""
-    question, answer = text_of(turn.question), text_of(turn.answer)
+    question, answer = join_parts(turn.question), join_parts(turn.answer)
     if "\n" in answer:
         return f"{question}\n```\n{answer}\n```"
     return f"| {question} | {answer} |"
 
 
-def write(folder: Path) -> None:
+def write_examples(folder: Path) -> None:
     """Write the pictures, the clips and their README to `folder`."""
     folder.mkdir(exist_ok=True)
     sections = [_HEAD]
     for name in (*PICTURES, *CLIPS):
-        made = example(name)
+        made = make_example(name)
         if isinstance(made.shown, Clip):
             clip = made.shown
             write_mp4(clip, folder / name)
@@ -140,10 +140,10 @@ def write(folder: Path) -> None:
             shown = f"[{name}]({name}): {clip.duration_s:.1f} s, {size}."
         else:
             made.shown.save(folder / name, optimize=True)
-            answers = (text_of(turn.answer) for turn in made.turns)
+            answers = (join_parts(turn.answer) for turn in made.turns)
             alt = next(answer for answer in answers if "\n" not in answer)
             shown = f"![{alt}]({name})"
-        lines = [told(turn) for turn in made.turns]
+        lines = [format_turn(turn) for turn in made.turns]
         rows = ["| Question | Answer |", "|---|---|", *(row for row in lines if row[0] == "|")]
         blocks = [f"\n{block}" for block in lines if block[0] != "|"]
         sections.append("\n".join([f"## {name}\n", f"{shown}\n", *rows, *blocks]) + "\n")
@@ -166,7 +166,7 @@ def main() -> None:
             picked[name] = pick(vlm, name)
             print(name, picked[name].number, *picked[name].left_out, sep=" | ", flush=True)
         write_picked(picked)
-    write(options.folder)
+    write_examples(options.folder)
     readme = options.folder.resolve().parent / "README.md"
     if vlm is not None and readme.exists():
         readme.write_text(retell(readme.read_text(), vlm, readme.parent))

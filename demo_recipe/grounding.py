@@ -5,17 +5,17 @@ from __future__ import annotations
 from tokenizers import Tokenizer
 
 from demo_recipe.draw import COLOR_NAMES, SHAPES
-from demo_recipe.questions import plural
+from demo_recipe.questions import make_plural
 
 ANY = "any"  # the kind that "shape" and "object" mean
 
 Words = dict[int, tuple[str, str]]
 
 
-def word_table(tokenizer: Tokenizer) -> Words:
+def make_word_table(tokenizer: Tokenizer) -> Words:
     """Attribute and value that the tokens for kinds and colors stand for."""
     spelled = [(kind, "kind", kind) for kind in SHAPES]
-    spelled += [(plural(kind), "kind", kind) for kind in SHAPES]
+    spelled += [(make_plural(kind), "kind", kind) for kind in SHAPES]
     spelled += [(color, "color", color) for color in COLOR_NAMES]
     spelled += [(noun, "kind", ANY) for noun in ("shape", "object", "shapes", "objects", "things")]
     table: Words = {}

@@ -21,13 +21,13 @@ import numpy as np
 
 from demo_recipe import words
 from demo_recipe.batches import sample_size
-from demo_recipe.clip_questions import ask_clip, makers_of
+from demo_recipe.clip_questions import ask_clip, select_makers
 from demo_recipe.clips import Clip
 from demo_recipe.film import write_mp4
-from demo_recipe.items import Drawn, Turn, text_of
-from demo_recipe.questions import small_talk
+from demo_recipe.items import LabeledPicture, Turn, join_parts
+from demo_recipe.questions import make_small_talk
 from demo_recipe.sample_clips import sample_clip
-from demo_recipe.topics import TOPICS, ask_several, draw, unknown
+from demo_recipe.topics import TOPICS, ask_several, ask_unknown, draw
 
 _REALM = 2**40  # training's seeds are far below
 ALL_TOPICS = (*TOPICS, "several", "clips", "chat")
@@ -40,13 +40,13 @@ class Item:
 
     task: str
     turns: list[Turn]
-    pictures: tuple[Drawn, ...] = ()
+    pictures: tuple[LabeledPicture, ...] = ()
     clip: Clip | None = None
 
     @property
     def answer(self) -> str:
         """What is expected."""
-        return text_of(self.turns[-1].answer)
+        return join_parts(self.turns[-1].answer)
 
     @property
     def messages(self) -> list[dict[str, Any]]:
@@ -55,40 +55,40 @@ class Item:
         shown += [{"type": "video"}] * (self.clip is not None)
         messages: list[dict[str, Any]] = []
         for turn in self.turns:
-            asked = [*shown, {"type": "text", "text": text_of(turn.question)}]
+            asked = [*shown, {"type": "text", "text": join_parts(turn.question)}]
             messages.append({"role": "user", "content": asked})
-            messages.append({"role": "assistant", "content": text_of(turn.answer)})
+            messages.append({"role": "assistant", "content": join_parts(turn.answer)})
             shown = []
         return messages
 
 
-def items(topic: str, seed: int) -> list[Item]:
+def make_items(topic: str, seed: int) -> list[Item]:
     """What can be asked about the picture, pictures or clip of `topic` that follows from `seed`."""
     rng = np.random.default_rng([_REALM, *topic.encode(), seed])
     if topic == "chat":
-        return [Item("chat", [small_talk(rng)])]
+        return [Item("chat", [make_small_talk(rng)])]
     if topic == "clips":
         clip = sample_clip(rng)
-        made = [ask_clip(clip, rng, 1, (maker,))[0] for maker in makers_of(clip)]
+        made = [ask_clip(clip, rng, 1, (maker,))[0] for maker in select_makers(clip)]
         return [Item(f"clip: {turn.family}", [turn], clip=clip) for turn in made]
     if topic == "several":
-        pictures = tuple(_picture(rng, _any_topic(rng)) for _ in range(2))
+        pictures = tuple(_draw_picture(rng, _sample_topic(rng)) for _ in range(2))
         return [Item("several", [ask_several(list(pictures), rng)], pictures)]
-    drawn = _picture(rng, topic)
+    drawn = _draw_picture(rng, topic)
     made = [maker(rng) for maker, _ in drawn.makers]
     found = [Item(turn.family, [turn], (drawn,)) for turn in made]
     if rng.random() < 0.3:
-        found.append(Item("cannot tell", [unknown(rng)], (drawn,)))
+        found.append(Item("cannot tell", [ask_unknown(rng)], (drawn,)))
     if drawn.talk is not None:
         found.append(Item("two turns", drawn.talk(rng), (drawn,)))
     return found
 
 
-def _any_topic(rng: np.random.Generator) -> str:
+def _sample_topic(rng: np.random.Generator) -> str:
     return str(rng.choice([name for name, topic in TOPICS.items() if not topic.long]))
 
 
-def _picture(rng: np.random.Generator, topic: str) -> Drawn:
+def _draw_picture(rng: np.random.Generator, topic: str) -> LabeledPicture:
     size = sample_size(rng, "square")
     if topic == "words":
         return words.sample(rng, size, heldout=True)
@@ -107,7 +107,7 @@ def collect(
     idle = 0
     for number in range(20 * count + _ROUNDS):
         before = found.total()
-        for item in items(topic, 10**6 * seed + number):
+        for item in make_items(topic, 10**6 * seed + number):
             if found[item.task] < count and (wanted is None or item.task in wanted):
                 found[item.task] += 1
                 yield item
@@ -116,11 +116,12 @@ def collect(
             return
 
 
-def write(out: Path, count: int, seed: int, wanted: set[str] | None = None) -> int:
+def write_dataset(out: Path, count: int, seed: int, wanted: set[str] | None = None) -> int:
     """Lines written to `out`/heldout.jsonl, `count` of every family."""
     out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
-    saved: dict[int, tuple[str, Drawn | Clip]] = {}  # by id, which is taken while the thing is here
+    # By id; ids stay unique while the objects are in it.
+    saved: dict[int, tuple[str, LabeledPicture | Clip]] = {}
     for topic in ALL_TOPICS:
         for item in collect(topic, count, seed, wanted):
             line: dict[str, Any] = {"task": item.task, "messages": item.messages}
@@ -128,17 +129,17 @@ def write(out: Path, count: int, seed: int, wanted: set[str] | None = None) -> i
             for key, things in (("images", item.pictures), ("videos", clips)):
                 for thing in things:
                     if id(thing) not in saved:
-                        saved[id(thing)] = (_save(out, len(saved), thing), thing)
+                        saved[id(thing)] = (_save_media(out, len(saved), thing), thing)
                     line.setdefault(key, []).append(saved[id(thing)][0])
             lines.append(json.dumps(line))
     (out / "heldout.jsonl").write_text("\n".join(lines) + "\n")
     return len(lines)
 
 
-def _save(out: Path, number: int, thing: Drawn | Clip) -> str:
+def _save_media(out: Path, number: int, thing: LabeledPicture | Clip) -> str:
     """Name of the file in `out` that `thing` is written to."""
-    name = f"{number:05d}.png" if isinstance(thing, Drawn) else f"{number:05d}.mp4"
-    if isinstance(thing, Drawn):
+    name = f"{number:05d}.png" if isinstance(thing, LabeledPicture) else f"{number:05d}.mp4"
+    if isinstance(thing, LabeledPicture):
         thing.picture.save(out / name)
     else:
         write_mp4(thing, out / name)
@@ -153,7 +154,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--families", type=lambda text: set(text.split(",")))
     options = parser.parse_args()
-    print(write(options.out, options.items, options.seed, options.families), "lines")
+    print(write_dataset(options.out, options.items, options.seed, options.families), "lines")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ class Part:
     boxes: tuple[Box, ...] = ()
 
 
-Said = str | tuple[Part, ...]
+Wording = str | tuple[Part, ...]
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,8 @@ class Turn:
     """
 
     family: str
-    question: Said
-    answer: Said
+    question: Wording
+    answer: Wording
     missing: str = ""
 
 
@@ -72,11 +72,11 @@ class Glyph:
     value: int = -1
 
 
-Maker = Callable[[np.random.Generator], Turn]
+TurnMaker = Callable[[np.random.Generator], Turn]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class LabeledPicture:
     """A picture, what it shows, and who asks about it.
 
     Attributes:
@@ -88,17 +88,17 @@ class Drawn:
 
     picture: Image.Image
     glyphs: tuple[Glyph, ...]
-    makers: tuple[tuple[Maker, float], ...]
+    makers: tuple[tuple[TurnMaker, float], ...]
     background: str | None = None
     talk: Callable[[np.random.Generator], list[Turn]] | None = None
 
 
-def text_of(said: Said) -> str:
+def join_parts(said: Wording) -> str:
     """The text of a question or an answer."""
     return said if isinstance(said, str) else "".join(part.text for part in said)
 
 
-def parts_of(said: Said) -> tuple[Part, ...]:
+def get_parts(said: Wording) -> tuple[Part, ...]:
     """The parts of a question or an answer."""
     return (Part(said),) if isinstance(said, str) else said
 

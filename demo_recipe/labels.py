@@ -27,7 +27,7 @@ _TOKEN_COVER = 0.35  # share of a token's square, or of a box, that must overlap
 _KIND_SHARE, _EXTENT_SHARE = 3.0, 2.0  # of the losses of kinds and extents; the others have 1
 
 
-def patch_labels(
+def make_patch_labels(
     glyphs: Sequence[Glyph], background: str | None, grid: Grid, side: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels int32 (N, P, COLUMNS) and extents float32 (N, P, 4) of a picture's tiles.
@@ -39,16 +39,16 @@ def patch_labels(
     Args:
         side: Patches along a side of a tile.
     """
-    whole = _tile_labels(glyphs, background, (1, 1), side)
+    whole = _make_tile_labels(glyphs, background, (1, 1), side)
     if not grid.rows:
         return whole
-    crops = _tile_labels(glyphs, background, (grid.rows, grid.cols), side)
+    crops = _make_tile_labels(glyphs, background, (grid.rows, grid.cols), side)
     crops[0][..., 2:4] = -1
     labels, extents = (np.concatenate(pair) for pair in zip(crops, whole, strict=True))
     return labels, extents
 
 
-def _tile_labels(
+def _make_tile_labels(
     glyphs: Sequence[Glyph], background: str | None, grid: tuple[int, int], side: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Labels and extents of the tiles of a picture cut into `grid`, rows and columns."""
@@ -61,7 +61,7 @@ def _tile_labels(
     y, x = np.mgrid[0:rows, 0:cols] + 0.5
     for glyph in glyphs:
         left, top, right, bottom = glyph.extent
-        cover = overlap(glyph.extent, rows, cols)
+        cover = compute_overlap(glyph.extent, rows, cols)
         centre = (
             min(rows - 1, max(0, int((top + bottom) / 2 * rows))),
             min(cols - 1, max(0, int((left + right) / 2 * cols))),
@@ -86,7 +86,7 @@ def _tile_labels(
     return tiled(labels), tiled(extents)
 
 
-def overlap(extent: Extent, rows: int, cols: int) -> np.ndarray:
+def compute_overlap(extent: Extent, rows: int, cols: int) -> np.ndarray:
     """Share (rows, cols) of each square of a picture, cut so, that `extent` covers."""
     left, top, right, bottom = extent
 
@@ -100,29 +100,29 @@ def overlap(extent: Extent, rows: int, cols: int) -> np.ndarray:
     return share
 
 
-def token_mask(extent: Extent, grid: Grid, side: int) -> np.ndarray:
+def make_token_mask(extent: Extent, grid: Grid, side: int) -> np.ndarray:
     """Which image tokens of a picture show `extent`: bool (N * I,), crops, then the global tile.
 
     Args:
         side: Image tokens along a side of a tile.
     """
-    masks = [_shows(extent, side, side).reshape(-1)]
+    masks = [_find_patches(extent, side, side).reshape(-1)]
     if grid.rows:
-        whole = _shows(extent, grid.rows * side, grid.cols * side)
+        whole = _find_patches(extent, grid.rows * side, grid.cols * side)
         whole = whole.reshape(grid.rows, side, grid.cols, side).swapaxes(1, 2)
         masks.insert(0, whole.reshape(-1))
     return np.concatenate(masks)
 
 
-def _shows(extent: Extent, rows: int, cols: int) -> np.ndarray:
+def _find_patches(extent: Extent, rows: int, cols: int) -> np.ndarray:
     """Which of `rows` x `cols` squares show `extent`; at least the one that shows most."""
-    cover = overlap(extent, rows, cols)
+    cover = compute_overlap(extent, rows, cols)
     least = _TOKEN_COVER * min(1.0, float(cover.sum()))
     mask: np.ndarray = (cover >= min(least, cover.max())) & (cover > 0)
     return mask
 
 
-def label_head(config: VisionConfig) -> nn.Linear:
+def make_label_head(config: VisionConfig) -> nn.Linear:
     """A linear layer from patch features to the logits of all labels, then to an extent."""
     return nn.Linear(config.hidden_size, sum(_SIZES) + 4)
 

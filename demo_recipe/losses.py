@@ -8,16 +8,16 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from demo_recipe.batches import PLACE_BINS, Batch, EncoderBatch
+from demo_recipe.batches import PLACE_BINS, EncoderBatch, PictureBatch
 from demo_recipe.clip_batches import ClipBatch
-from demo_recipe.labels import dense_loss, label_head
+from demo_recipe.labels import dense_loss, make_label_head
 from demo_recipe.motion import (
     BEFORE_LAYERS,
     FRAME_LAYERS,
     WAY_LAYERS,
     WORD_LAYERS,
     MotionHeads,
-    unit,
+    normalize_states,
 )
 from demo_recipe.prefix import SharedPrefix, layer_states
 from mlx_smolvlm.config import Config, ImageConfig
@@ -40,16 +40,16 @@ class Trainee(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.model, self.image = Model(config), config.image
-        self.dense_head = label_head(config.vision)
+        self.dense_head = make_label_head(config.vision)
         self.motion_head = MotionHeads(config.text.hidden_size)
         self.place_head = nn.Linear(config.text.hidden_size, 4 * PLACE_BINS)
 
-    def features(self, pixels: np.ndarray) -> mx.array:
+    def encode(self, pixels: np.ndarray) -> mx.array:
         """The encoder's features (N, P, V) of uint8 tiles (N, H, W, 3)."""
-        return self.model.vision_model(normalized(pixels, self.image))
+        return self.model.vision_model(normalize_pixels(pixels, self.image))
 
 
-def normalized(pixels: np.ndarray, image: ImageConfig) -> mx.array:
+def normalize_pixels(pixels: np.ndarray, image: ImageConfig) -> mx.array:
     """`pixel_values` float32 (N, H, W, 3) of uint8 `pixels`, as `image.tiles` makes them."""
     scale, shift = map(mx.array, compute_scale_and_shift(image))
     return mx.array(pixels).astype(mx.float32) * scale + shift
@@ -57,17 +57,17 @@ def normalized(pixels: np.ndarray, image: ImageConfig) -> mx.array:
 
 def encoder_loss(trainee: Trainee, data: EncoderBatch) -> mx.array:
     """Loss of the dense labels."""
-    features = trainee.features(data.pixels)
+    features = trainee.encode(data.pixels)
     logits = trainee.dense_head(features)
     return dense_loss(logits, mx.array(data.labels), mx.array(data.extents))
 
 
-def answer_loss(trainee: Trainee, data: Batch) -> mx.array:
+def answer_loss(trainee: Trainee, data: PictureBatch) -> mx.array:
     """Loss of the answers' tokens, with shares of those of dense labels and of where words look."""
     model, text_model = trainee.model, trainee.model.text_model
     dense, image_embeds = mx.array(0.0), None
     if data.shown is not None:
-        features = trainee.features(data.shown.pixels)  # (N, P, V)
+        features = trainee.encode(data.shown.pixels)  # (N, P, V)
         labels = mx.array(data.shown.labels), mx.array(data.shown.extents)
         dense = dense_loss(trainee.dense_head(features), *labels)
         image_embeds = model.connector(features)  # (N, I, D)
@@ -84,14 +84,14 @@ def place_loss(trainee: Trainee, states: mx.array, named: np.ndarray) -> mx.arra
     """Loss of the places and sizes `named` (S, 5) that words' states (B, M, D) tell."""
     if not len(named):
         return mx.array(0.0)
-    read = unit(states.reshape(-1, states.shape[-1])[mx.array(named[:, 0])])
+    read = normalize_states(states.reshape(-1, states.shape[-1])[mx.array(named[:, 0])])
     logits = trainee.place_head(read).reshape(-1, 4, PLACE_BINS)
     losses = nn.losses.cross_entropy(logits, mx.array(named[:, 1:]))
     return losses.mean(0).sum()
 
 
 def row_losses(
-    trainee: Trainee, data: Batch | ClipBatch, cache: SharedPrefix
+    trainee: Trainee, data: PictureBatch | ClipBatch, cache: SharedPrefix
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
     """Losses of the rows' answers and of where they look, and the rows' states by layer."""
     model, text_model = trainee.model, trainee.model.text_model
@@ -107,7 +107,7 @@ def row_losses(
 def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
     """Loss of the answers about clips, with shares of those of what clips show."""
     model, text_model, heads = trainee.model, trainee.model.text_model, trainee.motion_head
-    features = trainee.features(data.pixels)
+    features = trainee.encode(data.pixels)
     labels = mx.array(data.labels), mx.array(data.extents)
     dense = dense_loss(trainee.dense_head(features), *labels)
     embeds = model.embed(data.prefix_ids.reshape(-1), model.connector(features))
@@ -117,7 +117,7 @@ def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
     def read(layers: int, places: np.ndarray) -> mx.array:
         """States (S, D) at flat `places` after `layers` layers."""
         state = states[layers - 1]
-        return unit(state.reshape(-1, state.shape[-1])[mx.array(places)])
+        return normalize_states(state.reshape(-1, state.shape[-1])[mx.array(places)])
 
     tokens = heads.token_loss(
         read(BEFORE_LAYERS, data.image_places),
@@ -138,16 +138,18 @@ def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedBatch:
     """Conversations, and tiles whose patches alone are told."""
 
-    talk: Batch | ClipBatch
+    talk: PictureBatch | ClipBatch
     tiles: EncoderBatch
 
 
-def step_loss(trainee: Trainee, data: Batch | ClipBatch | Paired) -> mx.array:
+def step_loss(trainee: Trainee, data: PictureBatch | ClipBatch | PairedBatch) -> mx.array:
     """Loss of a batch of pictures or of clips, and of what comes with it."""
-    if isinstance(data, Paired):
+    if isinstance(data, PairedBatch):
         more = encoder_loss(trainee, data.tiles)
         return step_loss(trainee, data.talk) + _PRINT_SHARE * more
-    return answer_loss(trainee, data) if isinstance(data, Batch) else clip_loss(trainee, data)
+    return (
+        answer_loss(trainee, data) if isinstance(data, PictureBatch) else clip_loss(trainee, data)
+    )

@@ -15,20 +15,20 @@ from demo_recipe.object_sheet import CELL, COLUMNS, EMOJI
 _STRIKE = 109  # the one size in which this font holds its pictures
 
 
-def sheet(font_path: str) -> Image.Image:
+def make_sheet(font_path: str) -> Image.Image:
     """The objects in reading order, RGBA, each in the middle of its cell and as large as fits."""
     font = ImageFont.truetype(font_path, _STRIKE)
     rows = -(-len(EMOJI) // COLUMNS)
     picture = Image.new("RGBA", (CELL * COLUMNS, CELL * rows))
     for i, character in enumerate(EMOJI.values()):
-        sprite = _sprite(font, character)
+        sprite = _make_sprite(font, character)
         left = i % COLUMNS * CELL + (CELL - sprite.width) // 2
         top = i // COLUMNS * CELL + (CELL - sprite.height) // 2
         picture.paste(sprite, (left, top))
     return picture
 
 
-def _sprite(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
+def _make_sprite(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
     """One object without the empty space around it, its long side two pixels less than a cell."""
     canvas = Image.new("RGBA", (2 * _STRIKE, 2 * _STRIKE), (255, 255, 255, 0))
     ImageDraw.Draw(canvas).text((20, 20), character, font=font, embedded_color=True)
@@ -39,4 +39,4 @@ def _sprite(font: ImageFont.FreeTypeFont, character: str) -> Image.Image:
 
 
 if __name__ == "__main__":
-    sheet(sys.argv[1]).quantize(256, dither=Image.Dither.NONE).save(sys.argv[2], optimize=True)
+    make_sheet(sys.argv[1]).quantize(256, dither=Image.Dither.NONE).save(sys.argv[2], optimize=True)

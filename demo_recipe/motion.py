@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from demo_recipe.clips import EVENTS, MOTIONS, Clip, sampled_indices
-from demo_recipe.draw import COLOR_NAMES, SHAPES, Scene, Shape, index_map
+from demo_recipe.draw import COLOR_NAMES, SHAPES, Scene, Shape, render_index_map
 from demo_recipe.grounding import ANY, Words
 
 # After so many layers is read what was before, how it moved, and what frames and words tell.
@@ -32,7 +32,7 @@ _ABSENT = len(MOTIONS)
 _LEAST_COVER = 0.08  # share of a token's square that a shape must cover to be shown there
 
 
-def token_labels(clip: Clip, side: int) -> np.ndarray:
+def make_token_labels(clip: Clip, side: int) -> np.ndarray:
     """Labels int32 (F, I, 5) of the image tokens, `side` x `side` a frame; -1 for nothing to tell.
 
     Kind + 1 (0: background) and color of what was at the token's place one frame before; and of
@@ -43,12 +43,12 @@ def token_labels(clip: Clip, side: int) -> np.ndarray:
     start, before = clip.scene(0), None
     for row, index in zip(labels, indices, strict=True):
         scene = clip.scene(index)
-        shown = _shown(scene, side)
+        shown = _find_visible(scene, side)
         if before is not None:
             row[:, :2] = before
             for i, (shape, first) in enumerate(zip(scene.shapes, start.shapes, strict=True)):
                 motion = clip.motion if i == 0 else MOTIONS[0]
-                told = motion == "none" or _way(shape, first, scene) > _LEAST_WAY
+                told = motion == "none" or _compute_way(shape, first, scene) > _LEAST_WAY
                 row[shown == i + 1, 2] = MOTIONS.index(motion) if told else -1
                 row[shown == i + 1, 3] = int(_BINS * first.x / scene.width)
                 row[shown == i + 1, 4] = int(_BINS * first.y / scene.height)
@@ -59,9 +59,9 @@ def token_labels(clip: Clip, side: int) -> np.ndarray:
     return labels
 
 
-def _shown(scene: Scene, side: int) -> np.ndarray:
+def _find_visible(scene: Scene, side: int) -> np.ndarray:
     """Which shape each of `side` x `side` squares shows, flat: 0 for none, else its number."""
-    squares = index_map(scene, 16 * side).reshape(side, 16, side, 16).swapaxes(1, 2)
+    squares = render_index_map(scene, 16 * side).reshape(side, 16, side, 16).swapaxes(1, 2)
     pixels = squares.reshape(side * side, 256)
     best, cover = np.zeros(side * side, int), np.full(side * side, _LEAST_COVER)
     for i in range(1, len(scene.shapes) + 1):
@@ -70,12 +70,12 @@ def _shown(scene: Scene, side: int) -> np.ndarray:
     return best
 
 
-def _way(shape: Shape, first: Shape, scene: Scene) -> float:
+def _compute_way(shape: Shape, first: Shape, scene: Scene) -> float:
     """How far `shape` is from where it was at `first`, as a share of the longer of both ways."""
     return max(abs(shape.x - first.x) / scene.width, abs(shape.y - first.y) / scene.height)
 
 
-def frame_labels(clip: Clip) -> np.ndarray:
+def make_frame_labels(clip: Clip) -> np.ndarray:
     """Labels int32 (F, 10) of the sampled frames of `clip`; -1 where there is nothing to tell.
 
     Kind and color of the first shape, the background's color, the shape's column and row of
@@ -98,7 +98,7 @@ def frame_labels(clip: Clip) -> np.ndarray:
         if not scene.shapes:
             continue
         shape, first = scene.shapes[0], start.shapes[0]
-        way = _way(shape, first, scene)
+        way = _compute_way(shape, first, scene)
         if len(scene.shapes) == 1 or way > _LEAST_WAY or clip.color_number(index):
             row[0], row[1] = SHAPES.index(shape.kind), COLOR_NAMES.index(shape.color)
             row[3] = int(_BINS * shape.x / scene.width)
@@ -112,7 +112,7 @@ def frame_labels(clip: Clip) -> np.ndarray:
     return labels
 
 
-def word_labels(clip: Clip, ids: list[int], words: Words) -> list[tuple[int, int, int, int]]:
+def make_word_labels(clip: Clip, ids: list[int], words: Words) -> list[tuple[int, int, int, int]]:
     """Place in `ids`, motion, first and last color of what each word for a kind refers to.
 
     The motion is an index of `MOTIONS`, or one more if there is no such shape, whose colors
@@ -154,24 +154,24 @@ class MotionHeads(nn.Module):
 
     def token_loss(self, first: mx.array, second: mx.array, labels: mx.array) -> mx.array:
         """Loss of `token_labels` (S, 5) from states (S, D) after the layers that tell them."""
-        before = _loss(self.before(first), labels[:, :2], _BEFORE_SIZES)
-        return before + _loss(self.way(second), labels[:, 2:], _WAY_SIZES)
+        before = _sum_losses(self.before(first), labels[:, :2], _BEFORE_SIZES)
+        return before + _sum_losses(self.way(second), labels[:, 2:], _WAY_SIZES)
 
     def frame_loss(self, states: mx.array, labels: mx.array) -> mx.array:
         """Loss of `frame_labels` (S, 10) from states (S, D)."""
-        return _loss(self.frame(states), labels, _FRAME_SIZES)
+        return _sum_losses(self.frame(states), labels, _FRAME_SIZES)
 
     def word_loss(self, states: mx.array, labels: mx.array) -> mx.array:
         """Loss of `word_labels` (S, 3) from states (S, D)."""
-        return _loss(self.word(states), labels, _WORD_SIZES)
+        return _sum_losses(self.word(states), labels, _WORD_SIZES)
 
 
-def unit(hidden_states: mx.array) -> mx.array:
+def normalize_states(hidden_states: mx.array) -> mx.array:
     """`hidden_states` at length one, as the heads read them."""
     return mx.fast.rms_norm(hidden_states, None, 1e-5)
 
 
-def _loss(logits: mx.array, labels: mx.array, sizes: tuple[int, ...]) -> mx.array:
+def _sum_losses(logits: mx.array, labels: mx.array, sizes: tuple[int, ...]) -> mx.array:
     """Mean cross-entropy of each column of `labels` (S, columns) where it is not -1, summed."""
     parts: Any = mx.split(logits, np.cumsum(sizes)[:-1].tolist(), axis=-1)
     total = mx.array(0.0)

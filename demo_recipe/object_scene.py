@@ -8,7 +8,7 @@ import numpy as np
 
 from demo_recipe.draw import RGB, sample_rgb
 from demo_recipe.items import Box, Extent
-from demo_recipe.object_sheet import KINDS, sprites
+from demo_recipe.object_sheet import KINDS, load_sprites
 
 _COUNT_WEIGHTS = (0.02, 0.24, 0.28, 0.26, 0.2)  # of 0, 1, ... 4 objects
 _CENTRES = ((0.13, 0.27), (0.41, 0.59), (0.73, 0.87))  # of a cell's middle, as a share of the side
@@ -28,7 +28,7 @@ class Thing:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ObjectScene:
     """A picture of `size` pixels; `things` are in reading order of their cells."""
 
     size: tuple[int, int]
@@ -50,26 +50,26 @@ class Scene:
         return sum(thing.kind == kind for thing in self.things)
 
 
-def sample_scene(rng: np.random.Generator, size: tuple[int, int]) -> Scene:
+def sample_scene(rng: np.random.Generator, size: tuple[int, int]) -> ObjectScene:
     """Objects on a white or lightly tinted ground; it follows from `rng` alone."""
     count = int(rng.choice(len(_COUNT_WEIGHTS), p=_COUNT_WEIGHTS))
-    background, rgb = _ground(rng)
+    background, rgb = _sample_ground(rng)
     while True:
         things: list[Thing] = []
         for cell in rng.permutation(9)[:count]:
             kind = str(rng.choice(KINDS))
             if things and rng.random() < 0.22:  # repeats make counts and "two cats"
                 kind = things[-1].kind
-            thing = _place(rng, size, kind, int(cell), count)
-            if any(_touch(thing, other, size) for other in things):
+            thing = _place_thing(rng, size, kind, int(cell), count)
+            if any(_is_touching(thing, other, size) for other in things):
                 break
             things.append(thing)
         else:
             ordered = tuple(sorted(things, key=lambda thing: thing.cell))
-            return Scene(size, background, rgb, ordered)
+            return ObjectScene(size, background, rgb, ordered)
 
 
-def _ground(rng: np.random.Generator) -> tuple[str, RGB]:
+def _sample_ground(rng: np.random.Generator) -> tuple[str, RGB]:
     """A background's name and color: white, or a color mixed with much white."""
     if rng.random() < 0.6:
         return "white", sample_rgb(rng, "white")
@@ -79,7 +79,7 @@ def _ground(rng: np.random.Generator) -> tuple[str, RGB]:
     return name, (red, green, blue)
 
 
-def _place(
+def _place_thing(
     rng: np.random.Generator, size: tuple[int, int], kind: str, cell: int, count: int
 ) -> Thing:
     """An object with its centre in `cell`; one that is too large for a corner is in the center."""
@@ -92,22 +92,24 @@ def _place(
             cell = 4
         else:
             side = 0.5 * min(size)
-    sprite = sprites()[kind]
+    sprite = load_sprites()[kind]
     scale, stretch = side / max(sprite.size), np.exp(rng.uniform(-0.07, 0.07))
     w = max(8, min(round(sprite.width * scale * stretch), width - 2))
     h = max(8, min(round(sprite.height * scale / stretch), height - 2))
-    left = _start(rng, _CENTRES[cell % 3], width, w)
-    top = _start(rng, _CENTRES[cell // 3], height, h)
+    left = _sample_start(rng, _CENTRES[cell % 3], width, w)
+    top = _sample_start(rng, _CENTRES[cell // 3], height, h)
     return Thing(kind, (left, top, left + w, top + h), cell, bool(rng.random() < 0.5))
 
 
-def _start(rng: np.random.Generator, centre: tuple[float, float], room: int, extent: int) -> int:
+def _sample_start(
+    rng: np.random.Generator, centre: tuple[float, float], room: int, extent: int
+) -> int:
     """Where an object begins whose middle lies within `centre`, inside the picture."""
     middle = room * rng.uniform(*centre)
     return int(min(max(round(middle - extent / 2), 1), room - extent - 1))
 
 
-def _touch(one: Thing, other: Thing, size: tuple[int, int]) -> bool:
+def _is_touching(one: Thing, other: Thing, size: tuple[int, int]) -> bool:
     """Whether two objects come nearer to each other than a small gap."""
     gap = max(size) / 48
     (a, b, c, d), (e, f, g, h) = one.box, other.box

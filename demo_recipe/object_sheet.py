@@ -27,7 +27,7 @@ _SHEET = Path(__file__).parent / "objects.png"
 
 
 @lru_cache(maxsize=1)
-def sprites() -> dict[str, Image.Image]:
+def load_sprites() -> dict[str, Image.Image]:
     """The objects by name, RGBA, without the empty space around them."""
     with Image.open(_SHEET, formats=["PNG"]) as sheet:
         picture = sheet.convert("RGBA")

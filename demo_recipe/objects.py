@@ -10,29 +10,29 @@ from __future__ import annotations
 import numpy as np
 from PIL import Image
 
-from demo_recipe.items import Drawn, Glyph
+from demo_recipe.items import Glyph, LabeledPicture
 from demo_recipe.object_questions import makers
-from demo_recipe.object_scene import Scene, sample_scene
+from demo_recipe.object_scene import ObjectScene, sample_scene
 from demo_recipe.object_sheet import KINDS as KINDS
-from demo_recipe.object_sheet import sprites
+from demo_recipe.object_sheet import load_sprites
 
 
-def sample(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+def sample(rng: np.random.Generator, size: tuple[int, int]) -> LabeledPicture:
     """A picture of `size` (width, height) pixels with 0 to 4 objects; it follows from `rng`."""
     scene = sample_scene(rng, size)
     glyphs = [
         Glyph(thing.kind, scene.extent(thing), rank=rank, total=scene.count(thing.kind))
         for rank, thing in enumerate(scene.things)
     ]
-    return Drawn(render(scene), tuple(glyphs), makers(scene), scene.background)
+    return LabeledPicture(render(scene), tuple(glyphs), makers(scene), scene.background)
 
 
-def render(scene: Scene) -> Image.Image:
+def render(scene: ObjectScene) -> Image.Image:
     """The picture of `scene`, RGB."""
     picture = Image.new("RGB", scene.size, scene.background_rgb)
     for thing in scene.things:
         left, top, right, bottom = thing.box
-        sprite = sprites()[thing.kind]
+        sprite = load_sprites()[thing.kind]
         if thing.flipped:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         sprite = sprite.resize((right - left, bottom - top), Image.Resampling.BICUBIC)

@@ -39,7 +39,7 @@ class StackedMuon(optim.Muon):
     def init(self, parameters: dict[str, Any]) -> None:
         """Momentum for all of `parameters`, by shape."""
         for shape, names in self._shapes(dict(tree_flatten(parameters))).items():
-            self.state[_key(shape)] = mx.zeros((len(names), *shape))
+            self.state[_format_key(shape)] = mx.zeros((len(names), *shape))
         self._initialized = True
 
     def apply_gradients(self, gradients: dict[str, Any], parameters: dict[str, Any]) -> Any:
@@ -50,11 +50,13 @@ class StackedMuon(optim.Muon):
         moved: list[tuple[str, mx.array]] = []
         for shape, names in self._shapes(flat).items():
             gradient = mx.stack([flat[name] for name in names])
-            momentum = self.momentum * self.state[_key(shape)] + (1 - self.momentum) * gradient
-            self.state[_key(shape)] = momentum
+            momentum = (
+                self.momentum * self.state[_format_key(shape)] + (1 - self.momentum) * gradient
+            )
+            self.state[_format_key(shape)] = momentum
             ahead = gradient * (1 - self.momentum) + momentum * self.momentum
             rate = self.learning_rate * max(1, shape[0] / shape[1]) ** 0.5
-            step = rate * orthogonal(ahead, self.ns_steps)
+            step = rate * orthogonalize(ahead, self.ns_steps)
             moved += [(name, held[name] - step[i]) for i, name in enumerate(names)]
         return tree_unflatten(moved) if moved else {}
 
@@ -93,7 +95,7 @@ class FlatAdamW(optim.AdamW):
         return tree_unflatten(moved)
 
 
-def orthogonal(matrices: mx.array, steps: int) -> mx.array:
+def orthogonalize(matrices: mx.array, steps: int) -> mx.array:
     """`matrices` (n, rows, columns), each brought near an orthogonal one by Newton and Schulz."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices.shape[-2] > matrices.shape[-1]
@@ -105,7 +107,7 @@ def orthogonal(matrices: mx.array, steps: int) -> mx.array:
     return x.swapaxes(-1, -2) if is_tall else x
 
 
-def _key(shape: tuple[int, ...]) -> str:
+def _format_key(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 

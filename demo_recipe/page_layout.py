@@ -10,7 +10,7 @@ import numpy as np
 
 from demo_recipe.items import Extent
 from demo_recipe.lexicon import HELD_OUT, TRAINED
-from demo_recipe.page_print import PixelBox, Print, boxes, width_of
+from demo_recipe.page_print import PixelBox, Print, measure_text, place_letters
 
 UNITS = 20  # a page is this many units wide and high; a unit is 25 of DocTags' 500
 _ROOM = UNITS - 2  # without the margins
@@ -106,10 +106,10 @@ class _Frame:
 
 def lay_out(rng: np.random.Generator, size: tuple[int, int]) -> Page:
     """A page of `size` pixels with one to five lines; it follows from `rng`."""
-    frame = _frame(rng, size)
+    frame = _sample_frame(rng, size)
     heights = frame.heights()
     plan = _PLANS[int(rng.choice(len(_PLANS), p=[weight for _, weight in _PLANS]))][0]
-    stack = [_lines(rng, kind) for kind in plan]
+    stack = [_sample_lines(rng, kind) for kind in plan]
     while sum(heights[kind] * count + 1 for kind, count in stack) - 1 > _ROOM:
         kind, count = stack[-1]
         if count > (2 if kind == "table" else 1):
@@ -121,14 +121,14 @@ def lay_out(rng: np.random.Generator, size: tuple[int, int]) -> Page:
     slack -= top - 1
     elements: list[Element] = []
     for kind, count in stack:
-        elements += _element(rng, frame, (kind, count), top)
+        elements += _lay_out_element(rng, frame, (kind, count), top)
         gap = 1 + int(rng.random() < 0.3 and slack > 0)
         slack -= gap - 1
         top += heights[kind] * count + gap
     return Page(size, tuple(elements))
 
 
-def _frame(rng: np.random.Generator, size: tuple[int, int]) -> _Frame:
+def _sample_frame(rng: np.random.Generator, size: tuple[int, int]) -> _Frame:
     """Prints of a legible size; small pictures have larger ones."""
     (width, height), scale = size, max(size) / 192
     body = min(max(scale * rng.uniform(22, 27), 15), 0.32 * height, width / 5.3)
@@ -138,25 +138,25 @@ def _frame(rng: np.random.Generator, size: tuple[int, int]) -> _Frame:
     return _Frame(size, Print(round(body)), bold, Print(round(cells)), 1 + int(rng.integers(2)))
 
 
-def _lines(rng: np.random.Generator, kind: str) -> tuple[str, int]:
+def _sample_lines(rng: np.random.Generator, kind: str) -> tuple[str, int]:
     """The kind of the lines of a piece of the plan, and how many they are."""
     if kind in ("title", "text"):
         return kind, 1
     return ("list_item" if kind == "list" else kind), 2 + int(rng.integers(2))
 
 
-def _element(
+def _lay_out_element(
     rng: np.random.Generator, frame: _Frame, lines: tuple[str, int], top: int
 ) -> list[Element]:
     """The elements of one piece of the plan, from `top` units downwards."""
     kind, count = lines
     height = frame.heights()[kind]
     if kind == "table":
-        return [_table(rng, frame, count, top)]
-    return [_line(rng, frame, kind, top + i * height) for i in range(count)]
+        return [_lay_out_table(rng, frame, count, top)]
+    return [_lay_out_line(rng, frame, kind, top + i * height) for i in range(count)]
 
 
-def _line(rng: np.random.Generator, frame: _Frame, kind: str, top: int) -> Element:
+def _lay_out_line(rng: np.random.Generator, frame: _Frame, kind: str, top: int) -> Element:
     """A title, a text of one or two words, or a list item; as wide as its print asks for."""
     style = frame.title if kind == "title" else frame.body
     (unit, _), height = frame.unit, frame.heights()[kind]
@@ -166,8 +166,8 @@ def _line(rng: np.random.Generator, frame: _Frame, kind: str, top: int) -> Eleme
     space = 0.55 * style.size
     count = 2 if kind == "text" and rng.random() < 0.4 else 1
     while True:
-        texts = [_text(rng, kind, 5 if count == 1 else 3) for _ in range(count)]
-        natural = sum(width_of(text, style) for text in texts) + space * (count - 1)
+        texts = [_sample_text(rng, kind, 5 if count == 1 else 3) for _ in range(count)]
+        natural = sum(measure_text(text, style) for text in texts) + space * (count - 1)
         if natural <= room:
             break
         if rng.random() < 0.1:
@@ -179,8 +179,8 @@ def _line(rng: np.random.Generator, frame: _Frame, kind: str, top: int) -> Eleme
     baseline = (box[1] + box[3]) / 2 * frame.unit[1] + style.cap / 2
     words = []
     for text in texts:
-        end = left + width_of(text, style) * stretch
-        words.append(Word(text, tuple(boxes(text, style, left, end, baseline)), style))
+        end = left + measure_text(text, style) * stretch
+        words.append(Word(text, tuple(place_letters(text, style, left, end, baseline)), style))
         left = end + space
     bullet = None
     if indent:
@@ -190,7 +190,7 @@ def _line(rng: np.random.Generator, frame: _Frame, kind: str, top: int) -> Eleme
     return Element(kind, box, (tuple(words),), bullet)
 
 
-def _table(rng: np.random.Generator, frame: _Frame, rows: int, top: int) -> Element:
+def _lay_out_table(rng: np.random.Generator, frame: _Frame, rows: int, top: int) -> Element:
     """A ruled table of two or three columns, each as wide as the longest word asks for."""
     style, (unit, tall) = frame.cells, frame.unit
     columns = 2 if rows == 3 and rng.random() < 0.6 else 2 + int(rng.integers(2))
@@ -204,19 +204,19 @@ def _table(rng: np.random.Generator, frame: _Frame, rows: int, top: int) -> Elem
         cells = []
         for column in range(columns):
             kind = "header" if row == 0 else "cell"
-            text = _text(rng, kind, longest)
-            while width_of(text, style) > wide * unit - 0.4 * style.size:
-                text = _text(rng, kind, longest)
+            text = _sample_text(rng, kind, longest)
+            while measure_text(text, style) > wide * unit - 0.4 * style.size:
+                text = _sample_text(rng, kind, longest)
             left = (frame.left + column * wide) * unit + 0.25 * style.size
             baseline = (top + (row + 0.5) * height) * tall + style.cap / 2
-            placed = boxes(text, style, left, left + width_of(text, style), baseline)
+            placed = place_letters(text, style, left, left + measure_text(text, style), baseline)
             cells.append(Word(text, tuple(placed), style))
         grid.append(tuple(cells))
     box = (frame.left, top, frame.left + columns * wide, top + rows * height)
     return Element("table", box, tuple(grid))
 
 
-def _text(rng: np.random.Generator, kind: str, longest: int) -> str:
+def _sample_text(rng: np.random.Generator, kind: str, longest: int) -> str:
     """A word, a number or a string of letters; never a lone O or I, which look like digits."""
     numbers = {"title": 0.0, "text": 0.1, "list_item": 0.3, "header": 0.0, "cell": 0.6}[kind]
     if rng.random() < numbers:

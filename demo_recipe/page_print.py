@@ -35,7 +35,7 @@ class Letter:
 
 
 @lru_cache(maxsize=4096)
-def letter(character: str, style: Print) -> Letter:
+def draw_letter(character: str, style: Print) -> Letter:
     """The ink of `character`, without the empty space around it."""
     font = ImageFont.load_default(style.size)
     side = 2 * style.size + 8
@@ -49,15 +49,17 @@ def letter(character: str, style: Print) -> Letter:
     return Letter(canvas.crop(box), baseline - box[1])
 
 
-def width_of(text: str, style: Print) -> float:
+def measure_text(text: str, style: Print) -> float:
     """How wide `text` is from the first letter's ink to the last one's, in pixels."""
-    inks = sum(letter(character, style).mask.width for character in text)
+    inks = sum(draw_letter(character, style).mask.width for character in text)
     return inks + _SPACE * style.size * (len(text) - 1)
 
 
-def boxes(text: str, style: Print, left: float, right: float, baseline: float) -> list[PixelBox]:
+def place_letters(
+    text: str, style: Print, left: float, right: float, baseline: float
+) -> list[PixelBox]:
     """The boxes of the letters of `text`, spread evenly from `left` to at most `right`."""
-    inks = [letter(character, style) for character in text]
+    inks = [draw_letter(character, style) for character in text]
     gap = 0.0
     if len(text) > 1:
         gap = (right - left - sum(ink.mask.width for ink in inks)) / (len(text) - 1)

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 
-from demo_recipe.items import Box, Maker, Part, Turn, fill
+from demo_recipe.items import Box, Part, Turn, TurnMaker, fill
 from demo_recipe.page_layout import UNITS, Element, Page, Word
 from demo_recipe.questions import pick
 
@@ -44,9 +44,9 @@ AT_CELL = (
 )  # fmt: skip
 
 
-def makers(page: Page) -> tuple[tuple[Maker, float], ...]:
+def makers(page: Page) -> tuple[tuple[TurnMaker, float], ...]:
     """Who asks about `page`, with weights."""
-    asking: list[tuple[Maker, float]] = [(partial(ask_page, page), 0.5)]
+    asking: list[tuple[TurnMaker, float]] = [(partial(ask_page, page), 0.5)]
     asking.append((partial(ask_title, page), 0.12 if page.of("title") else 0.02))
     if page.of("list_item"):
         asking += [(partial(ask_items, page), 0.12), (partial(ask_item_count, page), 0.06)]
@@ -66,9 +66,9 @@ def ask_page(page: Page, rng: np.random.Generator) -> Turn:
         if listed and not item:
             parts.append(Part("</unordered_list>\n"))
         if item and not listed:
-            parts.append(Part("<unordered_list>", _box(element)))
+            parts.append(Part("<unordered_list>", _make_box(element)))
         listed = item
-        parts += [*_tagged(page, element), Part("\n")]
+        parts += [*_tag_element(page, element), Part("\n")]
     if listed:
         parts.append(Part("</unordered_list>\n"))
     return Turn("page", PAGE, (*parts, Part("</doctag>")))
@@ -76,7 +76,7 @@ def ask_page(page: Page, rng: np.random.Generator) -> Turn:
 
 def ask_table(page: Page, rng: np.random.Generator) -> Turn:
     """The one table of a page, without the page around it."""
-    return Turn("page table", TABLE, _tagged(page, page.of("table")[0]))
+    return Turn("page table", TABLE, _tag_element(page, page.of("table")[0]))
 
 
 def ask_title(page: Page, rng: np.random.Generator) -> Turn:
@@ -84,7 +84,7 @@ def ask_title(page: Page, rng: np.random.Generator) -> Turn:
     titles = page.of("title")
     if not titles:
         return Turn("absent", pick(rng, TITLE), "There is no title.", "title")
-    return Turn("page title", pick(rng, TITLE), tuple(_spelled(page, titles[0].words)))
+    return Turn("page title", pick(rng, TITLE), tuple(_spell_words(page, titles[0].words)))
 
 
 def ask_items(page: Page, rng: np.random.Generator) -> Turn:
@@ -92,7 +92,7 @@ def ask_items(page: Page, rng: np.random.Generator) -> Turn:
     parts: list[Part] = []
     for item in page.of("list_item"):
         parts += [Part(", ")] if parts else []
-        parts += _spelled(page, item.words)
+        parts += _spell_words(page, item.words)
     return Turn("page list", pick(rng, ITEMS), tuple(parts))
 
 
@@ -113,27 +113,27 @@ def ask_cell(page: Page, rng: np.random.Generator) -> Turn:
     down = Box((left + column * wide, top, left + (column + 1) * wide, bottom))
     numbers = (Part(str(row + 1), (across,)), Part(str(column + 1), (down,)))
     question = fill(pick(rng, AT_CELL), *numbers)
-    return Turn("page cell", question, tuple(_spelled(page, (table.rows[row][column],))))
+    return Turn("page cell", question, tuple(_spell_words(page, (table.rows[row][column],))))
 
 
-def _tagged(page: Page, element: Element) -> tuple[Part, ...]:
+def _tag_element(page: Page, element: Element) -> tuple[Part, ...]:
     """One element in DocTags: its tag, its location, its words."""
     tag = "otsl" if element.kind == "table" else element.kind
-    box = _box(element)
+    box = _make_box(element)
     place = "".join(f"<loc_{_STEP * edge}>" for edge in element.box)
     parts = [Part(f"<{tag}>{place}", box)]
     if element.kind == "table":
         for i, row in enumerate(element.rows):
             for word in row:
                 cell = "<fcel>" if i else "<ched>"
-                parts += [Part(cell, _around(page, word)), *_spelled(page, (word,))]
-            parts.append(Part("<nl>", _around(page, row[-1])))
+                parts += [Part(cell, _make_word_box(page, word)), *_spell_words(page, (word,))]
+            parts.append(Part("<nl>", _make_word_box(page, row[-1])))
     else:
-        parts += _spelled(page, element.words)
+        parts += _spell_words(page, element.words)
     return (*parts, Part(f"</{tag}>", box))
 
 
-def _spelled(page: Page, words: tuple[Word, ...]) -> list[Part]:
+def _spell_words(page: Page, words: tuple[Word, ...]) -> list[Part]:
     """Words with spaces between them, a part for each letter with its box."""
     parts: list[Part] = []
     for word in words:
@@ -143,11 +143,11 @@ def _spelled(page: Page, words: tuple[Word, ...]) -> list[Part]:
     return parts
 
 
-def _box(element: Element) -> tuple[Box, ...]:
+def _make_box(element: Element) -> tuple[Box, ...]:
     return (Box(element.extent),)
 
 
-def _around(page: Page, word: Word) -> tuple[Box, ...]:
+def _make_word_box(page: Page, word: Word) -> tuple[Box, ...]:
     """The box around all letters of `word`."""
     lefts, tops, rights, bottoms = zip(*word.letters, strict=True)
     return (Box(page.extent((min(lefts), min(tops), max(rights), max(bottoms)))),)

@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from demo_recipe.draw import RGB, sample_rgb
-from demo_recipe.items import Drawn, Glyph
+from demo_recipe.items import Glyph, LabeledPicture
 from demo_recipe.page_layout import UNITS, Element, Page, Word, lay_out
-from demo_recipe.page_print import letter
+from demo_recipe.page_print import draw_letter
 from demo_recipe.page_questions import TAGS as TAGS
 from demo_recipe.page_questions import makers
 
@@ -48,11 +48,11 @@ def sample_size(rng: np.random.Generator) -> tuple[int, int]:
     return (short_side, long_side) if rng.random() < 0.85 else (long_side, short_side)
 
 
-def sample(rng: np.random.Generator, size: tuple[int, int]) -> Drawn:
+def sample(rng: np.random.Generator, size: tuple[int, int]) -> LabeledPicture:
     """A page of `size` (width, height) pixels and who asks about it; it follows from `rng`."""
     page = lay_out(rng, size)
     picture, glyphs = render(rng, page)
-    return Drawn(picture, glyphs, makers(page), "white")
+    return LabeledPicture(picture, glyphs, makers(page), "white")
 
 
 def render(rng: np.random.Generator, page: Page) -> tuple[Image.Image, tuple[Glyph, ...]]:
@@ -74,7 +74,7 @@ def render(rng: np.random.Generator, page: Page) -> tuple[Image.Image, tuple[Gly
 def _draw_word(canvas: _Canvas, word: Word) -> None:
     """Prints a word; a letter's rank is its place in the word."""
     for rank, (character, box) in enumerate(zip(word.text, word.letters, strict=True)):
-        mask = letter(character, word.print).mask
+        mask = draw_letter(character, word.print).mask
         canvas.picture.paste(canvas.rgb, box[:2], mask)
         canvas.label(character, box, rank)
 

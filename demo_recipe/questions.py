@@ -17,10 +17,10 @@ from demo_recipe.draw import (
     SHAPES,
     Scene,
     Shape,
-    area,
-    cell_extent,
+    compute_area,
+    compute_cell_extent,
 )
-from demo_recipe.items import Box, Part, Said, Turn, fill, parts_of, text_of
+from demo_recipe.items import Box, Part, Turn, Wording, fill, get_parts, join_parts
 
 SHAPE_NOUNS = (*SHAPES, "shape", "object", "word", "picture")
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
@@ -117,115 +117,123 @@ CHAT: tuple[tuple[tuple[str, ...], str], ...] = (
 )  # fmt: skip
 
 
-def article(noun: str) -> str:
+def add_article(noun: str) -> str:
     """`noun` with "a" or "an" before it."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def plural(kind: str) -> str:
+def make_plural(kind: str) -> str:
     """The plural of a kind of shape."""
     return f"{kind}es" if kind.endswith("cross") else f"{kind}s"
 
 
-def capital(text: str) -> str:
+def capitalize(text: str) -> str:
     """`text` with its first letter as a capital."""
     return f"{text[0].upper()}{text[1:]}"
 
 
 def join(parts: list[str]) -> str:
     """`parts` as a sentence: capital first, commas, "and" before the last, a full stop."""
-    return text_of(listed([Part(part) for part in parts]))
+    return join_parts(join_list([Part(part) for part in parts]))
 
 
-def listed(parts: list[Part], end: str = ".") -> Said:
+def join_list(parts: list[Part], end: str = ".") -> Wording:
     """`parts` as a sentence: capital first, commas, "and" before the last, then `end`."""
     said: list[Part] = []
     for number, part in enumerate(parts):
         last = number == len(parts) - 1
         glue = "" if not number else " and " if last else ", "
-        text = capital(part.text) if not number else part.text
+        text = capitalize(part.text) if not number else part.text
         said += [Part(glue), Part(text, part.boxes)]
     return (*(part for part in said if part.text), Part(end))
 
 
-def name(shape: Shape) -> str:
+def name_shape(shape: Shape) -> str:
     """Color and kind, as in "red circle"."""
     return f"{shape.color} {shape.kind}"
 
 
-def seen(text: str, *shapes: Shape, scene: Scene) -> Part:
+def make_part(text: str, *shapes: Shape, scene: Scene) -> Part:
     """`text`, to be seen at `shapes`."""
     return Part(text, tuple(Box(shape.extent(scene.width, scene.height)) for shape in shapes))
 
 
-def contents(scene: Scene) -> Said:
+def list_contents(scene: Scene) -> Wording:
     """Answer to "what is in this picture": the shapes in reading order, equal ones counted."""
     if not scene.shapes:
         return "Nothing."
     parts = []
-    for one in dict.fromkeys(name(shape) for shape in scene.shapes):
-        found = [shape for shape in scene.shapes if name(shape) == one]
-        text = article(one) if len(found) == 1 else f"{NUMBERS[len(found)]} {plural(one)}"
-        parts.append(seen(text, *found, scene=scene))
-    return listed(parts)
+    for one in dict.fromkeys(name_shape(shape) for shape in scene.shapes):
+        found = [shape for shape in scene.shapes if name_shape(shape) == one]
+        text = add_article(one) if len(found) == 1 else f"{NUMBERS[len(found)]} {make_plural(one)}"
+        parts.append(make_part(text, *found, scene=scene))
+    return join_list(parts)
 
 
-def description(scene: Scene) -> Said:
+def describe_scene(scene: Scene) -> Wording:
     """Answer to "describe this image": every shape with its place, and the background."""
-    ground = f"{article(scene.background)} background"
+    ground = f"{add_article(scene.background)} background"
     if not scene.shapes:
         return f"Nothing on {ground}."
-    parts = [seen(f"{article(name(s))} {s.place}", s, scene=scene) for s in scene.shapes]
-    return listed(parts, f", on {ground}.")
+    parts = [
+        make_part(f"{add_article(name_shape(s))} {s.place}", s, scene=scene) for s in scene.shapes
+    ]
+    return join_list(parts, f", on {ground}.")
 
 
-def what(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_what(scene: Scene, rng: np.random.Generator) -> Turn:
     """The shapes by name."""
-    return Turn("what", pick(rng, WHAT), contents(scene))
+    return Turn("what", pick(rng, WHAT), list_contents(scene))
 
 
-def describe(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_describe(scene: Scene, rng: np.random.Generator) -> Turn:
     """The shapes with their places, and the background."""
-    return Turn("describe", pick(rng, DESCRIBE), description(scene))
+    return Turn("describe", pick(rng, DESCRIBE), describe_scene(scene))
 
 
-def color(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_color(scene: Scene, rng: np.random.Generator) -> Turn:
     """The color of the one shape of its kind; of a kind that is absent, that there is none."""
-    single = unique(scene, "kind")
+    single = find_unique(scene, "kind")
     if len(scene.shapes) == 1 and rng.random() < 0.3:
         shape, asked = scene.shapes[0], str(rng.choice(("shape", "object")))
         if rng.random() < 0.4:
-            question: Said = "What color is it?"
+            question: Wording = "What color is it?"
         else:
-            question = fill(pick(rng, COLOR), seen(asked, shape, scene=scene))
-        return Turn("color", question, (seen(f"{capital(shape.color)}.", shape, scene=scene),))
-    if single and (rng.random() < 0.88 or _all_kinds(scene)):
+            question = fill(pick(rng, COLOR), make_part(asked, shape, scene=scene))
+        return Turn(
+            "color", question, (make_part(f"{capitalize(shape.color)}.", shape, scene=scene),)
+        )
+    if single and (rng.random() < 0.88 or _has_all_kinds(scene)):
         shape = single[rng.integers(len(single))]
-        question = fill(pick(rng, COLOR), seen(shape.kind, shape, scene=scene))
-        return Turn("color", question, (seen(f"{capital(shape.color)}.", shape, scene=scene),))
-    kind = _absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
+        question = fill(pick(rng, COLOR), make_part(shape.kind, shape, scene=scene))
+        return Turn(
+            "color", question, (make_part(f"{capitalize(shape.color)}.", shape, scene=scene),)
+        )
+    kind = _pick_absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
     return Turn("absent", pick(rng, COLOR).format(kind), f"There is no {kind}.", kind)
 
 
-def shape_of(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_shape(scene: Scene, rng: np.random.Generator) -> Turn:
     """The kind of the one shape of its color."""
-    single = unique(scene, "color")
+    single = find_unique(scene, "color")
     if len(scene.shapes) == 1 and rng.random() < 0.5:
         shape, question = scene.shapes[0], pick(rng, THE_SHAPE)
         return Turn(
-            "shape", question, (seen(f"{capital(article(shape.kind))}.", shape, scene=scene),)
+            "shape",
+            question,
+            (make_part(f"{capitalize(add_article(shape.kind))}.", shape, scene=scene),),
         )
     if not single:
-        return color(scene, rng)
+        return ask_color(scene, rng)
     shape = single[rng.integers(len(single))]
     return Turn(
         "shape",
-        fill(pick(rng, SHAPE), seen(shape.color, shape, scene=scene)),
-        (seen(f"{capital(article(shape.kind))}.", shape, scene=scene),),
+        fill(pick(rng, SHAPE), make_part(shape.color, shape, scene=scene)),
+        (make_part(f"{capitalize(add_article(shape.kind))}.", shape, scene=scene),),
     )
 
 
-def count(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_count(scene: Scene, rng: np.random.Generator) -> Turn:
     """How many shapes there are, in all, of a kind, of a color or of both."""
     draw = rng.random()
     if draw < 0.4 or (not scene.shapes and draw < 0.7):
@@ -237,57 +245,67 @@ def count(scene: Scene, rng: np.random.Generator) -> Turn:
             shape = scene.shapes[rng.integers(len(scene.shapes))]
             kind, hue = shape.kind, shape.color
         if draw < 0.7:
-            asked, found = plural(kind), [s for s in scene.shapes if s.kind == kind]
+            asked, found = make_plural(kind), [s for s in scene.shapes if s.kind == kind]
         elif draw < 0.85:
             asked, found = f"{hue} shapes", [s for s in scene.shapes if s.color == hue]
         else:
-            asked = f"{hue} {plural(kind)}"
+            asked = f"{hue} {make_plural(kind)}"
             found = [s for s in scene.shapes if s.kind == kind and s.color == hue]
-    question = fill(pick(rng, COUNT), seen(asked, *found, scene=scene))
-    answer = seen(f"{len(found)}.", *found, scene=scene)
+    question = fill(pick(rng, COUNT), make_part(asked, *found, scene=scene))
+    answer = make_part(f"{len(found)}.", *found, scene=scene)
     return Turn("count", question, (answer,), "" if found else asked)
 
 
-def where(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_where(scene: Scene, rng: np.random.Generator) -> Turn:
     """The place of a shape that the question names beyond doubt."""
     draw = rng.random()
     if len(scene.shapes) == 1 and draw < 0.3:
         shape, asked = scene.shapes[0], str(rng.choice(("shape", "object")))
         if rng.random() < 0.4:
-            question: Said = "Where is it?"
+            question: Wording = "Where is it?"
         else:
-            question = fill(pick(rng, WHERE), seen(asked, shape, scene=scene))
-        return Turn("where", question, (seen(f"{capital(shape.place)}.", shape, scene=scene),))
-    options = _named(scene, draw)
-    if options and (rng.random() < 0.9 or _all_kinds(scene)):
+            question = fill(pick(rng, WHERE), make_part(asked, shape, scene=scene))
+        return Turn(
+            "where", question, (make_part(f"{capitalize(shape.place)}.", shape, scene=scene),)
+        )
+    options = _name_shapes(scene, draw)
+    if options and (rng.random() < 0.9 or _has_all_kinds(scene)):
         shape, asked = options[rng.integers(len(options))]
-        question = fill(pick(rng, WHERE), seen(asked, shape, scene=scene))
-        return Turn("where", question, (seen(f"{capital(shape.place)}.", shape, scene=scene),))
-    kind = _absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
+        question = fill(pick(rng, WHERE), make_part(asked, shape, scene=scene))
+        return Turn(
+            "where", question, (make_part(f"{capitalize(shape.place)}.", shape, scene=scene),)
+        )
+    kind = _pick_absent(rng, SHAPES, [shape.kind for shape in scene.shapes])
     return Turn("absent", pick(rng, WHERE).format(kind), f"There is no {kind}.", kind)
 
 
-def _named(scene: Scene, draw: float) -> list[tuple[Shape, str]]:
+def _name_shapes(scene: Scene, draw: float) -> list[tuple[Shape, str]]:
     """Shapes with what names them beyond doubt: a kind, a color, or both, as `draw` says."""
-    names = [name(shape) for shape in scene.shapes]
-    options = [(shape, shape.kind) for shape in unique(scene, "kind")]
-    options += [(shape, f"{shape.color} shape") for shape in unique(scene, "color") if draw < 0.6]
-    options += [(s, name(s)) for s in scene.shapes if names.count(name(s)) == 1 and draw > 0.5]
+    names = [name_shape(shape) for shape in scene.shapes]
+    options = [(shape, shape.kind) for shape in find_unique(scene, "kind")]
+    options += [
+        (shape, f"{shape.color} shape") for shape in find_unique(scene, "color") if draw < 0.6
+    ]
+    options += [
+        (s, name_shape(s)) for s in scene.shapes if names.count(name_shape(s)) == 1 and draw > 0.5
+    ]
     return options
 
 
-def at(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_at(scene: Scene, rng: np.random.Generator) -> Turn:
     """What stands in one of the nine places, or that nothing does."""
     cell = int(rng.integers(9))
     if scene.shapes and rng.random() < 0.75:
         cell = scene.shapes[rng.integers(len(scene.shapes))].cell
     found = [shape for shape in scene.shapes if shape.cell == cell]
-    answer = listed([seen(article(name(shape)), shape, scene=scene) for shape in found])
-    place = Part(PLACES[cell], (Box(cell_extent(cell)),))
+    answer = join_list(
+        [make_part(add_article(name_shape(shape)), shape, scene=scene) for shape in found]
+    )
+    place = Part(PLACES[cell], (Box(compute_cell_extent(cell)),))
     return Turn("at", fill(pick(rng, AT), place), answer if found else "Nothing.")
 
 
-def exists(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_exists(scene: Scene, rng: np.random.Generator) -> Turn:
     """Yes or no to a kind, a color or both; about half of them, and half of the noes are near."""
     kinds, hues = [s.kind for s in scene.shapes], [s.color for s in scene.shapes]
     kind, hue = str(rng.choice(SHAPES)), str(rng.choice(COLOR_NAMES))
@@ -298,90 +316,90 @@ def exists(scene: Scene, rng: np.random.Generator) -> Turn:
         hue = hues[first] if near < 0.5 else hues[second] if near < 0.7 else hue
     form = rng.random()
     if form < 0.35:
-        asked, found = article(kind), [s for s in scene.shapes if s.kind == kind]
+        asked, found = add_article(kind), [s for s in scene.shapes if s.kind == kind]
     elif form < 0.5:
-        asked, found = article(f"{hue} shape"), [s for s in scene.shapes if s.color == hue]
+        asked, found = add_article(f"{hue} shape"), [s for s in scene.shapes if s.color == hue]
     else:
-        asked = article(f"{hue} {kind}")
+        asked = add_article(f"{hue} {kind}")
         found = [s for s in scene.shapes if s.kind == kind and s.color == hue]
-    question = fill(pick(rng, EXISTS), seen(asked, *found, scene=scene))
-    answer = seen("Yes.", *found, scene=scene) if found else Part("No.")
+    question = fill(pick(rng, EXISTS), make_part(asked, *found, scene=scene))
+    answer = make_part("Yes.", *found, scene=scene) if found else Part("No.")
     return Turn("exists", question, (answer,), "" if found else asked)
 
 
-def compare(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_compare(scene: Scene, rng: np.random.Generator) -> Turn:
     """Which of two shapes is larger, or whether one is beyond the other."""
-    options = _named(scene, 0.8)
+    options = _name_shapes(scene, 0.8)
     pairs = [
         (first, second) for first in options for second in options if first[0] is not second[0]
     ]
     if not pairs:
-        return exists(scene, rng)
-    plain = [pair for pair in pairs if _plainly_differ(pair[0][0], pair[1][0])]
+        return ask_exists(scene, rng)
+    plain = [pair for pair in pairs if _differ_clearly(pair[0][0], pair[1][0])]
     sized = bool(plain) and rng.random() < 0.7
     chosen = plain if sized else pairs
     (one, asked), (other, against) = chosen[rng.integers(len(chosen))]
-    first, second = seen(asked, one, scene=scene), seen(against, other, scene=scene)
+    first, second = make_part(asked, one, scene=scene), make_part(against, other, scene=scene)
     both = (one, other)
     if sized:
         larger = rng.random() < 0.6
         question = fill(pick(rng, LARGER if larger else SMALLER), first, second)
         (answer,) = (first,) if (one.radius > other.radius) == larger else (second,)
         shown = one if answer is first else other
-        return Turn("larger", question, (seen(f"The {answer.text}.", shown, scene=scene),))
+        return Turn("larger", question, (make_part(f"The {answer.text}.", shown, scene=scene),))
     across = abs(one.x - other.x) / scene.width
     along = abs(one.y - other.y) / scene.height
     side = str(rng.choice(("left of", "right of") if across > along else ("above", "below")))
     before = one.x < other.x if across > along else one.y < other.y
     is_true = before == (side in ("left of", "above"))
     question = fill(pick(rng, BESIDE).replace("{side}", side), first, second)
-    return Turn("beside", question, (seen("Yes." if is_true else "No.", *both, scene=scene),))
+    return Turn("beside", question, (make_part("Yes." if is_true else "No.", *both, scene=scene),))
 
 
-def _plainly_differ(one: Shape, other: Shape) -> bool:
+def _differ_clearly(one: Shape, other: Shape) -> bool:
     """Whether one is larger to any eye: it reaches farther by 2/5, and covers more by 1/4."""
     small, large = sorted((one, other), key=lambda shape: shape.radius)
-    return large.radius > 1.4 * small.radius and area(large) > 1.25 * area(small)
+    return large.radius > 1.4 * small.radius and compute_area(large) > 1.25 * compute_area(small)
 
 
-def follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+def ask_follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     """A turn about one shape, and another about the same, which it only calls "it"."""
-    options = _named(scene, float(rng.random()))
+    options = _name_shapes(scene, float(rng.random()))
     if not options:
-        return [background(scene, rng), count(scene, rng)]
+        return [ask_background(scene, rng), ask_count(scene, rng)]
     shape, asked = options[int(rng.integers(len(options)))]
-    named, kind = seen(asked, shape, scene=scene), capital(article(shape.kind))
+    named, kind = make_part(asked, shape, scene=scene), capitalize(add_article(shape.kind))
     facts = {
-        "where": (WHERE, THEN_WHERE, f"{capital(shape.place)}."),
-        "color": (COLOR, THEN_COLOR, f"{capital(shape.color)}."),
+        "where": (WHERE, THEN_WHERE, f"{capitalize(shape.place)}."),
+        "color": (COLOR, THEN_COLOR, f"{capitalize(shape.color)}."),
         "shape": (SHAPE, THEN_SHAPE, f"{kind}."),
     }
-    known = [fact for fact in facts if not (fact != "where" and _tells(asked, shape, fact))]
+    known = [fact for fact in facts if not (fact != "where" and _reveals(asked, shape, fact))]
     first = str(rng.choice(known))
     second = str(rng.choice([fact for fact in facts if fact != first]))
     wording, _, answer = facts[first]
     if first == "shape":
-        named = seen(shape.color, shape, scene=scene)
+        named = make_part(shape.color, shape, scene=scene)
     turns = [
-        Turn("two turns", fill(pick(rng, wording), named), (seen(answer, shape, scene=scene),))
+        Turn("two turns", fill(pick(rng, wording), named), (make_part(answer, shape, scene=scene),))
     ]
-    then = (seen(facts[second][2], shape, scene=scene),)
+    then = (make_part(facts[second][2], shape, scene=scene),)
     return [*turns, Turn("two turns", pick(rng, facts[second][1]), then)]
 
 
-def _tells(asked: str, shape: Shape, fact: str) -> bool:
+def _reveals(asked: str, shape: Shape, fact: str) -> bool:
     """Whether the words `asked` already tell the color or the shape."""
     return (
         shape.color in asked if fact == "color" else shape.color not in asked or shape.kind in asked
     )
 
 
-def background(scene: Scene, rng: np.random.Generator) -> Turn:
+def ask_background(scene: Scene, rng: np.random.Generator) -> Turn:
     """The color behind the shapes."""
     return Turn("background", pick(rng, BACKGROUND), f"{scene.background.capitalize()}.")
 
 
-def small_talk(rng: np.random.Generator) -> Turn:
+def make_small_talk(rng: np.random.Generator) -> Turn:
     """A turn without a picture; a question about one is told that there is none."""
     if rng.random() < 0.35:
         asked = pick(rng, (WHAT[0], *WHAT[1:3], *WHAT[4:], *DESCRIBE, *BACKGROUND))
@@ -395,12 +413,13 @@ def small_talk(rng: np.random.Generator) -> Turn:
 
 Maker = Callable[[Scene, np.random.Generator], Turn]
 MAKERS: tuple[tuple[Maker, float], ...] = (
-    (what, 0.14), (describe, 0.14), (color, 0.12), (shape_of, 0.09), (count, 0.15), (where, 0.12),
-    (at, 0.08), (exists, 0.07), (compare, 0.12), (background, 0.03),
+    (ask_what, 0.14), (ask_describe, 0.14), (ask_color, 0.12), (ask_shape, 0.09), (ask_count, 0.15),
+    (ask_where, 0.12), (ask_at, 0.08), (ask_exists, 0.07), (ask_compare, 0.12),
+    (ask_background, 0.03),
 )  # fmt: skip
 
 
-SHORT_MAKERS = tuple(maker for maker in MAKERS if maker[0] is not describe)
+SHORT_MAKERS = tuple(maker for maker in MAKERS if maker[0] is not ask_describe)
 
 
 def ask(
@@ -412,12 +431,12 @@ def ask(
     """`turns` questions about `scene`, of families drawn by the weights of `makers`."""
     weights = np.array([weight for _, weight in makers])
     picks = rng.choice(len(makers), size=turns, p=weights / weights.sum())
-    return [casual(makers[i][0](scene, rng), rng) for i in picks]
+    return [make_casual(makers[i][0](scene, rng), rng) for i in picks]
 
 
-def casual(turn: Turn, rng: np.random.Generator) -> Turn:
+def make_casual(turn: Turn, rng: np.random.Generator) -> Turn:
     """`turn`, now and then typed in lower case or without its final mark."""
-    parts = list(parts_of(turn.question))
+    parts = list(get_parts(turn.question))
     if rng.random() < 0.15:
         text = parts[0].text
         parts[0] = Part(text[0].lower() + text[1:], parts[0].boxes)
@@ -433,18 +452,18 @@ def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def unique(scene: Scene, attribute: str) -> list[Shape]:
+def find_unique(scene: Scene, attribute: str) -> list[Shape]:
     """Shapes whose kind or color no other shape of the scene has."""
     values = [getattr(shape, attribute) for shape in scene.shapes]
     return [s for s, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]
 
 
-def _all_kinds(scene: Scene) -> bool:
+def _has_all_kinds(scene: Scene) -> bool:
     """Whether no kind of shape is absent."""
     return {shape.kind for shape in scene.shapes} == set(SHAPES)
 
 
-def _absent(rng: np.random.Generator, options: tuple[str, ...], present: list[str]) -> str:
+def _pick_absent(rng: np.random.Generator, options: tuple[str, ...], present: list[str]) -> str:
     """One of `options` that is not `present`."""
     missing = [option for option in options if option not in present]
     return str(rng.choice(missing))

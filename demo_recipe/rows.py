@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from demo_recipe.items import Box, Turn, parts_of, text_of
+from demo_recipe.items import Box, Turn, get_parts, join_parts
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
 Pointed = tuple[int, tuple[Box, ...]]  # a place in a row, and what it should look at
 
 
 @dataclass(frozen=True)
-class Row:
+class QuestionRow:
     """What follows a beginning.
 
     Attributes:
@@ -26,63 +26,63 @@ class Row:
 
     ids: list[int]
     weights: list[float]
-    asked: list[Pointed]
-    answered: list[Pointed]
-    missing: list[int]
+    question_pointers: list[Pointed]
+    answer_pointers: list[Pointed]
+    missing_places: list[int]
 
 
-def make_row(builder: PromptBuilder, turns: list[Turn], before: str) -> Row:
+def make_row(builder: PromptBuilder, turns: list[Turn], before: str) -> QuestionRow:
     """`turns`, the first after the text `before`.
 
     With its beginning it is what `PromptBuilder.build` makes of the same messages, which a
     test holds.
     """
-    row = Row([], [], [], [], [])
+    row = QuestionRow([], [], [], [], [])
     end = builder.config.eos_token_ids[0]
     for turn in turns:
-        ids, ends = _encode(builder, f"{before}{text_of(turn.question)}")
-        for start, stop, boxes in _spans(turn, len(before)):
+        ids, ends = _encode(builder, f"{before}{join_parts(turn.question)}")
+        for start, stop, boxes in _find_spans(turn, len(before)):
             if boxes:
-                places = _last(ends, start, stop)
-                row.asked.extend((len(row.ids) + place, boxes) for place in places)
-        places = _last(ends, *_missing(turn, len(before)))
-        row.missing.extend(len(row.ids) + place for place in places)
+                places = _find_last(ends, start, stop)
+                row.question_pointers.extend((len(row.ids) + place, boxes) for place in places)
+        places = _find_last(ends, *_find_missing(turn, len(before)))
+        row.missing_places.extend(len(row.ids) + place for place in places)
         asked = [*ids, end, *_encode(builder, "\nAssistant:")[0]]
-        _answer(builder, row, turn, asked)
+        _add_answer(builder, row, turn, asked)
         before = "\nUser: "
     return row
 
 
-def _answer(builder: PromptBuilder, row: Row, turn: Turn, asked: list[int]) -> None:
+def _add_answer(builder: PromptBuilder, row: QuestionRow, turn: Turn, asked: list[int]) -> None:
     """Add the question `asked` and the answer of `turn` to `row`."""
-    ids, ends = _encode(builder, f" {text_of(turn.answer)}")
+    ids, ends = _encode(builder, f" {join_parts(turn.answer)}")
     first, start = len(row.ids) + len(asked), 1
-    for part in parts_of(turn.answer):
+    for part in get_parts(turn.answer):
         stop = start + len(part.text)
         if part.boxes:
             places = [i for i, at in enumerate(ends) if start < at <= stop]
-            row.answered.extend((first + place - 1, part.boxes) for place in places)
+            row.answer_pointers.extend((first + place - 1, part.boxes) for place in places)
         start = stop
     row.ids.extend([*asked, *ids, builder.config.eos_token_ids[0]])
     share = (len(ids) + 1) ** -0.75
     row.weights.extend([0.0] * len(asked) + [share] * (len(ids) + 1))
 
 
-def _last(ends: list[int], start: int, stop: int) -> list[int]:
+def _find_last(ends: list[int], start: int, stop: int) -> list[int]:
     """The last of the tokens that end between two characters, if there is one."""
     return [place for place, at in enumerate(ends) if start < at <= stop][-1:]
 
 
-def _missing(turn: Turn, start: int) -> tuple[int, int]:
+def _find_missing(turn: Turn, start: int) -> tuple[int, int]:
     """First character, and the one after the last, of what `turn` says is missing."""
-    found = text_of(turn.question).lower().rfind(turn.missing.lower())
+    found = join_parts(turn.question).lower().rfind(turn.missing.lower())
     return (start + found, start + found + len(turn.missing)) if found >= 0 else (0, 0)
 
 
-def _spans(turn: Turn, start: int) -> list[tuple[int, int, tuple[Box, ...]]]:
+def _find_spans(turn: Turn, start: int) -> list[tuple[int, int, tuple[Box, ...]]]:
     """First character, the one after the last, and boxes of each part of the question."""
     spans = []
-    for part in parts_of(turn.question):
+    for part in get_parts(turn.question):
         spans.append((start, start + len(part.text), part.boxes))
         start += len(part.text)
     return spans
@@ -94,7 +94,7 @@ def _encode(builder: PromptBuilder, text: str) -> tuple[list[int], list[int]]:
     return encoding.ids, [stop for _, stop in encoding.offsets]
 
 
-def padded(rows: list[Row]) -> tuple[np.ndarray, np.ndarray]:
+def pad_rows(rows: list[QuestionRow]) -> tuple[np.ndarray, np.ndarray]:
     """Ids int32 and weights float32 of `rows` (B, M), padded with 0."""
     length = max(len(row.ids) for row in rows)
     ids = np.zeros((len(rows), length), np.int32)

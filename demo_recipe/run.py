@@ -36,21 +36,21 @@ from demo_recipe.batches import (
     MIXES,
     PLAIN,
     PRINT_SHARES,
-    Asked,
-    Batch,
     EncoderBatch,
     Mix,
-    batch,
-    encoder_batch,
+    PictureBatch,
+    QuestionOptions,
+    make_encoder_batch,
+    make_picture_batch,
     pick_mix,
 )
-from demo_recipe.clip_batches import ClipBatch, clip_batch
+from demo_recipe.clip_batches import ClipBatch, make_clip_batch
 from demo_recipe.encoder import start_encoder
 from demo_recipe.fast import fast_curves
-from demo_recipe.losses import Paired, Trainee, encoder_loss, normalized, step_loss
+from demo_recipe.losses import PairedBatch, Trainee, encoder_loss, normalize_pixels, step_loss
 from demo_recipe.optimizer import Optimizer
 from demo_recipe.sample_clips import SAMPLED
-from demo_recipe.shapes import demo_config
+from demo_recipe.shapes import make_demo_config
 from demo_recipe.topics import Focus
 from mlx_smolvlm.checkpoint.headers import load_tensors, read_metadata, save_tensors
 from mlx_smolvlm.convert.hub import DEMO, resolve
@@ -98,7 +98,7 @@ class Stage:
     brief: float = 0.3
     parts: int = 1
     mixes: tuple[tuple[Mix, float], ...] = ()
-    asked: Asked = PLAIN
+    asked: QuestionOptions = PLAIN
     tiles: int = 0
     scale: int = 1
     averaged: bool = False
@@ -119,36 +119,38 @@ RELATIONS = ("larger", "beside", "chart compare", "number")
 WEAKEST = ("larger", "larger", "count", "word", "number")
 _TOGETHER = Stage(
     "together", steps=1200, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.16, brief=0.0,
-    parts=2, asked=Asked(True, Focus(WEAKEST, 0.5, 80, True), True), tiles=12, averaged=True,
+    parts=2, asked=QuestionOptions(True, Focus(WEAKEST, 0.5, 80, True), True), tiles=12,
+    averaged=True,
 )  # fmt: skip
 STAGES = (
     Stage("encoder", steps=7500, rate=0.014, size=256),
     Stage(
         "answers", steps=6000, rate=0.008, floor=0.01, encoder_share=0.5, clips=0.2, frames=96,
-        asked=Asked(missing=True), tiles=64, scale=4,
+        asked=QuestionOptions(missing=True), tiles=64, scale=4,
     ),
     Stage(
         "relations", steps=654, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.15, brief=0.0,
-        parts=2, asked=Asked(True, Focus(RELATIONS), True), tiles=12,
+        parts=2, asked=QuestionOptions(True, Focus(RELATIONS), True), tiles=12,
     ),
     Stage(
         "sizes", steps=247, rate=0.004, floor=0.01, encoder_share=0.3, clips=0.12, brief=0.0,
-        parts=2, asked=Asked(True, Focus(RELATIONS, 0.5, 80, True), True), tiles=12,
+        parts=2, asked=QuestionOptions(True, Focus(RELATIONS, 0.5, 80, True), True), tiles=12,
     ),
     Stage(
         "shapes", steps=740, rate=0.004, floor=0.01, encoder_share=0.2, clips=0.06, brief=0.0,
-        parts=2, mixes=_SHAPES, asked=Asked(True, Focus(RELATIONS[:2], 0.6, 80, True), True),
+        parts=2, mixes=_SHAPES,
+        asked=QuestionOptions(True, Focus(RELATIONS[:2], 0.6, 80, True), True),
     ),
     _TOGETHER,
     replace(
         _TOGETHER, name="weakest", steps=700, clips=0.06, mixes=_WEAKEST,
-        asked=Asked(True, Focus(WEAKEST, 0.7, 80, True), True),
+        asked=QuestionOptions(True, Focus(WEAKEST, 0.7, 80, True), True),
     ),
     replace(_TOGETHER, name="again", steps=450),
 )  # fmt: skip
 
 
-Data = EncoderBatch | Batch | ClipBatch | Paired
+Data = EncoderBatch | PictureBatch | ClipBatch | PairedBatch
 
 
 Place = tuple[int, int, int]  # stage, step, part
@@ -160,20 +162,22 @@ def make_batch(builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, pla
     stage = stages[number]
     own = 10**9 * seed + 10**6 * (number + 1) + step
     if stage.size:
-        return encoder_batch(own + 500_000 * part, builder.config, stage.size)
+        return make_encoder_batch(own + 500_000 * part, builder.config, stage.size)
     kind = np.random.default_rng([own, 1])
     is_clip, mix = kind.random() < stage.clips, pick_mix(kind, stage.mixes)
     own += 500_000 * part
     if is_clip:
         longest = 3 if step < stage.brief * stage.steps else SAMPLED[-1]
-        talk: Batch | ClipBatch = clip_batch(
+        talk: PictureBatch | ClipBatch = make_clip_batch(
             own, builder, stage.frames, longest, stage.asked.missing
         )
     else:
-        talk = batch(own, builder, mix, stage.asked, stage.scale)
+        talk = make_picture_batch(own, builder, mix, stage.asked, stage.scale)
     if not stage.tiles:
         return talk
-    return Paired(talk, encoder_batch(own + 250_000, builder.config, stage.tiles, PRINT_SHARES))
+    return PairedBatch(
+        talk, make_encoder_batch(own + 250_000, builder.config, stage.tiles, PRINT_SHARES)
+    )
 
 
 def draw_step(
@@ -193,7 +197,7 @@ def draw_step(
     if parts > 1 and parts % size:
         raise ValueError(f"{size} processes cannot share the {parts} parts of a step")
     own = range(rank, parts, size) if parts > 1 else range(1)
-    return [make_batch(builder_of(folder), stages, seed, (*place, part)) for part in own]
+    return [make_batch(load_builder(folder), stages, seed, (*place, part)) for part in own]
 
 
 class Run:
@@ -208,35 +212,37 @@ class Run:
         self, folder: Path, stages: tuple[Stage, ...], seed: int, workers: int = 0
     ) -> None:
         mx.random.seed(seed)
-        builder = builder_of(folder)
+        builder = load_builder(folder)
         self.builder, self.stages, self.seed = builder, stages, seed
         self.trainee = Trainee(builder.config)
         self.group = mx.distributed.init()  # of this process alone, unless several were launched
-        sample = encoder_batch(seed + 999, builder.config, size=400)
+        sample = make_encoder_batch(seed + 999, builder.config, size=400)
         start_encoder(
             self.trainee.model.vision_model,
-            np.array(normalized(sample.pixels, builder.config.image)),
+            np.array(normalize_pixels(sample.pixels, builder.config.image)),
         )
         share = self.group.rank(), self.group.size()
-        self._ahead = Ahead(partial(draw_step, folder, stages, seed, share), self._after, workers)
+        self._ahead = Ahead(
+            partial(draw_step, folder, stages, seed, share), self._find_next, workers
+        )
         self.stage, self.step = 0, 0
         self.ends = 0
         self._average: dict[str, Any] = self.trainee.model.parameters()
         self._enter_stage()
 
     @property
-    def done(self) -> bool:
+    def is_done(self) -> bool:
         """Whether all stages are through."""
         return self.stage == len(self.stages)
 
     @property
     def result(self) -> dict[str, Any]:
         """The model's weights by now; at the end, the mean over the ends of averaged stages."""
-        mean = self.done and self.ends
+        mean = self.is_done and self.ends
         weights: dict[str, Any] = self._average if mean else self.trainee.model.parameters()
         return weights
 
-    def _count_in(self) -> None:
+    def _add_to_average(self) -> None:
         """Let the model's weights count into the average."""
         self.ends += 1
         self._average = tree_map(
@@ -265,30 +271,30 @@ class Run:
 
     def begin(self) -> mx.array:
         """One step that may still be computed when this returns; the loss before it."""
-        data = self._ahead.at((self.stage, self.step))
+        data = self._ahead.get((self.stage, self.step))
         stage = self.stages[self.stage]
         share = 0.5 + 0.5 * math.cos(math.pi * self.step / stage.steps)
         rate = stage.rate * (stage.floor + (1 - stage.floor) * share)
         self.optimizer.set_rates(rate * min(1, (self.step + 1) / 20), stage.encoder_share)
         with fast_curves() if mx.default_device() == mx.Device(mx.cpu) else nullcontext():
-            loss, gradient = self._mean(data, stage.parts)
+            loss, gradient = self._compute_gradient(data, stage.parts)
             self.optimizer.update(self.trainee, gradient)
             mx.async_eval(self.trainee.parameters(), self.optimizer.state, loss)
         self.step += 1
         if self.step == stage.steps:
             if stage.averaged:
-                self._count_in()
+                self._add_to_average()
             self.stage, self.step = self.stage + 1, 0
-            if not self.done:
+            if not self.is_done:
                 self._enter_stage()
         return loss
 
-    def any_of(self, wish: bool) -> bool:
+    def check_any(self, wish: bool) -> bool:
         """Whether any of the processes wishes so; all of them are told the same."""
         wishes: Any = mx.distributed.all_sum(mx.array(float(wish)))
         return bool(wishes.item())
 
-    def _mean(self, data: list[Data], parts: int) -> tuple[mx.array, Any]:
+    def _compute_gradient(self, data: list[Data], parts: int) -> tuple[mx.array, Any]:
         """Mean loss and gradient over the parts of a step, of which `data` are this process's."""
         loss, gradient = self._gradient(self.trainee, data[0])
         for one in data[1:]:
@@ -300,7 +306,7 @@ class Run:
             gradient = tree_map(mx.distributed.all_sum, gradient)
         return loss / parts, tree_map(lambda g: g / parts, gradient)
 
-    def _after(self, place: tuple[int, int]) -> tuple[int, int] | None:
+    def _find_next(self, place: tuple[int, int]) -> tuple[int, int] | None:
         """The stage and step after those of `place`; None after the last."""
         number, step = place
         if step + 1 < self.stages[number].steps:
@@ -319,7 +325,7 @@ class Run:
         """Go on from what `save` wrote to `path`."""
         arrays, place = load_tensors(path), read_metadata(path)
         self.stage, self.step = int(place["stage"]), int(place["step"])
-        if not self.done:
+        if not self.is_done:
             self._enter_stage()
         state: Any = tree_unflatten(list(arrays.items()))
         self.trainee.update(state["trainee"])
@@ -355,10 +361,10 @@ def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES, workers: 
 
 
 @lru_cache(maxsize=4)
-def builder_of(folder: Path) -> PromptBuilder:
+def load_builder(folder: Path) -> PromptBuilder:
     """Prompts with the tokenizer in `folder`."""
     path = folder / "tokenizer.json"
-    return PromptBuilder(path, CHAT_TEMPLATE, demo_config(Tokenizer.from_file(str(path))))
+    return PromptBuilder(path, CHAT_TEMPLATE, make_demo_config(Tokenizer.from_file(str(path))))
 
 
 def main() -> None:
@@ -378,7 +384,7 @@ def main() -> None:
         log.write_text("stage,step,loss,seconds\n")
     losses: list[mx.array] = []
     saved = begun = time.monotonic()
-    while not run.done and not run.any_of(time.monotonic() - begun > options.minutes * 60):
+    while not run.is_done and not run.check_any(time.monotonic() - begun > options.minutes * 60):
         name, step = run.stages[run.stage].name, run.step + 1
         losses.append(run.begin())
         mx.eval(losses[-2:-1])  # so that one step is computed while the next is prepared

@@ -17,7 +17,7 @@ from demo_recipe.clips import (
     Event,
     Motion,
     Paint,
-    cell_of,
+    find_cell,
     sampled_indices,
 )
 from demo_recipe.draw import (
@@ -72,8 +72,8 @@ def _sample_event(
     Args:
         length: Frames a second, and frames.
     """
-    width, height = _even_size(rng)
-    background = _paint(rng, "white" if rng.random() < 0.4 else _pick_color(rng, ()))
+    width, height = _sample_even_size(rng)
+    background = _sample_paint(rng, "white" if rng.random() < 0.4 else _pick_color(rng, ()))
     shapes: list[Shape] = []
     travel = (0.0, 0.0)
     for number in range(count):
@@ -84,7 +84,7 @@ def _sample_event(
             if moved is None:
                 return None
             shape, travel = moved
-        if number and not _clear(shape, shapes[0], travel):
+        if number and not _keeps_clear(shape, shapes[0], travel):
             return None
         alike = (shape.kind, shape.color) == (shapes[0].kind, shapes[0].color) if number else False
         if alike or (number and event == "shape turns" and shape.kind == shapes[0].kind):
@@ -156,7 +156,7 @@ def _sample_turns(
         colors.append(_pick_color(rng, (*taken, *colors)))
     starts = sorted(int(i) for i in rng.choice(np.arange(1, len(seen)), count - 1, replace=False))
     turns = tuple(int(rng.integers(seen[i - 1] + 1, seen[i] + 1)) for i in starts)
-    return tuple(_paint(rng, color) for color in colors), turns
+    return tuple(_sample_paint(rng, color) for color in colors), turns
 
 
 def _sample_shape(
@@ -172,10 +172,10 @@ def _sample_shape(
     rotation = ROTATIONS.get(kind, 0.0) * (2 * rng.random() - 1)
     outlined = bool(rng.random() < 0.1) and radius > 20
     rgb = sample_rgb(rng, color)
-    return Shape(kind, color, rgb, x, y, radius, rotation, outlined, cell_of(x, y, width, height))
+    return Shape(kind, color, rgb, x, y, radius, rotation, outlined, find_cell(x, y, width, height))
 
 
-def _clear(still: Shape, other: Shape, travel: tuple[float, float]) -> bool:
+def _keeps_clear(still: Shape, other: Shape, travel: tuple[float, float]) -> bool:
     """Whether `still` lies clear of `other` along the whole of its travel."""
     gap = 1.1 * (still.radius + other.radius) + 2
     left, right = sorted((other.x, other.x + travel[0]))
@@ -185,14 +185,14 @@ def _clear(still: Shape, other: Shape, travel: tuple[float, float]) -> bool:
     return max(dx, dy) > gap
 
 
-def _even_size(rng: np.random.Generator) -> tuple[int, int]:
+def _sample_even_size(rng: np.random.Generator) -> tuple[int, int]:
     """Width and height in pixels, both even as H.264 wants them."""
     width, height = sample_size(rng)
     shrink = min(1.0, _LARGEST_SIDE / max(width, height))
     return 2 * round(width * shrink / 2), 2 * round(height * shrink / 2)
 
 
-def _paint(rng: np.random.Generator, color: str) -> Paint:
+def _sample_paint(rng: np.random.Generator, color: str) -> Paint:
     return color, sample_rgb(rng, color)
 
 

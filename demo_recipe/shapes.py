@@ -5,7 +5,7 @@ from __future__ import annotations
 from tokenizers import Tokenizer
 
 from demo_recipe.clips import VIDEO
-from demo_recipe.tokenizer import token_id
+from demo_recipe.tokenizer import find_token_id
 from mlx_smolvlm.config import (
     Config,
     ImageConfig,
@@ -15,7 +15,7 @@ from mlx_smolvlm.config import (
 )
 
 
-def demo_config(tokenizer: Tokenizer) -> Config:
+def make_demo_config(tokenizer: Tokenizer) -> Config:
     """Configuration of the demo: tiles of 96 px and 16 tokens, pictures of 192 px."""
     return Config(
         vision=VisionConfig(
@@ -41,8 +41,8 @@ def demo_config(tokenizer: Tokenizer) -> Config:
             tie_word_embeddings=False,
         ),
         scale_factor=2,
-        image_token_id=token_id(tokenizer, "<image>"),
-        eos_token_ids=(token_id(tokenizer, "<end_of_utterance>"),),
+        image_token_id=find_token_id(tokenizer, "<image>"),
+        eos_token_ids=(find_token_id(tokenizer, "<end_of_utterance>"),),
         image=ImageConfig(
             longest_edge=192,
             mean=(0.5, 0.5, 0.5),

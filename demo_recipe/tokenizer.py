@@ -12,12 +12,12 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from demo_recipe import pages
-from demo_recipe.clip_questions import ask_clip, makers_of
+from demo_recipe.clip_questions import ask_clip, select_makers
 from demo_recipe.draw import COLOR_NAMES, PLACES, SHAPES
-from demo_recipe.items import text_of
-from demo_recipe.questions import plural, small_talk
+from demo_recipe.items import join_parts
+from demo_recipe.questions import make_plural, make_small_talk
 from demo_recipe.sample_clips import sample_clip
-from demo_recipe.topics import TOPICS, ask, ask_several, draw, unknown
+from demo_recipe.topics import TOPICS, ask, ask_several, ask_unknown, draw
 
 FIRST_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LAST_TOKENS = (
@@ -55,13 +55,13 @@ def build_tokenizer(seed: int = 0) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(seed), trainer)
+    tokenizer.train_from_iterator(_make_texts(seed), trainer)
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in TAGS])
     tokenizer.add_special_tokens(list(LAST_TOKENS))
     return tokenizer
 
 
-def _texts(seed: int) -> list[str]:
+def _make_texts(seed: int) -> list[str]:
     """Questions, answers and the parts of a chat, as the tokenizer meets them."""
     rng = np.random.default_rng(seed)
     texts = ["User:", "User: ", "Assistant:", "System: ", "\n", "\n\n", "\n\n"] * _TEXTS
@@ -70,19 +70,19 @@ def _texts(seed: int) -> list[str]:
         for _ in range(_PICTURES):
             turns += ask(draw(rng, topic, (160, 160)), rng, 6)
     for _ in range(_PICTURES):
-        turns += [small_talk(rng), unknown(rng)]
+        turns += [make_small_talk(rng), ask_unknown(rng)]
         turns.append(ask_several([draw(rng, "shapes", (96, 96)) for _ in range(2)], rng))
         clip = sample_clip(rng)
-        turns += ask_clip(clip, rng, 6, makers_of(clip))
+        turns += ask_clip(clip, rng, 6, select_makers(clip))
     for turn in turns:
-        texts += [f" {text_of(turn.answer)}", text_of(turn.question)]
+        texts += [f" {join_parts(turn.answer)}", join_parts(turn.question)]
     texts = [_PRINTED.sub("", text) for text in texts]
-    words = [*COLOR_NAMES, *SHAPES, *PLACES, *(plural(kind) for kind in SHAPES)]
+    words = [*COLOR_NAMES, *SHAPES, *PLACES, *(make_plural(kind) for kind in SHAPES)]
     texts += [f" {word}" for word in words] * 40
     return texts
 
 
-def token_id(tokenizer: Tokenizer, token: str) -> int:
+def find_token_id(tokenizer: Tokenizer, token: str) -> int:
     """Id of `token`, which the tokenizer is known to have."""
     found: int | None = tokenizer.token_to_id(token)
     assert found is not None, token

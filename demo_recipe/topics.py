@@ -10,21 +10,19 @@ import numpy as np
 
 from demo_recipe import charts, objects, pages, words
 from demo_recipe.draw import Scene, render, sample_scene
-from demo_recipe.items import Box, Drawn, Glyph, Part, Said, Turn, parts_of
+from demo_recipe.items import Box, Glyph, LabeledPicture, Part, Turn, Wording, get_parts
 from demo_recipe.questions import (
     MAKERS,
     SHAPE_NOUNS,
-    article,
-    capital,
-    casual,
-    follow_up,
-    name,
+    add_article,
+    ask_follow_up,
+    make_casual,
+    make_small_talk,
     pick,
-    small_talk,
 )
 
 Size = tuple[int, int]
-Sampler = Callable[[np.random.Generator, Size], Drawn]
+Sampler = Callable[[np.random.Generator, Size], LabeledPicture]
 
 CANNOT_TELL = "I cannot tell from this picture."
 UNKNOWN = (
@@ -40,15 +38,15 @@ UNKNOWN = (
 ORDINALS = ("first", "second", "third")
 
 
-def shapes(rng: np.random.Generator, size: Size) -> Drawn:
+def draw_shapes(rng: np.random.Generator, size: Size) -> LabeledPicture:
     """A picture of colored shapes."""
     scene = sample_scene(rng, size=size)
     makers = tuple(((lambda r, m=maker: m(scene, r)), share) for maker, share in MAKERS)
-    follow = partial(follow_up, scene)
-    return Drawn(render(scene), shape_glyphs(scene), makers, scene.background, follow)
+    follow = partial(ask_follow_up, scene)
+    return LabeledPicture(render(scene), make_shape_glyphs(scene), makers, scene.background, follow)
 
 
-def shape_glyphs(scene: Scene) -> tuple[Glyph, ...]:
+def make_shape_glyphs(scene: Scene) -> tuple[Glyph, ...]:
     """The shapes of `scene` as dense labels tell them."""
     kinds = [shape.kind for shape in scene.shapes]
     return tuple(
@@ -74,7 +72,7 @@ class Topic:
 
 
 TOPICS: dict[str, Topic] = {
-    "shapes": Topic(shapes, 0.4),
+    "shapes": Topic(draw_shapes, 0.4),
     "words": Topic(words.sample, 0.28),
     "charts": Topic(charts.sample, 0.2),
     "objects": Topic(objects.sample, 0.2),
@@ -82,7 +80,7 @@ TOPICS: dict[str, Topic] = {
 }
 
 
-def draw(rng: np.random.Generator, topic: str, size: Size) -> Drawn:
+def draw(rng: np.random.Generator, topic: str, size: Size) -> LabeledPicture:
     """A picture of `topic`, of `size` pixels."""
     return TOPICS[topic].sample(rng, size)
 
@@ -106,7 +104,9 @@ class Focus:
 NO_FOCUS = Focus()
 
 
-def ask(drawn: Drawn, rng: np.random.Generator, count: int, focus: Focus = NO_FOCUS) -> list[Turn]:
+def ask(
+    drawn: LabeledPicture, rng: np.random.Generator, count: int, focus: Focus = NO_FOCUS
+) -> list[Turn]:
     """`count` turns about one picture, of which a second may go on from the first."""
     if count == 2 and drawn.talk is not None and rng.random() < 0.7:
         return drawn.talk(rng)
@@ -118,10 +118,10 @@ def ask(drawn: Drawn, rng: np.random.Generator, count: int, focus: Focus = NO_FO
         tries = rng.choice(len(drawn.makers), size=focus.tries, p=weights / weights.sum())
         drawn_again = (drawn.makers[i][0](rng) for i in tries)
         turns[-1] = next((turn for turn in drawn_again if turn.family in wanted), turns[-1])
-    return [casual(unknown(rng) if rng.random() < 0.03 else turn, rng) for turn in turns]
+    return [make_casual(ask_unknown(rng) if rng.random() < 0.03 else turn, rng) for turn in turns]
 
 
-def unknown(rng: np.random.Generator) -> Turn:
+def ask_unknown(rng: np.random.Generator) -> Turn:
     """A question that no picture answers."""
     question = pick(rng, UNKNOWN).format(pick(rng, SHAPE_NOUNS))
     return Turn("cannot tell", question, CANNOT_TELL)
@@ -139,7 +139,7 @@ HOW_MANY = ("How many pictures are there?", "How many images do you see?", "How 
 ABOUT = ("In the {} picture: ", "About the {} image: ", "Look at the {} picture. ")
 
 
-def ask_several(pictures: list[Drawn], rng: np.random.Generator) -> Turn:
+def ask_several(pictures: list[LabeledPicture], rng: np.random.Generator) -> Turn:
     """A turn about several pictures, each of one thing at least."""
     draw = rng.random()
     number = int(rng.integers(len(pictures)))
@@ -147,39 +147,39 @@ def ask_several(pictures: list[Drawn], rng: np.random.Generator) -> Turn:
     if draw < 0.06:
         count = ("One", "Two", "Three")[len(pictures) - 1]
         return Turn("several", pick(rng, HOW_MANY), f"{count}.")
-    named = things(chosen, number)
-    others = {p.text for i, d in enumerate(pictures) if i != number for p in things(d, i)}
+    named = list_things(chosen, number)
+    others = {p.text for i, d in enumerate(pictures) if i != number for p in list_things(d, i)}
     own = [part for part in named if part.text not in others]
     if draw < 0.45 and own:
         part = own[int(rng.integers(len(own)))]
         template = pick(rng, WHICH)
         before, after = template.split("{}")
-        question: Said = (Part(before), part, Part(after))
+        question: Wording = (Part(before), part, Part(after))
         answer = Part(f"The {ORDINALS[number]} one.", part.boxes)
         return Turn("several", question, (answer,))
     turn = ask(chosen, rng, 1)[0]
-    moved = parts_of(turn.question)
+    moved = get_parts(turn.question)
     lead = Part(pick(rng, ABOUT).format(ORDINALS[number]))
     return Turn(
         "several",
-        (lead, *_moved(moved, number)),
-        _moved(parts_of(turn.answer), number),
+        (lead, *_move_boxes(moved, number)),
+        _move_boxes(get_parts(turn.answer), number),
         turn.missing,
     )
 
 
-def things(drawn: Drawn, number: int) -> list[Part]:
+def list_things(drawn: LabeledPicture, number: int) -> list[Part]:
     """What a picture shows, each as a question names it; of picture `number`."""
     parts = []
     for glyph in drawn.glyphs:
         if len(glyph.kind) < 2 or glyph.kind in ("bar", "bullet", "rule"):
             continue
         for text in (glyph.kind, f"{glyph.color} {glyph.kind}" if glyph.color else glyph.kind):
-            parts.append(Part(article(text), (Box(glyph.extent, number),)))
+            parts.append(Part(add_article(text), (Box(glyph.extent, number),)))
     return parts
 
 
-def _moved(parts: tuple[Part, ...], number: int) -> tuple[Part, ...]:
+def _move_boxes(parts: tuple[Part, ...], number: int) -> tuple[Part, ...]:
     """`parts` whose boxes lie in picture `number`."""
     return tuple(
         replace(part, boxes=tuple(replace(box, picture=number) for box in part.boxes))
@@ -187,9 +187,6 @@ def _moved(parts: tuple[Part, ...], number: int) -> tuple[Part, ...]:
     )
 
 
-def talk(rng: np.random.Generator) -> list[Turn]:
+def make_talk(rng: np.random.Generator) -> list[Turn]:
     """One or two turns without a picture."""
-    return [small_talk(rng) for _ in range(1 + int(rng.random() < 0.3))]
-
-
-__all__ = ["TOPICS", "Focus", "Topic", "ask", "ask_several", "capital", "draw", "name", "talk"]
+    return [make_small_talk(rng) for _ in range(1 + int(rng.random() < 0.3))]

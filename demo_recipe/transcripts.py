@@ -20,10 +20,10 @@ def retell(text: str, vlm: smolvlm.SmolVLM, root: Path) -> str:
     Args:
         root: The folder in which the commands are typed.
     """
-    return _BLOCK.sub(lambda block: "".join(_lines(block[0].splitlines(), vlm, root)), text)
+    return _BLOCK.sub(lambda block: "".join(_retell_lines(block[0].splitlines(), vlm, root)), text)
 
 
-def _lines(shown: list[str], vlm: smolvlm.SmolVLM, root: Path) -> Iterator[str]:
+def _retell_lines(shown: list[str], vlm: smolvlm.SmolVLM, root: Path) -> Iterator[str]:
     """The lines of a block: what was typed as it is, each followed by what is said to it."""
     chat, pictures = vlm.chat(), list[Path]()
     for line in shown:
@@ -34,7 +34,7 @@ def _lines(shown: list[str], vlm: smolvlm.SmolVLM, root: Path) -> Iterator[str]:
         yield f"{line}\n"
         typed = line[2:]
         if line.startswith(f"{_COMMAND} "):
-            yield f"{_answer(line.removeprefix(_COMMAND), vlm, root)}\n"
+            yield f"{_run_command(line.removeprefix(_COMMAND), vlm, root)}\n"
         elif typed == "/undo":
             yield f"took back: {chat.undo()}\n"
         elif line[0] == ">" and (root / typed).is_file():
@@ -45,7 +45,7 @@ def _lines(shown: list[str], vlm: smolvlm.SmolVLM, root: Path) -> Iterator[str]:
             pictures = []
 
 
-def _answer(arguments: str, vlm: smolvlm.SmolVLM, root: Path) -> str:
+def _run_command(arguments: str, vlm: smolvlm.SmolVLM, root: Path) -> str:
     """What `chat` with `arguments` says: a question, pictures and videos."""
     images, videos, prompt = list[Path](), list[Path](), ""
     words = iter(shlex.split(arguments))

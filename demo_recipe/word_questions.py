@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from demo_recipe.items import Box, Maker, Part, Turn, fill
+from demo_recipe.items import Box, Part, Turn, TurnMaker, fill
 from demo_recipe.questions import DESCRIBE, WHAT, pick
 
 
@@ -22,7 +22,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Page:
+class WordsPage:
     """One line or two, from top to bottom, on the color `ground` of the `surface` behind them."""
 
     lines: tuple[Line, ...]
@@ -76,42 +76,42 @@ LETTERS = (
 )  # fmt: skip
 
 
-def makers(page: Page) -> tuple[tuple[Maker, float], ...]:
+def makers(page: WordsPage) -> tuple[tuple[TurnMaker, float], ...]:
     """Who asks about `page`, with weights that sum up to 1."""
-    common: list[tuple[Maker, float]] = [
-        (partial(text_color, page), 0.1), (partial(what, page), 0.06),
-        (partial(describe, page), 0.04), (partial(absent, page), 0.04),
+    common: list[tuple[TurnMaker, float]] = [
+        (partial(ask_text_color, page), 0.1), (partial(ask_what, page), 0.06),
+        (partial(ask_describe, page), 0.04), (partial(ask_absent, page), 0.04),
     ]  # fmt: skip
     if len(page.lines) == 2:
-        one = partial(line_of, page) if _same_kind(page) else partial(read_one, page)
-        common += [(partial(read_text, page), 0.5), (one, 0.16), (partial(line_of, page), 0.1)]
+        one = partial(ask_line, page) if _is_one_kind(page) else partial(read_one, page)
+        common += [(partial(read_text, page), 0.5), (one, 0.16), (partial(ask_line, page), 0.1)]
     elif page.lines[0].kind == "word":
         common += [
-            (partial(read_one, page), 0.6), (partial(letter_of, page), 0.08),
-            (partial(letters, page), 0.08),
+            (partial(read_one, page), 0.6), (partial(ask_letter, page), 0.08),
+            (partial(ask_letters, page), 0.08),
         ]  # fmt: skip
     elif page.lines[0].kind == "number":
-        common += [(partial(read_one, page), 0.7), (partial(letters, page), 0.06)]
+        common += [(partial(read_one, page), 0.7), (partial(ask_letters, page), 0.06)]
     else:
         common += [(partial(read_one, page), 0.76)]
     return tuple(common)
 
 
-def read_one(page: Page, rng: np.random.Generator) -> Turn:
+def read_one(page: WordsPage, rng: np.random.Generator) -> Turn:
     """What the one line of its kind says."""
     line = page.lines[int(rng.integers(len(page.lines)))]
     family = "long word" if line.kind == "word" and len(line.text) > 5 else line.kind
     if len(page.lines) == 1 and rng.random() < 0.4:
-        return Turn(family, pick(rng, READ_IT), _spelled(line))
+        return Turn(family, pick(rng, READ_IT), _spell_line(line))
     question = fill(pick(rng, READ_ONE[line.kind]), Part(line.kind, line.boxes))
-    return Turn(family, question, _spelled(line))
+    return Turn(family, question, _spell_line(line))
 
 
-def read_text(page: Page, rng: np.random.Generator) -> Turn:
+def read_text(page: WordsPage, rng: np.random.Generator) -> Turn:
     """What both lines say, the upper one first."""
     upper, lower = page.lines
-    answer = (*_spelled(upper), Part(" "), *_spelled(lower))
-    if _same_kind(page) and rng.random() < 0.3:
+    answer = (*_spell_line(upper), Part(" "), *_spell_line(lower))
+    if _is_one_kind(page) and rng.random() < 0.3:
         noun = Part(f"{upper.kind}s", (*upper.boxes, *lower.boxes))
         asked = pick(
             rng, ("Read the {}.", "What are the {}?", "Read both {}.", "Which {} are these?")
@@ -120,29 +120,33 @@ def read_text(page: Page, rng: np.random.Generator) -> Turn:
     return Turn("two words", pick(rng, READ_TEXT), answer)
 
 
-def line_of(page: Page, rng: np.random.Generator) -> Turn:
+def ask_line(page: WordsPage, rng: np.random.Generator) -> Turn:
     """What one of the two lines says."""
     which = int(rng.integers(2))
     names = (("upper", "first", "top"), ("lower", "second", "bottom"))[which]
     line = page.lines[which]
-    return Turn("line", fill(pick(rng, LINE), Part(pick(rng, names), line.boxes)), _spelled(line))
+    return Turn(
+        "line", fill(pick(rng, LINE), Part(pick(rng, names), line.boxes)), _spell_line(line)
+    )
 
 
-def text_color(page: Page, rng: np.random.Generator) -> Turn:
+def ask_text_color(page: WordsPage, rng: np.random.Generator) -> Turn:
     """The color of the text, or of a line that the question tells from the other."""
     line = page.lines[int(rng.integers(len(page.lines)))]
     boxes = tuple(box for line in page.lines for box in line.boxes)
     noun: tuple[Part, ...] = (Part("text", boxes),)
     if len({one.color for one in page.lines}) == 2:
-        noun = (Part(f"{line.kind} ", line.boxes), *_spelled(line))
+        noun = (Part(f"{line.kind} ", line.boxes), *_spell_line(line))
         boxes = line.boxes
     elif len(page.lines) == 1 and rng.random() < 0.6:
         noun = (Part(line.kind, boxes),)
     template = pick(rng, TEXT_COLOR).replace("{}", "{}" * len(noun))
-    return Turn("text color", fill(template, *noun), _ended(Part(line.color.capitalize(), boxes)))
+    return Turn(
+        "text color", fill(template, *noun), _end_sentence(Part(line.color.capitalize(), boxes))
+    )
 
 
-def letter_of(page: Page, rng: np.random.Generator) -> Turn:
+def ask_letter(page: WordsPage, rng: np.random.Generator) -> Turn:
     """The first or the last letter of the word."""
     line = page.lines[0]
     which = int(rng.integers(2)) - 1
@@ -151,15 +155,15 @@ def letter_of(page: Page, rng: np.random.Generator) -> Turn:
     return Turn("first letter", question, (Part(line.text[which], box),))
 
 
-def letters(page: Page, rng: np.random.Generator) -> Turn:
+def ask_letters(page: WordsPage, rng: np.random.Generator) -> Turn:
     """How many letters the word has, or digits the number."""
     line = page.lines[0]
     noun = Part("letters" if line.kind == "word" else "digits", line.boxes)
-    answer = _ended(Part(str(len(line.text)), line.boxes))
+    answer = _end_sentence(Part(str(len(line.text)), line.boxes))
     return Turn("letters", fill(pick(rng, LETTERS), noun), answer)
 
 
-def absent(page: Page, rng: np.random.Generator) -> Turn:
+def ask_absent(page: WordsPage, rng: np.random.Generator) -> Turn:
     """That there is no word or no number, to a question that takes one for granted."""
     missing = [kind for kind in ("word", "number") if not page.of(kind)]
     if not missing:
@@ -168,41 +172,41 @@ def absent(page: Page, rng: np.random.Generator) -> Turn:
     return Turn("absent", pick(rng, READ_ONE[kind]).format(kind), f"There is no {kind}.", kind)
 
 
-def what(page: Page, rng: np.random.Generator) -> Turn:
+def ask_what(page: WordsPage, rng: np.random.Generator) -> Turn:
     """What the picture shows: the kinds of the lines and what they say."""
     asked = WHAT[:-1]  # which asks for shapes
-    return Turn("what text", pick(rng, asked), _ended(*_named(page, colored=False)))
+    return Turn("what text", pick(rng, asked), _end_sentence(*_name_lines(page, colored=False)))
 
 
-def describe(page: Page, rng: np.random.Generator) -> Turn:
+def ask_describe(page: WordsPage, rng: np.random.Generator) -> Turn:
     """What the picture shows, with its colors."""
     ground = f"{'an' if page.ground == 'orange' else 'a'} {page.ground} {page.surface}"
     return Turn(
         "describe text",
         pick(rng, DESCRIBE),
-        _ended(*_named(page, colored=True), Part(f" on {ground}")),
+        _end_sentence(*_name_lines(page, colored=True), Part(f" on {ground}")),
     )
 
 
-def _named(page: Page, colored: bool) -> tuple[Part, ...]:
+def _name_lines(page: WordsPage, colored: bool) -> tuple[Part, ...]:
     """ "The word RED and the number 7", with or without the color of each."""
     said: list[Part] = []
     for line in page.lines:
         said += [Part(" and the " if said else "The "), Part(f"{line.kind} ", line.boxes)]
-        said += _spelled(line)
+        said += _spell_line(line)
         if colored:
             said += [Part(f" in {line.color}", line.boxes)]
     return tuple(said)
 
 
-def _spelled(line: Line) -> tuple[Part, ...]:
+def _spell_line(line: Line) -> tuple[Part, ...]:
     """The text of `line`, a part a letter."""
     return tuple(Part(letter, (box,)) for letter, box in zip(line.text, line.boxes, strict=True))
 
 
-def _ended(*parts: Part) -> tuple[Part, ...]:
+def _end_sentence(*parts: Part) -> tuple[Part, ...]:
     return (*parts, Part("."))
 
 
-def _same_kind(page: Page) -> bool:
+def _is_one_kind(page: WordsPage) -> bool:
     return len({line.kind for line in page.lines}) == 1

@@ -136,9 +136,9 @@ def tiny_video(tiny_video_folder: Path) -> SmolVLM:
 @pytest.fixture(scope="session")
 def demo_builder() -> PromptBuilder:
     """Prompts of the recipe."""
-    from demo_recipe.run import builder_of
+    from demo_recipe.run import load_builder
 
-    return builder_of(resolve(DEMO))
+    return load_builder(resolve(DEMO))
 
 
 @pytest.fixture

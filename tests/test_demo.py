@@ -9,11 +9,11 @@ from PIL import Image
 
 import mlx_smolvlm
 from demo_recipe.clips import Clip
-from demo_recipe.evaluate import cases, shares
-from demo_recipe.examples import CLIPS, PICTURES, example, told
-from demo_recipe.items import text_of
+from demo_recipe.evaluate import compute_shares, make_cases
+from demo_recipe.examples import CLIPS, PICTURES, format_turn, make_example
+from demo_recipe.items import join_parts
 from demo_recipe.run import CHAT_TEMPLATE
-from demo_recipe.shapes import demo_config
+from demo_recipe.shapes import make_demo_config
 from demo_recipe.transcripts import retell
 from mlx_smolvlm.media.tiles import Detail
 from mlx_smolvlm.media.video import open_video
@@ -61,7 +61,7 @@ def test_folder_is_small_and_complete() -> None:
 
 def test_what_is_beside_the_weights_is_the_recipes(demo: mlx_smolvlm.SmolVLM) -> None:
     assert (FOLDER / "chat_template.jinja").read_text() == CHAT_TEMPLATE
-    made = demo_config(demo.engine.prompt_builder.tokenizer).to_dict()
+    made = make_demo_config(demo.engine.prompt_builder.tokenizer).to_dict()
     assert demo.config.to_dict() == {**made, "dtype": "float16"}
 
 
@@ -76,7 +76,7 @@ def test_weights_are_float16_and_finite() -> None:
 def test_held_out_answers(demo: mlx_smolvlm.SmolVLM, asked: tuple[str, Detail, int]) -> None:
     topic, detail, items = asked
     bars = BARS[asked]
-    found = shares(demo, cases(topic, items, families=bars), detail)
+    found = compute_shares(demo, make_cases(topic, items, families=bars), detail)
     assert {family: total for family, (_, total) in found.items()} == dict.fromkeys(bars, items)
     for family, (right, total) in found.items():
         assert right / total >= bars[family], found
@@ -89,29 +89,29 @@ def listed_under(name: str) -> str:
 
 @pytest.mark.parametrize("name", PICTURES)
 def test_examples_are_answered(demo: mlx_smolvlm.SmolVLM, name: str) -> None:
-    made = example(name)
+    made = make_example(name)
     drawn = Image.open(EXAMPLES / name)
     assert np.array_equal(np.asarray(drawn), np.asarray(made.shown))
     assert made.turns
     for turn in made.turns:
-        assert told(turn) in listed_under(name)
-        reply = demo.ask(text_of(turn.question), images=[EXAMPLES / name])
-        assert reply.text == text_of(turn.answer)
+        assert format_turn(turn) in listed_under(name)
+        reply = demo.ask(join_parts(turn.question), images=[EXAMPLES / name])
+        assert reply.text == join_parts(turn.answer)
 
 
 @pytest.mark.parametrize("name", CLIPS)
 def test_example_clips_are_answered(demo: mlx_smolvlm.SmolVLM, name: str) -> None:
     path = EXAMPLES / name  # its bytes depend on the encoder's version, so they are not compared
     assert path.stat().st_size < 60_000
-    made = example(name)
+    made = make_example(name)
     opened, clip = open_video(path, demo.config), made.shown
     assert isinstance(clip, Clip)
     assert (opened.num_frames, opened.fps) == (clip.frames, clip.fps)
     assert 2 <= opened.duration_s <= 7
     assert made.turns
     for turn in made.turns:
-        assert told(turn) in listed_under(name)
-        assert demo.ask(text_of(turn.question), videos=[path]).text == text_of(turn.answer)
+        assert format_turn(turn) in listed_under(name)
+        assert demo.ask(join_parts(turn.question), videos=[path]).text == join_parts(turn.answer)
 
 
 def test_the_readme_shows_what_the_demo_says(demo: mlx_smolvlm.SmolVLM) -> None:

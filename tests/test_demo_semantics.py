@@ -14,7 +14,7 @@ from PIL import Image
 
 import mlx_smolvlm
 from demo_recipe.draw import COLOR_NAMES, render
-from demo_recipe.evaluate import Case, ask, cases
+from demo_recipe.evaluate import HeldoutCase, ask, make_cases
 from demo_recipe.questions import BACKGROUND
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, SmolVLMWarning, Video
 from mlx_smolvlm.convert.options import ConvertOptions
@@ -44,9 +44,11 @@ def cold() -> SmolVLM:
     return mlx_smolvlm.load("demo", dtype="float32", cache=CacheOptions(memory_bytes=0))
 
 
-def known(vlm: SmolVLM, asked: Iterable[Case], wanted: int, detail: Detail = "high") -> list[Case]:
+def known(
+    vlm: SmolVLM, asked: Iterable[HeldoutCase], wanted: int, detail: Detail = "high"
+) -> list[HeldoutCase]:
     """The first `wanted` of the cases `asked` that `vlm` answers right, each from nothing."""
-    found: list[Case] = []
+    found: list[HeldoutCase] = []
     for case in asked:
         vlm.engine.memory.clear()
         if ask(vlm, case, detail=detail).text == case.answer:
@@ -56,13 +58,13 @@ def known(vlm: SmolVLM, asked: Iterable[Case], wanted: int, detail: Detail = "hi
     raise AssertionError(f"{len(found)} right answers; {wanted} are wanted")
 
 
-def right(vlm: SmolVLM, asked: list[Case], detail: Detail = "high") -> int:
+def right(vlm: SmolVLM, asked: list[HeldoutCase], detail: Detail = "high") -> int:
     """How many of the cases `asked` `vlm` answers right."""
     return sum(ask(vlm, case, detail=detail).text == case.answer for case in asked)
 
 
 @pytest.fixture(scope="module")
-def some(cold: SmolVLM) -> list[Case]:
+def some(cold: SmolVLM) -> list[HeldoutCase]:
     """Cases of several kinds that are answered right, off one tile."""
     wanted = {
         "shapes": {"color", "where", "count"},
@@ -71,7 +73,7 @@ def some(cold: SmolVLM) -> list[Case]:
     }
     found = []
     for topic, families in wanted.items():
-        found += known(cold, cases(topic, 12, SEED, families), 2 * len(families), "low")
+        found += known(cold, make_cases(topic, 12, SEED, families), 2 * len(families), "low")
     return found
 
 
@@ -79,13 +81,13 @@ def some(cold: SmolVLM) -> list[Case]:
 
 
 def test_small_print_is_read_off_its_tiles(cold: SmolVLM) -> None:
-    found = known(cold, cases("pages", 40, SEED, {"page table"}), 4)
+    found = known(cold, make_cases("pages", 40, SEED, {"page table"}), 4)
     assert right(cold, found, detail="low") <= 1
 
 
 def test_lines_of_print_are_told_apart(cold: SmolVLM) -> None:
     """Where a shape lies, features say by themselves; which line is meant, their places too."""
-    asked = list(cases("words", 10, SEED, {"line"}))
+    asked = list(make_cases("words", 10, SEED, {"line"}))
     assert right(cold, asked, "low") >= 8
 
 
@@ -96,7 +98,7 @@ def test_lines_of_print_are_told_apart(cold: SmolVLM) -> None:
 def grounds(cold: SmolVLM) -> dict[str, Image.Image]:
     """Pictures of one grid by what is said of their background, so that their prompts are equal."""
     found: dict[str, Image.Image] = {}
-    for case in known(cold, cases("shapes", 12, SEED, {"background"}), 10):
+    for case in known(cold, make_cases("shapes", 12, SEED, {"background"}), 10):
         (picture,) = case.pictures
         said = cold.ask(WHICH_BACKGROUND, images=[picture]).text
         if compute_grid(picture.size, cold.config) == Grid(2, 2) and said == case.answer:
@@ -130,7 +132,7 @@ def test_a_picture_on_disk_is_not_taken_for_another(
 
 
 def test_a_second_question_is_about_the_same_picture(cold: SmolVLM, demo: SmolVLM) -> None:
-    found = known(cold, cases("shapes", 10, SEED, {"two turns"}), 8)
+    found = known(cold, make_cases("shapes", 10, SEED, {"two turns"}), 8)
     for case in found:
         first, answer, _ = case.messages
         chat = demo.chat()
@@ -144,7 +146,7 @@ def test_a_second_question_is_about_the_same_picture(cold: SmolVLM, demo: SmolVL
 def test_the_picture_stays_where_old_turns_go(cold: SmolVLM) -> None:
     """A bounded cache that has dropped the first answer still holds what it was about."""
     bound = mlx_smolvlm.load("demo", dtype="float32", cache=CacheOptions(max_kv_tokens=150))
-    found = known(cold, cases("shapes", 3, SEED, {"where", "color", "background"}), 8)
+    found = known(cold, make_cases("shapes", 3, SEED, {"where", "color", "background"}), 8)
     talk = {"role": "assistant", "content": "I see no picture here. Please add one. " * 12}
     shown = 0
     for case in found:
@@ -160,14 +162,16 @@ def test_the_picture_stays_where_old_turns_go(cold: SmolVLM) -> None:
 
 
 @pytest.mark.parametrize("part", ["bits", "vision_bits", "connector_bits", "embeddings_bits"])
-def test_eight_bits_keep_the_answers(some: list[Case], tmp_path: Path, part: str) -> None:
+def test_eight_bits_keep_the_answers(some: list[HeldoutCase], tmp_path: Path, part: str) -> None:
     rest = dict.fromkeys(("bits", "vision_bits", "connector_bits", "embeddings_bits"), 16)
     options = ConvertOptions(**{**rest, part: 8})
     vlm = mlx_smolvlm.load(convert_checkpoint(DEMO, tmp_path / "out", options))
     assert right(vlm, some, "low") >= len(some) - 1
 
 
-def test_all_parts_and_keys_and_values_of_eight_bits(some: list[Case], tmp_path: Path) -> None:
+def test_all_parts_and_keys_and_values_of_eight_bits(
+    some: list[HeldoutCase], tmp_path: Path
+) -> None:
     folder = convert_checkpoint(DEMO, tmp_path / "out", ConvertOptions(bits=8))
     vlm = mlx_smolvlm.load(folder, cache=CacheOptions(kv_bits=8))
     assert right(vlm, some, "low") >= len(some) - 1
@@ -177,8 +181,8 @@ def test_all_parts_and_keys_and_values_of_eight_bits(some: list[Case], tmp_path:
 
 
 def test_answers_side_by_side(cold: SmolVLM, demo: SmolVLM) -> None:
-    groups: dict[int, list[Case]] = {}
-    for case in cases("shapes", 3, SEED):
+    groups: dict[int, list[HeldoutCase]] = {}
+    for case in make_cases("shapes", 3, SEED):
         if len(case.messages) == 1:
             groups.setdefault(id(case.pictures[0]), []).append(case)
     for group in groups.values():
@@ -192,13 +196,13 @@ def test_answers_side_by_side(cold: SmolVLM, demo: SmolVLM) -> None:
 
 def test_the_right_color_is_chosen(cold: SmolVLM, demo: SmolVLM) -> None:
     colors = [f"{name.capitalize()}." for name in COLOR_NAMES]
-    for case in known(cold, cases("shapes", 10, SEED, {"color"}), 8, "low"):
+    for case in known(cold, make_cases("shapes", 10, SEED, {"color"}), 8, "low"):
         choice = demo.choose(case.question, colors, images=case.pictures, detail="low")
         assert choice.best == case.answer
 
 
 def test_two_pictures_keep_their_order(cold: SmolVLM) -> None:
-    asked = (case for case in cases("several", 60, SEED) if case.answer.endswith(" one."))
+    asked = (case for case in make_cases("several", 60, SEED) if case.answer.endswith(" one."))
     swapped = {"The first one.": "The second one.", "The second one.": "The first one."}
     found = known(cold, asked, 8, "low")
     assert len({case.answer for case in found}) == 2
@@ -214,12 +218,12 @@ def test_an_answer_held_to_an_expression(cold: SmolVLM) -> None:
     sampling = Sampling(
         regex=r"(At the (top|bottom)( left| right)?|On the (left|right)|In the center)\."
     )
-    for case in known(cold, cases("shapes", 10, SEED, {"where"}), 8, "low"):
+    for case in known(cold, make_cases("shapes", 10, SEED, {"where"}), 8, "low"):
         assert ask(cold, case, sampling, detail="low").text == case.answer
 
 
 def test_letters_are_read_on_from_those_that_are_forced(cold: SmolVLM) -> None:
-    asked = (case for case in cases("words", 20, SEED, {"word"}) if len(case.answer) > 3)
+    asked = (case for case in make_cases("words", 20, SEED, {"word"}) if len(case.answer) > 3)
     for case in known(cold, asked, 6):
         sampling = Sampling(regex=f"[A-Z]{case.answer[1:3]}[A-Z]+")
         assert ask(cold, case, sampling).text == case.answer
@@ -229,24 +233,26 @@ def test_letters_are_read_on_from_those_that_are_forced(cold: SmolVLM) -> None:
 
 
 @pytest.fixture(scope="module")
-def moving(cold: SmolVLM) -> list[Case]:
+def moving(cold: SmolVLM) -> list[HeldoutCase]:
     """Clips of which the demo says the way in which something moves."""
     asked = (
-        case for case in cases("clips", 24, SEED, {"clip: direction"}) if case.answer in OPPOSITE
+        case
+        for case in make_cases("clips", 24, SEED, {"clip: direction"})
+        if case.answer in OPPOSITE
     )
     found = known(cold, asked, 8)
     assert len({case.answer for case in found}) >= 3
     return found
 
 
-def film(case: Case, backwards: bool = False, **choice: float) -> Video:
+def film(case: HeldoutCase, backwards: bool = False, **choice: float) -> Video:
     """The frames of a clip as they were drawn, or from the last to the first."""
     assert case.clip is not None
     frames = [render(case.clip.scene(index)) for index in range(case.clip.frames)]
     return Video(frames[::-1] if backwards else frames, source_fps=case.clip.fps, **choice)
 
 
-def test_a_clip_backwards_moves_the_other_way(cold: SmolVLM, moving: list[Case]) -> None:
+def test_a_clip_backwards_moves_the_other_way(cold: SmolVLM, moving: list[HeldoutCase]) -> None:
     forth = back = 0
     for case in moving:
         forth += cold.ask(case.question, videos=[film(case)]).text == case.answer
@@ -256,7 +262,7 @@ def test_a_clip_backwards_moves_the_other_way(cold: SmolVLM, moving: list[Case])
 
 
 def test_the_first_color_backwards_is_the_last(cold: SmolVLM) -> None:
-    found = known(cold, cases("clips", 8, SEED, {"clip: ends"}), 6)
+    found = known(cold, make_cases("clips", 8, SEED, {"clip: ends"}), 6)
     asked_for, back = set[str](), 0
     for case in found:
         assert case.clip is not None
@@ -272,7 +278,7 @@ def test_what_lies_outside_of_a_range_is_not_seen(cold: SmolVLM) -> None:
     """Of three colors in order, a range leaves the last or the first out."""
     asked = (
         case
-        for case in cases("clips", 14, SEED, {"clip: order of more"})
+        for case in make_cases("clips", 14, SEED, {"clip: order of more"})
         if case.clip is not None and len(case.clip.colors) == 3
     )
     right_first = right_last = 0
@@ -288,7 +294,9 @@ def test_what_lies_outside_of_a_range_is_not_seen(cold: SmolVLM) -> None:
     assert min(right_first, right_last) >= len(found) - 1
 
 
-def test_fewer_and_more_frames_show_the_same_motion(cold: SmolVLM, moving: list[Case]) -> None:
+def test_fewer_and_more_frames_show_the_same_motion(
+    cold: SmolVLM, moving: list[HeldoutCase]
+) -> None:
     kept = 0
     for case in moving[:4]:
         replies = [cold.ask(case.question, videos=[film(case, fps=fps)]) for fps in (0.7, 2.0)]
@@ -301,7 +309,7 @@ def test_fewer_and_more_frames_show_the_same_motion(cold: SmolVLM, moving: list[
 
 
 def test_a_picture_says_the_same_however_it_comes(cold: SmolVLM) -> None:
-    for case in known(cold, cases("shapes", 4, SEED, {"where", "color"}), 6):
+    for case in known(cold, make_cases("shapes", 4, SEED, {"where", "color"}), 6):
         (picture,) = case.pictures
         turned = io.BytesIO()
         exif = Image.Exif()

@@ -12,7 +12,7 @@ from PIL import Image
 
 from demo_recipe import charts
 from demo_recipe.draw import COLOR_NAMES, sample_size
-from demo_recipe.items import Drawn, Glyph, Turn, parts_of, text_of
+from demo_recipe.items import Glyph, LabeledPicture, Turn, get_parts, join_parts
 from tests.helpers import read_print as reader
 
 SIZES = ((192, 192), (96, 96), (640, 247), (247, 640), (96, 51), (51, 96), (333, 500), (250, 96))
@@ -22,15 +22,15 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def bars_of(drawn: Drawn) -> list[Glyph]:
+def bars_of(drawn: LabeledPicture) -> list[Glyph]:
     return [glyph for glyph in drawn.glyphs if glyph.kind == "bar"]
 
 
-def letters_of(drawn: Drawn) -> list[Glyph]:
+def letters_of(drawn: LabeledPicture) -> list[Glyph]:
     return [glyph for glyph in drawn.glyphs if glyph.kind != "bar"]
 
 
-def turn_of(drawn: Drawn, rng: np.random.Generator) -> Turn:
+def turn_of(drawn: LabeledPicture, rng: np.random.Generator) -> Turn:
     weights = np.array([weight for _, weight in drawn.makers])
     assert abs(weights.sum() - 1) < 1e-9
     return drawn.makers[int(rng.choice(len(weights), p=weights))][0](rng)
@@ -115,7 +115,7 @@ def test_letters_stand_under_their_bars() -> None:
     assert total > 150
 
 
-def asked_bars(question: str, drawn: Drawn) -> list[int]:
+def asked_bars(question: str, drawn: LabeledPicture) -> list[int]:
     """The ranks of the bars that `question` names, in its order."""
     colors = [bar.color for bar in bars_of(drawn)]
     letters = [letter.kind for letter in letters_of(drawn)]
@@ -123,9 +123,9 @@ def asked_bars(question: str, drawn: Drawn) -> list[int]:
     return [colors.index(color) if color else letters.index(letter) for color, letter in names]
 
 
-def expected(turn: Turn, drawn: Drawn) -> str:
+def expected(turn: Turn, drawn: LabeledPicture) -> str:
     """The answer to `turn`, worked out from the glyphs alone."""
-    bars, letters, question = bars_of(drawn), letters_of(drawn), text_of(turn.question)
+    bars, letters, question = bars_of(drawn), letters_of(drawn), join_parts(turn.question)
     values = [bar.value for bar in bars]
     count = len(bars)
     simple = {
@@ -166,15 +166,15 @@ def test_answers_are_true_and_every_family_is_asked() -> None:
     for _ in range(4000):
         drawn = charts.sample(rng, (150, 150))
         turn = turn_of(drawn, rng)
-        answer = text_of(turn.answer)
+        answer = join_parts(turn.answer)
         answers.setdefault(turn.family, Counter())[answer] += 1
         if turn.family == "absent":
             with pytest.raises(ValueError, match="is not in list"):
-                asked_bars(text_of(turn.question), drawn)
-            name = re.findall(r"the (\w+ bar)|(bar [A-Z])\b", text_of(turn.question))[-1]
+                asked_bars(join_parts(turn.question), drawn)
+            name = re.findall(r"the (\w+ bar)|(bar [A-Z])\b", join_parts(turn.question))[-1]
             assert answer == f"There is no {''.join(name)}."
         else:
-            assert answer == expected(turn, drawn), text_of(turn.question)
+            assert answer == expected(turn, drawn), join_parts(turn.question)
     assert set(answers) == FAMILIES
     limits = {"chart compare": 0.55, "bars": 0.4, "what chart": 0.4, "bar letter": 0.25}
     for family, counts in answers.items():
@@ -190,7 +190,7 @@ def test_parts_point_at_the_bars_and_letters_they_name() -> None:
         drawn = charts.sample(rng, (192, 192))
         glyphs = {glyph.extent: glyph for glyph in drawn.glyphs}
         turn = turn_of(drawn, rng)
-        for part in (*parts_of(turn.question), *parts_of(turn.answer)):
+        for part in (*get_parts(turn.question), *get_parts(turn.answer)):
             shown = [glyphs[box.extent] for box in part.boxes]
             text = part.text.strip().lower()
             pointed += bool(shown)
@@ -205,9 +205,9 @@ def test_parts_point_at_the_bars_and_letters_they_name() -> None:
             elif text.isdigit():
                 assert len(shown) == int(text) == len(bars_of(drawn))
         if turn.family in ("value", "chart list"):
-            assert all(part.boxes for part in parts_of(turn.answer) if part.text.isdigit())
+            assert all(part.boxes for part in get_parts(turn.answer) if part.text.isdigit())
         if turn.family == "chart compare":
-            assert len(parts_of(turn.answer)[0].boxes) == 2
+            assert len(get_parts(turn.answer)[0].boxes) == 2
     assert pointed > 800
 
 

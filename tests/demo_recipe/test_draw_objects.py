@@ -13,8 +13,8 @@ from PIL import Image
 import demo_recipe
 from demo_recipe import objects
 from demo_recipe.draw import COLORS, PLACES, sample_size
-from demo_recipe.items import Drawn, Glyph, Part, Turn, parts_of, text_of
-from demo_recipe.object_questions import plural
+from demo_recipe.items import Glyph, LabeledPicture, Part, Turn, get_parts, join_parts
+from demo_recipe.object_questions import make_plural
 
 SIZES = ((192, 192), (96, 96), (640, 247), (247, 640), (96, 51), (51, 96), (333, 500), (250, 96))
 FAMILIES = {
@@ -25,19 +25,19 @@ FOLDER = Path(demo_recipe.__file__).parent
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 
 
-def turn_of(drawn: Drawn, rng: np.random.Generator) -> Turn:
+def turn_of(drawn: LabeledPicture, rng: np.random.Generator) -> Turn:
     weights = np.array([weight for _, weight in drawn.makers])
     return drawn.makers[int(rng.choice(len(weights), p=weights / weights.sum()))][0](rng)
 
 
-def samples(count: int, seed: int) -> list[tuple[Drawn, list[Turn]]]:
+def samples(count: int, seed: int) -> list[tuple[LabeledPicture, list[Turn]]]:
     """Pictures of all sizes, a turn by every maker for each."""
     rng = np.random.default_rng(seed)
     drawn = [objects.sample(rng, sample_size(rng)) for _ in range(count)]
     return [(one, [maker(rng) for maker, _ in one.makers]) for one in drawn]
 
 
-def pixel_box(drawn: Drawn, glyph: Glyph) -> tuple[int, int, int, int]:
+def pixel_box(drawn: LabeledPicture, glyph: Glyph) -> tuple[int, int, int, int]:
     """The glyph's extent in whole pixels, which it has to be, inside the picture."""
     exact = np.array(glyph.extent) * np.tile(drawn.picture.size, 2)
     assert np.abs(exact - np.round(exact)).max() < 1e-6
@@ -174,7 +174,7 @@ def listed(kinds: list[str]) -> str:
     counted = Counter(kinds)
     return sentence(
         [
-            articled(kind) if n == 1 else f"{NUMBERS[n]} {plural(kind)}"
+            articled(kind) if n == 1 else f"{NUMBERS[n]} {make_plural(kind)}"
             for kind, n in counted.items()
         ]
     )
@@ -183,14 +183,14 @@ def listed(kinds: list[str]) -> str:
 def named_in(question: str) -> str:
     """The kind that `question` is about."""
     words = re.findall(r"[a-z]+", question.lower())
-    found = [kind for kind in objects.KINDS if kind in words or plural(kind) in words]
+    found = [kind for kind in objects.KINDS if kind in words or make_plural(kind) in words]
     assert len(found) == 1, question
     return found[0]
 
 
-def expected(turn: Turn, drawn: Drawn) -> str:
+def expected(turn: Turn, drawn: LabeledPicture) -> str:
     """The answer to `turn`, worked out from the glyphs alone."""
-    question, kinds = text_of(turn.question), [glyph.kind for glyph in drawn.glyphs]
+    question, kinds = join_parts(turn.question), [glyph.kind for glyph in drawn.glyphs]
     places = [place_of(glyph) for glyph in drawn.glyphs]
     if turn.family in ("object", "objects"):
         assert (turn.family == "object") == (len(kinds) == 1)
@@ -227,7 +227,7 @@ def test_answers_are_true_to_the_glyphs() -> None:
     for drawn, turns in samples(600, 5):
         for turn in turns:
             seen.add(turn.family)
-            assert text_of(turn.answer) == expected(turn, drawn), text_of(turn.question)
+            assert join_parts(turn.answer) == expected(turn, drawn), join_parts(turn.question)
     assert seen == FAMILIES
 
 
@@ -236,7 +236,7 @@ def test_parts_that_name_an_object_point_to_every_one_of_it() -> None:
     elsewhere = ("object describe", "absent", "object at")  # these are about single places
     for drawn, turns in samples(300, 6):
         for turn in turns:
-            for part in (*parts_of(turn.question), *parts_of(turn.answer)):
+            for part in (*get_parts(turn.question), *get_parts(turn.answer)):
                 extents = [box.extent for box in part.boxes]
                 assert all(min(e) >= 0 and max(e) <= 1 for e in extents)
                 assert all(box.picture == 0 for box in part.boxes)
@@ -245,7 +245,7 @@ def test_parts_that_name_an_object_point_to_every_one_of_it() -> None:
                     assert extents == [g.extent for g in drawn.glyphs if g.kind == named]
                     pointed += 1
             if turn.family == "object describe" and drawn.glyphs:
-                boxed = [part.boxes[0].extent for part in parts_of(turn.answer) if part.boxes]
+                boxed = [part.boxes[0].extent for part in get_parts(turn.answer) if part.boxes]
                 assert boxed == [glyph.extent for glyph in drawn.glyphs]
     assert pointed > 500
 
@@ -253,7 +253,7 @@ def test_parts_that_name_an_object_point_to_every_one_of_it() -> None:
 def named_part(part: Part) -> str | None:
     """The kind whose name `part` is, if it is one."""
     word = part.text.lower().split(" ")[-1]
-    return next((kind for kind in objects.KINDS if word in (kind, plural(kind))), None)
+    return next((kind for kind in objects.KINDS if word in (kind, make_plural(kind))), None)
 
 
 def test_backgrounds_are_light_and_named_by_their_hue() -> None:
@@ -275,7 +275,7 @@ def test_no_answer_dominates_its_family() -> None:
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for _ in range(2500):
         turn = turn_of(objects.sample(rng, (120, 100)), rng)
-        answers[turn.family][text_of(turn.answer)] += 1
+        answers[turn.family][join_parts(turn.answer)] += 1
     bounds = {"background": 0.66, "object exists": 0.6, "object count": 0.5}
     for family in FAMILIES:
         (_, most), *_ = answers[family].most_common()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from demo_recipe import pages
-from demo_recipe.items import Drawn, Glyph, Turn, parts_of, text_of
+from demo_recipe.items import Glyph, LabeledPicture, Turn, get_parts, join_parts
 from demo_recipe.lexicon import HELD_OUT
 from tests.helpers import read_print as reader
 
@@ -45,7 +45,7 @@ def around(boxes: list[Box]) -> Box:
     return min(lefts), min(tops), max(rights), max(bottoms)
 
 
-def printed(drawn: Drawn) -> list[Printed]:
+def printed(drawn: LabeledPicture) -> list[Printed]:
     """The words that the glyphs spell, in their order: a rank of 0 begins one."""
     words: list[list[Glyph]] = []
     for glyph in drawn.glyphs:
@@ -58,7 +58,7 @@ def printed(drawn: Drawn) -> list[Printed]:
     return [Printed("".join(g.kind for g in w), around([g.extent for g in w])) for w in words]
 
 
-def of_kind(drawn: Drawn, kind: str) -> list[Glyph]:
+def of_kind(drawn: LabeledPicture, kind: str) -> list[Glyph]:
     return [glyph for glyph in drawn.glyphs if glyph.kind == kind]
 
 
@@ -79,12 +79,12 @@ def parsed(tags: str) -> list[Tagged]:
     return found
 
 
-def turn_of(drawn: Drawn, rng: np.random.Generator) -> Turn:
+def turn_of(drawn: LabeledPicture, rng: np.random.Generator) -> Turn:
     weights = np.array([weight for _, weight in drawn.makers])
     return drawn.makers[int(rng.choice(len(weights), p=weights / weights.sum()))][0](rng)
 
 
-def samples(count: int, seed: int) -> list[tuple[Drawn, dict[str, Turn]]]:
+def samples(count: int, seed: int) -> list[tuple[LabeledPicture, dict[str, Turn]]]:
     """Pages with a turn of every family that asks about them."""
     rng = np.random.default_rng(seed)
     drawn = [pages.sample(rng, pages.sample_size(rng)) for _ in range(count)]
@@ -92,7 +92,7 @@ def samples(count: int, seed: int) -> list[tuple[Drawn, dict[str, Turn]]]:
 
 
 def answer(turn: Turn) -> str:
-    return str(text_of(turn.answer))
+    return str(join_parts(turn.answer))
 
 
 def test_one_seed_draws_one_page_and_asks_one_question() -> None:
@@ -192,12 +192,12 @@ def test_docling_tags_are_nested_and_separated_as_in_the_document_checkpoints() 
     for _, turns in samples(300, 6):
         said = answer(turns["page"])
         assert page.fullmatch(said), said
-        assert text_of(turns["page"].question) == "Convert this page to docling."
+        assert join_parts(turns["page"].question) == "Convert this page to docling."
         used |= set(re.findall(r"<[^>]+>", said))
         if "page table" in turns:
             assert re.fullmatch(table, answer(turns["page table"]))
             assert f"<doctag>{answer(turns['page table'])}\n</doctag>" == said
-            assert text_of(turns["page table"].question) == "Convert table to OTSL."
+            assert join_parts(turns["page table"].question) == "Convert table to OTSL."
     assert used <= set(pages.TAGS)
     assert len(set(pages.TAGS)) == len(pages.TAGS)
     assert {tag for tag in pages.TAGS if "loc" not in tag} <= used
@@ -290,7 +290,7 @@ def test_cells_are_told_by_their_row_and_column() -> None:
         maker = next(maker for maker, _ in drawn.makers if maker(rng).family == "page cell")
         for _ in range(4):
             turn = maker(rng)
-            row, column = (int(n) for n in re.findall(r"\d", text_of(turn.question)))
+            row, column = (int(n) for n in re.findall(r"\d", join_parts(turn.question)))
             asked[row, column] += 1
             x = left + (right - left) * (column - 1) / columns
             y = top + (bottom - top) * (row - 1) / rows
@@ -299,7 +299,7 @@ def test_cells_are_told_by_their_row_and_column() -> None:
             assert there.box[2] < ends[0]
             assert there.box[3] < ends[1]
             assert answer(turn) == there.text
-            pointed = [part.boxes[0].extent for part in parts_of(turn.question) if part.boxes]
+            pointed = [part.boxes[0].extent for part in get_parts(turn.question) if part.boxes]
             held = [[w for w in words if inside(middle(w), box)] for box in pointed]
             assert [len(band) for band in held] == [columns, rows]
             assert [w for w in held[0] if w in held[1]] == [there]
@@ -320,7 +320,7 @@ def test_every_letter_of_an_answer_points_to_itself() -> None:
         boxes = {glyph.extent: glyph.kind for glyph in drawn.glyphs if len(glyph.kind) == 1}
         for turn in turns.values():
             spelled = []
-            for part in parts_of(turn.answer):
+            for part in get_parts(turn.answer):
                 assert all(min(box.extent) >= 0 and max(box.extent) <= 1 for box in part.boxes)
                 if re.fullmatch("[A-Z0-9]", part.text) and turn.family != "page list count":
                     (box,) = part.boxes
@@ -328,7 +328,7 @@ def test_every_letter_of_an_answer_points_to_itself() -> None:
                     spelled.append(part.text)
             if turn.family == "page":
                 assert len(spelled) == len(boxes)
-                tagged = [part for part in parts_of(turn.answer) if "loc_" in part.text]
+                tagged = [part for part in get_parts(turn.answer) if "loc_" in part.text]
                 places = [np.round(500 * np.array(part.boxes[0].extent)) for part in tagged]
                 told = [element.box for element in parsed(answer(turn))]
                 assert np.array_equal(places, told)

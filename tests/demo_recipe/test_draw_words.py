@@ -11,7 +11,7 @@ import pytest
 
 from demo_recipe import words
 from demo_recipe.draw import COLOR_NAMES, COLORS, sample_size
-from demo_recipe.items import Drawn, Turn, parts_of, text_of
+from demo_recipe.items import LabeledPicture, Turn, get_parts, join_parts
 from demo_recipe.lexicon import HELD_OUT, TRAINED, WORDS
 from tests.helpers import read_print as reader
 
@@ -22,7 +22,7 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def lines_of(drawn: Drawn) -> list[str]:
+def lines_of(drawn: LabeledPicture) -> list[str]:
     """What the glyphs spell: a rank of 0 begins a line."""
     lines: list[str] = []
     for glyph in drawn.glyphs:
@@ -33,17 +33,17 @@ def lines_of(drawn: Drawn) -> list[str]:
     return lines
 
 
-def colors_of(drawn: Drawn) -> list[str]:
+def colors_of(drawn: LabeledPicture) -> list[str]:
     return [str(glyph.color) for glyph in drawn.glyphs if glyph.rank == 0]
 
 
-def turn_of(drawn: Drawn, rng: np.random.Generator) -> Turn:
+def turn_of(drawn: LabeledPicture, rng: np.random.Generator) -> Turn:
     weights = np.array([weight for _, weight in drawn.makers])
     assert abs(weights.sum() - 1) < 1e-9
     return drawn.makers[int(rng.choice(len(weights), p=weights))][0](rng)
 
 
-def plain(drawn: Drawn) -> bool:
+def plain(drawn: LabeledPicture) -> bool:
     """Whether there is no sign behind the text."""
     return drawn.background is not None
 
@@ -154,9 +154,9 @@ def kind_of(line: str) -> str:
     return "number" if line.isdigit() else "letter" if len(line) == 1 else "word"
 
 
-def expected(turn: Turn, drawn: Drawn) -> str:
+def expected(turn: Turn, drawn: LabeledPicture) -> str:
     """The answer to `turn`, worked out from the glyphs alone."""
-    lines, colors, question = lines_of(drawn), colors_of(drawn), text_of(turn.question)
+    lines, colors, question = lines_of(drawn), colors_of(drawn), join_parts(turn.question)
     if turn.family == "absent":
         kind = "number" if "number" in question else "word"
         assert kind not in map(kind_of, lines)
@@ -194,12 +194,12 @@ def test_answers_are_true_and_every_family_is_asked() -> None:
     for _ in range(4000):
         drawn = words.sample(rng, (150, 150))
         turn = turn_of(drawn, rng)
-        answer = text_of(turn.answer)
+        answer = join_parts(turn.answer)
         seen[turn.family] += 1
         answers.setdefault(turn.family, Counter())[answer] += 1
         if turn.family == "describe text" and not plain(drawn):
             answer = re.sub(r" on an? \w+ sign\.$", " on a None background.", answer)
-        assert answer == expected(turn, drawn), text_of(turn.question)
+        assert answer == expected(turn, drawn), join_parts(turn.question)
     assert set(seen) == FAMILIES
     assert min(seen.values()) > 80
     for family, counts in answers.items():
@@ -216,13 +216,13 @@ def test_each_letter_of_an_answer_points_at_itself() -> None:
         kinds = {glyph.extent: glyph.kind for glyph in drawn.glyphs}
         turn = turn_of(drawn, rng)
         if turn.family == "text color":
-            hue, stop = parts_of(turn.answer)
+            hue, stop = get_parts(turn.answer)
             told = {g.color for g in drawn.glyphs if g.extent in {b.extent for b in hue.boxes}}
             assert {str(color).capitalize() for color in told} == {hue.text}
             assert not stop.boxes
         if turn.family not in read:
             continue
-        for part in parts_of(turn.answer):
+        for part in get_parts(turn.answer):
             assert part.text == " " or [kinds[b.extent] for b in part.boxes] == [part.text]
         found += 1
     assert found > 200

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo_recipe.evaluate import Case, cases, shares
-from demo_recipe.heldout import _REALM, ALL_TOPICS, collect, items, write
-from demo_recipe.items import Drawn, text_of
+from demo_recipe.evaluate import HeldoutCase, compute_shares, make_cases
+from demo_recipe.heldout import _REALM, ALL_TOPICS, collect, make_items, write_dataset
+from demo_recipe.items import LabeledPicture, join_parts
 from demo_recipe.lexicon import HELD_OUT, TRAINED, WORDS
 from demo_recipe.run import STAGES
 from demo_recipe.words import sample
@@ -32,7 +32,7 @@ FAMILIES = {
 }
 
 
-def words_of(drawn: Drawn) -> list[str]:
+def words_of(drawn: LabeledPicture) -> list[str]:
     """The words that a picture prints: a letter of rank 0 begins one."""
     words: list[str] = []
     for glyph in drawn.glyphs:
@@ -43,7 +43,7 @@ def words_of(drawn: Drawn) -> list[str]:
 
 def listed(folder: Path, seed: int = 0, wanted: set[str] | None = None) -> list[dict[str, object]]:
     """The lines of one item of each family."""
-    count = write(folder, 1, seed, wanted)
+    count = write_dataset(folder, 1, seed, wanted)
     lines = [json.loads(line) for line in (folder / "heldout.jsonl").read_text().splitlines()]
     assert len(lines) == count
     return lines
@@ -107,7 +107,7 @@ def test_every_family_has_as_many_items_as_wanted(topic: str) -> None:
 
 
 def test_held_out_words_are_printed_here_and_never_in_training() -> None:
-    found = [item.pictures[0] for seed in range(40) for item in items("words", seed)]
+    found = [item.pictures[0] for seed in range(40) for item in make_items("words", seed)]
     real = {word for drawn in found for word in words_of(drawn) if word in WORDS}
     assert len(real) > 5
     assert real <= set(HELD_OUT)
@@ -117,7 +117,7 @@ def test_held_out_words_are_printed_here_and_never_in_training() -> None:
         drawn = sample(np.random.default_rng(seed), (160, 160))
         printed.update(words_of(drawn))
         for maker, _ in drawn.makers if seed < 200 else ():
-            said = text_of(maker(np.random.default_rng(seed)).answer).strip(".").split()
+            said = join_parts(maker(np.random.default_rng(seed)).answer).strip(".").split()
             assert not set(said) & set(HELD_OUT)
     assert len(printed & set(TRAINED)) > 50
     assert not printed & set(HELD_OUT)
@@ -133,7 +133,7 @@ def test_training_never_draws_from_a_seed_of_the_held_out() -> None:
 class Knowing:
     """Stands for a model that knows every answer of some cases but those of `wrong` families."""
 
-    def __init__(self, known: list[Case], wrong: set[str]) -> None:
+    def __init__(self, known: list[HeldoutCase], wrong: set[str]) -> None:
         self.known, self.wrong = known, wrong
         self.media: list[tuple[int, int]] = []
 
@@ -151,18 +151,18 @@ class Knowing:
 
 def test_cases_are_the_items_of_the_dataset_up_to_their_answers() -> None:
     for topic in ALL_TOPICS:
-        for case, item in zip(cases(topic, 2, seed=3), collect(topic, 2, seed=3), strict=True):
+        for case, item in zip(make_cases(topic, 2, seed=3), collect(topic, 2, seed=3), strict=True):
             assert (case.family, case.answer, case.clip) == (item.task, item.answer, item.clip)
             assert [*case.messages, {"role": "assistant", "content": case.answer}] == item.messages
-            assert case.question == text_of(item.turns[-1].question)
+            assert case.question == join_parts(item.turns[-1].question)
             assert len(case.pictures) == len(item.pictures)
 
 
 def test_shares_of_right_answers() -> None:
-    asked = [*cases("shapes", 3, families={"color", "two turns"}), *cases("several", 1)]
-    asked += cases("clips", 1, families={"clip: ends"})
+    asked = [*make_cases("shapes", 3, families={"color", "two turns"}), *make_cases("several", 1)]
+    asked += make_cases("clips", 1, families={"clip: ends"})
     vlm: Any = Knowing(asked, {"color"})
-    assert shares(vlm, asked) == {
+    assert compute_shares(vlm, asked) == {
         "color": (0, 3), "two turns": (3, 3), "several": (1, 1), "clip: ends": (1, 1),
     }  # fmt: skip
     assert vlm.media == [(1, 0)] * 6 + [(2, 0), (0, 1)]

@@ -20,30 +20,30 @@ from tokenizers import Tokenizer
 
 from demo_recipe import batches, pages, questions
 from demo_recipe import run as run_module
-from demo_recipe.batches import Mix, encoder_batch
+from demo_recipe.batches import Mix, make_encoder_batch
 from demo_recipe.draw import (
     COLOR_NAMES,
     COLORS,
     SHAPES,
     Scene,
     Shape,
-    area,
-    index_map,
-    outline,
+    compute_area,
+    compute_outline,
     render,
+    render_index_map,
     sample_scene,
 )
 from demo_recipe.fast import fast_gelu, fast_swiglu
-from demo_recipe.items import Glyph, Turn, text_of
+from demo_recipe.items import Glyph, Turn, join_parts
 from demo_recipe.kinds import GLYPHS
-from demo_recipe.labels import patch_labels, token_mask
-from demo_recipe.losses import Paired, encoder_loss, normalized, step_loss
+from demo_recipe.labels import make_patch_labels, make_token_mask
+from demo_recipe.losses import PairedBatch, encoder_loss, normalize_pixels, step_loss
 from demo_recipe.optimizer import FlatAdamW, StackedMuon
 from demo_recipe.run import STAGES as ALL_STAGES
 from demo_recipe.run import Run, Stage, make_batch, save_checkpoint, start
-from demo_recipe.shapes import demo_config
+from demo_recipe.shapes import make_demo_config
 from demo_recipe.tokenizer import FIRST_TOKENS, LAST_TOKENS, TAGS, build_tokenizer
-from demo_recipe.topics import ORDINALS, ask_several, shape_glyphs, shapes
+from demo_recipe.topics import ORDINALS, ask_several, draw_shapes, make_shape_glyphs
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.convert.hub import DEMO, resolve
 from mlx_smolvlm.media.tiles import Grid, tile_picture
@@ -93,7 +93,7 @@ def test_colors_bear_their_names() -> None:
 
 def test_places_are_the_cells_that_the_pixels_lie_in() -> None:
     for scene in scenes(60):
-        shown = index_map(scene, 90)
+        shown = render_index_map(scene, 90)
         for i, shape in enumerate(scene.shapes):
             rows, cols = np.nonzero(shown == i + 1)
             middle = (rows.min() + rows.max()) / 2, (cols.min() + cols.max()) / 2
@@ -104,7 +104,9 @@ def test_shapes_are_told_apart_by_the_share_of_their_box_that_they_fill() -> Non
     fill: dict[str, float] = {}
     for kind in ("circle", "square", "triangle", "star", "diamond", "cross"):
         shape = Shape(kind, "red", (255, 0, 0), 50, 50, 40, 0.0, False, 4)
-        shown = index_map(Scene(100, 100, "white", (255, 255, 255), (shape,), False), 200) > 0
+        shown = (
+            render_index_map(Scene(100, 100, "white", (255, 255, 255), (shape,), False), 200) > 0
+        )
         rows, cols = np.nonzero(shown)
         fill[kind] = float(shown.sum() / (np.ptp(rows) + 1) / (np.ptp(cols) + 1))
     expected = {"circle": 0.785, "square": 1, "triangle": 0.5, "diamond": 0.5, "cross": 0.53}
@@ -152,21 +154,21 @@ def test_a_box_is_shown_by_the_tokens_whose_squares_it_covers(grid: Grid) -> Non
                 square = 2400**2 / len(part)
                 least = 0.35 * min(square, area)  # of the square, or of a box within it
                 expected += ((part >= min(least, part.max())) & (part > 0)).tolist()
-        assert token_mask(extent, grid, 4).tolist() == expected, extent
+        assert make_token_mask(extent, grid, 4).tolist() == expected, extent
 
 
 def test_a_small_box_is_shown_by_the_token_that_it_lies_in() -> None:
     for number, (left, top, right, bottom) in enumerate(squares(Grid(0, 0), 4)):
         x, y = (left + right) / 2, (top + bottom) / 2
-        found = token_mask((x - 0.01, y - 0.01, x + 0.01, y + 0.01), Grid(0, 0), 4)
+        found = make_token_mask((x - 0.01, y - 0.01, x + 0.01, y + 0.01), Grid(0, 0), 4)
         assert np.flatnonzero(found).tolist() == [number]
 
 
 @pytest.mark.parametrize("grid", [Grid(0, 0), Grid(2, 2), Grid(1, 2)])
 def test_patches_are_labelled_by_what_covers_them(grid: Grid) -> None:
     for scene in scenes(25):
-        glyphs = shape_glyphs(scene)
-        labels, extents = patch_labels(glyphs, scene.background, grid, 8)
+        glyphs = make_shape_glyphs(scene)
+        labels, extents = make_patch_labels(glyphs, scene.background, grid, 8)
         places = squares(grid, 8)
         assert labels.shape[:2] == extents.shape[:2] == (len(places) // 64, 64)
         whole = len(labels) - 1
@@ -210,12 +212,12 @@ def scene_of(*shapes: tuple[str, str, int]) -> Scene:
 
 def test_answers_in_words() -> None:
     scene = scene_of(("red", "cross", 0), ("orange", "star", 4), ("red", "cross", 8))
-    assert text_of(questions.contents(scene)) == "Two red crosses and an orange star."
-    assert text_of(questions.description(scene)) == (
+    assert join_parts(questions.list_contents(scene)) == "Two red crosses and an orange star."
+    assert join_parts(questions.describe_scene(scene)) == (
         "A red cross at the top left, an orange star in the center and a red cross at the bottom "
         "right, on a gray background."
     )
-    assert text_of(questions.contents(scene_of())) == "Nothing."
+    assert join_parts(questions.list_contents(scene_of())) == "Nothing."
 
 
 Maker = Callable[[Scene, np.random.Generator], Turn]
@@ -224,7 +226,7 @@ Maker = Callable[[Scene, np.random.Generator], Turn]
 def all_answers(maker: Maker, scene: Scene) -> dict[str, str]:
     """Answer to each question that `maker` asks about `scene`."""
     turns = [maker(scene, np.random.default_rng(seed)) for seed in range(3000)]
-    pairs = [(text_of(turn.question), text_of(turn.answer)) for turn in turns]
+    pairs = [(join_parts(turn.question), join_parts(turn.answer)) for turn in turns]
     answers = dict(pairs)
     assert all(answers[question] == answer for question, answer in pairs)
     return answers
@@ -232,24 +234,24 @@ def all_answers(maker: Maker, scene: Scene) -> dict[str, str]:
 
 def test_answers_are_true() -> None:
     scene = scene_of(("red", "circle", 0), ("blue", "circle", 2), ("red", "star", 7))
-    counts = all_answers(questions.count, scene)
+    counts = all_answers(questions.ask_count, scene)
     assert counts["How many circles are there?"] == "2."
     assert counts["How many red shapes are there?"] == "2."
     assert counts["Count the shapes."] == "3."
     assert counts["How many squares are there?"] == "0."
-    places = all_answers(questions.where, scene)
+    places = all_answers(questions.ask_where, scene)
     assert places["Where is the star?"] == "At the bottom."
     assert places["Where is the blue shape?"] == "At the top right."
     assert places["Where is the cross?"] == "There is no cross."
     assert "Where is the circle?" not in places
-    colors = all_answers(questions.color, scene)
+    colors = all_answers(questions.ask_color, scene)
     assert colors["What color is the star?"] == "Red."
     assert "What color is the circle?" not in colors
-    exists = all_answers(questions.exists, scene)
+    exists = all_answers(questions.ask_exists, scene)
     assert exists["Is there a blue circle?"] == "Yes."
     assert exists["Is there a blue star?"] == "No."
-    assert all_answers(questions.at, scene)["What is on the left?"] == "Nothing."
-    assert all_answers(questions.background, scene)["What color is the background?"] == "Gray."
+    assert all_answers(questions.ask_at, scene)["What is on the left?"] == "Nothing."
+    assert all_answers(questions.ask_background, scene)["What color is the background?"] == "Gray."
 
 
 def test_comparisons_are_true() -> None:
@@ -258,7 +260,7 @@ def test_comparisons_are_true() -> None:
         Shape("star", "blue", (0, 0, 0), 80, 30, 5, 0.0, False, 2),
     )
     scene = Scene(96, 96, "gray", (128, 128, 128), made, False)
-    answers = all_answers(questions.compare, scene)
+    answers = all_answers(questions.ask_compare, scene)
     assert answers["Which is larger, the circle or the star?"] == "The circle."
     assert answers["Is the star or the circle bigger?"] == "The circle."
     assert answers["Which is smaller, the circle or the blue star?"] == "The blue star."
@@ -267,7 +269,7 @@ def test_comparisons_are_true() -> None:
     assert answers["Is the star right of the red circle?"] == "Yes."
     assert not any("above" in question or "below" in question for question in answers)
     under = (made[0], Shape("star", "blue", (0, 0, 0), 30, 80, 14, 0.0, False, 7))
-    answers = all_answers(questions.compare, Scene(96, 96, "gray", (0, 0, 0), under, False))
+    answers = all_answers(questions.ask_compare, Scene(96, 96, "gray", (0, 0, 0), under, False))
     assert answers["Is the circle above the star?"] == "Yes."
     assert answers["Is the circle below the star?"] == "No."
     assert not any("larger" in question or "left" in question for question in answers)
@@ -280,7 +282,7 @@ def test_size_is_asked_about_where_both_measures_agree(radius: int, asked: bool)
         Shape("star", "blue", (0, 0, 0), 30, 30, radius, 0.0, False, 0),
         Shape("circle", "red", (0, 0, 0), 80, 80, 10, 0.0, False, 8),
     )
-    answers = all_answers(questions.compare, Scene(96, 96, "gray", (0, 0, 0), made, False))
+    answers = all_answers(questions.ask_compare, Scene(96, 96, "gray", (0, 0, 0), made, False))
     said = {answer for question, answer in answers.items() if "larger" in question}
     assert said == ({"The star.", "The blue star."} if asked else set())
 
@@ -289,8 +291,8 @@ def test_size_is_asked_about_where_both_measures_agree(radius: int, asked: bool)
 def test_area_is_what_is_painted(kind: str) -> None:
     shape = Shape(kind, "red", (0, 0, 0), 500, 500, 400, 0.2, False, 4)
     mask = Image.new("1", (1000, 1000))
-    ImageDraw.Draw(mask).polygon(outline(shape), fill=1)
-    assert area(shape) == pytest.approx(int(np.asarray(mask).sum()), rel=0.01)
+    ImageDraw.Draw(mask).polygon(compute_outline(shape), fill=1)
+    assert compute_area(shape) == pytest.approx(int(np.asarray(mask).sum()), rel=0.01)
 
 
 def test_half_of_the_pictures_of_several_hold_small_and_large_shapes() -> None:
@@ -313,14 +315,14 @@ def test_second_questions_are_about_the_shape_of_the_first() -> None:
     }
     asked = Counter[str]()
     for seed in range(300):
-        first, second = questions.follow_up(scene, np.random.default_rng(seed))
-        words = text_of(first.question).rstrip("?.").split()
+        first, second = questions.ask_follow_up(scene, np.random.default_rng(seed))
+        words = join_parts(first.question).rstrip("?.").split()
         is_red = "red" in words or "circle" in words
         assert is_red != ("blue" in words or "star" in words)
         truth = facts["red circle" if is_red else "blue star"]
-        fact = then[text_of(second.question)]
-        assert text_of(first.answer) in set(truth.values()) - {truth[fact]}
-        assert text_of(second.answer) == truth[fact]
+        fact = then[join_parts(second.question)]
+        assert join_parts(first.answer) in set(truth.values()) - {truth[fact]}
+        assert join_parts(second.answer) == truth[fact]
         asked[fact] += 1
     assert set(asked) == {"where", "color", "shape"}
 
@@ -329,9 +331,9 @@ def test_answers_about_several_pictures_are_true_and_point_into_their_own() -> N
     seen = Counter[str]()
     for seed in range(400):
         rng = np.random.default_rng(seed)
-        pictures = [shapes(rng, (96, 96)) for _ in range(2 + seed % 2)]
+        pictures = [draw_shapes(rng, (96, 96)) for _ in range(2 + seed % 2)]
         turn = ask_several(pictures, rng)
-        question, answer = text_of(turn.question), text_of(turn.answer)
+        question, answer = join_parts(turn.question), join_parts(turn.answer)
         if question in ("How many pictures are there?", "How many images do you see?"):
             assert answer == ("Two.", "Three.")[len(pictures) - 2]
             seen["how many"] += 1
@@ -366,7 +368,7 @@ def test_answers_about_several_pictures_are_true_and_point_into_their_own() -> N
 def test_a_picture_of_every_kind_can_be_asked_about() -> None:
     kinds = ("circle", "square", "triangle", "star", "diamond", "cross")
     scene = scene_of(*(("red", kind, cell) for cell, kind in enumerate(kinds)))
-    for maker in (questions.color, questions.where):
+    for maker in (questions.ask_color, questions.ask_where):
         assert "There is no" not in "".join(all_answers(maker, scene).values())
 
 
@@ -449,12 +451,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two pictures a batch, narrow layers: fast enough without a fast BLAS too."""
     mixes = ((Mix(("shapes", "pages"), 2, 2, detail="high"), 0.5), (Mix(("words",), 2, 2), 0.5))
     monkeypatch.setattr(batches, "MIXES", mixes)
-    monkeypatch.setattr(run_module, "demo_config", small_config)
+    monkeypatch.setattr(run_module, "make_demo_config", small_config)
 
 
 def small_config(tokenizer: Tokenizer) -> Config:
     """The demo's configuration with narrow layers, and one of them in the encoder."""
-    config = demo_config(tokenizer)
+    config = make_demo_config(tokenizer)
     narrow = {"hidden_size": 64, "intermediate_size": 64}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
     return replace(
@@ -468,16 +470,16 @@ def small_config(tokenizer: Tokenizer) -> Config:
 def test_steps_lower_the_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(2):
         run = start(tmp_path / str(number), 0, STAGES[number : number + 1])
-        same = run._ahead.at((0, 0))
-        monkeypatch.setattr(run._ahead, "at", lambda _place, same=same: same)
+        same = run._ahead.get((0, 0))
+        monkeypatch.setattr(run._ahead, "get", lambda _place, same=same: same)
         before, _, after = run.advance(), run.advance(), run.advance()
         assert after < before
 
 
 def test_encoder_batches_follow_from_the_seed(demo_builder: PromptBuilder) -> None:
-    first, second = (encoder_batch(4, demo_builder.config, 3) for _ in range(2))
+    first, second = (make_encoder_batch(4, demo_builder.config, 3) for _ in range(2))
     assert (first.pixels == second.pixels).all()
-    other = encoder_batch(5, demo_builder.config, 3)
+    other = make_encoder_batch(5, demo_builder.config, 3)
     assert not np.array_equal(first.pixels, other.pixels)
 
 
@@ -521,11 +523,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, stop: int) ->
 
 
 def test_raw_pixels_are_normalized_as_the_model_wants_them(demo_builder: PromptBuilder) -> None:
-    drawn = shapes(np.random.default_rng(3), (250, 180))
+    drawn = draw_shapes(np.random.default_rng(3), (250, 180))
     expected = tile_picture(drawn.picture, demo_builder.config).pixel_values
-    pixels = batches.told_tiles(drawn, demo_builder.config, "high")[0].pixels
+    pixels = batches.label_tiles(drawn, demo_builder.config, "high")[0].pixels
     assert pixels.dtype == np.uint8
-    assert np.abs(np.array(normalized(pixels, demo_builder.config.image)) - expected).max() <= 1e-5
+    assert (
+        np.abs(np.array(normalize_pixels(pixels, demo_builder.config.image)) - expected).max()
+        <= 1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -561,7 +566,7 @@ def test_batches_drawn_ahead_are_those_of_their_steps(tmp_path: Path, workers: i
     stages = (Stage("a", 2, 0.01, size=2), Stage("b", 2, 0.01, size=3))
     run = start(tmp_path / "run", 0, stages, workers)
     for place in ((0, 0), (0, 1), (1, 0), (1, 1), (0, 1)):
-        (found,) = run._ahead.at(place)
+        (found,) = run._ahead.get(place)
         expected = make_batch(run.builder, stages, 0, (*place, 0))
         assert (found.pixels == expected.pixels).all(), place  # type: ignore[union-attr]
         assert len(found.pixels) == stages[place[0]].size  # type: ignore[union-attr]
@@ -572,7 +577,7 @@ def test_tiles_beside_conversations_count_too(tmp_path: Path) -> None:
     stages = (Stage("more", 2, 0.01, tiles=3), Stage("plain", 2, 0.01))
     run = start(tmp_path / "run", 0, stages)
     found = make_batch(run.builder, stages, 0, (0, 0, 0))
-    assert isinstance(found, Paired)
+    assert isinstance(found, PairedBatch)
     assert len(found.tiles.pixels) == 3
     again = make_batch(run.builder, stages, 0, (0, 0, 0))
     assert (again.tiles.pixels == found.tiles.pixels).all()  # type: ignore[union-attr]

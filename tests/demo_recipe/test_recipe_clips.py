@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 
 from demo_recipe import clip_questions as questions
-from demo_recipe.clip_batches import clip_batch, clip_prefix
+from demo_recipe.clip_batches import make_clip_batch, make_clip_prefix
 from demo_recipe.clips import (
     MOTIONS,
     Clip,
     Event,
     Motion,
+    render_sampled_frames,
     sampled_indices,
-    shown_frames,
 )
 from demo_recipe.draw import COLOR_NAMES, SHAPES, Shape, render
 from demo_recipe.film import write_mp4
-from demo_recipe.grounding import word_table
-from demo_recipe.items import Said, Turn, parts_of, text_of
-from demo_recipe.motion import frame_labels, token_labels, word_labels
+from demo_recipe.grounding import make_word_table
+from demo_recipe.items import Turn, Wording, get_parts, join_parts
+from demo_recipe.motion import make_frame_labels, make_token_labels, make_word_labels
 from demo_recipe.prefix import ANSWERED_LAYER, ASKED_LAYER
 from demo_recipe.rows import make_row
 from demo_recipe.sample_clips import SAMPLED, sample_clip
@@ -43,9 +43,9 @@ def is_near(pixel: np.ndarray, rgb: tuple[int, int, int]) -> bool:
 def test_clip_follows_from_the_seed() -> None:
     first, second, other = (sample_clip(np.random.default_rng(seed)) for seed in (5, 5, 6))
     assert first == second != other
-    frames = [frame.tobytes() for frame in shown_frames(first)]
-    assert frames == [frame.tobytes() for frame in shown_frames(second)]
-    assert shown_frames(first)[0].size == (first.width, first.height)
+    frames = [frame.tobytes() for frame in render_sampled_frames(first)]
+    assert frames == [frame.tobytes() for frame in render_sampled_frames(second)]
+    assert render_sampled_frames(first)[0].size == (first.width, first.height)
 
 
 @pytest.mark.parametrize("count", SAMPLED)
@@ -77,7 +77,7 @@ def test_pixels_move_as_the_label_says() -> None:
     for clip in clips("moves", 80):
         if len(clip.shapes) > 1:
             continue
-        frames = [np.asarray(frame, int) for frame in shown_frames(clip)]
+        frames = [np.asarray(frame, int) for frame in render_sampled_frames(clip)]
         places = [centroid(frame, clip.background[1]) for frame in frames]
         axis, sign = signs[clip.motion]
         ways = [(b[axis] - a[axis]) * sign for a, b in pairwise(places)]
@@ -90,21 +90,21 @@ def test_pixels_move_as_the_label_says() -> None:
 
 def test_what_does_not_move_stays() -> None:
     for clip in clips("stays", 30):
-        frames = {frame.tobytes() for frame in shown_frames(clip)}
+        frames = {frame.tobytes() for frame in render_sampled_frames(clip)}
         assert len(frames) == 1
         assert clip.motion == "none"
     pairs = [clip for clip in clips("moves", 80) if len(clip.shapes) == 2]
     assert len(pairs) > 20
     for clip in pairs:
         still = clip.shapes[1]
-        for frame in shown_frames(clip):
+        for frame in render_sampled_frames(clip):
             assert is_near(np.asarray(frame, int)[int(still.y), int(still.x)], still.rgb)
 
 
 def test_each_color_is_seen_in_order() -> None:
     for event in ("shape turns", "background turns"):
         for clip in clips(event, 40):  # type: ignore[arg-type]
-            frames = [np.asarray(frame, int) for frame in shown_frames(clip)]
+            frames = [np.asarray(frame, int) for frame in render_sampled_frames(clip)]
             y, x = (0, 0)
             if event == "shape turns":
                 y, x = int(clip.shapes[0].y), int(clip.shapes[0].x)
@@ -148,7 +148,7 @@ Maker = Callable[[Clip, np.random.Generator], Turn]
 def all_answers(maker: Maker, clip: Clip) -> dict[str, str]:
     """Answer to each question that `maker` asks about `clip`."""
     turns = [maker(clip, np.random.default_rng(seed)) for seed in range(2000)]
-    pairs = [(text_of(turn.question), text_of(turn.answer)) for turn in turns]
+    pairs = [(join_parts(turn.question), join_parts(turn.answer)) for turn in turns]
     answers = dict(pairs)
     assert all(answers[question] == answer for question, answer in pairs)
     return answers
@@ -156,43 +156,45 @@ def all_answers(maker: Maker, clip: Clip) -> dict[str, str]:
 
 def test_answers_about_motion_are_true() -> None:
     clip = clip_of("moves", ("red", "circle"), ("blue", "square"), motion="down")
-    ways = all_answers(questions.direction, clip)
+    ways = all_answers(questions.ask_direction, clip)
     assert ways["Which way does the circle move?"] == "Down."
     assert ways["Does the red circle move up or down?"] == "Down."
     assert ways["Which way does the square move?"] == "It stays still."
     assert ways["Which way does the star move?"] == "There is no star."
     assert "Does the circle move left or right?" not in ways
-    assert all_answers(questions.mover, clip)["What moves?"] == "A red circle."
-    assert all_answers(questions.mover, clip)["What stays still?"] == "A blue square."
-    moves = all_answers(questions.moves, clip)
+    assert all_answers(questions.ask_mover, clip)["What moves?"] == "A red circle."
+    assert all_answers(questions.ask_mover, clip)["What stays still?"] == "A blue square."
+    moves = all_answers(questions.ask_moves, clip)
     assert moves["Does the circle move?"] == moves["Does anything move?"] == "Yes."
     assert moves["Does the blue square move?"] == "No."
-    assert all_answers(questions.happens, clip)["What happens?"] == "A red circle moves down."
-    assert text_of(questions.story(clip)) == (
+    assert all_answers(questions.ask_happens, clip)["What happens?"] == "A red circle moves down."
+    assert join_parts(questions.describe_clip(clip)) == (
         "A red circle moves down and a blue square stays still, on a white background."
     )
-    assert all_answers(questions.turner, clip)["What changes color?"] == "Nothing."
+    assert all_answers(questions.ask_turner, clip)["What changes color?"] == "Nothing."
     still = clip_of("stays", ("red", "circle"))
-    assert all_answers(questions.happens, still)["What happens?"] == "A red circle stays still."
-    assert all_answers(questions.direction, still)["Which way does it move?"] == "It stays still."
-    assert all_answers(questions.mover, still)["What moves?"] == "Nothing."
+    assert all_answers(questions.ask_happens, still)["What happens?"] == "A red circle stays still."
+    assert (
+        all_answers(questions.ask_direction, still)["Which way does it move?"] == "It stays still."
+    )
+    assert all_answers(questions.ask_mover, still)["What moves?"] == "Nothing."
 
 
 def test_nothing_moves_where_two_shapes_stay() -> None:
     still = clip_of("stays", ("red", "circle"), ("blue", "square"))
-    assert set(all_answers(questions.happens, still).values()) == {"Nothing moves."}
-    assert text_of(questions.story(still)) == "Nothing moves on a white background."
-    assert all_answers(questions.moves, still)["Is anything moving?"] == "No."
-    assert all_answers(questions.moves, still)["Does the square move or stay still?"] == (
+    assert set(all_answers(questions.ask_happens, still).values()) == {"Nothing moves."}
+    assert join_parts(questions.describe_clip(still)) == "Nothing moves on a white background."
+    assert all_answers(questions.ask_moves, still)["Is anything moving?"] == "No."
+    assert all_answers(questions.ask_moves, still)["Does the square move or stay still?"] == (
         "It stays still."
     )
 
 
-def boxes(said: Said) -> dict[str, list[tuple[int, list[float]]]]:
+def boxes(said: Wording) -> dict[str, list[tuple[int, list[float]]]]:
     """Frame and pixels, of a picture of 100, of each part's boxes."""
     return {
         part.text: [(box.picture, [round(100 * side) for side in box.extent]) for box in part.boxes]
-        for part in parts_of(said)
+        for part in get_parts(said)
         if part.boxes
     }
 
@@ -201,24 +203,24 @@ def test_words_about_clips_point_to_what_they_name_frame_by_frame() -> None:
     clip = clip_of("moves", ("red", "circle"), ("blue", "square"), motion="down")
     moving = [(0, [22, 22, 38, 38]), (1, [22, 41, 38, 57]), (2, [22, 62, 38, 78])]
     still = [(frame, [62, 22, 78, 38]) for frame in range(3)]
-    found = boxes(questions.story(clip))
+    found = boxes(questions.describe_clip(clip))
     assert found == {"A red circle": moving, "down": moving, "a blue square": still}
     for seed in range(50):
-        turn = questions.direction(clip, np.random.default_rng(seed))
+        turn = questions.ask_direction(clip, np.random.default_rng(seed))
         if turn.family == "direction":
             (told,) = boxes(turn.question).values()
-            assert told == (still if "square" in text_of(turn.question) else moving)
+            assert told == (still if "square" in join_parts(turn.question) else moving)
             assert list(boxes(turn.answer).values()) == [told]
     # Of the frames 0, 14 and 29 each shows another color.
     turning = clip_of("shape turns", ("red", "circle"), ("green", "star"))
     at = [22, 22, 38, 38]
-    assert boxes(questions.order(turning, np.random.default_rng(0)).answer) == {
+    assert boxes(questions.ask_order(turning, np.random.default_rng(0)).answer) == {
         "Red": [(0, at)],
         "blue": [(1, at)],
         "pink": [(2, at)],
     }
     ground = clip_of("background turns", ("green", "star"))
-    assert boxes(questions.order(ground, np.random.default_rng(0)).answer) == {
+    assert boxes(questions.ask_order(ground, np.random.default_rng(0)).answer) == {
         "Red": [(0, [0, 0, 100, 100])],
         "blue": [(1, [0, 0, 100, 100])],
         "pink": [(2, [0, 0, 100, 100])],
@@ -227,23 +229,23 @@ def test_words_about_clips_point_to_what_they_name_frame_by_frame() -> None:
 
 def test_answers_about_colors_are_true() -> None:
     clip = clip_of("shape turns", ("red", "circle"), ("green", "star"))
-    assert set(all_answers(questions.order, clip).values()) == {"Red, then blue, then pink."}
-    ends = all_answers(questions.ends, clip)
+    assert set(all_answers(questions.ask_order, clip).values()) == {"Red, then blue, then pink."}
+    ends = all_answers(questions.ask_ends, clip)
     assert ends["Which color comes first?"] == "Red."
     assert ends["What color is the circle at the end?"] == "Pink."
-    assert all_answers(questions.turner, clip)["What changes color?"] == "The circle."
-    seen = all_answers(questions.seen, clip)
+    assert all_answers(questions.ask_turner, clip)["What changes color?"] == "The circle."
+    seen = all_answers(questions.ask_seen, clip)
     assert seen["What color is the star?"] == "Green."
     assert "What color is the circle?" not in seen
-    assert text_of(questions.story(clip)) == (
+    assert join_parts(questions.describe_clip(clip)) == (
         "A circle turns red, then blue, then pink, beside a green star, on a white background."
     )
     ground = clip_of("background turns", ("green", "star"))
-    assert text_of(questions.story(ground)) == (
+    assert join_parts(questions.describe_clip(ground)) == (
         "The background turns red, then blue, then pink, behind a green star."
     )
-    assert all_answers(questions.turner, ground)["What changes?"] == "The background."
-    ends = all_answers(questions.ends, ground)
+    assert all_answers(questions.ask_turner, ground)["What changes?"] == "The background."
+    ends = all_answers(questions.ask_ends, ground)
     assert ends["What color is the background at the end?"] == "Pink."
 
 
@@ -253,31 +255,33 @@ def test_clips_are_tokenized_as_files_are(
 ) -> None:
     rng = np.random.default_rng(seed)
     clip = sample_clip(rng)
-    turns = questions.ask_clip(clip, rng, 2, questions.makers_of(clip))
+    turns = questions.ask_clip(clip, rng, 2, questions.select_makers(clip))
     write_mp4(clip, tmp_path / "clip.mp4")
     opened = open_video(tmp_path / "clip.mp4", demo_builder.config)
     assert opened.indices == sampled_indices(clip.frames, clip.fps)
     messages = []
     for number, turn in enumerate(turns):
         asked = [{"type": "video"}] * (number == 0) + [
-            {"type": "text", "text": text_of(turn.question)}
+            {"type": "text", "text": join_parts(turn.question)}
         ]
         messages.append({"role": "user", "content": asked})
-        answer = [{"type": "text", "text": text_of(turn.answer)}]
+        answer = [{"type": "text", "text": join_parts(turn.answer)}]
         messages.append({"role": "assistant", "content": answer})
     built = demo_builder.build(messages, [], add_generation_prompt=False, clips=[opened])
     row = make_row(demo_builder, turns, "\n\n")
     ids, weights = row.ids, row.weights
-    made = [*clip_prefix(demo_builder, clip), *ids, *demo_builder.tokenizer.encode("\n").ids]
+    made = [*make_clip_prefix(demo_builder, clip), *ids, *demo_builder.tokenizer.encode("\n").ids]
     assert made == built.tolist()
     learned = [token for token, weight in zip(ids, weights, strict=True) if weight]
     answers = demo_builder.tokenizer.decode(learned, skip_special_tokens=False)
-    assert answers == "".join(f" {text_of(turn.answer)}<end_of_utterance>" for turn in turns)
+    assert answers == "".join(f" {join_parts(turn.answer)}<end_of_utterance>" for turn in turns)
 
 
 def test_prefix_is_in_the_words_of_smolvlm2(demo_builder: PromptBuilder) -> None:
     clip = replace(clip_of("moves", ("red", "circle"), motion="down"), fps=5.0, frames=17)
-    text = demo_builder.tokenizer.decode(clip_prefix(demo_builder, clip), skip_special_tokens=False)
+    text = demo_builder.tokenizer.decode(
+        make_clip_prefix(demo_builder, clip), skip_special_tokens=False
+    )
     image = "<fake_token_around_image><global-img>" + "<image>" * 16 + "<fake_token_around_image>"
     assert text == (
         "<|im_start|>User: You are provided the following series of three frames from a 0:00:03 "
@@ -288,7 +292,7 @@ def test_prefix_is_in_the_words_of_smolvlm2(demo_builder: PromptBuilder) -> None
 
 @pytest.mark.parametrize("seed", [1, 2, 3, 8])
 def test_batch_holds_what_its_places_say(demo_builder: PromptBuilder, seed: int) -> None:
-    made = clip_batch(seed, demo_builder, 8)
+    made = make_clip_batch(seed, demo_builder, 8)
     assert (made.row_ids.reshape(-1)[made.places + 1] == made.targets).all()
     assert made.weights.sum() == pytest.approx(1)
     images = (made.prefix_ids == demo_builder.config.image_token_id).sum()
@@ -303,7 +307,7 @@ def test_batch_holds_what_its_places_say(demo_builder: PromptBuilder, seed: int)
     for pointers in made.pointers.values():
         assert pointers.targets.any(1).all()
         assert not pointers.targets[:, ~is_image[0]].any()
-    again = clip_batch(seed, demo_builder, 8)
+    again = make_clip_batch(seed, demo_builder, 8)
     assert (made.pixels == again.pixels).all()
     assert (made.row_ids == again.row_ids).all()
 
@@ -314,7 +318,7 @@ def test_clips_of_a_batch_are_no_longer_than_wanted(
 ) -> None:
     lengths = set()
     for seed in range(12):
-        made = clip_batch(seed, demo_builder, 8, longest)
+        made = make_clip_batch(seed, demo_builder, 8, longest)
         lengths.add(len(made.pixels) // len(made.prefix_ids))
     assert max(lengths) <= longest
     assert longest == 2 or len(lengths) > 1
@@ -328,32 +332,32 @@ def test_labels_of_frames_and_words(demo_builder: PromptBuilder) -> None:
         SHAPES.index("circle"),
     )
     down = MOTIONS.index("down")
-    assert frame_labels(clip).tolist() == [
+    assert make_frame_labels(clip).tolist() == [
         [-1, -1, white, -1, -1, -1, 0, -1, -1, -1],
         [circle, red, white, 2, 3, down, 0, -1, red, 0],
         [circle, red, white, 2, 5, down, 0, red, red, 0],
     ]
     blue, pink = COLOR_NAMES.index("blue"), COLOR_NAMES.index("pink")
-    turning = frame_labels(clip_of("shape turns", ("red", "circle")))
+    turning = make_frame_labels(clip_of("shape turns", ("red", "circle")))
     assert turning[:, 1].tolist() == [red, blue, pink]
     assert turning[:, 6:].tolist() == [[0, -1, red, -1], [1, red, red, 2], [2, blue, red, 2]]
-    ground = frame_labels(clip_of("background turns", ("green", "star")))
+    ground = make_frame_labels(clip_of("background turns", ("green", "star")))
     assert ground[:, 2].tolist() == [red, blue, pink]
     assert ground[:, 6:9].tolist() == turning[:, 6:9].tolist()
     assert ground[:, 9].tolist() == [-1, 3, 3]
     tokenizer = demo_builder.tokenizer
     ids = tokenizer.encode("Is a red circle, a square, a star, a blue circle or a shape there?").ids
-    found = [labels for _, *labels in word_labels(clip, ids, word_table(tokenizer))]
+    found = [labels for _, *labels in make_word_labels(clip, ids, make_word_table(tokenizer))]
     none = [len(MOTIONS), -1, -1]
     assert found == [[down, red, red], [0, blue, blue], none, none]
     ids = tokenizer.encode("What color is the circle?").ids
     turning_clip = clip_of("shape turns", ("red", "circle"))
-    assert word_labels(turning_clip, ids, word_table(tokenizer))[0][1:] == (0, red, pink)
+    assert make_word_labels(turning_clip, ids, make_word_table(tokenizer))[0][1:] == (0, red, pink)
 
 
 def test_image_tokens_tell_what_was_before_and_how_it_moved() -> None:
     clip = clip_of("moves", ("red", "circle"), ("blue", "square"), motion="down")
-    first, second, third = token_labels(clip, 4).reshape(3, 4, 4, 5)
+    first, second, third = make_token_labels(clip, 4).reshape(3, 4, 4, 5)
     white, red, blue = (COLOR_NAMES.index(color) for color in ("white", "red", "blue"))
     circle, square = 1 + SHAPES.index("circle"), 1 + SHAPES.index("square")
     down = MOTIONS.index("down")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import mlx_smolvlm
-from demo_recipe.examples import example
+from demo_recipe.examples import make_example
 from mlx_smolvlm import Choice, MediaError, PromptError, Sampling, SmolVLM
 from mlx_smolvlm.checkpoint.load import find_tokenizer
 from mlx_smolvlm.generate.choose import make_choice
@@ -141,7 +141,7 @@ def test_what_is_typed_as_an_end_is_none(tiny: SmolVLM) -> None:
 def test_the_demo_chooses_what_it_says(demo: SmolVLM) -> None:
     colors = ["Red.", "Green.", "Blue.", "Yellow."]
     asked = "What color is the square?"
-    true = example("three.png").answer(asked)
+    true = make_example("three.png").answer(asked)
     choice = demo.choose(asked, colors, images=[EXAMPLE])
     assert str(choice) == choice.best == demo.ask(asked, images=[EXAMPLE]).text == true
     assert choice.probabilities[choice.index] > 0.9

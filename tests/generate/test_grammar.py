@@ -21,7 +21,7 @@ import pytest
 
 import mlx_smolvlm
 import mlx_smolvlm.generate.loop
-from demo_recipe.examples import example
+from demo_recipe.examples import make_example
 from mlx_smolvlm import ConstraintError, Sampling, SmolVLM, SmolVLMWarning
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.grammar import Constrainer, Constraint
@@ -136,7 +136,7 @@ def test_the_demo_answers_right_within_bounds() -> None:
     sampling = Sampling(regex="At the (top|bottom) (left|right)\\.")
     question = "Where is the square?"
     held = demo.ask(question, images=[picture], sampling=sampling)
-    assert held.text == example("three.png").answer(question)
+    assert held.text == make_example("three.png").answer(question)
 
 
 class Recorder(Constraint):

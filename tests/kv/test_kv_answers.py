@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from demo_recipe.examples import example
+from demo_recipe.examples import make_example
 from mlx_smolvlm import (
     CacheOptions,
     Conversation,
@@ -200,7 +200,7 @@ def test_conversations_are_saved_and_loaded(packed: SmolVLM, tmp_path: Path) -> 
         # A file holds keys and values as they are computed, or none: so all is run again.
         reply = loaded.ask("Where is the square?")
         assert (reply.cached_tokens, reply.encoded_tiles) == (0, 0)
-        assert reply.text == example("three.png").answer("Where is the square?")
+        assert reply.text == make_example("three.png").answer("Where is the square?")
         assert loaded._stream is not None
         assert loaded._stream.state is not None
         assert isinstance(loaded._stream.state.cache.storage, PackedStorage)

@@ -9,15 +9,15 @@ import pytest
 
 from demo_recipe.batches import (
     MIXES,
-    Asked,
     Mix,
-    batch,
+    QuestionOptions,
+    find_named_places,
     find_pointers,
-    named_places,
-    picture_prefix,
+    make_picture_batch,
+    make_picture_prefix,
 )
-from demo_recipe.clip_questions import ask_clip, makers_of
-from demo_recipe.items import Box, Part, Turn, parts_of, text_of
+from demo_recipe.clip_questions import ask_clip, select_makers
+from demo_recipe.items import Box, Part, Turn, get_parts, join_parts
 from demo_recipe.prefix import (
     ANSWERED_LAYER,
     ASKED_LAYER,
@@ -28,7 +28,7 @@ from demo_recipe.prefix import (
 )
 from demo_recipe.rows import make_row
 from demo_recipe.sample_clips import sample_clip
-from demo_recipe.topics import TOPICS, Focus, ask, ask_several, draw, shapes, talk
+from demo_recipe.topics import TOPICS, Focus, ask, ask_several, draw, draw_shapes, make_talk
 from mlx_smolvlm.kv.cache import Mask
 from mlx_smolvlm.media.tiles import Detail, Grid, tile_picture
 from mlx_smolvlm.model.model import Model
@@ -41,10 +41,10 @@ def messages_of(turns: list[Turn], pictures: int, system: str | None) -> list[di
     if system is not None:
         messages.append({"role": "system", "content": [{"type": "text", "text": system}]})
     for turn in turns:
-        asked = [{"type": "text", "text": text_of(turn.question)}]
+        asked = [{"type": "text", "text": join_parts(turn.question)}]
         shown = [{"type": "image"}] * (pictures if turn is turns[0] else 0)
         messages.append({"role": "user", "content": [*shown, *asked]})
-        messages.append({"role": "assistant", "content": text_of(turn.answer)})
+        messages.append({"role": "assistant", "content": join_parts(turn.answer)})
     return messages
 
 
@@ -58,7 +58,7 @@ def check_row(
     ids, weights = made
     assert [*ids, *builder.tokenizer.encode("\n").ids] == built.tolist()
     targets = [token for token, weight in zip(ids[-len(weights) :], weights, strict=True) if weight]
-    expected = "".join(f" {text_of(turn.answer)}<end_of_utterance>" for turn in turns)
+    expected = "".join(f" {join_parts(turn.answer)}<end_of_utterance>" for turn in turns)
     assert builder.tokenizer.decode(targets, skip_special_tokens=False) == expected
 
 
@@ -74,7 +74,7 @@ def test_a_picture_is_tokenized_as_prompts_are(
         turns = ask(drawn, rng, count)
         grid = tile_picture(drawn.picture, demo_builder.config, detail).grid
         row = make_row(demo_builder, turns, "")
-        ids = [*picture_prefix(demo_builder, [grid], system), *row.ids]
+        ids = [*make_picture_prefix(demo_builder, [grid], system), *row.ids]
         built = demo_builder.build(
             messages_of(turns, 1, system), [grid], add_generation_prompt=False
         )
@@ -89,12 +89,12 @@ def test_several_pictures_and_none_are_tokenized_as_prompts_are(
         grids = [Grid(2, 2), Grid(0, 0), Grid(1, 2)][: 2 + seed % 2]
         turns = [ask_several([draw(rng, "shapes", (96, 96)) for _ in grids], rng)]
         row = make_row(demo_builder, turns, "")
-        ids = [*picture_prefix(demo_builder, grids), *row.ids]
+        ids = [*make_picture_prefix(demo_builder, grids), *row.ids]
         built = demo_builder.build(
             messages_of(turns, len(grids), None), grids, add_generation_prompt=False
         )
         check_row(demo_builder, (ids, row.weights), built, turns)
-        turns = talk(rng)
+        turns = make_talk(rng)
         row = make_row(demo_builder, turns, "User: ")
         start = demo_builder.tokenizer.token_to_id("<|im_start|>")
         built = demo_builder.build(messages_of(turns, 0, None), [], add_generation_prompt=False)
@@ -107,7 +107,7 @@ def conversations(seed: int) -> list[tuple[list[Turn], str]]:
     made = [(ask(draw(rng, topic, (200, 200)), rng, 1 + seed % 2), "") for topic in TOPICS]
     made.append(([ask_several([draw(rng, "shapes", (96, 96)) for _ in range(2)], rng)], ""))
     clip = sample_clip(rng)
-    return [*made, (ask_clip(clip, rng, 2, makers_of(clip)), "\n\n")]
+    return [*made, (ask_clip(clip, rng, 2, select_makers(clip)), "\n\n")]
 
 
 def test_parts_point_from_their_own_tokens(demo_builder: PromptBuilder) -> None:
@@ -121,12 +121,12 @@ def test_parts_point_from_their_own_tokens(demo_builder: PromptBuilder) -> None:
         asked, answered = [], []
         for turn in turns:
             text += place
-            for part in parts_of(turn.question):
+            for part in get_parts(turn.question):
                 text += part.text
                 if part.boxes:  # its last token ends where it does
                     asked.append((ends.index(len(text)) - 1, part.boxes))
             text += "<end_of_utterance>\nAssistant: "
-            for part in parts_of(turn.answer):
+            for part in get_parts(turn.answer):
                 first, last = len(text), len(text) + len(part.text)
                 text += part.text
                 if part.boxes:  # each of its tokens is foretold by the one before
@@ -136,15 +136,15 @@ def test_parts_point_from_their_own_tokens(demo_builder: PromptBuilder) -> None:
             text += "<end_of_utterance>"
             place = "\nUser: "
         assert text == "".join(pieces)
-        assert sorted(row.asked, key=lambda one: one[0]) == asked
-        assert row.answered == answered
+        assert sorted(row.question_pointers, key=lambda one: one[0]) == asked
+        assert row.answer_pointers == answered
         pointing += len(asked) > 0
     assert pointing > 50
 
 
 def test_boxes_of_a_picture_are_its_own_image_tokens(demo_builder: PromptBuilder) -> None:
     grids = [Grid(2, 2), Grid(2, 2)]
-    prefix = picture_prefix(demo_builder, grids)
+    prefix = make_picture_prefix(demo_builder, grids)
     names = [demo_builder.tokenizer.id_to_token(token) for token in prefix]
     second = len(names) - 1 - names[::-1].index("<row_1_col_1>")  # of the second picture
     corner = names.index("<row_2_col_2>", second)
@@ -166,7 +166,7 @@ def test_boxes_of_a_picture_are_its_own_image_tokens(demo_builder: PromptBuilder
 
 @pytest.mark.parametrize("mix", [mix for mix, _ in MIXES], ids=lambda mix: str(mix.topics[-1:]))
 def test_batches_hold_what_their_places_say(demo_builder: PromptBuilder, mix: Mix) -> None:
-    made = batch(7, demo_builder, mix)
+    made = make_picture_batch(7, demo_builder, mix)
     assert (made.row_ids.reshape(-1)[made.places + 1] == made.targets).all()
     assert made.weights.sum() == pytest.approx(1)
     assert made.prefix_ids.shape[0] == mix.conversations
@@ -182,7 +182,7 @@ def test_batches_hold_what_their_places_say(demo_builder: PromptBuilder, mix: Mi
     for pointers in made.pointers.values():
         assert pointers.targets.any(1).all()
         assert not pointers.targets[:, ~is_image[0]].any()
-    again = batch(7, demo_builder, mix)
+    again = make_picture_batch(7, demo_builder, mix)
     assert again.shown is not None
     assert (again.row_ids == made.row_ids).all()
     assert (again.shown.pixels == made.shown.pixels).all()
@@ -251,10 +251,13 @@ def test_words_for_what_is_not_there_look_at_the_beginning(demo_builder: PromptB
     asked = Turn("absent", "Where is the star?", "There is no star.", "star")
     later = Turn("count", "How many stars are there?", "0.", "stars")
     row = make_row(demo_builder, [asked, later, Turn("chat", "Hi", "Hello!")], " ")
-    said = [demo_builder.tokenizer.decode(row.ids[: place + 1]) for place in row.missing]
+    said = [demo_builder.tokenizer.decode(row.ids[: place + 1]) for place in row.missing_places]
     assert [text.rsplit(" ", 1)[1] for text in said] == ["star", "stars"]
     mix = Mix(("shapes",), 6, 4)
-    old, new = (batch(5, demo_builder, mix, Asked(missing=flag)) for flag in (False, True))
+    old, new = (
+        make_picture_batch(5, demo_builder, mix, QuestionOptions(missing=flag))
+        for flag in (False, True)
+    )
     assert (old.row_ids == new.row_ids).all()
     before, after = old.pointers[ASKED_LAYER], new.pointers[ASKED_LAYER]
     count = len(before.places)
@@ -271,15 +274,15 @@ def test_words_that_name_one_thing_tell_its_place_and_size(demo_builder: PromptB
     question = (Part("Are the "), Part("star", (left,)), Part(" and the "), Part("moon", (right,)))
     both = Part(" shapes", (left, right))
     row = make_row(demo_builder, [Turn("beside", (*question, both), "No.")], "")
-    found = named_places([row, row], len(row.ids) + 2)
+    found = find_named_places([row, row], len(row.ids) + 2)
     said = [demo_builder.tokenizer.decode(row.ids[: at + 1]) for at in found[:2, 0]]
     assert [text.rsplit(" ", 1)[1] for text in said] == ["star", "moon"]
     assert found[:2, 1:].tolist() == [[1, 9, 3, 6], [10, 1, 3, 2]]  # twelfths
     assert (found[2:, 0] == found[:2, 0] + len(row.ids) + 2).all()
     assert (found[2:, 1:] == found[:2, 1:]).all()
     mix = Mix(("shapes",), 3, 4)
-    assert not len(batch(5, demo_builder, mix).named)
-    assert len(batch(5, demo_builder, mix, Asked(places=True)).named)
+    assert not len(make_picture_batch(5, demo_builder, mix).named)
+    assert len(make_picture_batch(5, demo_builder, mix, QuestionOptions(places=True)).named)
 
 
 def test_families_in_focus_are_asked_about_more_often() -> None:
@@ -287,7 +290,7 @@ def test_families_in_focus_are_asked_about_more_often() -> None:
     shares = []
     rare, _ = names = ("larger", "color")
     sized = Focus((rare,), 1.0, 80)
-    drawn = [shapes(rng, (96, 96)) for _ in range(1000)]
+    drawn = [draw_shapes(rng, (96, 96)) for _ in range(1000)]
     drawn = [one for one in drawn if ask(one, rng, 1, sized)[0].family == rare]
     assert len(drawn) > 100
     for focus in (Focus(), Focus(names, 0.5), Focus(names, 0.5, 80, True)):
