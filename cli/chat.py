@@ -252,7 +252,7 @@ def read_prompt() -> str:
         text = data.decode(sys.stdin.encoding or "utf-8")
     except UnicodeDecodeError as error:
         raise PromptError(
-            f"stdin is the prompt, and is no {error.encoding} text (byte {error.start}); "
+            f"stdin is the prompt, but it is not {error.encoding} text (byte {error.start}); "
             "to read a picture from it use: -i - PROMPT"
         ) from None
     text = text.removeprefix("\ufeff").rstrip("\r\n")

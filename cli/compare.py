@@ -227,7 +227,7 @@ def find_pictures(folder: Path) -> tuple[tuple[str, Path], ...]:
     except OSError as error:
         raise typer.BadParameter(f"{folder}: {error.strerror}", param_hint="pictures") from None
     if not folder.is_dir():
-        raise typer.BadParameter(f"{folder} is no folder", param_hint="pictures")
+        raise typer.BadParameter(f"{folder} is not a folder", param_hint="pictures")
     pictures = [one for one in sorted(folder.iterdir()) if one.suffix.lower() in PICTURE_SUFFIXES]
     if not pictures:
         raise typer.BadParameter(

@@ -214,6 +214,8 @@ def run_conversion(request: ConvertRequest) -> None:
 
     if request.verify is not None:
         request.verify.make_options()  # refuse wrong files before hours of work
+    if request.precision is not None and request.precision.has_target:
+        request.precision.make_options()  # likewise, a target out of range
     if request.upload is not None:
         from mlx_smolvlm.convert.upload import check_upload
 

@@ -101,7 +101,7 @@ def parse_time(name: str, text: str | None) -> float | None:
     match = re.fullmatch(r"(?:(?:(\d+):)?(\d+):)?(\d+(?:\.\d*)?|\.\d+)", text, re.ASCII)
     if match is None:
         raise typer.BadParameter(
-            f"{text!r} is no time; give seconds, MM:SS or H:MM:SS", param_hint=f"--{name}"
+            f"{text!r} is not a time; give seconds, MM:SS or H:MM:SS", param_hint=f"--{name}"
         )
     hours, minutes, seconds = (float(part or 0) for part in match.groups())
     return 3600 * hours + 60 * minutes + seconds

@@ -14,6 +14,7 @@ from mlx_smolvlm.cli.output import ProgressBar, say
 
 if TYPE_CHECKING:
     from mlx_smolvlm.convert.options import ConvertOptions
+    from mlx_smolvlm.convert.quant.improve import BetterOptions
     from mlx_smolvlm.convert.source import Source
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -98,14 +99,18 @@ class PrecisionOptions:
                 "them"
             )
 
-    def write(self, source: Source, dest: Path, options: ConvertOptions, *, force: bool) -> None:
-        """Convert `source` to the folder `dest`, and report the measured errors."""
+    def make_options(self, *, force: bool = False) -> BetterOptions:
+        """Return the library's options; they check the range of the target.
+
+        Raises:
+            typer.BadParameter: The target is out of range.
+        """
         from mlx_smolvlm.convert.quant.dwq import LearnOptions
         from mlx_smolvlm.convert.quant.gptq import GptqOptions
-        from mlx_smolvlm.convert.quant.improve import BetterOptions, convert_better
+        from mlx_smolvlm.convert.quant.improve import BetterOptions
 
         try:
-            better = BetterOptions(
+            return BetterOptions(
                 target_bytes=None if self.target_size is None else parse_size(self.target_size),
                 target_bits=self.target_bits,
                 gptq=GptqOptions() if self.gptq else None,
@@ -116,6 +121,12 @@ class PrecisionOptions:
         except ValueError as error:
             hint = "--target-size" if self.target_bits is None else "--target-bits"
             raise typer.BadParameter(str(error), param_hint=hint) from None
+
+    def write(self, source: Source, dest: Path, options: ConvertOptions, *, force: bool) -> None:
+        """Convert `source` to the folder `dest`, and report the measured errors."""
+        from mlx_smolvlm.convert.quant.improve import convert_better
+
+        better = self.make_options(force=force)
         bar = ProgressBar()
         with contextlib.closing(bar):
             report = convert_better(source, dest, options, better, bar.draw)
@@ -132,6 +143,6 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
     if match is None:
         raise typer.BadParameter(
-            f"{text!r} is no size; write such as 150MB or 1.2GB", param_hint="--target-size"
+            f"{text!r} is not a size; write 150MB or 1.2GB", param_hint="--target-size"
         )
     return round(float(match[1]) * UNITS[match[2].upper()])

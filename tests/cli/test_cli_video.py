@@ -148,7 +148,7 @@ def test_times(text, seconds):
     ["", "x", "-1", "1:2:3:4", "1e3", "nan", "inf", ":30", "1:", "1 2", "\u0661", "1,5", "0x1"],
 )
 def test_what_is_no_time(text):
-    with pytest.raises(typer.BadParameter, match="is no time; give seconds, MM:SS or H:MM:SS"):
+    with pytest.raises(typer.BadParameter, match="is not a time; give seconds, MM:SS or H:MM:SS"):
         parse_time("start", text)
 
 
@@ -159,9 +159,9 @@ def test_what_is_no_time(text):
         (("--fps", "nan"), ("--fps", "above 0")),
         (("--fps", "x"), ("--fps",)),
         (("--max-frames", "0"), ("--max-frames", "1 or above")),
-        (("--start", "-3"), ("--start", "no time")),
-        (("--start", "soon"), ("--start", "no time")),
-        (("--end", "1:2:3:4"), ("--end", "no time")),
+        (("--start", "-3"), ("--start", "is not a time")),
+        (("--start", "soon"), ("--start", "is not a time")),
+        (("--end", "1:2:3:4"), ("--end", "is not a time")),
         (("--end", "0"), ("--end", "after --start")),
         (("--start", "5", "--end", "5"), ("--end", "after --start")),
         (("--sample", "odd"), ("--sample", "'even', 'scene'")),

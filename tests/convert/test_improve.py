@@ -392,7 +392,7 @@ def test_the_command_mixes_and_tunes_within_a_size(source, texts, tmp_path):
         (("--target-size", "0.2MB", "--mode", "mxfp4"), 2, "a target decides on precision"),
         (("--target-size", "0MB"), 2, "target_bytes is 0; it must be"),
         (("--target-bits", "inf"), 2, "target_bits is inf; it must be"),
-        (("--target-size", "lots"), 2, "'lots' is no size"),
+        (("--target-size", "lots"), 2, "'lots' is not a size"),
         (("--calibration", "x.txt"), 2, "--calibration is for"),
         (("--recipe", "absent.toml"), 1, "none of tiny, balanced, quality"),
     ],
@@ -401,3 +401,10 @@ def test_options_that_make_no_sense(source, tmp_path, arguments, code, words):
     result = run(source, *arguments, cwd=tmp_path)
     assert result.returncode == code, result.stderr
     assert words in " ".join(result.stderr.replace("\u2502", " ").split())
+
+
+@pytest.mark.parametrize("target", [("--target-size", "0MB"), ("--target-bits", "nan")])
+def test_a_target_out_of_range_is_refused_before_the_source_is_fetched(tmp_path, target):
+    result = run("nobody/no-model", *target, "--offline", cwd=tmp_path)
+    assert result.returncode == 2, result.stderr
+    assert target[0] in result.stderr

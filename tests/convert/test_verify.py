@@ -231,7 +231,7 @@ def test_compare(packed: Path, samples: Path, source: Path, tmp_path: Path) -> N
         (("--texts", "absent.txt"), 2, ("absent.txt", "No such file")),
         (("--texts", "empty.txt"), 2, ("empty.txt is empty",)),
         (("--texts", "bytes.txt"), 2, ("bytes.txt is not UTF-8",)),
-        (("--pictures", "absent"), 2, ("absent is no folder",)),
+        (("--pictures", "absent"), 2, ("absent is not a folder",)),
         (("--pictures", "none"), 2, ("none has no pictures", ".jpeg")),
         (("--max-tokens", "0"), 2, ("--max-tokens", "is 0")),
         (("--limit", "0"), 2, ("--limit", "is 0")),
