@@ -224,7 +224,7 @@ def test_stdin_without_a_prompt(tiny_folder: Path, picture: Path) -> None:
     assert_one_error(run("chat", "-m", tiny_folder), "stdin is empty")
     assert_one_error(run("chat", "-m", tiny_folder, stdin=b" \n"), "stdin is empty")
     result = run("chat", "-m", tiny_folder, stdin=picture.read_bytes())
-    assert_one_error(result, "no utf-8 text", "-i -")
+    assert_one_error(result, "but it is not utf-8 text", "-i -")
     result = run("chat", "-i", "-", stdin=picture.read_bytes())
     assert_one_error(result, "PROMPT", status=2)
 
