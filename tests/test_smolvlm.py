@@ -192,6 +192,8 @@ def test_a_greedy_answer_imports_no_heavy_package(tiny_folder: Path) -> None:
         "heavy = lazy & {*sys.modules}\n"
         "assert not heavy, heavy\n"
         f"vlm = mlx_smolvlm.load({str(tiny_folder)!r})\n"
+        "heavy = {'PIL', 'av', 'num2words', 'huggingface_hub', 'typer'} & {*sys.modules}\n"
+        "assert not heavy, heavy\n"
         "picture = numpy.zeros((9, 9, 3), 'uint8')\n"
         "vlm.ask('Hi', images=[picture], sampling=mlx_smolvlm.Sampling(max_tokens=3))\n"
         "lazy = {'mlx_lm', 'av', 'num2words', 'llguidance'}\n"

@@ -11,12 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from PIL import Image
 
 from mlx_smolvlm.config import VideoConfig
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 _EPSILON = 1e-6  # tolerance for rounding, in frames or in seconds
 _MIN_SEEN_S = 0.5  # how long an earlier frame must stay in a range to be part of it
@@ -212,6 +214,8 @@ def score_scenes(pictures: Iterable[Image.Image]) -> Iterator[float]:
 
     Source: FFmpeg 8, libavfilter/vf_scdet.c.
     """
+    from PIL import Image
+
     before: np.ndarray | None = None
     last = 0.0
     for picture in pictures:

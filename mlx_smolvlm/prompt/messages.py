@@ -9,7 +9,7 @@ from typing import Any
 from mlx_smolvlm.errors import PromptError
 
 Message = dict[str, Any]
-ImageSource = Any  # path, URL, data URI, bytes, PIL image, array or figure: see tiles.open_image
+ImageSource = Any  # path, URL, data URI, bytes, PIL image, array or figure: see picture.open_image
 VideoSource = Any  # a Video, or the source of one: see video.Video
 
 
