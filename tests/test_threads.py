@@ -19,6 +19,7 @@ from PIL import Image
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM, SmolVLMError, load, runtime
 from mlx_smolvlm.generate.stream import Answer
 from mlx_smolvlm.kv.cache import NO_PINS
+from mlx_smolvlm.media.picture import ignore_warnings
 from mlx_smolvlm.model.model import compile_encoder
 from mlx_smolvlm.reuse.content import CachedState, Content
 from mlx_smolvlm.reuse.memory import Memory
@@ -172,6 +173,23 @@ def test_one_thread_at_a_time_changes_the_memory(tiny: SmolVLM) -> None:
         second.add_done_callback(lambda _: store.done.set())
         second.result(20)
         first.result(20)
+
+
+def test_threads_that_ignore_warnings_restore_the_filters() -> None:
+    entered, resume, filters = threading.Event(), threading.Event(), list(warnings.filters)
+
+    def ignore() -> None:
+        with ignore_warnings():
+            entered.set()
+            resume.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with ignore_warnings():
+            second = pool.submit(ignore)
+            entered.wait(0.3)  # it must not enter yet
+        resume.set()
+        second.result(20)
+    assert warnings.filters == filters
 
 
 def test_a_forked_process_says_that_it_cannot_compute(tiny: SmolVLM, tiny_folder: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,9 @@ FORMATS = (
 )
 
 _BAND_PIXELS = 1 << 20  # converted at a time, which bounds memory
+
+# The filters of warnings are global: threads that change and restore them must not overlap.
+_FILTERS_LOCK = threading.RLock()
 
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -158,7 +162,7 @@ def convert_errors(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def ignore_warnings() -> Iterator[None]:
     """Suppress Pillow's warnings of large pictures and damaged metadata."""
-    with warnings.catch_warnings():
+    with _FILTERS_LOCK, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
 
