@@ -321,7 +321,11 @@ class AnswerStream(Iterator[Chunk]):
         """
         while True:
             with self._lock_thread():
-                step = next(self._preparation, None)
+                try:
+                    step = next(self._preparation, None)
+                except BaseException:
+                    self._end()
+                    raise
             if step is None:
                 return
             yield step

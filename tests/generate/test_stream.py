@@ -280,6 +280,16 @@ def test_preparations_are_closed(
     assert [one.gi_frame for one in generators] == [None]  # type: ignore[attr-defined]
 
 
+def test_an_answer_is_over_after_an_error_in_its_preparation(tiny: SmolVLM) -> None:
+    tiny.engine.memory.clear()
+    answer = tiny.stream("Hi", images=[PICTURE])
+    answer._prompt.media[0].make_tiles = None  # type: ignore[union-attr, assignment, method-assign]
+    with pytest.raises(TypeError):
+        list(answer.prepare())
+    assert list(answer) == []
+    assert answer.finish().finish_reason == "interrupted"
+
+
 @pytest.mark.parametrize("tiles", [None, 0, 1, 2, 4])
 def test_embeddings_are_as_many_as_placeholders(tiny: SmolVLM, tiles: int | None) -> None:
     count = 12  # placeholders of three tiles, with four tokens each
