@@ -122,12 +122,13 @@ class Conversation:
     @property
     def context_used(self) -> int:
         """Number of tokens in the transcript, including the unfinished answer."""
-        messages = self._list_messages(self._turns)
+        turns, stream = self._turns, self._stream  # another thread may replace them meanwhile
+        messages = self._list_messages(turns)
         if not messages:
             return 0
-        is_answering = self._stream is not None
-        size = self._engine.count_tokens(messages, _list_media(self._turns), is_answering)
-        return size + (0 if self._stream is None else self._stream.reply.generation_tokens)
+        is_answering = stream is not None
+        size = self._engine.count_tokens(messages, _list_media(turns), is_answering)
+        return size + (0 if stream is None else stream.reply.generation_tokens)
 
     def reset(self) -> None:
         """Remove all turns; the system message stays."""
@@ -207,8 +208,8 @@ class Conversation:
         self._finish_answer()
         if not self._turns:
             return None
-        question = self._turns.pop().question
-        return "".join(item.get("text", "") for item in question["content"])
+        *self._turns, last = self._turns  # a new list: other threads may read the old one
+        return "".join(item.get("text", "") for item in last.question["content"])
 
     def fork(self) -> Conversation:
         """An independent copy of the conversation, which shares all work done so far."""

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -86,6 +87,24 @@ def test_one_answer_is_not_generated_by_two_threads_at_once(
         resume.set()
         assert answer.result(20).generation_tokens == 4
     assert chat.undo() == QUESTIONS[0]
+
+
+def test_the_context_is_counted_while_another_thread_ends_the_answer(
+    tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, count_tokens = tiny.chat(sampling=SHORT), tiny.engine.count_tokens
+    next(chat.stream(QUESTIONS[0]), None)
+    before = chat.context_used
+
+    def count_slowly(*arguments: Any) -> int:
+        monkeypatch.undo()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(chat.undo).result(20)
+        return count_tokens(*arguments)
+
+    monkeypatch.setattr(tiny.engine, "count_tokens", count_slowly)
+    assert chat.context_used == before
+    assert chat.context_used == 0
 
 
 def test_threads_may_take_turns_at_one_stream(tiny: SmolVLM) -> None:
