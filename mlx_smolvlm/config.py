@@ -286,7 +286,11 @@ class Config:
                 f"eos_token_ids is {shorten(self.eos_token_ids)}; it needs one or more ids "
                 f"within the vocabulary of {text.vocab_size}, or no answer would end",
             ),
-            (len(self.source) <= MAX_SOURCE_LENGTH, f"source has {len(self.source)} characters"),
+            (
+                len(self.source) <= MAX_SOURCE_LENGTH,
+                f"source has {len(self.source):,} characters; it must have at most "
+                f"{MAX_SOURCE_LENGTH:,}",
+            ),
             (self.dtype in DTYPES, f"dtype {shorten(self.dtype)} is none of {', '.join(DTYPES)}"),
             (
                 0 < image.longest_edge <= MAX_SIZE,

@@ -64,7 +64,9 @@ class AdapterConfig:
         if not 1 <= self.rank <= LARGEST_RANK:
             raise ValueError(f"rank is {self.rank}; it must be from 1 to {LARGEST_RANK}")
         if not 0 < self.scale <= LARGEST_SCALE:
-            raise ValueError(f"scale is {self.scale}; it must be from 0 to {LARGEST_SCALE:g}")
+            raise ValueError(
+                f"scale is {self.scale}; it must be above 0 and at most {LARGEST_SCALE:g}"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}; it must be at least 0 and below 1")
         if len(self.base) > MAX_SOURCE_LENGTH:
@@ -91,10 +93,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
             "mlx-smolvlm train"
         )
     try:
-        config = read_record(AdapterConfig, values)
+        return read_record(AdapterConfig, values)
     except ValueError as error:
         raise CheckpointError(f"{path}: {error}; train the adapter again") from None
-    return config
 
 
 def compute_signature(model: Model) -> tuple[float, ...]:

@@ -211,6 +211,20 @@ def test_end_tokens_are_of_the_vocabulary(folder, ids, match):
         read_config(folder)
 
 
+def test_a_source_is_not_too_long(folder):
+    change(folder / "config.json", "source", value=json.dumps("x" * 1000))
+    read_config(folder)
+    change(folder / "config.json", "source", value=json.dumps("x" * 1001))
+    with pytest.raises(CheckpointError, match=r"source has 1,001 characters; .* at most 1,000"):
+        read_config(folder)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e7])
+def test_the_scale_of_an_adapter_has_a_range(scale):
+    with pytest.raises(ValueError, match="must be above 0 and at most 1e\\+06"):
+        AdapterConfig("x", (1.0,), 4, scale, 0.0, ())
+
+
 @pytest.mark.parametrize(
     "value",
     [
