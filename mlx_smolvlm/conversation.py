@@ -327,7 +327,7 @@ class SavedConversation:
 
 
 @dataclass(frozen=True)
-class FrameTimes:
+class SavedFrameTimes:
     """Times of the frames of a saved video, and its duration, in seconds."""
 
     timestamps_s: tuple[float, ...]
@@ -434,7 +434,9 @@ def _read_medium(
             raise TypeError
         medium = Picture(None, Grid(rows, cols), "high", str(values["digest"]))
     else:
-        times = FrameTimes(tuple(map(float, values["timestamps_s"])), float(values["duration_s"]))
+        times = SavedFrameTimes(
+            tuple(map(float, values["timestamps_s"])), float(values["duration_s"])
+        )
         if not all(map(math.isfinite, times.timestamps_s)) or not 0 <= times.duration_s < math.inf:
             raise ValueError
         medium = Footage(times, None, str(values["digest"]))
