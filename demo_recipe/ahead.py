@@ -1,4 +1,4 @@
-"""Batches that are drawn before a step needs them, by other processes if wished."""
+"""Draws batches before a step needs them, in a thread or in worker processes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Made = TypeVar("Made")
 
 
 class Ahead(Generic[Place, Made]):
-    """What `make` makes of one place after the other, some of them ahead of time.
+    """Calls `make` for one place after another, ahead of time.
 
     Args:
-        make: Without workers it runs in a thread; workers get it pickled.
-        after: The place that follows another one, None after the last.
-        workers: Processes.
+        make: Runs in a thread, or pickled in worker processes.
+        after: Returns the place that follows another, None after the last.
+        workers: The number of worker processes; 0 uses a thread.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Ahead(Generic[Place, Made]):
         self._pending: deque[tuple[Place, Future[Made]]] = deque()
 
     def get(self, place: Place) -> Made:
-        """What is made of `place`; the next ones are begun."""
+        """Return the result for `place`, and start the next ones."""
         if not self._pending or self._pending[0][0] != place:
             self._pending.clear()
             self._begin(place)

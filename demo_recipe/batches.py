@@ -1,6 +1,6 @@
-"""Batches for training the demo on pictures, each drawn from a seed alone.
+"""Training batches of pictures; a batch depends on its seed and options alone.
 
-Letters as in `mlx_smolvlm/model.py`.
+Shape letters as in `mlx_smolvlm/model/model.py`.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class PictureBatch:
 
 @dataclass(frozen=True)
 class QuestionOptions:
-    """What is asked, and told beside the answers.
+    """Which questions are asked, and what is trained beside the answers.
 
     Attributes:
         missing: Whether words for what is not there should look somewhere, too.
@@ -84,7 +84,7 @@ PLAIN = QuestionOptions()
 
 @dataclass(frozen=True)
 class Mix:
-    """What a batch holds.
+    """The composition of a batch.
 
     Attributes:
         topics: Which kinds of pictures; none is a batch of text alone.
@@ -147,9 +147,9 @@ def sample_grid(rng: np.random.Generator, topics: tuple[str, ...]) -> str:
 def make_encoder_batch(
     seed: int, config: Config, size: int = 48, shares: Mapping[str, float] = ENCODER_SHARES
 ) -> EncoderBatch:
-    """`size` tiles with labels; the same for the same arguments.
+    """Draw `size` tiles with labels; the same arguments give the same tiles.
 
-    A picture is seen as a whole, or else in crops, of which those that show nothing are few.
+    A picture is used as its global tile or as its crops; few of the empty crops are kept.
 
     Args:
         shares: Of the topics, at sum 1.
@@ -169,7 +169,7 @@ def make_encoder_batch(
 
 
 def label_tiles(drawn: LabeledPicture, config: Config, detail: Detail) -> tuple[EncoderBatch, Grid]:
-    """The tiles of a picture with their labels, and its grid."""
+    """Return the tiles of a picture with their labels, and its grid."""
     cut = tile_picture(drawn.picture, config, detail)
     told = make_patch_labels(drawn.glyphs, drawn.background, cut.grid, config.vision.patch_grid)
     return EncoderBatch(denormalize(cut.pixel_values, config), *told), cut.grid
@@ -184,7 +184,7 @@ def denormalize(pixel_values: np.ndarray, config: Config) -> np.ndarray:
 
 
 def pick_mix(rng: np.random.Generator, mixes: tuple[tuple[Mix, float], ...] = ()) -> Mix:
-    """One of `mixes`, or else of `MIXES`, by their shares."""
+    """Draw one of `mixes`, or of `MIXES` if it is empty, by their shares."""
     mixes = mixes or MIXES
     return mixes[int(rng.choice(len(mixes), p=[share for _, share in mixes]))][0]
 
@@ -196,10 +196,10 @@ def make_picture_batch(
     asked: QuestionOptions = PLAIN,
     scale: int = 1,
 ) -> PictureBatch:
-    """Questions as `mix` wants; the same for the same arguments.
+    """Draw a batch composed as `mix` says; the same arguments give the same batch.
 
     Args:
-        scale: How many times the conversations that `mix` names.
+        scale: A factor of the number of conversations in `mix`.
     """
     rng = np.random.default_rng(seed)
     if not mix.topics:
@@ -233,7 +233,7 @@ def make_picture_batch(
 
 
 def _draw_pictures(rng: np.random.Generator, mix: Mix, kind: str) -> list[LabeledPicture]:
-    """The pictures of a conversation."""
+    """Draw the pictures of a conversation."""
     weights = np.array([max(TOPICS[name].weight, 1e-6) for name in mix.topics])
     names = rng.choice(mix.topics, size=mix.pictures, p=weights / weights.sum())
     return [draw(rng, str(name), sample_size(rng, kind)) for name in names]
@@ -242,7 +242,7 @@ def _draw_pictures(rng: np.random.Generator, mix: Mix, kind: str) -> list[Labele
 def make_picture_prefix(
     builder: PromptBuilder, grids: list[Grid], system: str | None = None
 ) -> list[int]:
-    """Token ids of a conversation up to its pictures, which are cut into `grids`."""
+    """Return the token ids of a conversation up to the end of its pictures."""
     encode = partial(builder.tokenizer.encode, add_special_tokens=False)
     ids = [find_token_id(builder.tokenizer, "<|im_start|>")]
     if system is not None:
@@ -264,7 +264,7 @@ def find_pointers(
     config: Config,
     missing: bool = False,
 ) -> dict[int, Pointers]:
-    """Where the tokens of `rows` should look, by layer.
+    """Return where the tokens of `rows` should attend, by layer.
 
     Args:
         missing: Whether words for what is not there should look at the first token of the
@@ -324,7 +324,7 @@ def _make_picture_batch(
 
 
 def find_named_places(rows: list[QuestionRow], length: int) -> np.ndarray:
-    """`Batch.named` of `rows` that are padded to `length`."""
+    """Return `PictureBatch.named` for `rows` padded to `length`."""
     found = []
     for number, row in enumerate(rows):
         for place, boxes in row.question_pointers:

@@ -95,12 +95,12 @@ def sampled_indices(frames: int, fps: float) -> tuple[int, ...]:
 
 
 def find_cell(x: float, y: float, width: int, height: int) -> int:
-    """Which of the nine cells a point lies in."""
+    """Return the number of the grid cell (of nine) that a point lies in."""
     return 3 * min(2, int(3 * y / height)) + min(2, int(3 * x / width))
 
 
 def render_sampled_frames(clip: Clip, rng: np.random.Generator | None = None) -> list[Image.Image]:
-    """The sampled frames, RGB; with `rng`, half of them are worn as by video coding."""
+    """Render the sampled frames, RGB; with `rng`, half of them get compression artifacts."""
     frames = [render(clip.scene(i)) for i in sampled_indices(clip.frames, clip.fps)]
     if rng is None or rng.random() < 0.5:
         return frames
@@ -109,7 +109,7 @@ def render_sampled_frames(clip: Clip, rng: np.random.Generator | None = None) ->
 
 
 def _compress(frame: Image.Image, quality: int) -> Image.Image:
-    """`frame` through JPEG, which halves the resolution of colors as H.264 does."""
+    """Compress `frame` as JPEG and back; this halves the color resolution, as H.264 does."""
     buffer = io.BytesIO()
     frame.save(buffer, "JPEG", quality=quality)
     return Image.open(buffer, formats=["JPEG"]).convert("RGB")

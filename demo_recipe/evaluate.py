@@ -64,7 +64,7 @@ def make_cases(
 def make_media_items(
     pictures: Iterable[Image.Image], clip: Clip | None
 ) -> Iterator[dict[str, Any]]:
-    """The `images` and `videos` of a call; the clip is a file while that lasts."""
+    """Yield the `images` and `videos` arguments of `ask`; a clip is written to a temporary file."""
     with tempfile.TemporaryDirectory() as folder:
         videos = []
         if clip is not None:
@@ -76,7 +76,7 @@ def make_media_items(
 def ask(
     vlm: SmolVLM, case: HeldoutCase, sampling: Sampling = LONGEST, detail: Detail = "high"
 ) -> Reply:
-    """What `vlm` answers."""
+    """Ask `vlm` the question of `case`."""
     with make_media_items(case.pictures, case.clip) as media:
         return vlm.ask(case.messages, **media, sampling=sampling, detail=detail)
 
@@ -84,7 +84,7 @@ def ask(
 def compute_shares(
     vlm: SmolVLM, asked: Iterable[HeldoutCase], detail: Detail = "high"
 ) -> dict[str, tuple[int, int]]:
-    """For each family how many answers of `vlm` are right to the letter, and of how many."""
+    """Return the number of exactly right answers of `vlm` and of all answers, by family."""
     right, total = Counter[str](), Counter[str]()
     for case in asked:
         total[case.family] += 1

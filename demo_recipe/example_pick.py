@@ -1,4 +1,4 @@
-"""Which pictures and clips become `examples/`: telling ones, about which all is answered right."""
+"""Picks the pictures and clips for `examples/`: those whose questions are answered right."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def pick(vlm: smolvlm.SmolVLM, name: str) -> Picked:
 
 
 def is_good_example(name: str, made: DemoExample) -> bool:
-    """Whether a picture or clip that is to be picked for `name` shows what it is for."""
+    """Whether a candidate for the example `name` shows what the example is for."""
     if name in DRAWN and len(made.turns) < len(PLAIN[DRAWN[name][0]]):
         return False
     answers = {join_parts(turn.question): join_parts(turn.answer) for turn in made.turns}
@@ -68,7 +68,10 @@ def is_good_example(name: str, made: DemoExample) -> bool:
 def find_misses(
     vlm: smolvlm.SmolVLM, made: DemoExample, most: int, needed: tuple[str, ...]
 ) -> tuple[str, ...] | None:
-    """Questions that `vlm` answers wrong; None if it is the first, one of `needed`, or > `most`."""
+    """Return the questions that `vlm` answers wrong.
+
+    None if the first question or one of `needed` is among them, or if they are more than `most`.
+    """
     missed: list[str] = []
     shown = made.shown
     told = ((), shown) if isinstance(shown, Clip) else ((shown,), None)

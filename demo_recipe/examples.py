@@ -64,37 +64,37 @@ mlx-smolvlm chat "What happens in this video?" -v examples/left.mp4 -m demo
 
 @dataclass(frozen=True)
 class DemoExample:
-    """A picture or a clip, with good questions about it and the true answers."""
+    """A picture or a clip, with questions about it and the correct answers."""
 
     shown: Image.Image | Clip
     turns: list[Turn]
 
     def answer(self, question: str) -> str:
-        """The answer to one of its questions."""
+        """Return the correct answer to one of its questions."""
         return next(join_parts(t.answer) for t in self.turns if join_parts(t.question) == question)
 
 
 @dataclass(frozen=True)
 class Picked:
-    """What was picked for an example: the number of its seed, and questions it goes without."""
+    """The number in an example's seed, and the questions that are left out of it."""
 
     number: int
     left_out: tuple[str, ...] = ()
 
 
 def read_picked(path: Path = PICKED) -> dict[str, Picked]:
-    """What was picked, by the example's name."""
+    """Read the picked examples, by name."""
     lines = json.loads(path.read_text())
     return {name: Picked(one["number"], tuple(one["left_out"])) for name, one in lines.items()}
 
 
 def write_picked(picked: dict[str, Picked], path: Path = PICKED) -> None:
-    """Keep what was picked."""
+    """Write the picked examples."""
     path.write_text(json.dumps({name: vars(one) for name, one in picked.items()}, indent=1) + "\n")
 
 
 def make_candidate(name: str, number: int) -> DemoExample:
-    """What one of `PICTURES` or `CLIPS` is with `number`, with all questions that fit it."""
+    """Draw candidate `number` for one of `PICTURES` or `CLIPS`, with all questions that fit it."""
     rng = np.random.default_rng([SEED, *name.encode(), number])
     if name in CLIPS:
         event, sampled = CLIPS[name]
@@ -112,7 +112,7 @@ def make_candidate(name: str, number: int) -> DemoExample:
 
 
 def make_example(name: str) -> DemoExample:
-    """One of `PICTURES` or `CLIPS`, as it was picked."""
+    """Return the picked example of one of `PICTURES` or `CLIPS`."""
     picked = read_picked()[name]
     made = make_candidate(name, picked.number)
     kept = [turn for turn in made.turns if join_parts(turn.question) not in picked.left_out]
@@ -120,7 +120,7 @@ def make_example(name: str) -> DemoExample:
 
 
 def format_turn(turn: Turn) -> str:
-    """A question with its answer as examples/README.md shows them, a row of a table or a block."""
+    """Format a question and its answer for examples/README.md, as a table row or a block."""
     question, answer = join_parts(turn.question), join_parts(turn.answer)
     if "\n" in answer:
         return f"{question}\n```\n{answer}\n```"

@@ -63,7 +63,7 @@ class Item:
 
 
 def make_items(topic: str, seed: int) -> list[Item]:
-    """What can be asked about the picture, pictures or clip of `topic` that follows from `seed`."""
+    """Draw a picture, pictures or a clip of `topic` from `seed`, and return questions about it."""
     rng = np.random.default_rng([_REALM, *topic.encode(), seed])
     if topic == "chat":
         return [Item("chat", [make_small_talk(rng)])]
@@ -117,7 +117,7 @@ def collect(
 
 
 def write_dataset(out: Path, count: int, seed: int, wanted: set[str] | None = None) -> int:
-    """Lines written to `out`/heldout.jsonl, `count` of every family."""
+    """Write `count` lines of each family to `out`/heldout.jsonl; return the number of lines."""
     out.mkdir(parents=True, exist_ok=True)
     lines: list[str] = []
     # By id; ids stay unique while the objects are in it.
@@ -137,7 +137,7 @@ def write_dataset(out: Path, count: int, seed: int, wanted: set[str] | None = No
 
 
 def _save_media(out: Path, number: int, thing: LabeledPicture | Clip) -> str:
-    """Name of the file in `out` that `thing` is written to."""
+    """Write `thing` to a file in `out`, and return the file's name."""
     name = f"{number:05d}.png" if isinstance(thing, LabeledPicture) else f"{number:05d}.mp4"
     if isinstance(thing, LabeledPicture):
         thing.picture.save(out / name)

@@ -1,7 +1,7 @@
-"""What the demo is trained on: pictures with labels, and turns that point into them.
+"""The training data's types: pictures with labels, and turns that refer to places in them.
 
-A turn says not only what is asked and answered, but where in the pictures each piece of
-it is to be seen. Training draws attention to these places; nothing else uses them.
+A turn has a question and an answer, and for each part of both the places in the pictures that it
+refers to. Training uses the places to guide attention; nothing else uses them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of a question or an answer, and the places where it is to be seen, if any."""
+    """A part of a question or an answer, with the places that it refers to, if any."""
 
     text: str
     boxes: tuple[Box, ...] = ()
@@ -40,8 +40,8 @@ class Turn:
     """A question with its answer.
 
     Attributes:
-        family: Groups the questions of one kind in an evaluation.
-        missing: Words of the question that name what no picture shows; "" is none.
+        family: The kind of question; an evaluation counts by it.
+        missing: The words of the question that name something that no picture shows, or "".
     """
 
     family: str
@@ -52,7 +52,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Glyph:
-    """One thing that a picture shows, as dense labels tell it.
+    """One object that a picture shows, for the dense labels.
 
     Attributes:
         kind: One of `GLYPHS`.
@@ -77,13 +77,13 @@ TurnMaker = Callable[[np.random.Generator], Turn]
 
 @dataclass(frozen=True)
 class LabeledPicture:
-    """A picture, what it shows, and who asks about it.
+    """A picture, the objects in it, and the makers of turns about it.
 
     Attributes:
         glyphs: From back to front.
         background: One of `draw.COLOR_NAMES`; None is not to be told.
-        makers: Each makes a turn about the picture; with weights.
-        talk: Makes two turns, the second of which goes on from the first; None if nothing does.
+        makers: Functions that make a turn about the picture, with their weights.
+        talk: Makes two turns, the second of which refers to the first; None if there is none.
     """
 
     picture: Image.Image
@@ -94,17 +94,17 @@ class LabeledPicture:
 
 
 def join_parts(said: Wording) -> str:
-    """The text of a question or an answer."""
+    """Return the text of a question or an answer."""
     return said if isinstance(said, str) else "".join(part.text for part in said)
 
 
 def get_parts(said: Wording) -> tuple[Part, ...]:
-    """The parts of a question or an answer."""
+    """Return the parts of a question or an answer."""
     return (Part(said),) if isinstance(said, str) else said
 
 
 def fill(template: str, *parts: Part) -> tuple[Part, ...]:
-    """`template` with a part in place of each {}."""
+    """Return the parts of `template`, with one of `parts` in place of each {}."""
     pieces = template.split("{}")
     assert len(pieces) == len(parts) + 1, (template, parts)
     said = [Part(pieces[0])]

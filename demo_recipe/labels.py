@@ -87,7 +87,7 @@ def _make_tile_labels(
 
 
 def compute_overlap(extent: Extent, rows: int, cols: int) -> np.ndarray:
-    """Share (rows, cols) of each square of a picture, cut so, that `extent` covers."""
+    """Return the share (rows, cols) of each square of a picture that `extent` covers."""
     left, top, right, bottom = extent
 
     def along(low: float, high: float, count: int) -> np.ndarray:
@@ -115,7 +115,7 @@ def make_token_mask(extent: Extent, grid: Grid, side: int) -> np.ndarray:
 
 
 def _find_patches(extent: Extent, rows: int, cols: int) -> np.ndarray:
-    """Which of `rows` x `cols` squares show `extent`; at least the one that shows most."""
+    """Return which of `rows` x `cols` squares show `extent`: at least the one with the most."""
     cover = compute_overlap(extent, rows, cols)
     least = _TOKEN_COVER * min(1.0, float(cover.sum()))
     mask: np.ndarray = (cover >= min(least, cover.max())) & (cover > 0)
@@ -123,7 +123,7 @@ def _find_patches(extent: Extent, rows: int, cols: int) -> np.ndarray:
 
 
 def make_label_head(config: VisionConfig) -> nn.Linear:
-    """A linear layer from patch features to the logits of all labels, then to an extent."""
+    """Return a linear layer from patch features to the logits of all labels and an extent."""
     return nn.Linear(config.hidden_size, sum(_SIZES) + 4)
 
 

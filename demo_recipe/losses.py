@@ -1,4 +1,4 @@
-"""The losses of each stage, and the heads that they need beside the model."""
+"""The losses of the training stages, and the auxiliary heads that they need."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MOTION_SHARE = 0.1  # of the loss of what a question's words refer to in a clip
 
 
 class Trainee(nn.Module):
-    """The model with the heads that labels of patches, words and frames are read from."""
+    """The model, and auxiliary heads that predict labels of patches, words and frames."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -45,25 +45,25 @@ class Trainee(nn.Module):
         self.place_head = nn.Linear(config.text.hidden_size, 4 * PLACE_BINS)
 
     def encode(self, pixels: np.ndarray) -> mx.array:
-        """The encoder's features (N, P, V) of uint8 tiles (N, H, W, 3)."""
+        """Return the encoder's features (N, P, V) of uint8 tiles (N, H, W, 3)."""
         return self.model.vision_model(normalize_pixels(pixels, self.image))
 
 
 def normalize_pixels(pixels: np.ndarray, image: ImageConfig) -> mx.array:
-    """`pixel_values` float32 (N, H, W, 3) of uint8 `pixels`, as `image.tiles` makes them."""
+    """Normalize uint8 `pixels` to `pixel_values`, float32 (N, H, W, 3), as the package does."""
     scale, shift = map(mx.array, compute_scale_and_shift(image))
     return mx.array(pixels).astype(mx.float32) * scale + shift
 
 
 def encoder_loss(trainee: Trainee, data: EncoderBatch) -> mx.array:
-    """Loss of the dense labels."""
+    """Return the loss of the dense labels."""
     features = trainee.encode(data.pixels)
     logits = trainee.dense_head(features)
     return dense_loss(logits, mx.array(data.labels), mx.array(data.extents))
 
 
 def answer_loss(trainee: Trainee, data: PictureBatch) -> mx.array:
-    """Loss of the answers' tokens, with shares of those of dense labels and of where words look."""
+    """Return the loss of the answers, plus weighted losses of labels, attention and places."""
     model, text_model = trainee.model, trainee.model.text_model
     dense, image_embeds = mx.array(0.0), None
     if data.shown is not None:
@@ -81,7 +81,7 @@ def answer_loss(trainee: Trainee, data: PictureBatch) -> mx.array:
 
 
 def place_loss(trainee: Trainee, states: mx.array, named: np.ndarray) -> mx.array:
-    """Loss of the places and sizes `named` (S, 5) that words' states (B, M, D) tell."""
+    """Return the loss of places and sizes, `named` (S, 5), predicted from states (B, M, D)."""
     if not len(named):
         return mx.array(0.0)
     read = normalize_states(states.reshape(-1, states.shape[-1])[mx.array(named[:, 0])])
@@ -93,7 +93,7 @@ def place_loss(trainee: Trainee, states: mx.array, named: np.ndarray) -> mx.arra
 def row_losses(
     trainee: Trainee, data: PictureBatch | ClipBatch, cache: SharedPrefix
 ) -> tuple[mx.array, mx.array, list[mx.array]]:
-    """Losses of the rows' answers and of where they look, and the rows' states by layer."""
+    """Return the losses of the answers and of the attention, and the rows' states by layer."""
     model, text_model = trainee.model, trainee.model.text_model
     cache.repeats = len(data.row_ids) // len(data.prefix_ids)
     cache.pointers = data.pointers
@@ -105,7 +105,7 @@ def row_losses(
 
 
 def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
-    """Loss of the answers about clips, with shares of those of what clips show."""
+    """Return the loss of answers about clips, plus weighted losses of the auxiliary heads."""
     model, text_model, heads = trainee.model, trainee.model.text_model, trainee.motion_head
     features = trainee.encode(data.pixels)
     labels = mx.array(data.labels), mx.array(data.extents)
@@ -139,14 +139,14 @@ def clip_loss(trainee: Trainee, data: ClipBatch) -> mx.array:
 
 @dataclass(frozen=True)
 class PairedBatch:
-    """Conversations, and tiles whose patches alone are told."""
+    """A batch of conversations, and tiles that train only the dense labels."""
 
     talk: PictureBatch | ClipBatch
     tiles: EncoderBatch
 
 
 def step_loss(trainee: Trainee, data: PictureBatch | ClipBatch | PairedBatch) -> mx.array:
-    """Loss of a batch of pictures or of clips, and of what comes with it."""
+    """Return the loss of a batch of any kind."""
     if isinstance(data, PairedBatch):
         more = encoder_loss(trainee, data.tiles)
         return step_loss(trainee, data.talk) + _PRINT_SHARE * more

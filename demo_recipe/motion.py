@@ -60,7 +60,7 @@ def make_token_labels(clip: Clip, side: int) -> np.ndarray:
 
 
 def _find_visible(scene: Scene, side: int) -> np.ndarray:
-    """Which shape each of `side` x `side` squares shows, flat: 0 for none, else its number."""
+    """Return the number of the shape in each of `side` x `side` squares, flat; 0 for none."""
     squares = render_index_map(scene, 16 * side).reshape(side, 16, side, 16).swapaxes(1, 2)
     pixels = squares.reshape(side * side, 256)
     best, cover = np.zeros(side * side, int), np.full(side * side, _LEAST_COVER)
@@ -167,12 +167,12 @@ class MotionHeads(nn.Module):
 
 
 def normalize_states(hidden_states: mx.array) -> mx.array:
-    """`hidden_states` at length one, as the heads read them."""
+    """Scale `hidden_states` to length one, for the heads."""
     return mx.fast.rms_norm(hidden_states, None, 1e-5)
 
 
 def _sum_losses(logits: mx.array, labels: mx.array, sizes: tuple[int, ...]) -> mx.array:
-    """Mean cross-entropy of each column of `labels` (S, columns) where it is not -1, summed."""
+    """Return the summed mean cross-entropy of the columns of `labels` (S, columns), without -1."""
     parts: Any = mx.split(logits, np.cumsum(sizes)[:-1].tolist(), axis=-1)
     total = mx.array(0.0)
     for i, part in enumerate(parts):

@@ -1,4 +1,4 @@
-"""Turns as token ids, with what each is worth as a target and where it is to be seen."""
+"""Turns as token ids, with the weight of each token in the loss and the places it refers to."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import numpy as np
 from demo_recipe.items import Box, Turn, get_parts, join_parts
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
-Pointed = tuple[int, tuple[Box, ...]]  # a place in a row, and what it should look at
+Pointed = tuple[int, tuple[Box, ...]]  # an index in a row, and where its token should attend
 
 
 @dataclass(frozen=True)
 class QuestionRow:
-    """What follows a beginning.
+    """The tokens of some turns, after the prefix that holds the pictures.
 
     Attributes:
         ids: Token ids (M,).
-        weights: What each counts as a target, (M,); 0 is none.
-        asked: Places of the words that name something.
-        answered: Places whose next token is to be read off a picture.
-        missing: Places of the words that name what no picture shows.
+        weights: The weight of each token in the loss, (M,); 0 for tokens that are not targets.
+        question_pointers: The question's words that name something.
+        answer_pointers: The tokens before answer tokens that are read off a picture.
+        missing_places: The indices of words that name something that no picture shows.
     """
 
     ids: list[int]
@@ -32,10 +32,9 @@ class QuestionRow:
 
 
 def make_row(builder: PromptBuilder, turns: list[Turn], before: str) -> QuestionRow:
-    """`turns`, the first after the text `before`.
+    """Tokenize `turns`; the text `before` comes before the first question.
 
-    With its beginning it is what `PromptBuilder.build` makes of the same messages, which a
-    test holds.
+    A test checks that prefix and row together equal `PromptBuilder.build` of the same messages.
     """
     row = QuestionRow([], [], [], [], [])
     end = builder.config.eos_token_ids[0]
@@ -69,18 +68,18 @@ def _add_answer(builder: PromptBuilder, row: QuestionRow, turn: Turn, asked: lis
 
 
 def _find_last(ends: list[int], start: int, stop: int) -> list[int]:
-    """The last of the tokens that end between two characters, if there is one."""
+    """Return the last token that ends between two characters, as a list of at most one index."""
     return [place for place, at in enumerate(ends) if start < at <= stop][-1:]
 
 
 def _find_missing(turn: Turn, start: int) -> tuple[int, int]:
-    """First character, and the one after the last, of what `turn` says is missing."""
+    """Return the character range (start, stop) of the missing words in the question of `turn`."""
     found = join_parts(turn.question).lower().rfind(turn.missing.lower())
     return (start + found, start + found + len(turn.missing)) if found >= 0 else (0, 0)
 
 
 def _find_spans(turn: Turn, start: int) -> list[tuple[int, int, tuple[Box, ...]]]:
-    """First character, the one after the last, and boxes of each part of the question."""
+    """Return the character range (start, stop) and the boxes of each part of the question."""
     spans = []
     for part in get_parts(turn.question):
         spans.append((start, start + len(part.text), part.boxes))
@@ -89,13 +88,13 @@ def _find_spans(turn: Turn, start: int) -> list[tuple[int, int, tuple[Box, ...]]
 
 
 def _encode(builder: PromptBuilder, text: str) -> tuple[list[int], list[int]]:
-    """Ids of `text`, and after which character each ends."""
+    """Return the token ids of `text`, and the character offset at which each token ends."""
     encoding = builder.tokenizer.encode(text, add_special_tokens=False)
     return encoding.ids, [stop for _, stop in encoding.offsets]
 
 
 def pad_rows(rows: list[QuestionRow]) -> tuple[np.ndarray, np.ndarray]:
-    """Ids int32 and weights float32 of `rows` (B, M), padded with 0."""
+    """Return the ids, int32 (B, M), and weights, float32 (B, M), of `rows`, padded with 0."""
     length = max(len(row.ids) for row in rows)
     ids = np.zeros((len(rows), length), np.int32)
     weights = np.zeros((len(rows), length), np.float32)

@@ -3,13 +3,15 @@
     python -m demo_recipe --out FOLDER [--seed S] [--minutes N] [--workers N]
     mlx.launch -n 2 --backend ring -- python -m demo_recipe --out FOLDER
 
-The encoder alone on dense labels comes first, then conversations about pictures and clips, with
-more tiles beside them, most of which show print, then three stages about relations, and last three
-about all, with more of what was weakest: the model is the mean of the weights at their ends. A
-batch follows from the seed and its number, and the schedule from the number of steps, so that a
-run which was stopped and goes on equals one that was not. A step is the mean over its parts, which
-one process makes one after the other, and several make at once. Workers are processes that only
-draw.
+The first stage trains the encoder alone on dense labels. The second trains conversations about
+pictures and clips, with additional tiles, most of which show print. Three stages about relations
+follow, and then three about everything, with more of the weakest questions: the result is the mean
+of the weights at the ends of these last three.
+
+A batch depends on the seed and its number, and the schedule on the number of steps, so a resumed
+run gives the same weights as one that was never stopped. The gradient of a step is the mean over
+its parts, which one process computes in turn, or several processes in parallel. Workers are
+processes that only draw data.
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ Place = tuple[int, int, int]  # stage, step, part
 
 
 def make_batch(builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, place: Place) -> Data:
-    """The batch of a part of a step of a run with `seed`; all parts of a step are of one kind."""
+    """Draw the batch of one part of a step; all parts of a step are of the same kind."""
     number, step, part = place
     stage = stages[number]
     own = 10**9 * seed + 10**6 * (number + 1) + step
@@ -187,7 +189,7 @@ def draw_step(
     share: tuple[int, int],
     place: tuple[int, int],
 ) -> list[Data]:
-    """One process's batches of a step; of a step of one part, every process has that one.
+    """Draw the batches of a step for one process; a step of one part is drawn by every process.
 
     Args:
         share: The process's number, and how many there are.
@@ -201,11 +203,11 @@ def draw_step(
 
 
 class Run:
-    """A training run: what is trained, by which optimizer, and how far it has come.
+    """A training run: the model, the optimizer, and the current stage and step.
 
     Args:
-        folder: Where the tokenizer lies.
-        workers: Processes that draw.
+        folder: The folder of the tokenizer.
+        workers: The number of processes that draw data.
     """
 
     def __init__(
@@ -232,18 +234,18 @@ class Run:
 
     @property
     def is_done(self) -> bool:
-        """Whether all stages are through."""
+        """Whether all stages are finished."""
         return self.stage == len(self.stages)
 
     @property
     def result(self) -> dict[str, Any]:
-        """The model's weights by now; at the end, the mean over the ends of averaged stages."""
+        """The current weights; at the end, the mean over the ends of the averaged stages."""
         mean = self.is_done and self.ends
         weights: dict[str, Any] = self._average if mean else self.trainee.model.parameters()
         return weights
 
     def _add_to_average(self) -> None:
-        """Let the model's weights count into the average."""
+        """Add the model's weights to the average."""
         self.ends += 1
         self._average = tree_map(
             lambda mean, here: mean + (here - mean) / self.ends,
@@ -265,12 +267,12 @@ class Run:
         self.optimizer.init(self.trainee.trainable_parameters())
 
     def advance(self) -> float:
-        """One step; the loss before it."""
+        """Take one step, and return the loss before it."""
         value: float = self.begin().item()  # type: ignore[assignment]
         return value
 
     def begin(self) -> mx.array:
-        """One step that may still be computed when this returns; the loss before it."""
+        """Start one step, and return the loss before it without waiting for either."""
         data = self._ahead.get((self.stage, self.step))
         stage = self.stages[self.stage]
         share = 0.5 + 0.5 * math.cos(math.pi * self.step / stage.steps)
@@ -290,12 +292,12 @@ class Run:
         return loss
 
     def check_any(self, wish: bool) -> bool:
-        """Whether any of the processes wishes so; all of them are told the same."""
+        """Return whether `wish` is true in any process; every process gets the same value."""
         wishes: Any = mx.distributed.all_sum(mx.array(float(wish)))
         return bool(wishes.item())
 
     def _compute_gradient(self, data: list[Data], parts: int) -> tuple[mx.array, Any]:
-        """Mean loss and gradient over the parts of a step, of which `data` are this process's."""
+        """Return the mean loss and gradient over the parts of a step; `data` is this process's."""
         loss, gradient = self._gradient(self.trainee, data[0])
         for one in data[1:]:
             mx.eval(loss, gradient)
@@ -307,14 +309,14 @@ class Run:
         return loss / parts, tree_map(lambda g: g / parts, gradient)
 
     def _find_next(self, place: tuple[int, int]) -> tuple[int, int] | None:
-        """The stage and step after those of `place`; None after the last."""
+        """Return the stage and step after `place`, or None after the last."""
         number, step = place
         if step + 1 < self.stages[number].steps:
             return number, step + 1
         return (number + 1, 0) if number + 1 < len(self.stages) else None
 
     def save(self, path: Path) -> None:
-        """Write weights, their average, the optimizer's state and the step to `path`, at once."""
+        """Write weights, average, optimizer state and step to `path` atomically."""
         state = {"trainee": self.trainee.parameters(), "optimizer": self.optimizer.state}
         if self.ends:
             state["average"] = self._average
@@ -322,7 +324,7 @@ class Run:
         save_tensors(path, dict(tree_flatten(state)), place)
 
     def restore(self, path: Path) -> None:
-        """Go on from what `save` wrote to `path`."""
+        """Continue from the state that `save` wrote to `path`."""
         arrays, place = load_tensors(path), read_metadata(path)
         self.stage, self.step = int(place["stage"]), int(place["step"])
         if not self.is_done:
@@ -337,7 +339,7 @@ class Run:
 
 
 def save_checkpoint(run: Run, folder: Path) -> None:
-    """Write the model as a checkpoint in float16; the tokenizer and template lie there already."""
+    """Write the weights in float16 and the configuration; `start` wrote the other files."""
     config = replace(run.builder.config, dtype="float16")
     parameters: Any = tree_flatten(run.result)
     weights = {name: value.astype(mx.float16) for name, value in parameters}
@@ -346,10 +348,10 @@ def save_checkpoint(run: Run, folder: Path) -> None:
 
 
 def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES, workers: int = 0) -> Run:
-    """A run that writes to `folder`, with its tokenizer and template written there.
+    """Write the tokenizer and template to `folder`, and return a run in it.
 
-    The tokenizer is the shipped one: weights hold for its ids alone, and those that would be
-    learned anew change with every word that is asked.
+    The tokenizer is the shipped one: weights fit its ids only, and a newly trained tokenizer
+    would change with every change of the questions.
     """
     group = mx.distributed.init()
     if group.rank() == 0:
@@ -362,13 +364,13 @@ def start(folder: Path, seed: int, stages: tuple[Stage, ...] = STAGES, workers: 
 
 @lru_cache(maxsize=4)
 def load_builder(folder: Path) -> PromptBuilder:
-    """Prompts with the tokenizer in `folder`."""
+    """Return a prompt builder with the tokenizer in `folder`."""
     path = folder / "tokenizer.json"
     return PromptBuilder(path, CHAT_TEMPLATE, make_demo_config(Tokenizer.from_file(str(path))))
 
 
 def main() -> None:
-    """Train, log, save; go on where an earlier run into the same folder stopped."""
+    """Train, log and save; resume an earlier run in the same folder."""
     parser = argparse.ArgumentParser(description="Train the demo checkpoint.")
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
