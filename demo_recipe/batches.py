@@ -29,7 +29,7 @@ class EncoderBatch:
 
     Attributes:
         pixels: uint8 (N, H, W, 3), before they are normalized.
-        labels: int32 (N, P, columns) of their patches, see `labels.patch_labels`.
+        labels: int32 (N, P, columns) of their patches, see `labels.make_patch_labels`.
         extents: float32 (N, P, 4) likewise.
     """
 

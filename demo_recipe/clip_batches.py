@@ -41,7 +41,7 @@ class ClipBatch:
     Attributes:
         prefix_ids: int32 (C, L), each clip's tokens up to the end of its last frame.
         pixels: uint8 (C * F, H, W, 3), before they are normalized.
-        labels: int32 (C * F, P, columns) of the patches, see `labels.patch_labels`.
+        labels: int32 (C * F, P, columns) of the patches, see `labels.make_patch_labels`.
         extents: float32 (C * F, P, 4) likewise.
         image_places: int32 (C * F * I,), flat places of the placeholders in `prefix_ids`.
         token_labels: int32 (C * F * I, 5), see `motion.token_labels`.
@@ -52,7 +52,7 @@ class ClipBatch:
         targets: Those tokens, int32 (T,).
         weights: What each counts, float32 (T,), at sum 1.
         words: int32 (S, 4), flat place in `row_ids` of a question's word and its labels, see
-            `motion.word_labels`; -1 for nothing to tell.
+            `motion.make_word_labels`; -1 for nothing to tell.
         pointers: Where tokens should look, by layer.
     """
 
@@ -154,7 +154,7 @@ def _find_closings(prefixes: np.ndarray, image_token_id: int) -> np.ndarray:
 def make_clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
     """Token ids of a conversation about `clip` up to the end of its last frame.
 
-    With `clip_row` it is what `PromptBuilder.build` makes of the same messages, which a
+    With `rows.make_row` it is what `PromptBuilder.build` makes of the same messages, which a
     test holds.
     """
     indices = sampled_indices(clip.frames, clip.fps)

@@ -162,7 +162,7 @@ class MotionHeads(nn.Module):
         return _sum_losses(self.frame(states), labels, _FRAME_SIZES)
 
     def word_loss(self, states: mx.array, labels: mx.array) -> mx.array:
-        """Loss of `word_labels` (S, 3) from states (S, D)."""
+        """Loss of `make_word_labels` (S, 3) from states (S, D)."""
         return _sum_losses(self.word(states), labels, _WORD_SIZES)
 
 
