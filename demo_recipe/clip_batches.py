@@ -1,4 +1,4 @@
-"""Batches of questions about clips, each drawn from a seed alone.
+"""Batches of questions about clips; a batch depends on its seed and options alone.
 
 Clips of one batch have equally many sampled frames, so that all begin with equally many
 tokens: the text and the frames of a clip go through the decoder once, and the questions
@@ -143,7 +143,7 @@ def _make_patch_labels(clip: Clip, config: VisionConfig) -> tuple[np.ndarray, np
 
 
 def _find_closings(prefixes: np.ndarray, image_token_id: int) -> np.ndarray:
-    """Flat places of the tokens that follow a frame's last placeholder."""
+    """Return the flat indices of the tokens that follow a frame's last placeholder."""
     is_image = prefixes == image_token_id
     is_last = is_image[:, :-1] & ~is_image[:, 1:]
     rows, places = np.nonzero(is_last)
@@ -152,7 +152,7 @@ def _find_closings(prefixes: np.ndarray, image_token_id: int) -> np.ndarray:
 
 
 def make_clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
-    """Token ids of a conversation about `clip` up to the end of its last frame.
+    """Return the token ids of a conversation about `clip` up to the end of its last frame.
 
     With `rows.make_row` it is what `PromptBuilder.build` makes of the same messages, which a
     test holds.

@@ -1,4 +1,4 @@
-"""Questions about a clip and their true answers, one wording of an answer each."""
+"""Questions about a clip, with the correct answers; each answer has one wording."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ STILL = "It stays still."
 
 
 def find_color_boxes(clip: Clip, number: int) -> tuple[Box, ...]:
-    """Where the color `number` of what turns is to be seen, frame by frame."""
+    """Return where the color `number` of the changing object is visible, a box for each frame."""
     boxes = []
     for frame, index in enumerate(sampled_indices(clip.frames, clip.fps)):
         if clip.color_number(index) == number:
@@ -85,7 +85,7 @@ def find_color_boxes(clip: Clip, number: int) -> tuple[Box, ...]:
 
 
 def find_shape_boxes(clip: Clip, number: int) -> tuple[Box, ...]:
-    """Where the shape `number` is to be seen, frame by frame."""
+    """Return where the shape `number` is visible, a box for each frame."""
     indices = sampled_indices(clip.frames, clip.fps)
     return tuple(_make_box(clip, number, frame, index) for frame, index in enumerate(indices))
 
@@ -97,7 +97,7 @@ def _make_box(clip: Clip, number: int, frame: int, index: int) -> Box:
 
 
 def make_part(clip: Clip, text: str, number: int) -> Part:
-    """`text`, to be seen at the shape `number`."""
+    """Return `text` as a part that refers to the shape `number`."""
     return Part(text, find_shape_boxes(clip, number))
 
 
@@ -152,22 +152,22 @@ def describe_direction(clip: Clip, shape: Shape) -> str:
 
 
 def _make_shape_part(clip: Clip, shape: Shape, words: str) -> Part:
-    """`words` for `shape`, to be seen where it is."""
+    """Return `words` as a part that refers to `shape`."""
     return make_part(clip, words, clip.shapes.index(shape))
 
 
 def ask_happens(clip: Clip, rng: np.random.Generator) -> Turn:
-    """What happens, in a few words."""
+    """Ask what happens, for a short answer."""
     return Turn("happens", pick(rng, HAPPENS), (*describe_event(clip), Part(".")))
 
 
 def ask_describe(clip: Clip, rng: np.random.Generator) -> Turn:
-    """What happens, with what else is there and the background."""
+    """Ask for a description of the video."""
     return Turn("story", pick(rng, STORY), describe_clip(clip))
 
 
 def ask_direction(clip: Clip, rng: np.random.Generator) -> Turn:
-    """Which way a shape moves, or that it stays, or that there is none."""
+    """Ask which way a shape moves; it may stay still or be absent."""
     if rng.random() < 0.06 or not clip.shapes:
         kinds = [shape.kind for shape in clip.shapes]
         kind = str(rng.choice([kind for kind in SHAPES if kind not in kinds]))
@@ -184,7 +184,7 @@ def ask_direction(clip: Clip, rng: np.random.Generator) -> Turn:
 
 
 def ask_mover(clip: Clip, rng: np.random.Generator) -> Turn:
-    """What moves; of two shapes now and then what stays."""
+    """Ask what moves or, if there are two shapes, sometimes what stays."""
     if clip.motion == "none":
         return Turn("mover", pick(rng, MOVER), "Nothing.")
     if len(clip.shapes) == 2 and rng.random() < 0.25:
@@ -195,7 +195,7 @@ def ask_mover(clip: Clip, rng: np.random.Generator) -> Turn:
 
 
 def ask_moves(clip: Clip, rng: np.random.Generator) -> Turn:
-    """Whether a shape, or anything at all, moves."""
+    """Ask whether a shape, or anything, moves."""
     if not clip.shapes or rng.random() < 0.3:
         whatever = str(rng.choice(("anything", "something")))
         told = "No." if clip.motion == "none" else "Yes."
@@ -212,14 +212,14 @@ def ask_moves(clip: Clip, rng: np.random.Generator) -> Turn:
 
 
 def ask_order(clip: Clip, rng: np.random.Generator) -> Turn:
-    """All colors of what turns, in order."""
+    """Ask for all colors of the changing object, in order."""
     family = "order of two" if len(clip.colors) == 2 else "order of more"
     answer = (*list_colors(clip, first_capital=True), Part("."))
     return Turn(family, pick(rng, ORDER), answer)
 
 
 def ask_ends(clip: Clip, rng: np.random.Generator) -> Turn:
-    """The first or the last color of what turns."""
+    """Ask for the first or the last color of the changing object."""
     is_first = rng.random() < 0.5
     number = 0 if is_first else len(clip.colors) - 1
     answer = (Part(f"{capitalize(clip.colors[number])}.", find_color_boxes(clip, number)),)
@@ -230,7 +230,7 @@ def ask_ends(clip: Clip, rng: np.random.Generator) -> Turn:
 
 
 def ask_turner(clip: Clip, rng: np.random.Generator) -> Turn:
-    """What changes its color, if anything does."""
+    """Ask what changes its color."""
     answer = "Nothing."
     if clip.paints:
         turns = "background" if clip.event == "background turns" else clip.shapes[0].kind
@@ -240,7 +240,7 @@ def ask_turner(clip: Clip, rng: np.random.Generator) -> Turn:
 
 
 def ask_seen(clip: Clip, rng: np.random.Generator) -> Turn:
-    """What a single frame shows as well: a color, the background, how many shapes there are."""
+    """Ask what a single frame shows: a color, the background, or the number of shapes."""
     draw = rng.random()
     if draw < 0.4 and clip.event != "background turns":
         return Turn("seen", pick(rng, BACKGROUND), f"{clip.background[0].capitalize()}.")
@@ -261,12 +261,12 @@ def _list_kinds(shapes: tuple[Shape, ...]) -> list[str]:
 
 
 def _pick_shape(clip: Clip, rng: np.random.Generator) -> Shape:
-    """What is asked about: the first shape in two cases of three."""
+    """Draw the shape to ask about: the first with a probability of 0.65 if there are two."""
     return clip.shapes[0 if len(clip.shapes) == 1 or rng.random() < 0.65 else 1]
 
 
 def _name_shape(clip: Clip, shape: Shape, rng: np.random.Generator) -> str:
-    """Words that name `shape` beyond doubt, as in "the red circle"."""
+    """Return words that identify `shape`, as in "the red circle"."""
     scene = clip.scene(0)
     options = [f"the {name_shape(shape)}"] if clip.event != "shape turns" else []
     if shape.kind in [one.kind for one in find_unique(scene, "kind")]:
@@ -277,7 +277,7 @@ def _name_shape(clip: Clip, shape: Shape, rng: np.random.Generator) -> str:
 
 
 def _pick_noun(clip: Clip, rng: np.random.Generator) -> str:
-    """A noun for what turns: its kind, or "shape" where there is one only."""
+    """Draw a noun for the changing object: its kind, or "shape" if it is the only one."""
     return "shape" if len(clip.shapes) == 1 and rng.random() < 0.3 else clip.shapes[0].kind
 
 
@@ -294,7 +294,7 @@ COLOR_MAKERS: tuple[tuple[Maker, float], ...] = (
 
 
 def select_makers(clip: Clip, long: bool = True) -> tuple[tuple[Maker, float], ...]:
-    """Families of questions that make sense for `clip`, with their shares.
+    """Return the families of questions that fit `clip`, with their shares.
 
     Without `long`, only those with short answers.
     """
@@ -305,7 +305,7 @@ def select_makers(clip: Clip, long: bool = True) -> tuple[tuple[Maker, float], .
 def ask_clip(
     clip: Clip, rng: np.random.Generator, turns: int, makers: tuple[tuple[Maker, float], ...]
 ) -> list[Turn]:
-    """`turns` questions about `clip`, of families drawn by the weights of `makers`."""
+    """Ask `turns` questions about `clip`, of families drawn by the weights of `makers`."""
     weights = np.array([weight for _, weight in makers])
     picks = rng.choice(len(makers), size=turns, p=weights / weights.sum())
     return [make_casual(makers[i][0](clip, rng), rng) for i in picks]

@@ -1,4 +1,4 @@
-"""Which parameters each optimizer moves: Muon the matrices of layers, AdamW the rest.
+"""The optimizers: Muon for the matrices of layers, AdamW for the other parameters.
 
 The demo's parameters are many and small, so that a GPU would wait for the next kernel most
 of the time: matrices of one shape are moved as one stack, and all else as one vector.
@@ -21,7 +21,7 @@ def is_encoder_matrix(path: str, weight: mx.array) -> bool:
 
 
 def is_matrix(path: str, weight: mx.array) -> bool:
-    """Whether `path` is a matrix that Muon moves."""
+    """Whether Muon trains the matrix at `path`."""
     return bool(weight.ndim == 2) and not any(word in path for word in _ADAM)
 
 
@@ -96,7 +96,7 @@ class FlatAdamW(optim.AdamW):
 
 
 def orthogonalize(matrices: mx.array, steps: int) -> mx.array:
-    """`matrices` (n, rows, columns), each brought near an orthogonal one by Newton and Schulz."""
+    """Make `matrices` (n, rows, columns) nearly orthogonal by Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.swapaxes(-1, -2) if is_tall else matrices
@@ -112,7 +112,7 @@ def _format_key(shape: tuple[int, ...]) -> str:
 
 
 class Optimizer(optim.MultiOptimizer):
-    """Muon and AdamW, each once for the encoder and once for the rest."""
+    """Muon and AdamW, each once for the encoder and once for the other parameters."""
 
     def __init__(self) -> None:
         adam = [

@@ -1,4 +1,4 @@
-"""Rows that go on from a shared beginning, and the loss that draws their attention.
+"""Rows that share the keys and values of a prefix, and the loss on where they attend.
 
 Several questions on one picture share the picture's tokens: these pass through the
 decoder once. The answers alone leave a decoder on a plateau for long, on which it looks
@@ -21,7 +21,7 @@ ASKED_LAYER, ANSWERED_LAYER = 2, 4  # whose first head is told where to look
 
 @dataclass(frozen=True)
 class Pointers:
-    """Where tokens of rows should look.
+    """Where tokens of rows should attend.
 
     Attributes:
         places: int32 (S,), flat places in (rows, row length).
@@ -33,7 +33,7 @@ class Pointers:
 
 
 class SharedPrefix(KVCache):
-    """Keys and values of C beginnings, which R continuations each are computed on.
+    """Keys and values of C prefixes, each shared by R rows.
 
     Attributes:
         repeats: R; 0 while the beginnings themselves are computed.
@@ -64,7 +64,7 @@ class SharedPrefix(KVCache):
 
 
 def pointer_loss(queries: mx.array, keys: mx.array, pointers: Pointers) -> mx.array:
-    """Mean of -log of the attention that `queries` (B, M, d) give to the targets.
+    """Return the mean of -log of the attention that `queries` (B, M, d) give to the targets.
 
     Args:
         keys: (B, L + M, d), those of the beginnings and of the rows themselves.
@@ -84,7 +84,7 @@ def pointer_loss(queries: mx.array, keys: mx.array, pointers: Pointers) -> mx.ar
 def layer_states(
     text_model: TextModel, inputs_embeds: mx.array, cache: SharedPrefix
 ) -> list[mx.array]:
-    """Hidden states (B, L, D) after each layer, the last one normalised."""
+    """Return the hidden states (B, L, D) after each layer, the last one normalized."""
     b, length, _ = inputs_embeds.shape
     turned = [cache.offset] * text_model.rotary_rows + [0] * text_model.value_rows
     positions = mx.array(turned * b)

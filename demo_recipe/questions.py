@@ -1,4 +1,4 @@
-"""Questions about a scene and their true answers.
+"""Questions about a scene, with the correct answers.
 
 An answer has one wording, so that an exact match means something; a question has
 several, among them what a newcomer would type.
@@ -118,17 +118,17 @@ CHAT: tuple[tuple[tuple[str, ...], str], ...] = (
 
 
 def add_article(noun: str) -> str:
-    """`noun` with "a" or "an" before it."""
+    """Return `noun` with "a" or "an" before it."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def make_plural(kind: str) -> str:
-    """The plural of a kind of shape."""
+    """Return the plural of a kind of shape."""
     return f"{kind}es" if kind.endswith("cross") else f"{kind}s"
 
 
 def capitalize(text: str) -> str:
-    """`text` with its first letter as a capital."""
+    """Return `text` with a capital first letter."""
     return f"{text[0].upper()}{text[1:]}"
 
 
@@ -149,17 +149,17 @@ def join_list(parts: list[Part], end: str = ".") -> Wording:
 
 
 def name_shape(shape: Shape) -> str:
-    """Color and kind, as in "red circle"."""
+    """Return color and kind, as in "red circle"."""
     return f"{shape.color} {shape.kind}"
 
 
 def make_part(text: str, *shapes: Shape, scene: Scene) -> Part:
-    """`text`, to be seen at `shapes`."""
+    """Return `text` as a part that refers to `shapes`."""
     return Part(text, tuple(Box(shape.extent(scene.width, scene.height)) for shape in shapes))
 
 
 def list_contents(scene: Scene) -> Wording:
-    """Answer to "what is in this picture": the shapes in reading order, equal ones counted."""
+    """Return the answer to "what is in this picture": shapes in reading order, counted."""
     if not scene.shapes:
         return "Nothing."
     parts = []
@@ -171,7 +171,7 @@ def list_contents(scene: Scene) -> Wording:
 
 
 def describe_scene(scene: Scene) -> Wording:
-    """Answer to "describe this image": every shape with its place, and the background."""
+    """Return the answer to "describe this image": each shape with its place, and the background."""
     ground = f"{add_article(scene.background)} background"
     if not scene.shapes:
         return f"Nothing on {ground}."
@@ -182,17 +182,17 @@ def describe_scene(scene: Scene) -> Wording:
 
 
 def ask_what(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The shapes by name."""
+    """Ask for the shapes by name."""
     return Turn("what", pick(rng, WHAT), list_contents(scene))
 
 
 def ask_describe(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The shapes with their places, and the background."""
+    """Ask for the shapes with their places, and the background."""
     return Turn("describe", pick(rng, DESCRIBE), describe_scene(scene))
 
 
 def ask_color(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The color of the one shape of its kind; of a kind that is absent, that there is none."""
+    """Ask for the color of the only shape of a kind, or of a kind that is absent."""
     single = find_unique(scene, "kind")
     if len(scene.shapes) == 1 and rng.random() < 0.3:
         shape, asked = scene.shapes[0], str(rng.choice(("shape", "object")))
@@ -214,7 +214,7 @@ def ask_color(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def ask_shape(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The kind of the one shape of its color."""
+    """Ask for the kind of the only shape of a color."""
     single = find_unique(scene, "color")
     if len(scene.shapes) == 1 and rng.random() < 0.5:
         shape, question = scene.shapes[0], pick(rng, THE_SHAPE)
@@ -234,7 +234,7 @@ def ask_shape(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def ask_count(scene: Scene, rng: np.random.Generator) -> Turn:
-    """How many shapes there are, in all, of a kind, of a color or of both."""
+    """Ask how many shapes there are: in all, of a kind, of a color or of both."""
     draw = rng.random()
     if draw < 0.4 or (not scene.shapes and draw < 0.7):
         asked = str(rng.choice(("shapes", "objects", "shapes", "things")))
@@ -257,7 +257,7 @@ def ask_count(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def ask_where(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The place of a shape that the question names beyond doubt."""
+    """Ask for the place of a shape that the question identifies."""
     draw = rng.random()
     if len(scene.shapes) == 1 and draw < 0.3:
         shape, asked = scene.shapes[0], str(rng.choice(("shape", "object")))
@@ -280,7 +280,7 @@ def ask_where(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def _name_shapes(scene: Scene, draw: float) -> list[tuple[Shape, str]]:
-    """Shapes with what names them beyond doubt: a kind, a color, or both, as `draw` says."""
+    """Return shapes with words that identify them: a kind, a color, or both (by `draw`)."""
     names = [name_shape(shape) for shape in scene.shapes]
     options = [(shape, shape.kind) for shape in find_unique(scene, "kind")]
     options += [
@@ -293,7 +293,7 @@ def _name_shapes(scene: Scene, draw: float) -> list[tuple[Shape, str]]:
 
 
 def ask_at(scene: Scene, rng: np.random.Generator) -> Turn:
-    """What stands in one of the nine places, or that nothing does."""
+    """Ask what is in one of the nine places."""
     cell = int(rng.integers(9))
     if scene.shapes and rng.random() < 0.75:
         cell = scene.shapes[rng.integers(len(scene.shapes))].cell
@@ -328,7 +328,7 @@ def ask_exists(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def ask_compare(scene: Scene, rng: np.random.Generator) -> Turn:
-    """Which of two shapes is larger, or whether one is beyond the other."""
+    """Ask which of two shapes is larger, or whether one lies to one side of the other."""
     options = _name_shapes(scene, 0.8)
     pairs = [
         (first, second) for first in options for second in options if first[0] is not second[0]
@@ -357,13 +357,13 @@ def ask_compare(scene: Scene, rng: np.random.Generator) -> Turn:
 
 
 def _differ_clearly(one: Shape, other: Shape) -> bool:
-    """Whether one is larger to any eye: it reaches farther by 2/5, and covers more by 1/4."""
+    """Whether one shape is clearly larger: its radius by 2/5, and its area by 1/4."""
     small, large = sorted((one, other), key=lambda shape: shape.radius)
     return large.radius > 1.4 * small.radius and compute_area(large) > 1.25 * compute_area(small)
 
 
 def ask_follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:
-    """A turn about one shape, and another about the same, which it only calls "it"."""
+    """Ask about a shape, and then about the same shape as "it"."""
     options = _name_shapes(scene, float(rng.random()))
     if not options:
         return [ask_background(scene, rng), ask_count(scene, rng)]
@@ -388,19 +388,19 @@ def ask_follow_up(scene: Scene, rng: np.random.Generator) -> list[Turn]:
 
 
 def _reveals(asked: str, shape: Shape, fact: str) -> bool:
-    """Whether the words `asked` already tell the color or the shape."""
+    """Whether the words `asked` already contain the answer."""
     return (
         shape.color in asked if fact == "color" else shape.color not in asked or shape.kind in asked
     )
 
 
 def ask_background(scene: Scene, rng: np.random.Generator) -> Turn:
-    """The color behind the shapes."""
+    """Ask for the color of the background."""
     return Turn("background", pick(rng, BACKGROUND), f"{scene.background.capitalize()}.")
 
 
 def make_small_talk(rng: np.random.Generator) -> Turn:
-    """A turn without a picture; a question about one is told that there is none."""
+    """Make a turn without a picture; if it asks about one, the answer is that there is none."""
     if rng.random() < 0.35:
         asked = pick(rng, (WHAT[0], *WHAT[1:3], *WHAT[4:], *DESCRIBE, *BACKGROUND))
         if rng.random() < 0.6:
@@ -428,14 +428,14 @@ def ask(
     turns: int,
     makers: tuple[tuple[Maker, float], ...] = MAKERS,
 ) -> list[Turn]:
-    """`turns` questions about `scene`, of families drawn by the weights of `makers`."""
+    """Ask `turns` questions about `scene`, of families drawn by the weights of `makers`."""
     weights = np.array([weight for _, weight in makers])
     picks = rng.choice(len(makers), size=turns, p=weights / weights.sum())
     return [make_casual(makers[i][0](scene, rng), rng) for i in picks]
 
 
 def make_casual(turn: Turn, rng: np.random.Generator) -> Turn:
-    """`turn`, now and then typed in lower case or without its final mark."""
+    """Return `turn`, sometimes with a question in lower case or without its final mark."""
     parts = list(get_parts(turn.question))
     if rng.random() < 0.15:
         text = parts[0].text
@@ -448,12 +448,12 @@ def make_casual(turn: Turn, rng: np.random.Generator) -> Turn:
 
 
 def pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
-    """One of `options`, each as likely as any other."""
+    """Draw one of `options`, all with the same probability."""
     return options[int(rng.integers(len(options)))]
 
 
 def find_unique(scene: Scene, attribute: str) -> list[Shape]:
-    """Shapes whose kind or color no other shape of the scene has."""
+    """Return the shapes whose kind or color no other shape of the scene has."""
     values = [getattr(shape, attribute) for shape in scene.shapes]
     return [s for s, value in zip(scene.shapes, values, strict=True) if values.count(value) == 1]
 
@@ -464,6 +464,6 @@ def _has_all_kinds(scene: Scene) -> bool:
 
 
 def _pick_absent(rng: np.random.Generator, options: tuple[str, ...], present: list[str]) -> str:
-    """One of `options` that is not `present`."""
+    """Draw one of `options` that is not `present`."""
     missing = [option for option in options if option not in present]
     return str(rng.choice(missing))

@@ -1,4 +1,4 @@
-"""What the demo's pictures are about, and conversations on one or several of them."""
+"""The topics of the demo's pictures, and conversations about one or several pictures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ORDINALS = ("first", "second", "third")
 
 
 def draw_shapes(rng: np.random.Generator, size: Size) -> LabeledPicture:
-    """A picture of colored shapes."""
+    """Draw a picture of colored shapes."""
     scene = sample_scene(rng, size=size)
     makers = tuple(((lambda r, m=maker: m(scene, r)), share) for maker, share in MAKERS)
     follow = partial(ask_follow_up, scene)
@@ -47,7 +47,7 @@ def draw_shapes(rng: np.random.Generator, size: Size) -> LabeledPicture:
 
 
 def make_shape_glyphs(scene: Scene) -> tuple[Glyph, ...]:
-    """The shapes of `scene` as dense labels tell them."""
+    """Return the shapes of `scene` for the dense labels."""
     kinds = [shape.kind for shape in scene.shapes]
     return tuple(
         Glyph(s.kind, s.extent(scene.width, scene.height), s.color, rank, kinds.count(s.kind))
@@ -81,13 +81,13 @@ TOPICS: dict[str, Topic] = {
 
 
 def draw(rng: np.random.Generator, topic: str, size: Size) -> LabeledPicture:
-    """A picture of `topic`, of `size` pixels."""
+    """Draw a picture of `topic`; `size` is (width, height) in pixels."""
     return TOPICS[topic].sample(rng, size)
 
 
 @dataclass(frozen=True)
 class Focus:
-    """Families that are asked about more often.
+    """Families of questions that are asked more often.
 
     Attributes:
         share: Of the questions that are tried to be of one of them.
@@ -107,7 +107,7 @@ NO_FOCUS = Focus()
 def ask(
     drawn: LabeledPicture, rng: np.random.Generator, count: int, focus: Focus = NO_FOCUS
 ) -> list[Turn]:
-    """`count` turns about one picture, of which a second may go on from the first."""
+    """Make `count` turns about one picture; the second may refer to the first."""
     if count == 2 and drawn.talk is not None and rng.random() < 0.7:
         return drawn.talk(rng)
     weights = np.array([weight for _, weight in drawn.makers])
@@ -122,7 +122,7 @@ def ask(
 
 
 def ask_unknown(rng: np.random.Generator) -> Turn:
-    """A question that no picture answers."""
+    """Make a turn with a question that no picture answers."""
     question = pick(rng, UNKNOWN).format(pick(rng, SHAPE_NOUNS))
     return Turn("cannot tell", question, CANNOT_TELL)
 
@@ -140,7 +140,7 @@ ABOUT = ("In the {} picture: ", "About the {} image: ", "Look at the {} picture.
 
 
 def ask_several(pictures: list[LabeledPicture], rng: np.random.Generator) -> Turn:
-    """A turn about several pictures, each of one thing at least."""
+    """Make a turn about several pictures, each with at least one object."""
     draw = rng.random()
     number = int(rng.integers(len(pictures)))
     chosen = pictures[number]
@@ -169,7 +169,7 @@ def ask_several(pictures: list[LabeledPicture], rng: np.random.Generator) -> Tur
 
 
 def list_things(drawn: LabeledPicture, number: int) -> list[Part]:
-    """What a picture shows, each as a question names it; of picture `number`."""
+    """Return the objects in picture `number`, as questions name them."""
     parts = []
     for glyph in drawn.glyphs:
         if len(glyph.kind) < 2 or glyph.kind in ("bar", "bullet", "rule"):
@@ -180,7 +180,7 @@ def list_things(drawn: LabeledPicture, number: int) -> list[Part]:
 
 
 def _move_boxes(parts: tuple[Part, ...], number: int) -> tuple[Part, ...]:
-    """`parts` whose boxes lie in picture `number`."""
+    """Return `parts` with their boxes in picture `number`."""
     return tuple(
         replace(part, boxes=tuple(replace(box, picture=number) for box in part.boxes))
         for part in parts
@@ -188,5 +188,5 @@ def _move_boxes(parts: tuple[Part, ...], number: int) -> tuple[Part, ...]:
 
 
 def make_talk(rng: np.random.Generator) -> list[Turn]:
-    """One or two turns without a picture."""
+    """Make one or two turns without a picture."""
     return [make_small_talk(rng) for _ in range(1 + int(rng.random() < 0.3))]
