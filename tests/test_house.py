@@ -351,3 +351,75 @@ def test_few_frames_between_the_command_and_the_model(
     ]
     between = own[own.index("mlx_smolvlm.cli.app.main") + 1 :]
     assert 1 <= len(between) <= 5, between
+
+
+def list_documents() -> list[Path]:
+    """The Markdown files of the project."""
+    folders = ("docs", "examples", "benchmarks", "train", "demo_recipe", "mlx_smolvlm/demo")
+    return sorted(
+        [*ROOT.glob("*.md"), *(path for name in folders for path in (ROOT / name).rglob("*.md"))]
+    )
+
+
+def make_anchors(path: Path) -> set[str]:
+    """The anchors of the headings of a Markdown file, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-") for text in headings}
+
+
+@pytest.mark.parametrize("path", list_documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_links_in_the_documents_exist(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    folders = (*PACKAGE_FOLDERS, "tests", "benchmarks", "demo_recipe", "docs")
+    files = [f"/{file.relative_to(ROOT)}" for name in folders for file in (ROOT / name).rglob("*")]
+    for name in re.findall(r"`([\w./-]+\.(?:py|md|toml))`", text):
+        is_known = (ROOT / name).exists() or any(file.endswith(f"/{name}") for file in files)
+        is_elsewhere = name.startswith("mlx_lm/") or name == "photos.toml"  # a user's
+        assert is_known or is_elsewhere, f"{name} does not exist"
+    for target, anchor in re.findall(r"\]\((?!\w+:)([^)#\s]*)#?([^)\s]*)\)", text):
+        linked = path.parent / target if target else path
+        assert linked.exists(), f"the link {target} leads nowhere"
+        if anchor:
+            assert anchor in make_anchors(linked), f"{target} has no heading #{anchor}"
+
+
+def read_package_page(heading: str) -> str:
+    """The section of Package.md under `heading`."""
+    text = (ROOT / "Package.md").read_text(encoding="utf-8")
+    return text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_package_md_lists_every_file_in_its_folder() -> None:
+    page = read_package_page("Folders").partition("### Outside of the package")[0]
+    listed: dict[str, set[str]] = {}
+    for first, rest in re.findall(r"^\| `([\w/.]+)` \|(.*)$", page, re.MULTILINE):
+        is_folder = first.endswith("/")
+        names = set(re.findall(r"`(\w+\.py)`", rest)) if is_folder else {first}
+        listed.setdefault(first.rstrip("/") if is_folder else "mlx_smolvlm", set()).update(names)
+    assert not listed.pop("demo")  # the checkpoint
+    found: dict[str, set[str]] = {}
+    paths = list_package_files()
+    for path in paths:
+        folder = str(path.parent.relative_to(ROOT)).removeprefix("mlx_smolvlm/")
+        if path.name != "__init__.py" or folder == "mlx_smolvlm":
+            found.setdefault(folder, set()).add(path.name)
+    assert listed == found
+    counts = len(paths), sum(path.name == "__init__.py" for path in paths)
+    assert re.findall(r"has (\d+) Python files, of which (\d+)", page) == [
+        tuple(str(count) for count in counts)
+    ]
+
+
+def test_package_md_prints_the_arrows_between_folders(arrows: dict[tuple[str, str], bool]) -> None:
+    """The right text of the block stands in the message, to be pasted."""
+    targets: dict[str, set[str]] = {name: set() for name in LAYERS if "__init__" not in name}
+    for first, second in between_folders(arrows):
+        targets.setdefault(first, set()).add(second)
+    lines = [
+        f"{name:16} -> {', '.join(sorted(targets[name], key=LAYERS.index)) or 'nothing'}"
+        for name in LAYERS
+        if "__init__" not in name
+    ]
+    block = read_package_page("Imports run one way").split("```")[1].strip()
+    shown = re.sub(r",\n +", ", ", block)
+    assert shown == "\n".join(lines), "\n".join(lines)
