@@ -48,7 +48,6 @@ class Constraint:
 
     def __init__(self, tokenizer: llguidance.LLTokenizer, grammar: str, lead: str) -> None:
         self.lead = lead
-        self._eos = frozenset(tokenizer.eos_tokens)
         self._vocab_size = tokenizer.vocab_size
         self._bits = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
         self._matcher = import_llguidance().LLMatcher(tokenizer, grammar, log_level=0)
