@@ -10,7 +10,8 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -18,7 +19,13 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import mlx.core as mx
 
 from mlx_smolvlm.config import Config
-from mlx_smolvlm.errors import CheckpointError, ContextError, PromptError, SmolVLMWarning
+from mlx_smolvlm.errors import (
+    CheckpointError,
+    ContextError,
+    PromptError,
+    SmolVLMError,
+    SmolVLMWarning,
+)
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.generate.engine import ANSWER_SHARE, Engine
 from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
@@ -99,7 +106,7 @@ class Conversation:
         self._turns: list[Turn] = []
         self._stream: AnswerStream | None = None
         self._state: CachedState | None = None
-        self._lock = threading.RLock()  # a thread that asks waits for the answers of others
+        self._lock = threading.RLock()  # a thread that asks waits for others; other methods do not
 
     @property
     def system(self) -> str | None:
@@ -132,8 +139,9 @@ class Conversation:
 
     def reset(self) -> None:
         """Remove all turns; the system message stays."""
-        self._finish_answer()
-        self._turns, self._state = [], None
+        with self._lock_thread():
+            self._finish_answer()
+            self._turns, self._state = [], None
 
     def ask(
         self,
@@ -196,27 +204,29 @@ class Conversation:
         Raises:
             PromptError: No question was asked yet.
         """
-        self._finish_answer()
-        if not self._turns:
-            raise PromptError("there is no question to ask again")
-        return self._start_answer(
-            [*self._turns[:-1], replace(self._turns[-1], answer=None)], sampling
-        )
+        with self._lock_thread():
+            self._finish_answer()
+            if not self._turns:
+                raise PromptError("there is no question to ask again")
+            *turns, last = self._turns
+            return self._start_answer([*turns, replace(last, answer=None)], sampling)
 
     def undo(self) -> str | None:
         """Remove the last turn, and return the text of its question; None if there is no turn."""
-        self._finish_answer()
-        if not self._turns:
-            return None
-        *self._turns, last = self._turns  # a new list: other threads may read the old one
+        with self._lock_thread():
+            self._finish_answer()
+            if not self._turns:
+                return None
+            *self._turns, last = self._turns  # a new list: other threads may read the old one
         return "".join(item.get("text", "") for item in last.question["content"])
 
     def fork(self) -> Conversation:
         """An independent copy of the conversation, which shares all work done so far."""
-        self._finish_answer()
         twin = Conversation(self._engine, self._system, self._options)
-        twin._turns = list(self._turns)
-        twin._state = None if self._state is None else self._state.fork()
+        with self._lock_thread():
+            self._finish_answer()
+            twin._turns = list(self._turns)
+            twin._state = None if self._state is None else self._state.fork()
         return twin
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -228,11 +238,12 @@ class Conversation:
             MediaError: A video that was not encoded yet cannot be decoded.
         """
         target = expand_path(os.fspath(path))
-        self._finish_answer()
-        for medium in _list_media(self._turns):
-            self._engine.encode([medium])
-        saved = SavedConversation(self._system, self._turns, self._state)
-        write_conversation(saved, target, self._engine.checkpoint_digest)
+        with self._lock_thread():
+            self._finish_answer()
+            for medium in _list_media(self._turns):
+                self._engine.encode([medium])
+            saved = SavedConversation(self._system, self._turns, self._state)
+            write_conversation(saved, target, self._engine.checkpoint_digest)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Replace this conversation by the one that `save` wrote to `path`.
@@ -250,10 +261,11 @@ class Conversation:
             _ = other.context_used  # the chat template may refuse well-formed messages
         except PromptError as error:
             raise CheckpointError(f"{path} is not a conversation of this model: {error}") from None
-        self.reset()
-        self._system, self._turns = saved.system, saved.turns
-        if engine.cache_options.is_plain:  # files hold plain caches only
-            self._state = saved.state
+        with self._lock_thread():
+            self.reset()
+            self._system, self._turns = saved.system, saved.turns
+            if engine.cache_options.is_plain:  # files hold plain caches only
+                self._state = saved.state
 
     def _start_answer(self, wanted: list[Turn], sampling: Sampling | None = None) -> AnswerStream:
         """Replace the turns by `wanted`, and return the stream of the last turn's answer.
@@ -302,6 +314,23 @@ class Conversation:
         """The messages of `turns`, after the system message."""
         messages = [message for turn in turns for message in turn.messages]
         return [*make_system_messages(self._system), *messages]
+
+    @contextmanager
+    def _lock_thread(self) -> Iterator[None]:
+        """Lock this conversation while the body runs, without waiting for other threads.
+
+        Raises:
+            SmolVLMError: Another thread is asking a question.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise SmolVLMError(
+                "a question of this conversation is being answered in another thread; wait until "
+                "that is done, or use a separate conversation in each thread"
+            )
+        try:
+            yield
+        finally:
+            self._lock.release()
 
     def _finish_answer(self) -> None:
         """End the open stream, and record its answer and its cache."""

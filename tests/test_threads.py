@@ -89,6 +89,36 @@ def test_one_answer_is_not_generated_by_two_threads_at_once(
     assert chat.undo() == QUESTIONS[0]
 
 
+def test_a_conversation_does_not_change_while_another_thread_asks(
+    tiny: SmolVLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, resume, open_media = threading.Event(), threading.Event(), tiny.engine.open_media
+    chat = tiny.chat(sampling=SHORT)
+    chat.ask(QUESTIONS[0])
+    chat.save(tmp_path / "saved")
+
+    def open_slowly(*arguments: Any) -> Any:
+        reached.set()
+        resume.wait(10)
+        return open_media(*arguments)
+
+    monkeypatch.setattr(tiny.engine, "open_media", open_slowly)
+    actions: list[Callable[[], object]] = [
+        *(chat.undo, chat.fork, chat.reset, chat.retry),
+        *(lambda: chat.save(tmp_path / "other"), lambda: chat.load(tmp_path / "saved")),
+    ]
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat.ask, QUESTIONS[1])
+        assert reached.wait(10)
+        for action in actions:
+            with pytest.raises(SmolVLMError, match="being answered in another thread"):
+                action()
+        resume.set()
+        assert answer.result(20).generation_tokens == 4
+    assert len(chat.messages) == 4
+    assert chat.undo() == QUESTIONS[1]
+
+
 def test_the_context_is_counted_while_another_thread_ends_the_answer(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
