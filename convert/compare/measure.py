@@ -30,7 +30,7 @@ from mlx_smolvlm.convert.compare.plot import render_plot
 from mlx_smolvlm.convert.compare.report import (
     Comparison,
     Side,
-    TaskScore,
+    TaskDifference,
     format_card_section,
     summarize_tokens,
 )
@@ -157,13 +157,13 @@ def judge(vlm: SmolVLM, data: Dataset | None, step: Callable[[str], None]) -> li
     return results
 
 
-def score_tasks(a: Sequence[Result], b: Sequence[Result]) -> tuple[TaskScore, ...]:
+def score_tasks(a: Sequence[Result], b: Sequence[Result]) -> tuple[TaskDifference, ...]:
     """Average the scores of both by task and metric, from results of the same lines."""
     pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
     for one, other in zip(a, b, strict=True):
         pairs.setdefault((one.task, one.metric), []).append((one, other))
     return tuple(
-        TaskScore(
+        TaskDifference(
             task=task,
             metric=metric,
             examples=len(both),

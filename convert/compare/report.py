@@ -130,7 +130,7 @@ class Surprise:
 
 
 @dataclass(frozen=True)
-class TaskScore:
+class TaskDifference:
     """Mean scores of both on a task of a dataset, 0 to 1, and the number of equal answers."""
 
     task: str
@@ -168,7 +168,7 @@ class Comparison:
     matrices: tuple[MatrixLoss, ...]
     answers: tuple[AnswerPair, ...]
     surprises: tuple[Surprise, ...]
-    tasks: tuple[TaskScore, ...]
+    tasks: tuple[TaskDifference, ...]
     peak_memory_gb: float
 
     @property
