@@ -46,7 +46,7 @@ AdapterOption = Annotated[
 ]
 CacheDirOption = Annotated[
     Path | None,
-    typer.Option(metavar="DIR", help="Keep prompts here, so that the next run reuses them."),
+    typer.Option(metavar="DIR", help="Keep the caches of prompts in this folder for later runs."),
 ]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
 

@@ -106,10 +106,11 @@ def chat(
     ] = "high",
     fps: Annotated[
         float | None,
-        typer.Option(metavar="F", help="Frames of a video a second; default: as in training."),
+        typer.Option(metavar="F", help="Frames per second of a video; default: as in training."),
     ] = None,
     max_frames: Annotated[
-        int | None, typer.Option(metavar="N", help="Frames of a video at most; likewise.")
+        int | None,
+        typer.Option(metavar="N", help="Most frames of a video; default: as in training."),
     ] = None,
     start: Annotated[
         str | None, typer.Option(metavar="S", help="Begin the video here: seconds, or MM:SS.")
@@ -161,7 +162,8 @@ def chat(
         bool, typer.Option("--stats", help="Print counts, speed and memory on stderr.")
     ] = False,
     plain: Annotated[
-        bool, typer.Option("--plain", help="In a conversation: answers as they are, not Markdown.")
+        bool,
+        typer.Option("--plain", help="In a conversation: answers as plain text, not Markdown."),
     ] = False,
     no_images: Annotated[
         bool, typer.Option("--no-images", help="In a conversation: show no pictures inline.")

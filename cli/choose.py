@@ -70,7 +70,7 @@ def choose(
     offline: OfflineOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Say how likely each of some answers to a question is."""
+    """Print the probability of each of several answers to a question."""
     options = ChooseOptions(
         question=decode_text("QUESTION", question),
         choices=tuple(choice),

@@ -30,23 +30,23 @@ Examples:
 
 def compare(
     reference: Annotated[
-        str, typer.Argument(metavar="A", help="What to compare with: a model as in chat.")
+        str, typer.Argument(metavar="A", help="The reference: a model as in chat.")
     ],
     other: Annotated[
-        str, typer.Argument(metavar="B", help="What it became; of the same tokenizer.")
+        str, typer.Argument(metavar="B", help="The other model; it must have the same tokenizer.")
     ],
     texts: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Texts to predict; repeats. Default: some of ours."),
+        typer.Option(metavar="FILE", help="Text to predict; repeats. Default: bundled texts."),
     ] = None,
     pictures: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Pictures to look at. Default: some that are drawn."),
+        typer.Option(metavar="DIR", help="Pictures to compare on. Default: drawn pictures."),
     ] = None,
     question: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="TEXT", help="What to ask about the first pictures, in turn; repeats."
+            metavar="TEXT", help="Question about the first pictures, asked in turn; repeats."
         ),
     ] = None,
     max_tokens: Annotated[
@@ -58,13 +58,13 @@ def compare(
         typer.Option(metavar="PATH", help="A dataset to answer, as eval takes one; repeats."),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Of each of its tasks, the first N lines.")
+        int | None, typer.Option(metavar="N", help="Ask the first N lines of each of its tasks.")
     ] = None,
     json: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write all that was found here.")
+        Path | None, typer.Option(metavar="FILE", help="Write the whole comparison to this file.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw it here, as a PNG.")
+        Path | None, typer.Option(metavar="FILE", help="Draw the comparison as a PNG file.")
     ] = None,
     offline: OfflineOption = False,
 ) -> None:

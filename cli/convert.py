@@ -38,65 +38,72 @@ def convert(
         int | None,
         typer.Option(
             metavar="N",
-            help="Of the decoder: 2, 3, 4, 5, 6, 8, or 16 for float; default: as the source.",
+            help="Bits of the decoder: 2, 3, 4, 5, 6, 8, or 16 for float; default: as the source.",
         ),
     ] = None,
     vision_bits: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Of the vision encoder; default: 8 if --bits is below 16."),
+        typer.Option(
+            metavar="N", help="Bits of the vision encoder; default: 8 if --bits is below 16."
+        ),
     ] = None,
     connector_bits: Annotated[
-        int | None, typer.Option(metavar="N", help="Of the connector; default: likewise.")
+        int | None,
+        typer.Option(metavar="N", help="Bits of the connector; default: as --vision-bits."),
     ] = None,
     embeddings_bits: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Of the embeddings and output head; default: likewise."),
+        typer.Option(
+            metavar="N", help="Bits of the embeddings and output head; default: as --vision-bits."
+        ),
     ] = None,
     group_size: Annotated[
-        int, typer.Option(metavar="32|64|128", help="Weights that share a scale (affine).")
+        int,
+        typer.Option(metavar="32|64|128", help="Number of weights that share a scale (affine)."),
     ] = 64,
     mode: Annotated[
         Literal["affine", "mxfp4", "mxfp8", "nvfp4"],
-        typer.Option(metavar="MODE", help="affine, mxfp4, mxfp8 or nvfp4."),
+        typer.Option(metavar="MODE", help="Quantization mode: affine, mxfp4, mxfp8 or nvfp4."),
     ] = "affine",
     dtype: Annotated[
         Literal["float32", "float16", "bfloat16"] | None,
         typer.Option(
             metavar="DTYPE",
-            help="Of the rest: float32, float16 or bfloat16; default: as the source.",
+            help="Type of other values: float32, float16 or bfloat16; default: as the source.",
         ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(
             metavar="RECIPE",
-            help="tiny, balanced, quality, or a TOML file; in place of the options above.",
+            help="tiny, balanced, quality, or a TOML file; replaces the options above.",
         ),
     ] = None,
     target_size: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Mix precisions so that all fits, e.g. 150MB (1 MB is 10^6 bytes)."
+            metavar="SIZE", help="Mix precisions to fit this size, e.g. 150MB (1 MB is 10^6 bytes)."
         ),
     ] = None,
     target_bits: Annotated[
         float | None,
-        typer.Option(metavar="BITS", help="Likewise, to so many bits a weight with its scales."),
+        typer.Option(
+            metavar="BITS", help="Mix precisions to this mean of bits per weight, with scales."
+        ),
     ] = None,
     gptq: Annotated[
         bool,
         typer.Option(
-            "--gptq", help="Let each column of a matrix make up for the rounding of those before."
+            "--gptq",
+            help="Use GPTQ: each column of a matrix compensates the rounding of earlier ones.",
         ),
     ] = False,
     dwq: Annotated[
         bool,
-        typer.Option(
-            "--dwq", help="Tune scales and biases until the result says what the source says."
-        ),
+        typer.Option("--dwq", help="Tune scales and biases so that predictions match the source."),
     ] = False,
     dwq_steps: Annotated[
-        int, typer.Option(metavar="N", min=1, help="How many samples to tune on.")
+        int, typer.Option(metavar="N", min=1, help="Number of samples that --dwq tunes on.")
     ] = 120,
     calibration: Annotated[
         list[Path] | None,
@@ -109,19 +116,20 @@ def convert(
     offline: OfflineOption = False,
     force: Annotated[bool, typer.Option("--force", help="Replace a checkpoint at DEST.")] = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Compare the result with SOURCE, and say what it lost.")
+        bool,
+        typer.Option("--verify", help="Compare the result with SOURCE, and print the differences."),
     ] = False,
     verify_texts: Annotated[
         list[Path] | None,
-        typer.Option(metavar="FILE", help="Texts to compare on; repeats. Implies --verify."),
+        typer.Option(metavar="FILE", help="Text to compare on; repeats. Implies --verify."),
     ] = None,
     verify_pictures: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Pictures to compare on; likewise.")
+        Path | None, typer.Option(metavar="DIR", help="Pictures to compare on. Implies --verify.")
     ] = None,
     upload: Annotated[
         str | None,
         typer.Option(
-            metavar="REPO", help="Then upload it to the hub; SOURCE may be converted already."
+            metavar="REPO", help="Upload the result to the hub; SOURCE may be converted already."
         ),
     ] = None,
     private: Annotated[

@@ -60,10 +60,10 @@ def evaluate(
         ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(metavar="A,B", help="Only lines of these tasks.")
+        str | None, typer.Option(metavar="A,B", help="Ask only the lines of these tasks.")
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", help="Of each task, the first N lines.")
+        int | None, typer.Option(metavar="N", help="Ask the first N lines of each task.")
     ] = None,
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="The longest answer, in tokens.")
@@ -73,12 +73,12 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Where each result is kept and a stopped run goes on; "
+            help="File that keeps each result, so that a stopped run can continue; "
             "default: eval-MODEL-DATA.jsonl, here.",
         ),
     ] = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Forget the results that are there.")
+        bool, typer.Option("--restart", help="Discard earlier results, and start over.")
     ] = False,
     skip_bad: Annotated[
         bool,

@@ -31,18 +31,21 @@ Examples:
 
 def train(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.toml", help="What to train, on which data, and how.")
+        Path,
+        typer.Argument(
+            metavar="CONFIG.toml", help="Settings of the training: model, data and options."
+        ),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
             metavar="FOLDER",
-            help="Where to write, and where an earlier run goes on; default: as the file says, "
+            help="Folder to write to, or of a run to continue; default: as the file says, "
             "or its name with -trained.",
         ),
     ] = None,
     fuse: Annotated[
-        bool, typer.Option("--fuse", help="Write a checkpoint of model and adapter together, too.")
+        bool, typer.Option("--fuse", help="Also write a checkpoint with the adapter merged in.")
     ] = False,
     offline: OfflineOption = False,
 ) -> None:
