@@ -33,7 +33,7 @@ class LoraSettings:
     scale: float = 4.0
     dropout: float = 0.0
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse values out of range."""
         _check_range("lora.rank", self.rank, 1, LARGEST_RANK)
         _check_range("lora.scale", self.scale, 1e-6, LARGEST_SCALE)
@@ -51,7 +51,7 @@ class OptimizerSettings:
     weight_decay: float = 0.0
     clip: float = 1.0
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse values out of range."""
         _check_range("optimizer.rate", self.rate, 1e-12, 10)
         _check_choice("optimizer.schedule", self.schedule, SCHEDULES)
@@ -68,7 +68,7 @@ class DataSettings:
     path: str
     weight: float | None = None
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse values out of range."""
         if self.weight is not None:
             _check_range("data.weight", self.weight, 1e-9, 1e9)
@@ -115,7 +115,7 @@ class Settings:
         """Return the path `name`, which may be relative to the file's folder."""
         return self.folder / expand_path(name, TrainingError)
 
-    def check(self) -> None:
+    def __post_init__(self) -> None:
         """Refuse values that are out of range or contradict each other.
 
         Raises:
@@ -152,10 +152,6 @@ class Settings:
             raise TrainingError(
                 "some [[data]] have a weight and some have none; give all of them one"
             )
-        self.lora.check()
-        self.optimizer.check()
-        for dataset in self.data:
-            dataset.check()
 
     def dump_decisive(self) -> dict[str, Any]:
         """Return the settings that influence the trained weights, as plain values."""
@@ -181,7 +177,6 @@ def read_settings(path: str | Path) -> Settings:
             raise TrainingError("write [[data]], not [data]: data is a list of tables")
         settings = read_record(Settings, values, skip=("folder",))
         settings = dataclasses.replace(settings, folder=file.parent)
-        settings.check()
     except (TrainingError, ValueError) as error:
         raise TrainingError(f"{file}: {error}") from None
     return settings

@@ -5,7 +5,13 @@ from pathlib import Path
 import pytest
 
 from mlx_smolvlm.errors import TrainingError
-from mlx_smolvlm.train.settings import DataSettings, read_settings
+from mlx_smolvlm.train.settings import (
+    DataSettings,
+    LoraSettings,
+    OptimizerSettings,
+    Settings,
+    read_settings,
+)
 
 LEAST = 'model = "demo"\nsteps = 3\n[[data]]\npath = "d"\n'
 
@@ -103,3 +109,14 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_bytes(b"\xff")
     with pytest.raises(TrainingError, match="not UTF-8"):
         read_settings(tmp_path / "c.toml")
+
+
+def test_settings_check_themselves() -> None:
+    with pytest.raises(TrainingError, match="lora.rank is 0"):
+        LoraSettings(rank=0)
+    with pytest.raises(TrainingError, match="optimizer.clip is -1"):
+        OptimizerSettings(clip=-1)
+    with pytest.raises(TrainingError, match="data.weight is 0"):
+        DataSettings("d", weight=0)
+    with pytest.raises(TrainingError, match="either steps or epochs"):
+        Settings("demo", (DataSettings("d"),))
