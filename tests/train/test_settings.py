@@ -112,11 +112,11 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_settings_check_themselves() -> None:
-    with pytest.raises(TrainingError, match="lora.rank is 0"):
+    with pytest.raises(TrainingError, match=r"lora\.rank is 0"):
         LoraSettings(rank=0)
-    with pytest.raises(TrainingError, match="optimizer.clip is -1"):
+    with pytest.raises(TrainingError, match=r"optimizer\.clip is -1"):
         OptimizerSettings(clip=-1)
-    with pytest.raises(TrainingError, match="data.weight is 0"):
+    with pytest.raises(TrainingError, match=r"data\.weight is 0"):
         DataSettings("d", weight=0)
     with pytest.raises(TrainingError, match="either steps or epochs"):
         Settings("demo", (DataSettings("d"),))
