@@ -217,7 +217,7 @@ class Conversation:
             self._finish_answer()
             if not self._turns:
                 return None
-            *self._turns, last = self._turns  # a new list: other threads may read the old one
+            *self._turns, last = self._turns
         return "".join(item.get("text", "") for item in last.question["content"])
 
     def fork(self) -> Conversation:
@@ -225,7 +225,7 @@ class Conversation:
         twin = Conversation(self._engine, self._system, self._options)
         with self._lock_thread():
             self._finish_answer()
-            twin._turns = list(self._turns)
+            twin._turns = self._turns  # a list of turns is replaced, never changed
             twin._state = None if self._state is None else self._state.fork()
         return twin
 
@@ -336,7 +336,8 @@ class Conversation:
         """End the open stream, and record its answer and its cache."""
         if self._stream is not None:
             self._stream.close()
-            self._turns[-1] = replace(self._turns[-1], answer=self._stream.reply.text)
+            *turns, last = self._turns
+            self._turns = [*turns, replace(last, answer=self._stream.reply.text)]
             self._state = self._stream.state
             self._stream = None
 
