@@ -10,8 +10,8 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -23,7 +23,6 @@ from mlx_smolvlm.errors import (
     CheckpointError,
     ContextError,
     PromptError,
-    SmolVLMError,
     SmolVLMWarning,
 )
 from mlx_smolvlm.files import expand_path
@@ -50,6 +49,7 @@ from mlx_smolvlm.reuse.disk import (
     serialize_content,
     write_state_file,
 )
+from mlx_smolvlm.runtime import take_lock
 
 if TYPE_CHECKING:
     from mlx_smolvlm.media.tiles import Detail
@@ -315,22 +315,13 @@ class Conversation:
         messages = [message for turn in turns for message in turn.messages]
         return [*make_system_messages(self._system), *messages]
 
-    @contextmanager
-    def _lock_thread(self) -> Iterator[None]:
-        """Lock this conversation while the body runs, without waiting for other threads.
-
-        Raises:
-            SmolVLMError: Another thread is asking a question.
-        """
-        if not self._lock.acquire(blocking=False):
-            raise SmolVLMError(
-                "a question of this conversation is being answered in another thread; wait until "
-                "that is done, or use a separate conversation in each thread"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def _lock_thread(self) -> AbstractContextManager[None]:
+        """Return a lock on this conversation; a SmolVLMError if another thread asks a question."""
+        return take_lock(
+            self._lock,
+            "a question of this conversation is being answered in another thread; wait until "
+            "that is done, or use a separate conversation in each thread",
+        )
 
     def _finish_answer(self) -> None:
         """End the open stream, and record its answer and its cache."""

@@ -23,6 +23,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -66,6 +68,21 @@ def _load_library() -> str | None:
     except OSError as error:
         return str(error)
     return None
+
+
+@contextmanager
+def take_lock(lock: threading.Lock | threading.RLock, message: str) -> Iterator[None]:
+    """Hold `lock` while the body runs; do not wait for it.
+
+    Raises:
+        SmolVLMError: Another thread holds `lock`; with `message`.
+    """
+    if not lock.acquire(blocking=False):
+        raise SmolVLMError(message)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_process() -> None:

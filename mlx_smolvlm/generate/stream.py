@@ -6,13 +6,13 @@ import threading
 import time
 import warnings
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
 
-from mlx_smolvlm.errors import SmolVLMError, SmolVLMWarning
+from mlx_smolvlm.errors import SmolVLMWarning
 from mlx_smolvlm.generate.engine import Engine, Prompt
 from mlx_smolvlm.generate.json_schema import parse_answer, to_jsonable
 from mlx_smolvlm.generate.loop import StopText, generate_constrained_tokens, generate_tokens
@@ -20,7 +20,7 @@ from mlx_smolvlm.generate.sampling import Sampling, make_sampler
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.media.encode import Footage, Picture, Progress, encode, join_embeds
 from mlx_smolvlm.reuse.content import CachedState, Content
-from mlx_smolvlm.runtime import check_process
+from mlx_smolvlm.runtime import check_process, take_lock
 
 
 @dataclass(frozen=True)
@@ -288,22 +288,13 @@ class AnswerStream(Iterator[Chunk]):
         with self._lock_thread():
             self._end()
 
-    @contextmanager
-    def _lock_thread(self) -> Iterator[None]:
-        """Lock this stream while the body runs; threads may take turns, but not wait.
-
-        Raises:
-            SmolVLMError: Another thread is using this stream.
-        """
-        if not self._lock.acquire(blocking=False):
-            raise SmolVLMError(
-                "this answer is being generated in another thread; wait until that is done, or "
-                "use a separate stream or conversation in each thread"
-            )
-        try:
-            yield
-        finally:
-            self._lock.release()
+    def _lock_thread(self) -> AbstractContextManager[None]:
+        """Return a lock on this stream; a SmolVLMError if another thread uses it."""
+        return take_lock(
+            self._lock,
+            "this answer is being generated in another thread; wait until that is done, or "
+            "use a separate stream or conversation in each thread",
+        )
 
     def finish(self) -> Reply:
         """Generate the rest of the answer, and return the whole reply."""
