@@ -179,7 +179,7 @@ def sample_video(vlm: SmolVLM, video: OpenedVideo) -> Clip:
     """Choose the frames that the model sees; on a terminal, print how many tokens they take.
 
     Raises:
-        MediaError: There is no frame between start and end, or the video cannot be decoded.
+        MediaError: The chosen range has no frame, or the video cannot be decoded.
     """
     from mlx_smolvlm.media.timeline import format_duration
     from mlx_smolvlm.media.video import open_video

@@ -101,7 +101,7 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
         options: How to fetch and convert it; None is `ResolveOptions()`.
 
     Raises:
-        CheckpointError: There is no such model, or it cannot be fetched or converted.
+        CheckpointError: The model does not exist, or cannot be fetched or converted.
     """
     options = options or ResolveOptions()
     if model == DEMO:
@@ -121,7 +121,7 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
 
 
 def find_folder(name: str | Path) -> Path | None:
-    """Return `name` as the path of an existing folder; None if there is no such folder."""
+    """Return the path of the folder `name`; None if it does not exist."""
     try:
         folder = expand_path(name)
         return folder if str(name) and folder.is_dir() else None
