@@ -7,6 +7,7 @@ import socket
 import ssl
 import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 Answer = Callable[[socket.socket], None]
@@ -148,3 +149,29 @@ def serving() -> Iterator[Server]:
         yield server
     finally:
         server.close()
+
+
+class QuietHandler(BaseHTTPRequestHandler):
+    """A handler that logs nothing, and does not mind a client that leaves."""
+
+    def log_message(self, *_: object) -> None:
+        """Log nothing."""
+
+    def handle(self) -> None:
+        """Handle requests until the client leaves."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
+
+
+@contextlib.contextmanager
+def serve(handler: type[QuietHandler]) -> Iterator[str]:
+    """Run a server with `handler` while the body runs; yields its URL, without a final slash."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

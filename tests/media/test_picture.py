@@ -1,7 +1,6 @@
 """`open_image`: every source and pixel format, and one clear line for each failure."""
 
 import base64
-import contextlib
 import io
 import os
 import stat
@@ -10,7 +9,6 @@ import sys
 import threading
 import warnings
 import zlib
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +20,7 @@ from mlx_smolvlm.errors import MediaError
 from mlx_smolvlm.media import fetch
 from mlx_smolvlm.media.picture import open_image
 from tests.helpers import media_cases as cases
+from tests.helpers import web_server as web
 
 PICTURE = cases.picture((37, 23))
 
@@ -129,8 +128,8 @@ def test_bad_data_uri(uri, message):
     assert message in refused(uri)
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
+class Handler(web.QuietHandler):
+    def do_GET(self):  # noqa: N802  (the name that http.server calls)
         code, headers, body = 200, {}, PNG
         if self.path == "/missing.png":
             code, body = 404, b"no"
@@ -158,23 +157,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
-
-    def handle(self):
-        with contextlib.suppress(ConnectionError):
-            super().handle()
-
 
 @pytest.fixture(scope="module")
 def site():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with web.serve(Handler) as address:
+        yield address
 
 
 @pytest.mark.parametrize("path", ["/ok.png", "/to-ok", "/größe und leer.png?a=b#c"])

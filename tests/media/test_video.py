@@ -1,7 +1,6 @@
 """Videos in the library: which frames, from which source, and how they reach the answer."""
 
 import base64
-import contextlib
 import io
 import json
 import os
@@ -12,7 +11,6 @@ import warnings
 import weakref
 from dataclasses import replace
 from fractions import Fraction
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import av
@@ -36,6 +34,7 @@ from mlx_smolvlm.prompt.builder import PromptBuilder
 from mlx_smolvlm.prompt.messages import read_request
 from tests.helpers import media_cases as cases
 from tests.helpers import video_cases as clips
+from tests.helpers import web_server as web
 
 GOLDEN = cases.load_golden("videos")
 TRAINED = VideoConfig(fps=1.0, max_frames=64, longest_edge=512, skip_secs=1.0)
@@ -432,8 +431,8 @@ def test_an_opened_video_is_opened_once(path, config, expected, monkeypatch):
     assert clips.same([frame.picture for frame in clip.read_frames()], expected)  # once more
 
 
-class Handler(BaseHTTPRequestHandler):
-    def do_GET(self):
+class Handler(web.QuietHandler):
+    def do_GET(self):  # noqa: N802  (the name that http.server calls)
         body = clips.data("h264 mp4")
         code, length, path = 200, len(body), self.path.partition("?")[0]
         if path == "/missing.mp4":
@@ -448,23 +447,11 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *_):
-        pass
-
-    def handle(self):
-        with contextlib.suppress(ConnectionError):
-            super().handle()
-
 
 @pytest.fixture(scope="module")
 def site():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with web.serve(Handler) as address:
+        yield address
 
 
 def test_url(site, config, expected):
