@@ -174,7 +174,7 @@ def print_comparison(request: CompareRequest) -> None:
         draw_plot(comparison, request.plot)
 
 
-def verify(source: Source, dest: Path, inputs: ComparisonInputs) -> None:
+def verify(source: Source, dest: Path, options: CompareOptions) -> None:
     """Compare a conversion with its source, and print the result.
 
     Raises:
@@ -185,7 +185,7 @@ def verify(source: Source, dest: Path, inputs: ComparisonInputs) -> None:
 
     bar = ProgressBar()
     with contextlib.closing(bar):
-        comparison = verify_conversion(source, dest, inputs.make_options(), progress=bar.draw)
+        comparison = verify_conversion(source, dest, options, progress=bar.draw)
     print_result(comparison)
     say(f"wrote {dest / VERIFY_FILE} and {VERIFY_PLOT}")
 

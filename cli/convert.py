@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from mlx_smolvlm.cli.args import OfflineOption
-from mlx_smolvlm.cli.compare import ComparisonInputs
+from mlx_smolvlm.cli.compare import ComparisonInputs, verify
 from mlx_smolvlm.cli.output import ConversionProgress, format_size, say, warn, write
-from mlx_smolvlm.cli.precision import PrecisionOptions
+from mlx_smolvlm.cli.precision import PrecisionOptions, write_better
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
     from mlx_smolvlm.convert.options import ConvertOptions
+    from mlx_smolvlm.convert.quant.improve import BetterOptions
     from mlx_smolvlm.convert.source import Source
 
 
@@ -220,10 +221,11 @@ def run_conversion(request: ConvertRequest) -> None:
     from mlx_smolvlm.checkpoint.writer import check_destination
     from mlx_smolvlm.convert.source import open_source
 
-    if request.verify is not None:
-        request.verify.make_options()  # refuse wrong files before hours of work
-    if request.precision is not None and request.precision.has_target:
-        request.precision.make_options()  # likewise, a target out of range
+    # Wrong files and targets out of range are refused before hours of work.
+    compare_options = None if request.verify is None else request.verify.make_options()
+    better = None
+    if request.precision is not None and not request.precision.only_rounds:
+        better = request.precision.make_options(request.force)
     if request.upload is not None:
         from mlx_smolvlm.convert.upload import check_upload
 
@@ -245,7 +247,9 @@ def run_conversion(request: ConvertRequest) -> None:
             )
         publish(source.folder, request)
         return
-    write_converted(source, dest, request)
+    write_converted(source, dest, request, better)
+    if compare_options is not None:
+        verify(source, dest, compare_options)
     if request.upload is not None:
         publish(dest, request)
 
@@ -264,13 +268,15 @@ def find_source(name: str) -> str | Path:
     return resolve(DEMO) if name == DEMO else ALIASES.get(name.lower(), name)
 
 
-def write_converted(source: Source, dest: Path, request: ConvertRequest) -> None:
+def write_converted(
+    source: Source, dest: Path, request: ConvertRequest, better: BetterOptions | None
+) -> None:
     """Convert `source` to the folder `dest`, and report its size."""
     from mlx_smolvlm.convert.run import convert_checkpoint
 
     progress = ConversionProgress()
     with contextlib.closing(progress):
-        if request.precision is None or request.precision.only_rounds:
+        if better is None:
             convert_checkpoint(
                 source,
                 dest,
@@ -279,12 +285,8 @@ def write_converted(source: Source, dest: Path, request: ConvertRequest) -> None
                 force=request.force,
             )
         else:
-            request.precision.write(source, dest, request.options, force=request.force)
+            write_better(source, dest, request.options, better)
     say(f"wrote {dest}: {summarize(dest)}")
-    if request.verify is not None:
-        from mlx_smolvlm.cli.compare import verify
-
-        verify(source, dest, request.verify)
 
 
 def publish(folder: Path, request: ConvertRequest) -> None:

@@ -99,7 +99,7 @@ class PrecisionOptions:
                 "them"
             )
 
-    def make_options(self, *, force: bool = False) -> BetterOptions:
+    def make_options(self, force: bool) -> BetterOptions:
         """Return the library's options; they check the range of the target.
 
         Raises:
@@ -122,16 +122,18 @@ class PrecisionOptions:
             hint = "--target-size" if self.target_bits is None else "--target-bits"
             raise typer.BadParameter(str(error), param_hint=hint) from None
 
-    def write(self, source: Source, dest: Path, options: ConvertOptions, *, force: bool) -> None:
-        """Convert `source` to the folder `dest`, and report the measured errors."""
-        from mlx_smolvlm.convert.quant.improve import convert_better
 
-        better = self.make_options(force=force)
-        bar = ProgressBar()
-        with contextlib.closing(bar):
-            report = convert_better(source, dest, options, better, bar.draw)
-        for line in report.format_lines():
-            say(line)
+def write_better(
+    source: Source, dest: Path, options: ConvertOptions, better: BetterOptions
+) -> None:
+    """Convert `source` to the folder `dest`, and report the measured errors."""
+    from mlx_smolvlm.convert.quant.improve import convert_better
+
+    bar = ProgressBar()
+    with contextlib.closing(bar):
+        report = convert_better(source, dest, options, better, bar.draw)
+    for line in report.format_lines():
+        say(line)
 
 
 def parse_size(text: str) -> int:
