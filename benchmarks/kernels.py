@@ -23,7 +23,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm import CacheOptions, load
-from mlx_smolvlm.generate.batch import RowDecoder
+from mlx_smolvlm.generate.many import RowDecoder
 from mlx_smolvlm.model.model import Model, compile_encoder
 
 VIEWS = {

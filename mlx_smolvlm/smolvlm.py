@@ -12,10 +12,10 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.generate.batch import answer_all, check_prompts
 from mlx_smolvlm.generate.choose import Choice, Normalize, check_choices, choose_answer
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.long_video import Part, answer_by_part
+from mlx_smolvlm.generate.many import answer_all, check_prompts
 from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
 from mlx_smolvlm.generate.stream import AnswerStream, Reply
 from mlx_smolvlm.kv.options import CacheOptions

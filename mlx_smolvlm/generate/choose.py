@@ -10,8 +10,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm.errors import PromptError
-from mlx_smolvlm.generate.batch import RowDecoder, make_prefix_cache, split_into_groups
 from mlx_smolvlm.generate.engine import Engine, Prompt
+from mlx_smolvlm.generate.many import RowDecoder, make_prefix_cache, split_into_groups
 from mlx_smolvlm.generate.sampling import log_normalizer
 from mlx_smolvlm.generate.stream import Reply
 from mlx_smolvlm.reuse.content import count_common

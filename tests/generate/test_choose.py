@@ -84,9 +84,9 @@ def test_where_the_work_is_cut_changes_nothing(
     tiny.engine.memory.clear()
     whole = tiny.choose("Which?", choices, images=[PICTURE])
     if memory == "small groups":
-        monkeypatch.setattr("mlx_smolvlm.generate.batch.MAX_ROWS", 1)
+        monkeypatch.setattr("mlx_smolvlm.generate.many.MAX_ROWS", 1)
     if memory == "small parts":
-        monkeypatch.setattr("mlx_smolvlm.generate.batch.PREFILL_CHUNK", 3)
+        monkeypatch.setattr("mlx_smolvlm.generate.many.PREFILL_CHUNK", 3)
         monkeypatch.setattr("mlx_smolvlm.generate.choose.SCORE_CHUNK", 2)
     again = tiny.choose("Which?", choices, images=[PICTURE])
     np.testing.assert_allclose(again.logprobs, whole.logprobs, atol=1e-4)

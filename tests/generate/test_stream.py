@@ -12,7 +12,7 @@ import pytest
 from mlx_lm.tuner.lora import LoRALinear
 from PIL import Image
 
-import mlx_smolvlm.generate.batch
+import mlx_smolvlm.generate.many
 import mlx_smolvlm.generate.stream
 from mlx_smolvlm import PromptError, Reply, Sampling, SmolVLM, load
 from mlx_smolvlm.generate.engine import Engine
@@ -150,7 +150,7 @@ def script(endless: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> Script:
             return lambda logits, counts: mx.array([left[count] for count in counts.tolist()])
 
         monkeypatch.setattr(mlx_smolvlm.generate.stream, "make_sampler", sampler)
-        monkeypatch.setattr(mlx_smolvlm.generate.batch, "make_row_sampler", row_sampler)
+        monkeypatch.setattr(mlx_smolvlm.generate.many, "make_row_sampler", row_sampler)
         return ending_with(endless, *ends)
 
     return answering

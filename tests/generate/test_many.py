@@ -24,8 +24,8 @@ from mlx_smolvlm import (
     load,
 )
 from mlx_smolvlm.checkpoint.load import find_tokenizer
-from mlx_smolvlm.generate.batch import RowDecoder, split_into_groups
 from mlx_smolvlm.generate.engine import Engine
+from mlx_smolvlm.generate.many import RowDecoder, split_into_groups
 from mlx_smolvlm.media.picture import open_image
 from mlx_smolvlm.media.tiles import compute_grid
 from mlx_smolvlm.model.text import TextModel
@@ -240,9 +240,9 @@ def test_groups_and_moves_change_nothing(
         return largest[-1]
 
     # A cache of a hundred tokens, with three reserved for each answer.
-    monkeypatch.setattr("mlx_smolvlm.generate.batch.GROWTH", 3)
-    monkeypatch.setattr("mlx_smolvlm.generate.batch.CONTEXTS", 100 / 512)
-    monkeypatch.setattr("mlx_smolvlm.generate.batch.CONTEXTS", 100 / 512)
+    monkeypatch.setattr("mlx_smolvlm.generate.many.GROWTH", 3)
+    monkeypatch.setattr("mlx_smolvlm.generate.many.CONTEXTS", 100 / 512)
+    monkeypatch.setattr("mlx_smolvlm.generate.many.CONTEXTS", 100 / 512)
     monkeypatch.setattr(RowDecoder, "columns", property(recording))
     fed.clear()
     assert_same(tiny.ask_many([OTHER], QUESTIONS, sampling=sampling), whole)
@@ -261,7 +261,7 @@ def test_groups() -> None:
 def test_a_long_beginning_and_long_questions(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_smolvlm.generate.batch.PREFILL_CHUNK", 7)
+    monkeypatch.setattr("mlx_smolvlm.generate.many.PREFILL_CHUNK", 7)
     system = "wool " * 40
     questions = ["long " * 30, "x", "longer " * 20]
     many = tiny.ask_many(None, questions, system=system, sampling=SHORT)
