@@ -23,7 +23,7 @@ Status = Literal["ok", "note", "broken"]
 
 # The names on PyPI of the packages that are needed, then of the optional ones.
 NEEDED = (
-    *("mlx", "mlx-lm", "huggingface-hub", "pillow", "av", "typer", "prompt_toolkit", "rich"),
+    *("mlx", "huggingface-hub", "pillow", "av", "typer", "prompt_toolkit", "rich"),
     *("tokenizers", "jinja2", "numpy", "num2words", "markdown-it-py"),
 )
 EXTRAS = {"llguidance": "json"}

@@ -185,7 +185,7 @@ def test_tile_batches_do_not_change_the_embeddings(
     np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
-def test_a_greedy_answer_imports_no_heavy_package(tiny_folder: Path) -> None:
+def test_answers_import_no_heavy_package(tiny_folder: Path) -> None:
     code = (
         "import sys, mlx_smolvlm, numpy\n"
         "lazy = {'PIL', 'av', 'jinja2', 'tokenizers', 'huggingface_hub', 'typer'}\n"
@@ -195,9 +195,11 @@ def test_a_greedy_answer_imports_no_heavy_package(tiny_folder: Path) -> None:
         "heavy = {'PIL', 'av', 'num2words', 'huggingface_hub', 'typer'} & {*sys.modules}\n"
         "assert not heavy, heavy\n"
         "picture = numpy.zeros((9, 9, 3), 'uint8')\n"
-        "vlm.ask('Hi', images=[picture], sampling=mlx_smolvlm.Sampling(max_tokens=3))\n"
-        "lazy = {'mlx_lm', 'av', 'num2words', 'llguidance'}\n"
-        "heavy = {'torch', 'transformers', *lazy} & {*sys.modules}\n"
+        "vlm.ask('Hi', images=[picture], max_tokens=3)\n"
+        "vlm.ask('Hi', max_tokens=3, temperature=0.7, top_p=0.9, top_k=9, min_p=0.1, seed=1)\n"
+        "import mlx_smolvlm.train.finetune, mlx_smolvlm.train.parameters\n"
+        "lazy = {'av', 'num2words', 'llguidance'}\n"
+        "heavy = {'torch', 'transformers', 'mlx_lm', *lazy} & {*sys.modules}\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

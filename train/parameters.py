@@ -140,7 +140,7 @@ def fuse(base: Path, adapter: Path, dest: Path) -> Path:
     model = load_model(base, "float32")
     adapted = load_adapter(model, adapter, config.source)
     modules: dict[str, Any] = dict(model.named_modules())
-    fused = [(path, modules[path].fuse(dequantize=True)) for path in adapted.modules]
+    fused = [(path, modules[path].fuse()) for path in adapted.modules]
     model.update_modules(tree_unflatten(fused))
     old = config.quantization
     kept = tuple(one for one in old.overrides if one[0] not in adapted.modules)

@@ -1,8 +1,7 @@
 """Read, attach and save LoRA adapters.
 
 An adapter folder holds `adapters.safetensors`, with two matrices `lora_a` and `lora_b` for each
-adapted module, and `adapter_config.json`, an `AdapterConfig`. The layers come from mlx-lm, which
-is imported only if there is an adapter.
+adapted module, and `adapter_config.json`, an `AdapterConfig`. The layers are in `model/lora.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
@@ -24,6 +22,7 @@ from mlx_smolvlm.checkpoint.load import NEVER_QUANTIZED
 from mlx_smolvlm.config import MAX_SOURCE_LENGTH, find_part
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import write_file
+from mlx_smolvlm.model.lora import Adaptable, adapt
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.records import read_json, read_record
 
@@ -106,12 +105,11 @@ def compute_signature(model: Model) -> tuple[float, ...]:
 
 def list_adaptable(model: Model, parts: tuple[str, ...]) -> tuple[str, ...]:
     """List the paths of matrices in `parts` (see `config.PARTS`) that can have an adapter."""
-    kinds = (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)
     return tuple(
         sorted(
             path
             for path, module in model.named_modules()
-            if isinstance(module, kinds)
+            if isinstance(module, Adaptable)
             and path not in NEVER_QUANTIZED
             and find_part(path) in parts
         )
@@ -124,8 +122,6 @@ def attach_adapter(model: Model, config: AdapterConfig) -> None:
     Raises:
         CheckpointError: `model` has no such module.
     """
-    from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear
-
     modules = dict(model.named_modules())
     usable = set(list_adaptable(model, ("text", "vision", "connector", "embeddings")))
     adapted = []
@@ -135,10 +131,7 @@ def attach_adapter(model: Model, config: AdapterConfig) -> None:
                 f"the adapter changes {path!r:.100}, which this checkpoint does not have; "
                 f"it was trained on {config.base:.100}"
             )
-        base = modules[path]
-        is_table = isinstance(base, nn.Embedding | nn.QuantizedEmbedding)
-        kind = LoRAEmbedding if is_table else LoRALinear
-        adapted.append((path, kind.from_base(base, config.rank, config.dropout, config.scale)))
+        adapted.append((path, adapt(modules[path], config.rank, config.scale, config.dropout)))
     model.update_modules(tree_unflatten(adapted))
 
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cache
+from itertools import count
 from typing import Any, TypedDict
 
 import mlx.core as mx
@@ -211,103 +210,99 @@ def _read_stop(stop: object) -> tuple[str, ...]:
 
 
 def make_sampler(sampling: Sampling) -> Sampler:
-    """Return the sampler that `sampling` describes.
+    """Return the sampler that `sampling` describes, for one answer: with a seed it has a state.
 
-    A seed sets MLX's global random state, as in mlx-lm.
+    A seed gives the same tokens as `mx.random.seed` and mlx-lm's sampler, but does not touch
+    MLX's global random state, so that answers in other threads do not change this one.
     """
-    if sampling.seed is not None:
-        mx.random.seed(sampling.seed)
     if sampling.temperature == 0:
         return lambda logits: mx.argmax(logits, keepdims=True)
     draw = _make_draw(sampling)
-    return lambda logits: draw(logits[None])
-
-
-def _make_draw(sampling: Sampling) -> Sampler:
-    """Return a function from `logits` (B, vocabulary) to independent token ids (B,).
-
-    The samplers are mlx-lm's. Importing them takes more than a second, so they are imported only
-    when needed.
-    """
-    from mlx_lm.sample_utils import make_sampler as mlx_lm_sampler
-
-    low, high = TEMPERATURE_RANGE
-
-    @cache
-    def chain(vocab_size: int) -> Sampler:
-        sampler: Sampler = mlx_lm_sampler(
-            temp=min(max(sampling.temperature, low), high),
-            top_p=max(sampling.top_p, LEAST_TOP_P) if sampling.top_p < 1 else 0.0,
-            min_p=sampling.min_p,
-            top_k=sampling.top_k if sampling.top_k < vocab_size else 0,  # mlx-lm's limit
-        )
-        return sampler
-
-    def draw(logits: mx.array) -> mx.array:
-        with preserve_random_state():
-            return chain(logits.shape[-1])(log_softmax(logits))
-
-    return draw
-
-
-@contextmanager
-def preserve_random_state() -> Iterator[None]:
-    """Restore MLX's random state if the body raises.
-
-    mlx-lm's samplers are compiled with that state as an input. While MLX traces such a function,
-    the state is a placeholder. If the function raises (an interrupt is enough), it remains one,
-    and all later sampling in the process fails.
-    """
-    state: mx.array = mx.random.state[0]  # type: ignore[index]
-    try:
-        yield
-    except BaseException:
-        mx.random.seed(_compute_seed(state))
-        raise
+    if sampling.seed is None:
+        return lambda logits: draw(logits[None], None)
+    keys = map(RandomKeys(sampling.seed).get, count())
+    return lambda logits: draw(logits[None], next(keys))
 
 
 def make_row_sampler(sampling: Sampling) -> RowSampler:
     """Return the sampler that `sampling` describes, for the next tokens of several answers.
 
     With a seed, each answer is sampled as it would be alone: the n-th tokens of all answers use
-    the same random state. Without a seed, they are sampled independently.
+    the same random key. Without a seed, they are sampled independently.
     """
     if sampling.temperature == 0:
         return lambda logits, _: mx.argmax(logits, axis=-1)
+    draw = _make_draw(sampling)
     if sampling.seed is None:
-        draw_all = _make_draw(sampling)
-        return lambda logits, _: draw_all(logits)
-    sampler, states = make_sampler(sampling), RandomStates(sampling.seed)
+        return lambda logits, _: draw(logits, None)
+    keys = RandomKeys(sampling.seed)
 
-    def draw(logits: mx.array, counts: np.ndarray) -> mx.array:
-        token_ids = []
-        for row, count in zip(logits, counts.tolist(), strict=True):
-            mx.random.seed(states.seed_after(count))
-            token_ids.append(sampler(row))
-        return mx.concatenate(token_ids)
+    def draw_rows(logits: mx.array, counts: np.ndarray) -> mx.array:
+        rows = zip(logits, counts.tolist(), strict=True)
+        return mx.concatenate([draw(row[None], keys.get(number)) for row, number in rows])
+
+    return draw_rows
+
+
+def _make_draw(sampling: Sampling) -> Callable[[mx.array, mx.array | None], mx.array]:
+    """Return a function from `logits` (B, vocabulary) and a random key to token ids (B,).
+
+    The filters and their order are mlx-lm's. Without a key, MLX's global random state is used.
+    """
+    low, high = TEMPERATURE_RANGE
+    inverse = 1 / min(max(sampling.temperature, low), high)
+    top_p = max(sampling.top_p, LEAST_TOP_P)
+
+    def draw(logits: mx.array, key: mx.array | None) -> mx.array:
+        logprobs = log_softmax(logits)
+        if top_p < 1:
+            logprobs = keep_top_p(logprobs, top_p)
+        if sampling.min_p:
+            logprobs = keep_min_p(logprobs, sampling.min_p)
+        if 0 < sampling.top_k < logprobs.shape[-1]:
+            logprobs = keep_top_k(logprobs, sampling.top_k)
+        return mx.random.categorical(logprobs * inverse, key=key)
 
     return draw
 
 
-class RandomStates:
-    """MLX's random states at a seed and after each draw, as the seeds that set them.
+def keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
+    """Return `logprobs` (B, vocabulary) with -inf outside of the likeliest tokens up to `top_p`.
 
-    States are computed on the CPU, so that they do not wait for work on a GPU.
+    A token is kept if those that are likelier than it have less than `top_p` of the total
+    probability. Equally likely tokens are kept or dropped together.
     """
+    ascending = mx.sort(logprobs, axis=-1)
+    probabilities = mx.exp(ascending)
+    above = mx.cumsum(probabilities, axis=-1, reverse=True, inclusive=False)
+    total = above[..., :1] + probabilities[..., :1]
+    dropped = (above >= top_p * total).sum(-1, keepdims=True)
+    threshold = mx.take_along_axis(ascending, dropped, axis=-1)
+    return mx.where(logprobs < threshold, -mx.inf, logprobs)
+
+
+def keep_min_p(logprobs: mx.array, min_p: float) -> mx.array:
+    """Return `logprobs` (B, vocabulary) with -inf below `min_p` times the highest probability."""
+    threshold = logprobs.max(-1, keepdims=True) + math.log(min_p)
+    return mx.where(logprobs < threshold, -mx.inf, logprobs)
+
+
+def keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:
+    """Return `logprobs` (B, vocabulary) with -inf outside of the `top_k` likeliest tokens."""
+    dropped = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., top_k:]
+    return mx.put_along_axis(logprobs, dropped, mx.array(-mx.inf, logprobs.dtype), axis=-1)
+
+
+class RandomKeys:
+    """The keys that MLX draws with after `mx.random.seed(seed)`, one a draw."""
 
     def __init__(self, seed: int) -> None:
-        self._seeds, self._state = [seed], mx.random.key(seed)
+        self._keys: list[mx.array] = []
+        self._state = mx.random.key(seed)
 
-    def seed_after(self, draws: int) -> int:
-        """Return the seed that sets the random state after `draws` draws."""
-        while len(self._seeds) <= draws:
-            self._state = mx.random.split(self._state, stream=mx.cpu)[0]
-            self._seeds.append(_compute_seed(self._state))
-        return self._seeds[draws]
-
-
-def _compute_seed(state: mx.array) -> int:
-    """Return the seed that sets MLX's random state to `state`, the two halves of 64 bits."""
-    high, low = np.array(state).tolist()
-    seed: int = high << 32 | low
-    return seed
+    def get(self, number: int) -> mx.array:
+        """Return the key of the draw `number`, counted from 0."""
+        while len(self._keys) <= number:
+            self._state, key = mx.random.split(self._state)
+            self._keys.append(key)
+        return self._keys[number]

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import mlx.core as mx
-import mlx_lm.sample_utils
 import numpy as np
 import pytest
 
@@ -145,14 +144,11 @@ def test_the_loss_of_answers(tiny: SmolVLM) -> None:
 def test_samplers_get_log_probabilities(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[np.ndarray] = []
 
-    def sampler_of(**_: object) -> Callable[[mx.array], mx.array]:
-        def sampler(logprobs: mx.array) -> mx.array:
-            seen.append(np.array(logprobs))
-            return mx.argmax(logprobs, axis=-1)
+    def categorical(logprobs: mx.array, key: object) -> mx.array:
+        seen.append(np.array(logprobs))
+        return mx.argmax(logprobs, axis=-1)
 
-        return sampler
-
-    monkeypatch.setattr(mlx_lm.sample_utils, "make_sampler", sampler_of)
+    monkeypatch.setattr(mx.random, "categorical", categorical)
     logits = random_logits(3)[0]
     make_sampler(Sampling(temperature=1.0))(mx.array(logits))
     np.testing.assert_allclose(seen[0][0], true_log_softmax(logits), rtol=1.2e-7, atol=1e-6)

@@ -9,7 +9,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_lm.tuner.lora import LoRALinear
 from PIL import Image
 
 import mlx_smolvlm.generate.many
@@ -18,6 +17,7 @@ from mlx_smolvlm import PromptError, Reply, Sampling, SmolVLM, load
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.stream import Answer, AnswerStream, Chunk
 from mlx_smolvlm.model.connector import Connector
+from mlx_smolvlm.model.lora import adapt
 
 LONG = Sampling(max_tokens=12)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -315,7 +315,7 @@ def test_changed_weights_change_the_encoding(tiny_folder: Path) -> None:
     again = np.array(vlm.encode_images([PICTURE]))
     assert abs(again - changed).max() > 1e-4
     linear = vlm.model.connector.modality_projection.proj
-    low_rank = LoRALinear.from_base(linear, r=2, scale=3.0)
+    low_rank = adapt(linear, 2, scale=3.0, dropout=0.0)
     low_rank.lora_b = mx.ones_like(low_rank.lora_b)
     vlm.model.connector.modality_projection.proj = low_rank
     adapted = np.array(vlm.encode_images([PICTURE]))
