@@ -24,7 +24,7 @@ Status = Literal["ok", "note", "broken"]
 # The names on PyPI of the packages that are needed, then of the optional ones.
 NEEDED = (
     *("mlx", "huggingface-hub", "pillow", "av", "typer", "prompt_toolkit", "rich"),
-    *("tokenizers", "jinja2", "numpy", "num2words", "markdown-it-py"),
+    *("tokenizers", "jinja2", "numpy", "markdown-it-py"),
 )
 EXTRAS = {"llguidance": "json"}
 LOW_DISK_BYTES = 2 * 10**9  # about the size of the largest 4-bit conversion

@@ -11,7 +11,6 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-from num2words import num2words
 
 from demo_recipe.batches import denormalize, find_pointers
 from demo_recipe.clip_questions import ask_clip, select_makers
@@ -27,7 +26,7 @@ from demo_recipe.topics import make_shape_glyphs
 from mlx_smolvlm.config import VisionConfig
 from mlx_smolvlm.media.tiles import Grid, tile_frame
 from mlx_smolvlm.media.timeline import format_duration, format_timestamp
-from mlx_smolvlm.prompt.builder import PromptBuilder
+from mlx_smolvlm.prompt.builder import PromptBuilder, spell_number
 
 _SHORT_ROWS, _LONG_ROWS = 5, 2  # questions on a clip
 _SAMPLED_WEIGHTS = (0.1, 0.15, 0.19, 0.17, 0.14, 0.13, 0.12)
@@ -159,7 +158,7 @@ def make_clip_prefix(builder: PromptBuilder, clip: Clip) -> list[int]:
     """
     indices = sampled_indices(clip.frames, clip.fps)
     before = (
-        f"User: You are provided the following series of {num2words(len(indices))} frames "
+        f"User: You are provided the following series of {spell_number(len(indices))} frames "
         f"from a {format_duration(clip.duration_s)} [H:MM:SS] video.\n"
     )
     ids = [find_token_id(builder.tokenizer, "<|im_start|>")]

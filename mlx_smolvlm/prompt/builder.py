@@ -69,12 +69,33 @@ def insert_frames(
     return result, all_grids + image_grids
 
 
+# fmt: off
+ONES = (
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten",
+    "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen",
+    "nineteen",
+)
+TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
+# fmt: on
+
+
+def spell_number(number: int) -> str:
+    """Return `number`, from 0 to 999,999, in words, as num2words does: "one hundred and two"."""
+    if number < 20:
+        return ONES[number]
+    if number < 100:
+        tens, rest = divmod(number, 10)
+        return TENS[tens] + (f"-{ONES[rest]}" if rest else "")
+    size, name = (1000, "thousand") if number >= 1000 else (100, "hundred")
+    count, rest = divmod(number, size)
+    joint = " and" if rest < 100 else ","
+    return f"{spell_number(count)} {name}" + (f"{joint} {spell_number(rest)}" if rest else "")
+
+
 def _make_frame_items(clip: FrameTimes) -> list[dict[str, str]]:
     """Return the texts and images that stand for `clip`."""
-    from num2words import num2words
-
     text = (
-        f"You are provided the following series of {num2words(len(clip.timestamps_s))} frames "
+        f"You are provided the following series of {spell_number(len(clip.timestamps_s))} frames "
         f"from a {format_duration(clip.duration_s)} [H:MM:SS] video.\n"
     )
     items = []

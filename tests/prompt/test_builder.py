@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mlx_smolvlm.errors import CheckpointError, PromptError
 from mlx_smolvlm.media.tiles import Grid
-from mlx_smolvlm.prompt.builder import PromptBuilder
+from mlx_smolvlm.prompt.builder import PromptBuilder, spell_number
 from tests.helpers import media_cases as cases
 
 GOLDEN = cases.load_golden("prompts")
@@ -497,3 +497,22 @@ def test_a_broken_tokenizer_file(tmp_path):
         wrong = "is not UTF-8 text" if text == "\udcff" else "is not a tokenizer"
         with pytest.raises(CheckpointError, match=wrong):
             PromptBuilder(path, TEMPLATE, cases.config())
+
+
+def test_numbers_in_words() -> None:
+    words = {
+        0: "zero",
+        8: "eight",
+        13: "thirteen",
+        20: "twenty",
+        64: "sixty-four",
+        100: "one hundred",
+        101: "one hundred and one",
+        350: "three hundred and fifty",
+        1_000: "one thousand",
+        1_001: "one thousand and one",
+        1_234: "one thousand, two hundred and thirty-four",
+        90_100: "ninety thousand, one hundred",
+        999_999: "nine hundred and ninety-nine thousand, nine hundred and ninety-nine",
+    }
+    assert {number: spell_number(number) for number in words} == words

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")  # transformers comes with mlx-lm, torch only as an oracle
+pytest.importorskip("torch")
 
 import torch
 from transformers import (

@@ -5,7 +5,7 @@ import importlib.util
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")  # transformers comes with mlx-lm, torch only as an oracle
+pytest.importorskip("torch")
 
 from hypothesis import example, given, settings
 from hypothesis import strategies as st

@@ -2,13 +2,13 @@
 
 import pytest
 
-pytest.importorskip("torch")  # transformers comes with mlx-lm, torch only as an oracle
+pytest.importorskip("torch")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_smolvlm.media.tiles import Grid
-from mlx_smolvlm.prompt.builder import PromptBuilder
+from mlx_smolvlm.prompt.builder import PromptBuilder, spell_number
 from tests.helpers import media_cases as cases
 from tests.helpers import oracle
 
@@ -81,3 +81,9 @@ def test_any_conversation(pair):
         compare(pair, messages, grids, data.draw(st.booleans()))
 
     run()
+
+
+def test_numbers_are_spelled_as_num2words_spells_them() -> None:
+    num2words = pytest.importorskip("num2words").num2words
+    numbers = [*range(3000), *range(3000, 1_000_000, 997)]
+    assert [spell_number(n) for n in numbers] == [num2words(n) for n in numbers]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-pytest.importorskip("torch")  # transformers comes with mlx-lm, torch only as an oracle
+pytest.importorskip("torch")
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
