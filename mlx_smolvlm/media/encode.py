@@ -55,10 +55,10 @@ class Picture:
 
     def make_tiles(self, config: Config) -> Iterator[FrameTile]:
         """Yield (None, tile) for each tile (H, W, 3)."""
-        from mlx_smolvlm.media.tiles import tile_picture
+        from mlx_smolvlm.media.tiles import iterate_tiles
 
         assert self.image is not None
-        for tile in tile_picture(self.image, config, self._detail).pixel_values:
+        for tile in iterate_tiles(self.image, config, self._detail):
             yield None, tile
 
 

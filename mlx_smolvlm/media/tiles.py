@@ -8,6 +8,7 @@ and width of a tile in pixels.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -58,6 +59,23 @@ def tile_picture(picture: Image.Image, config: Config, detail: Detail = "high") 
         MediaError: As in `compute_grid`.
     """
     grid = compute_grid(picture.size, config, detail)
+    return Tiles(_normalize(_cut(picture, config, detail), config), grid)
+
+
+def iterate_tiles(
+    picture: Image.Image, config: Config, detail: Detail = "high"
+) -> Iterator[np.ndarray]:
+    """Yield the tiles (H, W, 3) of `tile_picture` one by one.
+
+    Only one is in memory as floats, which take four times the memory of the pixels.
+    """
+    for crop in _cut(picture, config, detail):
+        yield _normalize([crop], config)[0]
+
+
+def _cut(picture: Image.Image, config: Config, detail: Detail) -> list[np.ndarray]:
+    """Return the crops of `picture` row by row, then the global tile, uint8 (H, W, 3) each."""
+    grid = compute_grid(picture.size, config, detail)
     if picture.mode != "RGB":
         picture = open_image(picture)
     for size in _compute_sizes(picture.size, config, detail):
@@ -71,7 +89,7 @@ def tile_picture(picture: Image.Image, config: Config, detail: Detail = "high") 
         for row in range(grid.rows)
         for col in range(grid.cols)
     ]
-    return Tiles(_normalize([*crops, np.asarray(whole)], config), grid)
+    return [*crops, np.asarray(whole)]
 
 
 def tile_frame(picture: Image.Image, longest_edge: int, config: Config) -> np.ndarray:

@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_smolvlm.errors import MediaError
+from mlx_smolvlm.media import tiles
 from mlx_smolvlm.media.picture import open_image
-from mlx_smolvlm.media.tiles import Grid, compute_grid, tile_picture
+from mlx_smolvlm.media.tiles import Grid, compute_grid, iterate_tiles, tile_picture
 from tests.helpers import media_cases as cases
 
 GOLDENS = cases.load_golden("images")
@@ -82,6 +83,26 @@ def test_tiles_take_a_picture_of_any_mode():
     expected = tile_picture(open_image(cases.picture((40, 30), "RGBA")), SMALL).pixel_values
     result = tile_picture(cases.picture((40, 30), "RGBA"), SMALL).pixel_values
     np.testing.assert_array_equal(result, expected)
+
+
+def test_tiles_can_be_made_one_by_one(monkeypatch):
+    picture, made = cases.picture((60, 40)), []
+    monkeypatch.setattr(tiles, "_normalize", record_sizes(tiles._normalize, made))
+    one_by_one = iterate_tiles(picture, SMALL)
+    first = next(one_by_one)
+    assert made == [1]
+    expected = tile_picture(picture, SMALL).pixel_values
+    np.testing.assert_array_equal([first, *one_by_one], expected)
+
+
+def record_sizes(normalize, made):
+    """`normalize`, which also appends the number of its crops to `made`."""
+
+    def call(crops, config):
+        made.append(len(crops))
+        return normalize(crops, config)
+
+    return call
 
 
 sizes = st.tuples(st.integers(1, 5000), st.integers(1, 5000))
