@@ -9,7 +9,8 @@ import mlx.core as mx
 import numpy as np
 
 Buffers = tuple[mx.array, ...]  # one layer; each (B, 2*kv_heads, tokens, width), keys first
-Mask = mx.array | Literal["causal"] | None  # bool (L, tokens), True where a query may attend
+Mask = mx.array | Literal["causal"] | None
+"""bool (L, tokens) or (B, 1, L, tokens), True where a query may attend."""
 
 
 class Storage(Protocol):
@@ -20,6 +21,9 @@ class Storage(Protocol):
 
     def attend(self, queries: mx.array, stored: Buffers, mask: Mask) -> mx.array:
         """Attention (B, heads, L, head_dim) of `queries`, of that shape, to `stored`."""
+
+    def attend_to(self, queries: mx.array, keys: Buffers, values: Buffers, mask: Mask) -> mx.array:
+        """As `attend`, with keys and values apart, each (B, kv_heads, tokens, width)."""
 
 
 class FloatStorage:
@@ -32,8 +36,12 @@ class FloatStorage:
     def attend(self, queries: mx.array, stored: Buffers, mask: Mask) -> mx.array:
         """Attention (B, heads, L, head_dim) of `queries`, of that shape, to `stored`."""
         keys, values = mx.split(stored[0], 2, axis=1)
+        return self.attend_to(queries, (keys,), (values,), mask)
+
+    def attend_to(self, queries: mx.array, keys: Buffers, values: Buffers, mask: Mask) -> mx.array:
+        """As `attend`, with keys and values apart, each (B, kv_heads, tokens, width)."""
         scale = queries.shape[-1] ** -0.5
-        return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
+        return mx.fast.scaled_dot_product_attention(queries, *keys, *values, scale=scale, mask=mask)
 
 
 class PackedStorage:
@@ -56,14 +64,19 @@ class PackedStorage:
 
     def attend(self, queries: mx.array, stored: Buffers, mask: Mask) -> mx.array:
         """Attention (B, heads, L, head_dim) of `queries`, of that shape, to `stored`."""
-        b, heads, length, width = queries.shape
-        kv_heads, tokens = stored[0].shape[1] // 2, stored[0].shape[2]
         keys, values = zip(*(mx.split(part, 2, axis=1) for part in stored), strict=True)
-        rows = (queries * width**-0.5).reshape(b, kv_heads, -1, width).astype(stored[1].dtype)
+        return self.attend_to(queries, keys, values, mask)
+
+    def attend_to(self, queries: mx.array, keys: Buffers, values: Buffers, mask: Mask) -> mx.array:
+        """As `attend`, with keys and values apart, each (B, kv_heads, tokens, width)."""
+        b, heads, length, width = queries.shape
+        kv_heads, tokens = keys[0].shape[1:3]
+        rows = (queries * width**-0.5).reshape(b, kv_heads, -1, width).astype(keys[1].dtype)
         scores = self._multiply(rows, keys, transpose=True)  # (B, kv_heads, share*L, tokens)
         if mask is not None:
             scores = scores.reshape(b, kv_heads, -1, length, tokens)
             visible = make_causal_mask(length, tokens) if isinstance(mask, str) else mask
+            visible = mx.expand_dims(visible, -3)  # heads that share keys see the same
             scores = mx.where(visible, scores, mx.finfo(scores.dtype).min)
             scores = scores.reshape(b, kv_heads, -1, tokens)
         weights = mx.softmax(scores, axis=-1, precise=True)

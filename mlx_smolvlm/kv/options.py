@@ -80,12 +80,15 @@ class CacheOptions:
 
     def make_cache(self, num_layers: int) -> KVCache:
         """An empty cache for a decoder of `num_layers`."""
-        storage: Storage = FLOAT_STORAGE
-        if self.kv_bits is not None:
-            storage = PackedStorage(self.kv_bits, self.kv_group_size)
         if self.max_kv_tokens is None:
-            return KVCache(num_layers, storage)
-        return BoundedKVCache(num_layers, self.max_kv_tokens, storage)
+            return KVCache(num_layers, self.make_storage())
+        return BoundedKVCache(num_layers, self.max_kv_tokens, self.make_storage())
+
+    def make_storage(self) -> Storage:
+        """How the numbers of a cache are stored."""
+        if self.kv_bits is None:
+            return FLOAT_STORAGE
+        return PackedStorage(self.kv_bits, self.kv_group_size)
 
 
 DEFAULT_OPTIONS = CacheOptions()
