@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import mlx.core as mx
 
@@ -12,10 +12,12 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.generate.batch import MAX_ROWS
 from mlx_smolvlm.generate.choose import Choice, Normalize, check_choices, choose_answer
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.long_video import Part, answer_by_part
 from mlx_smolvlm.generate.many import answer_all, check_prompts
+from mlx_smolvlm.generate.questions import BatchOptions, Question, answer_questions
 from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
 from mlx_smolvlm.generate.stream import AnswerStream, Reply
 from mlx_smolvlm.kv.options import CacheOptions
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
 
 
 _PUBLIC = (
-    *("adapter", "ask", "ask_many", "cache_options", "chat", "choose", "config"),
-    *("encode_images", "model", "path", "stream", "stream_parts"),
+    *("adapter", "ask", "ask_batch", "ask_many", "cache_options", "chat", "choose", "config"),
+    *("encode_images", "model", "path", "stream", "stream_batch", "stream_parts"),
 )
 
 
@@ -148,6 +150,90 @@ class SmolVLM:
         media = self.engine.open_media(request, detail)
         built = [self.engine.make_prompt(request.replace_question(text), media) for text in texts]
         return answer_all(self.engine, built, sampling)
+
+    @overload
+    def ask_batch(
+        self,
+        questions: Iterable[Question],
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        detail: Detail = "high",
+        max_rows: int = MAX_ROWS,
+        return_errors: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Reply]: ...
+    @overload
+    def ask_batch(
+        self,
+        questions: Iterable[Question],
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        detail: Detail = "high",
+        max_rows: int = MAX_ROWS,
+        return_errors: Literal[True],
+        **options: Unpack[SamplingOptions],
+    ) -> list[Reply | Exception]: ...
+    def ask_batch(
+        self,
+        questions: Iterable[Question],
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        detail: Detail = "high",
+        max_rows: int = MAX_ROWS,
+        return_errors: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Reply | Exception] | list[Reply]:
+        """Answer independent questions together, each about its own pictures and videos.
+
+        The answers equal those of `ask`. For several questions about the same pictures, `ask_many`
+        takes less memory.
+
+        Args:
+            questions: Each is a text, a tuple of a text and its pictures, a list of messages, or a
+                dictionary of the arguments of `ask`: "prompt", and "images", "videos", "system",
+                "detail", "sampling" or sampling options of its own.
+            system: A system message for the questions without one of their own.
+            sampling: How each answer is generated, unless its question says otherwise.
+            options: As in `ask`, instead of `sampling`.
+            detail: As in `ask`.
+            max_rows: Most answers that are generated at the same time.
+            return_errors: Whether a question that fails has its exception in the list, and the
+                others are answered. Otherwise it is raised, with the index of the question as a
+                note, and the answers so far are lost.
+
+        Returns:
+            The replies, in the order of the questions.
+
+        Raises:
+            Exception: As `ask` raises it, without `return_errors`.
+        """
+        sampling = choose_sampling(sampling, options, Sampling())
+        shared = BatchOptions(sampling, system, detail, max_rows)
+        results = dict(answer_questions(self.engine, questions, shared, return_errors))
+        return [results[number] for number in sorted(results)]
+
+    def stream_batch(
+        self,
+        questions: Iterable[Question],
+        *,
+        system: str | None = None,
+        sampling: Sampling | None = None,
+        detail: Detail = "high",
+        max_rows: int = MAX_ROWS,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[tuple[int, Reply | Exception]]:
+        """Answer independent questions together, and yield each index and reply as it ends.
+
+        Arguments are as in `ask_batch`. A question that fails yields its exception. Questions are
+        taken, and their media opened, only when there is room: `questions` may be a generator that
+        goes through a large folder. If you stop early, close the iterator or delete it.
+        """
+        sampling = choose_sampling(sampling, options, Sampling())
+        shared = BatchOptions(sampling, system, detail, max_rows)
+        return answer_questions(self.engine, questions, shared, return_errors=True)
 
     def choose(
         self,

@@ -16,7 +16,20 @@ PREFILL_CHUNK = 512  # tokens; bounds the memory that a long prompt takes
 
 
 def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
-    """Feed `inputs_embeds` (1, L, D) and return the `logits` (vocabulary,) of the next token.
+    """Feed `inputs_embeds` (1, L, D) and return the `logits` (vocabulary,) of the next token."""
+    steps = prefill_in_steps(model, inputs_embeds, cache)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            logits: mx.array = end.value
+            return logits
+
+
+def prefill_in_steps(
+    model: Model, inputs_embeds: mx.array, cache: KVCache
+) -> Generator[None, None, mx.array]:
+    """As `prefill`, but yield after each chunk that others follow.
 
     The prompt goes through the decoder in chunks; only its last position goes through the
     output head.
@@ -27,6 +40,7 @@ def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
         model.text_model(inputs_embeds[:, start : start + PREFILL_CHUNK], cache)
         mx.eval(cache.arrays)
         start += PREFILL_CHUNK
+        yield
     hidden_states = model.text_model(inputs_embeds[:, start:], cache)
     return model.head(hidden_states[0, -1])
 

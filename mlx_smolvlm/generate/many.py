@@ -173,13 +173,8 @@ def make_prefix_cache(engine: Engine, prefix: Prompt, reply: Reply) -> KVCache:
     cache = engine.model.make_cache(unbounded)
     if not prefix.input_ids.size:
         return cache
-    if unbounded != engine.cache_options:
-        reply.encoded_tiles = sum(m.num_tiles for m in prefix.media if m.image_embeds is None)
-        embeds = engine.model.embed(prefix.input_ids, engine.encode(prefix.media))
-        prefill(engine.model, embeds, cache)
-        mx.eval(cache.arrays)
-        return cache
-    steps = prepare_answer(engine, prefix, reply)
+    is_bounded = unbounded != engine.cache_options
+    steps = prepare_answer(engine, prefix, reply, cache if is_bounded else None)
     while True:
         try:
             next(steps)
@@ -188,7 +183,9 @@ def make_prefix_cache(engine: Engine, prefix: Prompt, reply: Reply) -> KVCache:
             break
     prefill(engine.model, ready.inputs_embeds, ready.cache)
     mx.eval(ready.cache.arrays)
-    engine.memory.keep_state(CachedState(ready.content, ready.cache.fork()), ready.content, False)
+    if not is_bounded:
+        state = CachedState(ready.content, ready.cache.fork())
+        engine.memory.keep_state(state, ready.content, False)
     return ready.cache
 
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from mlx_smolvlm.errors import SmolVLMWarning
 from mlx_smolvlm.generate.engine import Engine, Prompt
+from mlx_smolvlm.generate.grammar import Constraint
 from mlx_smolvlm.generate.json_schema import parse_answer, to_jsonable
 from mlx_smolvlm.generate.loop import StopText, generate_constrained_tokens, generate_tokens
 from mlx_smolvlm.generate.sampling import Sampling, make_sampler
@@ -143,6 +144,10 @@ class Answer:
         """Start the clock of the prefill, in which `prefilled` tokens go through the decoder."""
         self._prefill_start_s, self._prefilled = time.perf_counter(), prefilled
 
+    def end_prefill(self) -> None:
+        """Stop the clock of the prefill, if the first token comes later than its end."""
+        self.reply.prompt_tps = self._prefilled / (time.perf_counter() - self._prefill_start_s)
+
     def add(self, token_id: int) -> str:
         """Append a token, and return the text that may be shown now."""
         engine, reply = self._engine, self.reply
@@ -194,14 +199,15 @@ class Answer:
         if not reply.token_ids:
             self._first_token_s = now
             reply.time_to_first_token_s = now - self._start_s
-            reply.prompt_tps = self._prefilled / (now - self._prefill_start_s)
+            if not reply.prompt_tps:
+                self.end_prefill()
         else:
             reply.generation_tps = len(reply.token_ids) / (now - self._first_token_s)
         reply.peak_memory_gb = mx.get_peak_memory() / 1e9
 
 
 def prepare_answer(
-    engine: Engine, prompt: Prompt, reply: Reply
+    engine: Engine, prompt: Prompt, reply: Reply, empty: KVCache | None = None
 ) -> Generator[Progress, None, PreparedPrompt]:
     """Look up a cached state for `prompt`, and encode its new media step by step.
 
@@ -209,6 +215,7 @@ def prepare_answer(
         engine: The engine.
         prompt: The prompt.
         reply: Its `encoded_tiles` and `cached_tokens` are set.
+        empty: A cache to begin with instead of a cached state.
 
     Yields:
         The progress of the encoding.
@@ -219,7 +226,9 @@ def prepare_answer(
     check_process()
     mx.reset_peak_memory()
     content = engine.describe_content(prompt)
-    state, start = engine.memory.find_state(content, prompt.pins, prompt.state)
+    state, start = None, 0
+    if empty is None:
+        state, start = engine.memory.find_state(content, prompt.pins, prompt.state)
     spans = zip(prompt.media, content.spans, strict=True)
     todo = [medium for medium, span in spans if span.stop > start]
     engine.memory.fill_features(todo)
@@ -234,10 +243,19 @@ def prepare_answer(
                 warnings.warn(note, SmolVLMWarning, stacklevel=2)
     embeds = engine.model.embed(prompt.input_ids[start:], join_embeds(todo))
     reply.cached_tokens = start
-    cache = engine.make_cache() if state is None else state.cache
+    cache = (empty or engine.make_cache()) if state is None else state.cache
     cache.trim(start)
     cache.pin(prompt.pins)
     return PreparedPrompt(content, embeds, cache)
+
+
+def complete_answer(answer: Answer, constraint: Constraint | None, sampling: Sampling) -> str:
+    """Set the finish reason and the parsed value; return the text that was held back."""
+    is_whole = constraint is not None and constraint.is_complete and not answer.is_cut
+    text = answer.finish("stop" if is_whole else "length")
+    if is_whole:
+        answer.reply.parsed = parse_answer(answer.reply.text, sampling.schema)
+    return text
 
 
 class AnswerStream(Iterator[Chunk]):
@@ -279,7 +297,7 @@ class AnswerStream(Iterator[Chunk]):
                 self._end()
                 raise
             self._end()
-            if text := self._complete():
+            if text := complete_answer(answer, self._constraint, self._sampling):
                 return Chunk(text, None)
             raise StopIteration
 
@@ -347,12 +365,3 @@ class AnswerStream(Iterator[Chunk]):
             content, _, cache = self._ready
             self.state = CachedState(content.with_tokens(self.reply.token_ids), cache)
             self._engine.memory.keep_state(self.state, content, self._prompt.is_turn)
-
-    def _complete(self) -> str:
-        """Set the finish reason and the parsed value; return the text that was held back."""
-        answer, constraint = self._answer, self._constraint
-        is_whole = constraint is not None and constraint.is_complete and not answer.is_cut
-        text = answer.finish("stop" if is_whole else "length")
-        if is_whole:
-            self.reply.parsed = parse_answer(self.reply.text, self._sampling.schema)
-        return text
