@@ -194,6 +194,8 @@ def test_answers_import_no_heavy_package(tiny_folder: Path) -> None:
         f"vlm = mlx_smolvlm.load({str(tiny_folder)!r})\n"
         "heavy = {'PIL', 'av', 'huggingface_hub', 'typer'} & {*sys.modules}\n"
         "assert not heavy, heavy\n"
+        "vlm.ask('Hi', max_tokens=3)\n"
+        "assert 'PIL' not in sys.modules\n"
         "picture = numpy.zeros((9, 9, 3), 'uint8')\n"
         "vlm.ask('Hi', images=[picture], max_tokens=3)\n"
         "vlm.ask('Hi', max_tokens=3, temperature=0.7, top_p=0.9, top_k=9, min_p=0.1, seed=1)\n"

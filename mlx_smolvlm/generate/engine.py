@@ -112,6 +112,8 @@ class Engine:
         Raises:
             MediaError: A picture or video cannot be opened.
         """
+        if not request.images and not request.videos:
+            return ()  # without importing Pillow
         from mlx_smolvlm.media.picture import open_image
         from mlx_smolvlm.media.tiles import compute_grid
 
