@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -48,7 +49,16 @@ CacheDirOption = Annotated[
     Path | None,
     typer.Option(metavar="DIR", help="Keep the caches of prompts in this folder for later runs."),
 ]
+MemoryLimitOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="SIZE", help="Most memory to take, e.g. 600MB; refuse what cannot fit into it."
+    ),
+]
 OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the network.")]
+
+
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -66,6 +76,7 @@ class ChatOptions:
     bits: int | None
     adapter: Path | None
     cache: CacheOptions
+    memory_limit: int | None
     on_full: Literal["error", "drop-oldest"]
     offline: bool
     json: bool
@@ -107,6 +118,8 @@ class ModelOptions(Protocol):
     def adapter(self) -> Path | None: ...
     @property
     def cache(self) -> CacheOptions: ...
+    @property
+    def memory_limit(self) -> int | None: ...
     @property
     def offline(self) -> bool: ...
 
@@ -165,6 +178,32 @@ def parse_detail(text: str) -> Detail:
         f"{text!r} is none of high, auto, low, or a number of tiles from 1 to {MAX_TILES_PER_SIDE}",
         param_hint="--detail",
     )
+
+
+def parse_size(name: str, text: str) -> int:
+    """Parse a size such as 150MB, the value of the option `name`, and return bytes.
+
+    Raises:
+        typer.BadParameter: `text` is not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE | re.ASCII)
+    if match is None:
+        raise typer.BadParameter(f"{text!r} is not a size; write 150MB or 1.2GB", param_hint=name)
+    return round(float(match[1]) * UNITS[match[2].upper()])
+
+
+def parse_memory_limit(text: str | None) -> int | None:
+    """Parse the value of `--memory-limit`, and return bytes; None without one.
+
+    Raises:
+        typer.BadParameter: `text` is not a size above 0.
+    """
+    if text is None:
+        return None
+    size = parse_size("--memory-limit", text)
+    if size == 0:
+        raise typer.BadParameter("it must be above 0", param_hint="--memory-limit")
+    return size
 
 
 def read_schema(value: str | None) -> str | None:

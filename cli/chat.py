@@ -16,6 +16,7 @@ from mlx_smolvlm.cli.args import (
     CacheDirOption,
     ChatOptions,
     ImagesOption,
+    MemoryLimitOption,
     ModelOption,
     ModelOptions,
     OfflineOption,
@@ -25,6 +26,7 @@ from mlx_smolvlm.cli.args import (
     make_cache_options,
     make_sampling,
     parse_detail,
+    parse_memory_limit,
     read_schema,
 )
 from mlx_smolvlm.cli.media import (
@@ -147,6 +149,7 @@ def chat(
         ),
     ] = None,
     cache_dir: CacheDirOption = None,
+    memory_limit: MemoryLimitOption = None,
     on_full: Annotated[
         Literal["error", "drop-oldest"],
         typer.Option(
@@ -199,6 +202,7 @@ def chat(
         bits=bits,
         adapter=adapter,
         cache=make_cache_options(folder=cache_dir, kv_bits=kv_bits, max_kv_tokens=max_kv_tokens),
+        memory_limit=parse_memory_limit(memory_limit),
         on_full=on_full,
         offline=offline,
         json=json,
@@ -280,6 +284,7 @@ def load_model(options: ModelOptions) -> SmolVLM:
             cache=options.cache,
             progress=progress,
             adapter=options.adapter,
+            memory_limit=options.memory_limit,
         )
 
 

@@ -13,6 +13,7 @@ from mlx_smolvlm.cli.args import (
     BitsOption,
     CacheDirOption,
     ImagesOption,
+    MemoryLimitOption,
     ModelOption,
     OfflineOption,
     SystemOption,
@@ -22,6 +23,7 @@ from mlx_smolvlm.cli.args import (
     decode_text,
     make_cache_options,
     parse_detail,
+    parse_memory_limit,
 )
 from mlx_smolvlm.cli.chat import load_model
 from mlx_smolvlm.cli.media import (
@@ -67,6 +69,7 @@ def choose(
     bits: BitsOption = None,
     adapter: AdapterOption = None,
     cache_dir: CacheDirOption = None,
+    memory_limit: MemoryLimitOption = None,
     offline: OfflineOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -83,6 +86,7 @@ def choose(
         bits=bits,
         adapter=adapter,
         cache=make_cache_options(folder=cache_dir, kv_bits=None, max_kv_tokens=None),
+        memory_limit=parse_memory_limit(memory_limit),
         offline=offline,
         json=json,
     )
@@ -104,6 +108,7 @@ class ChooseOptions:
     bits: int | None
     adapter: Path | None
     cache: CacheOptions
+    memory_limit: int | None
     offline: bool
     json: bool
 

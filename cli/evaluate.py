@@ -14,10 +14,12 @@ import typer
 from mlx_smolvlm.cli.args import (
     AdapterOption,
     BitsOption,
+    MemoryLimitOption,
     OfflineOption,
     decode_text,
     make_cache_options,
     parse_detail,
+    parse_memory_limit,
 )
 from mlx_smolvlm.cli.chat import load_model
 from mlx_smolvlm.cli.output import ProgressBar, format_table, say, warn, write, write_json
@@ -90,6 +92,7 @@ def evaluate(
     ] = 0,
     adapter: AdapterOption = None,
     bits: BitsOption = None,
+    memory_limit: MemoryLimitOption = None,
     offline: OfflineOption = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     markdown: Annotated[
@@ -111,6 +114,7 @@ def evaluate(
         adapter=adapter,
         bits=bits,
         cache=make_cache_options(folder=None, kv_bits=None, max_kv_tokens=None),
+        memory_limit=parse_memory_limit(memory_limit),
         offline=offline,
         results=results,
         restart=restart,
@@ -131,6 +135,7 @@ class EvaluateRequest:
     adapter: Path | None
     bits: int | None
     cache: CacheOptions
+    memory_limit: int | None
     offline: bool
     results: Path | None
     restart: bool

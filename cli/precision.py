@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
 
+from mlx_smolvlm.cli.args import parse_size
 from mlx_smolvlm.cli.output import ProgressBar, say
 
 if TYPE_CHECKING:
     from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.quant.improve import BetterOptions
     from mlx_smolvlm.convert.source import Source
-
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class PrecisionOptions:
         if sum(way is not None for way in ways) > 1:
             raise typer.BadParameter("give one of --recipe, --target-size and --target-bits")
         if self.target_size is not None:
-            parse_size(self.target_size)
+            parse_size("--target-size", self.target_size)
         if self.calibration and self.only_rounds:
             raise typer.BadParameter(
                 "--calibration is for --target-size, --target-bits, --gptq and --dwq; give one of "
@@ -111,7 +109,9 @@ class PrecisionOptions:
 
         try:
             return BetterOptions(
-                target_bytes=None if self.target_size is None else parse_size(self.target_size),
+                target_bytes=None
+                if self.target_size is None
+                else parse_size("--target-size", self.target_size),
                 target_bits=self.target_bits,
                 gptq=GptqOptions() if self.gptq else None,
                 learn=None if self.dwq_steps is None else LearnOptions(steps=self.dwq_steps),
@@ -134,17 +134,3 @@ def write_better(
         report = convert_better(source, dest, options, better, bar.draw)
     for line in report.format_lines():
         say(line)
-
-
-def parse_size(text: str) -> int:
-    """Parse a size such as 150MB, and return bytes.
-
-    Raises:
-        typer.BadParameter: `text` is not a size.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise typer.BadParameter(
-            f"{text!r} is not a size; write 150MB or 1.2GB", param_hint="--target-size"
-        )
-    return round(float(match[1]) * UNITS[match[2].upper()])

@@ -143,6 +143,10 @@ class ContextError(PromptError):
     """The prompt is longer than the model's context."""
 
 
+class MemoryLimitError(SmolVLMError):
+    """The work does not fit into the memory limit, or into the machine."""
+
+
 class ConstraintError(SmolVLMError):
     """An answer cannot be constrained to a schema or a regular expression."""
 

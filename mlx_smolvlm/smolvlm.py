@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import mlx.core as mx
 
-from mlx_smolvlm.config import Config
+from mlx_smolvlm.config import DTYPE_BITS, Config
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
@@ -17,6 +17,8 @@ from mlx_smolvlm.generate.choose import Choice, Normalize, check_choices, choose
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.long_video import Part, answer_by_part
 from mlx_smolvlm.generate.many import answer_all, check_prompts
+from mlx_smolvlm.generate.memory_guard import MemoryGuard
+from mlx_smolvlm.generate.memory_plan import Setup, limit_mlx, measure_machine, plan_setup
 from mlx_smolvlm.generate.questions import BatchOptions, Question, answer_questions
 from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
 from mlx_smolvlm.generate.stream import AnswerStream, Reply
@@ -345,6 +347,7 @@ def load(
     cache: CacheOptions = CacheOptions(),  # noqa: B008 (frozen)
     progress: Callable[[int, int, str], None] | None = None,
     adapter: str | Path | None = None,
+    memory_limit: int | None = None,
 ) -> SmolVLM:
     """Load a model.
 
@@ -361,9 +364,14 @@ def load(
         progress: Called during a conversion with the bytes done, the total bytes and a name.
         adapter: The folder of a LoRA adapter that `mlx-smolvlm train` made for this checkpoint,
             in any precision; see docs/training.md.
+        memory_limit: Most bytes of memory that the process may take. Batches are made smaller to
+            fit, and an answer that cannot fit is refused before any work. This also sets MLX's
+            limits, for all models of the process. A conversion is not limited. None only refuses
+            work that exceeds the memory of the machine.
 
     Raises:
-        ValueError: `bits` is none of 4, 8 and 16.
+        ValueError: `bits` is none of 4, 8 and 16, or `memory_limit` is not above 0.
+        MemoryLimitError: The model does not fit into `memory_limit`.
         CheckpointError: The model cannot be found, converted or read, or `cache` or `adapter`
             does not suit it.
     """
@@ -377,19 +385,54 @@ def load(
     from mlx_smolvlm.prompt.builder import PromptBuilder
 
     check_process()
+    if memory_limit is not None and memory_limit <= 0:
+        raise ValueError(f"memory_limit is {memory_limit!r}; it must be above 0 bytes")
     path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
     config = read_config(path)
     cache.check(config.text)
     dtype = dtype or _choose_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
     builder = PromptBuilder(find_tokenizer(path), read_chat_template(path), config)
+    guard = _plan_memory(path, config, dtype, cache, memory_limit)
     network = load_model(path, dtype)
     if adapter is None:
-        return SmolVLM(Engine(path, config, network, builder, cache))
+        return SmolVLM(Engine(path, config, network, builder, cache, guard=guard))
     from mlx_smolvlm.checkpoint.lora import load_adapter
 
     folder = expand_path(adapter, CheckpointError)
     load_adapter(network, folder, config.source)
-    return SmolVLM(Engine(path, config, network, builder, cache, folder))
+    return SmolVLM(Engine(path, config, network, builder, cache, folder, guard))
+
+
+def _plan_memory(
+    path: Path, config: Config, dtype: str, cache: CacheOptions, limit: int | None
+) -> MemoryGuard:
+    """Check that the model fits into memory, and set MLX's limits if there is one.
+
+    Raises:
+        MemoryLimitError: It does not fit.
+    """
+    from mlx_smolvlm.checkpoint.headers import read_headers
+
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    tensors = {name: (one.dtype, one.num_items) for name, one in read_headers(path).items()}
+    machine = measure_machine()
+    setup = plan_setup(
+        Setup(
+            config,
+            0,
+            "mlx-cpu" if on_cpu else "mlx-gpu",
+            DTYPE_BITS.get(dtype, 32) // 8,
+            cache=cache,
+        ),
+        tensors,
+        limit,
+        machine,
+    )
+    guard = MemoryGuard(setup, limit, machine)
+    guard.check_weights()
+    if limit is not None:
+        limit_mlx(mx, limit)
+    return guard
 
 
 def _choose_dtype(config: Config, on_cpu: bool) -> str:

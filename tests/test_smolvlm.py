@@ -179,7 +179,7 @@ def test_tile_batches_do_not_change_the_embeddings(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = np.array(tiny.encode_images([PICTURE, PICTURE.rotate(90, expand=True)]))
-    monkeypatch.setattr("mlx_smolvlm.media.encode.TILE_BATCH", 2)
+    monkeypatch.setattr(type(tiny.engine), "tile_batch", 2)
     parts = np.array(tiny.encode_images([PICTURE, PICTURE.rotate(90, expand=True)]))
     assert whole.shape == (10, 4, 64)
     np.testing.assert_allclose(parts, whole, atol=1e-5)

@@ -44,9 +44,14 @@ class TensorInfo:
     start: int = 0
 
     @property
+    def num_items(self) -> int:
+        """Number of items."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return ITEM_BYTES[self.dtype] * math.prod(self.shape)
+        return ITEM_BYTES[self.dtype] * self.num_items
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

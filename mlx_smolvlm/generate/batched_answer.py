@@ -52,11 +52,12 @@ class BatchedAnswer:
     """
 
     def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
+        self._limit = prompt.limit_tokens(engine.context_size, sampling.max_tokens)
+        engine.check_memory(prompt, self._limit)
         self._engine, self._prompt, self._sampling = engine, prompt, sampling
         self._constraint = engine.constrainer(sampling) if sampling.is_constrained else None
         lead = None if self._constraint is None else self._constraint.lead
         self._answer = Answer(engine, prompt, sampling.stop, lead)
-        self._limit = prompt.limit_tokens(engine.context_size, sampling.max_tokens)
         self._sampler = make_row_sampler(sampling)
         self._forced: list[int] = []  # next tokens, which have no alternative
         self._draws = 0  # tokens of the answer that were sampled

@@ -15,10 +15,20 @@ import numpy as np
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import ContextError, PromptError, SmolVLMWarning
 from mlx_smolvlm.generate.grammar import Constrainer
+from mlx_smolvlm.generate.memory_guard import MemoryGuard
+from mlx_smolvlm.generate.memory_plan import Work
 from mlx_smolvlm.kv.bounded import RECENT, SINKS
 from mlx_smolvlm.kv.cache import NO_PINS, KVCache
 from mlx_smolvlm.kv.options import DEFAULT_OPTIONS, CacheOptions
-from mlx_smolvlm.media.encode import Footage, Medium, Picture, encode, join_embeds, order_media
+from mlx_smolvlm.media.encode import (
+    TILE_BATCH,
+    Footage,
+    Medium,
+    Picture,
+    encode,
+    join_embeds,
+    order_media,
+)
 from mlx_smolvlm.model.model import Model, compile_encoder
 from mlx_smolvlm.prompt.messages import Message, Request, VideoSource
 from mlx_smolvlm.reuse.content import CachedState, Content, make_content
@@ -62,6 +72,7 @@ class Engine:
     Attributes:
         path: Folder of the checkpoint.
         adapter: Folder of the LoRA adapter; None without one.
+        guard: Checks that answers fit into memory; None checks nothing.
         memory: Cached states of earlier prompts, and features of encoded media.
         encoder: The compiled function from tiles (N, H, W, 3) to `image_embeds` (N, I, D).
     """
@@ -74,6 +85,7 @@ class Engine:
         prompt_builder: PromptBuilder,
         cache_options: CacheOptions = DEFAULT_OPTIONS,
         adapter: Path | None = None,
+        guard: MemoryGuard | None = None,
     ) -> None:
         self.path, self.config, self.model = path, config, model
         self.prompt_builder, self.cache_options, self.adapter = (
@@ -81,6 +93,9 @@ class Engine:
             cache_options,
             adapter,
         )
+        self.guard = guard
+        if guard is not None:
+            model.prefill_chunk = guard.setup.prefill_chunk
         self.memory = make_memory(cache_options, path, config, adapter)
         self.encoder = compile_encoder(model)
         self._has_warned_of_videos = False
@@ -100,6 +115,41 @@ class Engine:
         from mlx_smolvlm.reuse.disk import digest_checkpoint
 
         return digest_checkpoint(self.path, adapter=self.adapter)
+
+    @property
+    def tile_batch(self) -> int:
+        """Most tiles per call of the encoder."""
+        return TILE_BATCH if self.guard is None else self.guard.setup.tile_batch
+
+    def check_memory(self, prompt: Prompt, max_tokens: int, rows: int = 1) -> None:
+        """Check that an answer fits into memory; drop work of earlier prompts to make it fit.
+
+        Args:
+            prompt: The prompt of the answer.
+            max_tokens: Most tokens after the prompt, in all answers that are computed together.
+            rows: Number of tokens whose logits are computed together.
+
+        Raises:
+            MemoryLimitError: It does not fit.
+        """
+        if self.guard is None:
+            return
+        todo = [one for one in prompt.media if one.image_embeds is None]
+        images = [one.image for one in todo if isinstance(one, Picture) and one.image is not None]
+        tiles = sum(one.num_tiles for one in todo)
+        work = Work(
+            tiles=tiles,
+            encoded_tiles=sum(one.num_tiles for one in prompt.media) - tiles,
+            pixels=sum(image.width * image.height for image in images),
+            tokens=prompt.input_ids.size,
+            max_tokens=max_tokens,
+            rows=rows,
+            has_video=any(isinstance(one, Footage) for one in todo),
+        )
+        self.guard.check_answer(self.prompt_builder, prompt.media, work)
+        spare = self.guard.count_spare(work)
+        if spare is not None:
+            self.memory.shrink(spare)
 
     @property
     def context_size(self) -> int:
@@ -185,7 +235,7 @@ class Engine:
     def encode(self, media: Sequence[Medium]) -> mx.array | None:
         """Return the `image_embeds` (N, I, D) of `media`, in order; None without media."""
         check_process()
-        for _ in encode(media, self.encoder, self.config):
+        for _ in encode(media, self.encoder, self.config, self.tile_batch):
             pass
         return join_embeds(media)
 

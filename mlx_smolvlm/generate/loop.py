@@ -12,8 +12,6 @@ from mlx_smolvlm.generate.sampling import Sampler
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.model.model import Model
 
-PREFILL_CHUNK = 512  # tokens; bounds the memory that a long prompt takes
-
 
 def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
     """Feed `inputs_embeds` (1, L, D) and return the `logits` (vocabulary,) of the next token."""
@@ -36,10 +34,10 @@ def prefill_in_steps(
     """
     length = inputs_embeds.shape[1]
     start = 0
-    while length - start > PREFILL_CHUNK:
-        model.text_model(inputs_embeds[:, start : start + PREFILL_CHUNK], cache)
+    while length - start > model.prefill_chunk:
+        model.text_model(inputs_embeds[:, start : start + model.prefill_chunk], cache)
         mx.eval(cache.arrays)
-        start += PREFILL_CHUNK
+        start += model.prefill_chunk
         yield
     hidden_states = model.text_model(inputs_embeds[:, start:], cache)
     return model.head(hidden_states[0, -1])

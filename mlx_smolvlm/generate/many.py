@@ -14,11 +14,11 @@ import numpy as np
 
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.generate.engine import Engine, Prompt
-from mlx_smolvlm.generate.loop import PREFILL_CHUNK, prefill
+from mlx_smolvlm.generate.loop import prefill
 from mlx_smolvlm.generate.sampling import RowSampler, Sampling, make_row_sampler
 from mlx_smolvlm.generate.stream import Answer, AnswerStream, PreparedPrompt, Reply, prepare_answer
 from mlx_smolvlm.kv.cache import KVCache
-from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.model.model import PREFILL_CHUNK, Model
 from mlx_smolvlm.model.text import Placement
 from mlx_smolvlm.reuse.content import CachedState, count_common
 
@@ -144,6 +144,8 @@ def answer_all(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) ->
         for prompt in prompts
     ]
     first = replace(prompts[0], input_ids=prompts[0].input_ids[:shared])
+    more = sum(row.suffix.size + row.limit for row in rows)
+    engine.check_memory(first, min(more, CONTEXTS * context), min(len(rows), MAX_ROWS))
     cache = make_prefix_cache(engine, first, rows[0].answer.reply)
     for row in rows[1:]:
         row.answer.reply.cached_tokens = shared

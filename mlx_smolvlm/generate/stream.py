@@ -232,7 +232,7 @@ def prepare_answer(
     spans = zip(prompt.media, content.spans, strict=True)
     todo = [medium for medium, span in spans if span.stop > start]
     engine.memory.fill_features(todo)
-    with closing(encode(todo, engine.encoder, engine.config)) as steps:
+    with closing(encode(todo, engine.encoder, engine.config, engine.tile_batch)) as steps:
         for step in steps:
             reply.encoded_tiles = step.encoded
             yield step
@@ -271,6 +271,8 @@ class AnswerStream(Iterator[Chunk]):
     """
 
     def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
+        limit = prompt.limit_tokens(engine.context_size, sampling.max_tokens)
+        engine.check_memory(prompt, limit)
         self._constraint = engine.constrainer(sampling) if sampling.is_constrained else None
         lead = None if self._constraint is None else self._constraint.lead
         self._answer = Answer(engine, prompt, sampling.stop, lead)

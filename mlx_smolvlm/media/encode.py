@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mlx_smolvlm.media.timeline import FrameTimes
     from mlx_smolvlm.media.video import Clip, Frame
 
-TILE_BATCH = 4  # tiles per call of the encoder; bounds its memory
+TILE_BATCH = 4  # most tiles per call of the encoder; bounds its memory
 
 FrameTile = tuple["Frame | None", np.ndarray]  # (frame of a video or None, tile (H, W, 3))
 
@@ -141,17 +141,21 @@ def order_media(
 
 
 def encode(
-    media: Sequence[Medium], encoder: Callable[[mx.array], mx.array], config: Config
+    media: Sequence[Medium],
+    encoder: Callable[[mx.array], mx.array],
+    config: Config,
+    tile_batch: int = TILE_BATCH,
 ) -> Generator[Progress, None, None]:
     """Set `image_embeds` of each of `media` that has none, and yield after each step.
 
-    While the device encodes a batch of `TILE_BATCH` tiles, the next batch is decoded; at most
+    While the device encodes a batch of `tile_batch` tiles, the next batch is decoded; at most
     two batches are in memory.
 
     Args:
         media: Pictures and videos.
         encoder: Maps (N, H, W, 3) to (N, I, D).
         config: Configuration of the checkpoint.
+        tile_batch: Most tiles per call of `encoder`.
 
     Raises:
         MediaError: A video cannot be decoded.
@@ -167,7 +171,7 @@ def encode(
             decoded += 1
             if isinstance(medium, Footage) and medium.clip is not None:
                 yield Progress(decoded, encoded, total, frame, tile, medium.clip.name)
-            if len(batch) == TILE_BATCH or count == medium.num_tiles:
+            if len(batch) == tile_batch or count == medium.num_tiles:
                 if embeds:
                     mx.eval(embeds[-1])
                 embeds.append(encoder(mx.array(np.stack(batch))))

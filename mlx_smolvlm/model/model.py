@@ -25,13 +25,20 @@ from mlx_smolvlm.model.connector import Connector
 from mlx_smolvlm.model.text import TextModel
 from mlx_smolvlm.model.vision import VisionModel
 
+PREFILL_CHUNK = 512  # tokens; bounds the memory that a long prompt takes
+
 
 class Model(nn.Module):
-    """The network of one checkpoint."""
+    """The network of one checkpoint.
+
+    Attributes:
+        prefill_chunk: Most tokens of a prompt that go through the decoder together.
+    """
 
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.image_token_id = config.image_token_id
+        self.prefill_chunk = PREFILL_CHUNK
         self.vision_model = VisionModel(config.vision)
         self.connector = Connector(config)
         self.text_model = TextModel(config.text)

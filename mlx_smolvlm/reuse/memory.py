@@ -60,6 +60,21 @@ class Memory:
             self._states.clear()
             self._features.clear()
 
+    @property
+    def nbytes(self) -> int:
+        """Size of all states and embeddings in memory."""
+        with self._lock:
+            states = sum(one.cache.nbytes for one in self._states)
+            return states + sum(one.nbytes for one in self._features.values())
+
+    def shrink(self, most: int) -> None:
+        """Drop states, the least recently used first, then embeddings, down to `most` bytes."""
+        with self._lock:
+            while self._states and self.nbytes > most:
+                del self._states[0]
+            while self._features and self.nbytes > most:
+                self._features.popitem(last=False)
+
     def find_state(
         self, content: Content, pins: np.ndarray, own: CachedState | None
     ) -> tuple[CachedState | None, int]:

@@ -55,7 +55,7 @@ def test_every_option_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--fps", "2", "--max-frames", "5", "--start", "1:02", "--end", "1:10"),
         *("--sample", "scene", "--frames", "seen", "--adapter", "lora", "--kv-bits", "4"),
         *("--max-kv-tokens", "300", "--on-full", "drop-oldest", "--offline", "--json"),
-        *("--stats", "--plain", "--no-images"),
+        *("--stats", "--plain", "--no-images", "--memory-limit", "600MB"),
     )
     assert options == ChatOptions(
         prompt="What?",
@@ -71,6 +71,7 @@ def test_every_option_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         bits=8,
         adapter=Path("lora"),
         cache=CacheOptions(kv_bits=4, max_kv_tokens=300),
+        memory_limit=600 * 10**6,
         on_full="drop-oldest",
         offline=True,
         json=True,
@@ -94,6 +95,7 @@ def test_every_option_of_choose_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
         *("What?", "-c", "A.", "-c", "B.", "-i", "a.png", "-v", "b.mp4", "-m", "model"),
         *("--system", "Be.", "--normalize", "tokens", "--detail", "2", "--bits", "4"),
         *("--adapter", "lora", "--cache-dir", "kept", "--offline", "--json"),
+        *("--memory-limit", "2GB"),
     )
     assert run(monkeypatch, "choose", *arguments) == 0
     assert seen == [
@@ -109,6 +111,7 @@ def test_every_option_of_choose_is_passed_on(monkeypatch: pytest.MonkeyPatch) ->
             bits=4,
             adapter=Path("lora"),
             cache=CacheOptions(folder=Path("kept")),
+            memory_limit=2 * 10**9,
             offline=True,
             json=True,
         )
@@ -127,7 +130,7 @@ def test_every_option_of_eval_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
         *("model", "a.jsonl", "b.jsonl", "--metric", "anls", "--tasks", "x,y", "--limit", "5"),
         *("--max-tokens", "9", "--detail", "low", "--results", "r.jsonl", "--restart"),
         *("--skip-bad", "--show-errors", "2", "--adapter", "lora", "--bits", "4"),
-        *("--offline", "--markdown"),
+        *("--offline", "--markdown", "--memory-limit", "1.5 gb"),
     )
     assert run(monkeypatch, "eval", *arguments) == 0
     assert seen == [
@@ -145,6 +148,7 @@ def test_every_option_of_eval_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> N
             adapter=Path("lora"),
             bits=4,
             cache=CacheOptions(),
+            memory_limit=15 * 10**8,
             offline=True,
             results=Path("r.jsonl"),
             restart=True,
@@ -204,7 +208,7 @@ def test_the_model_is_loaded_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         "argv",
         [
             *("mlx-smolvlm", "chat", "Hi", "-m", "model", "--bits", "8", "--adapter", "lora"),
-            *("--max-kv-tokens", "300", "--offline"),
+            *("--max-kv-tokens", "300", "--offline", "--memory-limit", "700kb"),
         ],
     )
     with pytest.raises(LoadedError):
@@ -217,6 +221,7 @@ def test_the_model_is_loaded_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> No
         "offline": True,
         "cache": CacheOptions(max_kv_tokens=300),
         "adapter": Path("lora"),
+        "memory_limit": 700 * 10**3,
     }
 
 

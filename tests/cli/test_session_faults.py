@@ -35,6 +35,7 @@ OPTIONS = ChatOptions(
     bits=None,
     adapter=None,
     cache=CacheOptions(),
+    memory_limit=None,
     on_full="error",
     offline=True,
     json=False,

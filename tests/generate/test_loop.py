@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_smolvlm.generate.loop import PREFILL_CHUNK, StopText, generate_tokens, prefill
+from mlx_smolvlm.generate.loop import StopText, generate_tokens, prefill
 from mlx_smolvlm.generate.sampling import Sampling, make_sampler
+from mlx_smolvlm.model.model import PREFILL_CHUNK
 from mlx_smolvlm.smolvlm import SmolVLM
 
 

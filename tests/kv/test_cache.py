@@ -9,11 +9,11 @@ import pytest
 
 from mlx_smolvlm.config import TextConfig
 from mlx_smolvlm.errors import CheckpointError
-from mlx_smolvlm.generate.loop import PREFILL_CHUNK, prefill
+from mlx_smolvlm.generate.loop import prefill
 from mlx_smolvlm.kv.bounded import RECENT, SINKS, BoundedKVCache
 from mlx_smolvlm.kv.cache import FLOAT_STORAGE, STEP, Buffers, KVCache, Mask, PackedStorage
 from mlx_smolvlm.kv.options import CacheOptions
-from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.model.model import PREFILL_CHUNK, Model
 
 LIMIT = 96  # tokens of the bounded caches here
 PACKED = [(bits, group) for bits in (8, 4) for group in (32, 64)]

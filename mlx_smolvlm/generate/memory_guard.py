@@ -1,0 +1,174 @@
+"""Refuses work that does not fit into memory, and says which change would make it fit."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from mlx_smolvlm.errors import MemoryLimitError, SmolVLMWarning
+from mlx_smolvlm.generate.memory_plan import MB, Setup, Work, count_converted_bytes, estimate
+from mlx_smolvlm.media.encode import Footage, Medium, Picture
+
+if TYPE_CHECKING:
+    from mlx_smolvlm.media.tiles import Detail
+    from mlx_smolvlm.prompt.builder import PromptBuilder
+
+SURE = 0.8  # without a limit, only work is refused of whose estimate so much exceeds the memory
+SHORT = 64  # tokens of a short question or answer
+FEW_BITS = 4
+
+Change = tuple[str, Setup, Work]
+"""What to change, in words, and the setup and work that result."""
+
+
+@dataclass
+class MemoryGuard:
+    """Compares estimates with a limit, or without one with the memory of the machine.
+
+    Attributes:
+        setup: How the checkpoint is computed.
+        limit: Most bytes of the process, or None.
+        machine: Memory of the machine in bytes; None if it is not known.
+    """
+
+    setup: Setup
+    limit: int | None = None
+    machine: int | None = None
+    _has_warned: bool = field(default=False, repr=False)
+
+    def count_spare(self, work: Work) -> int | None:
+        """Bytes that `work` leaves of the limit; negative if it does not fit, None without one."""
+        return None if self.limit is None else self.limit - self._count(self.setup, work)
+
+    def check_weights(self) -> None:
+        """Check that a short answer to a short question fits, before weights are loaded.
+
+        Raises:
+            MemoryLimitError: It does not.
+        """
+        work = Work(tokens=SHORT, max_tokens=SHORT)
+        picture = replace(work, tiles=1, tokens=self.setup.config.image_seq_len + SHORT)
+        least = f"{_format(self._count(self.setup, picture))} for a picture of one tile"
+        self._check("the model", work, least, lambda: list_weight_changes(self.setup, work))
+
+    def check_answer(self, builder: PromptBuilder, media: Sequence[Medium], work: Work) -> None:
+        """Check that `work`, an answer about `media`, fits.
+
+        Raises:
+            MemoryLimitError: It does not.
+        """
+        least = _format(self._count(self.setup, work))
+        self._check(
+            "this answer", work, least, lambda: list_changes(self.setup, builder, media, work)
+        )
+
+    def _count(self, setup: Setup, work: Work) -> int:
+        return estimate(setup, work, self.limit).total
+
+    def _check(
+        self, name: str, work: Work, least: str, list_all: Callable[[], Iterable[Change]]
+    ) -> None:
+        """Refuse `work`, or warn, if it does not fit.
+
+        Args:
+            name: What it is, in the message.
+            work: The work.
+            least: The limit to recommend.
+            list_all: Lists changes, the smallest first.
+        """
+        most = self.machine if self.limit is None else self.limit
+        needed = self._count(self.setup, work)
+        if most is None or needed <= most:
+            return
+        fits = (text for text, setup, less in list_all() if self._count(setup, less) <= most)
+        change = next(fits, None)
+        message = f"{name} needs about {_format(needed)} of memory, and "
+        if self.limit is not None:
+            advice = f"a memory_limit (--memory-limit) of {least}"
+            message += f"memory_limit is {_format(most, up=False)}; "
+            message += f"give {advice}" if change is None else f"use {change}, or {advice}"
+            raise MemoryLimitError(message)
+        message += f"this machine has {_format(most, up=False)}; "
+        message += "use a smaller model" if change is None else f"use {change}"
+        if SURE * needed > most:
+            raise MemoryLimitError(message)
+        if not self._has_warned:
+            self._has_warned = True
+            warnings.warn(message, SmolVLMWarning, stacklevel=4)
+
+
+def list_weight_changes(setup: Setup, work: Work) -> Iterator[Change]:
+    """Yield the changes that make the model smaller."""
+    smaller = count_converted_bytes(setup.config, FEW_BITS, setup.item_bytes)
+    if smaller < setup.weights:
+        packed = replace(setup, weights=smaller, is_packed=True)
+        yield f"a conversion with {FEW_BITS} bits (--bits {FEW_BITS})", packed, work
+
+
+def list_changes(
+    setup: Setup, builder: PromptBuilder, media: Sequence[Medium], work: Work
+) -> Iterator[Change]:
+    """Yield changes that make an answer smaller, those that change least first.
+
+    Args:
+        setup: How the checkpoint is computed.
+        builder: Counts the tokens of pictures.
+        media: The pictures and videos of the prompt.
+        work: The answer.
+    """
+    cache, width = setup.cache, setup.config.text.head_dim
+    if cache.kv_bits is None and cache.folder is None and width % cache.kv_group_size == 0:
+        packed = replace(setup, cache=replace(cache, kv_bits=8))
+        yield "kv_bits 8 (--kv-bits 8)", packed, work
+    for count in range(work.max_tokens // SHORT * SHORT, SHORT, -SHORT):
+        shorter = replace(work, max_tokens=count)
+        yield f"max_tokens {count} (--max-tokens {count})", setup, shorter
+    yield from _list_picture_changes(setup, builder, media, work)
+    yield from _list_video_changes(setup, builder, media, work)
+    yield from list_weight_changes(setup, work)
+    short = replace(work, max_tokens=min(work.max_tokens, 2 * SHORT))
+    for text, same, smaller in _list_picture_changes(setup, builder, media, short):
+        yield f"{text} and max_tokens {2 * SHORT} (--max-tokens {2 * SHORT})", same, smaller
+
+
+def _list_picture_changes(
+    setup: Setup, builder: PromptBuilder, media: Sequence[Medium], work: Work
+) -> Iterator[Change]:
+    """Yield lower levels of detail of the pictures that are not encoded yet."""
+    from mlx_smolvlm.media.tiles import compute_grid
+
+    new = [one for one in media if isinstance(one, Picture) and one.image_embeds is None]
+    sides = [max(one.grid.rows, one.grid.cols) for one in new]
+    levels: list[Detail] = [*range(max(sides, default=0) - 1, 0, -1), "low"]
+    for level in levels if new else []:
+        tiles, tokens = work.tiles, work.tokens
+        for one in new:
+            assert one.image is not None
+            grid = compute_grid(one.image.size, setup.config, level)
+            tiles += grid.num_tiles - one.num_tiles
+            tokens += builder.count_image_tokens(grid) - builder.count_image_tokens(one.grid)
+        if tiles < work.tiles:
+            text = f"detail {level!r} (--detail {level})"
+            yield text, setup, replace(work, tiles=tiles, tokens=tokens)
+
+
+def _list_video_changes(
+    setup: Setup, builder: PromptBuilder, media: Sequence[Medium], work: Work
+) -> Iterator[Change]:
+    """Yield smaller numbers of frames of the videos that are not encoded yet."""
+    new = [one for one in media if isinstance(one, Footage) and one.image_embeds is None]
+    frames = sum(one.num_tiles for one in new)
+    if not frames:
+        return
+    per_frame = sum(builder.count_clip_tokens(one.times) for one in new) // frames
+    for count in range(frames // len(new) - 1, 0, -1):
+        fewer = max(0, frames - count * len(new))
+        less = replace(work, tiles=work.tiles - fewer, tokens=work.tokens - fewer * per_frame)
+        yield f"max_frames {count} (--max-frames {count})", setup, less
+
+
+def _format(size: int, up: bool = True) -> str:
+    """Return `size` in MB, rounded up or down so that it stays on the safe side."""
+    return f"{-(-size // MB) if up else size // MB} MB"
