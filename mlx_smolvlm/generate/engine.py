@@ -134,18 +134,7 @@ class Engine:
         """
         if self.guard is None:
             return
-        todo = [one for one in prompt.media if one.image_embeds is None]
-        images = [one.image for one in todo if isinstance(one, Picture) and one.image is not None]
-        tiles = sum(one.num_tiles for one in todo)
-        work = Work(
-            tiles=tiles,
-            encoded_tiles=sum(one.num_tiles for one in prompt.media) - tiles,
-            pixels=sum(image.width * image.height for image in images),
-            tokens=prompt.input_ids.size,
-            max_tokens=max_tokens,
-            rows=rows,
-            has_video=any(isinstance(one, Footage) for one in todo),
-        )
+        work = describe_work(prompt, max_tokens, rows)
         self.guard.check_answer(self.prompt_builder, prompt.media, work)
         spare = self.guard.count_spare(work)
         if spare is not None:
@@ -260,6 +249,22 @@ class Engine:
                 SmolVLMWarning,
                 stacklevel=4,
             )
+
+
+def describe_work(prompt: Prompt, max_tokens: int, rows: int = 1) -> Work:
+    """Return what an answer to `prompt` consists of; arguments as in `Engine.check_memory`."""
+    todo = [one for one in prompt.media if one.image_embeds is None]
+    images = [one.image for one in todo if isinstance(one, Picture) and one.image is not None]
+    tiles = sum(one.num_tiles for one in todo)
+    return Work(
+        tiles=tiles,
+        encoded_tiles=sum(one.num_tiles for one in prompt.media) - tiles,
+        pixels=sum(image.width * image.height for image in images),
+        tokens=prompt.input_ids.size,
+        max_tokens=max_tokens,
+        rows=rows,
+        has_video=any(isinstance(one, Footage) for one in todo),
+    )
 
 
 def describe_overflow(builder: PromptBuilder, length: int, media: Sequence[Medium]) -> str:
