@@ -301,6 +301,26 @@ def test_fewer_frames_are_named(tiny: SmolVLM, real: Config) -> None:
 
 
 @pytest.mark.usefixtures("restored", "no_reserve")
+def test_an_answer_that_cannot_fit_is_refused_before_it_begins(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vlm = load(tiny_folder, memory_limit=10 * GB)
+    monkeypatch.setattr(vlm.engine, "encoder", None)  # would be a TypeError
+    guard = vlm.engine.guard
+    assert guard is not None
+    guard.limit = plan.PROCESS_BYTES
+    asked = "What?", [picture((32, 32))]
+    with pytest.raises(MemoryLimitError, match="this answer needs about"):
+        vlm.stream(*asked)
+    with pytest.raises(MemoryLimitError, match="this answer needs about"):
+        vlm.ask_many(asked[1], ["What?", "Who?"])
+    with pytest.raises(MemoryLimitError, match="this answer needs about"):
+        vlm.choose(asked[0], ["A", "B"], images=asked[1])
+    with pytest.raises(MemoryLimitError, match="this answer needs about"):
+        vlm.chat().stream(*asked)
+
+
+@pytest.mark.usefixtures("restored", "no_reserve")
 def test_work_of_earlier_prompts_makes_room(tiny_folder: Path) -> None:
     vlm = load(tiny_folder, memory_limit=10 * GB)
     vlm.ask("Hi", [picture((32, 32))], max_tokens=2)
@@ -320,13 +340,13 @@ def test_a_limit_changes_no_answer(
 ) -> None:
     question, pictures = "What is this?", [picture((96, 64))]
     expected = tiny.ask(question, pictures, max_tokens=6)
-    monkeypatch.setattr(plan, "PROCESS_BYTES", 9 * GB)  # so that little is left
-    limited = load(tiny_folder, memory_limit=9 * GB + 700 * MB)
+    monkeypatch.setattr(plan, "LARGE_PICTURE", 10**8)  # for which batches must be small
+    limited = load(tiny_folder, memory_limit=10 * GB)
     calls: list[int] = []
     encoder = limited.engine.encoder
     monkeypatch.setattr(limited.engine, "encoder", lambda x: calls.append(len(x)) or encoder(x))
     assert limited.ask(question, pictures, max_tokens=6).token_ids == expected.token_ids
     guard = limited.engine.guard
     assert guard is not None
-    assert max(calls) == guard.setup.tile_batch
-    assert limited.model.prefill_chunk == guard.setup.prefill_chunk
+    assert {*calls} == {1}
+    assert limited.model.prefill_chunk == guard.setup.prefill_chunk == 128
