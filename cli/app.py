@@ -17,6 +17,9 @@ INTERRUPTED = 130
 def main() -> None:
     """Run the command in `sys.argv`; leaves by SystemExit."""
     with _exit_on_interrupt():
+        from mlx_smolvlm.tuning import apply_settings
+
+        apply_settings()  # before MLX is imported
         from mlx_smolvlm.cli.command_table import run_command
     try:
         status = run_command()

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from mlx_smolvlm.cli.bench import BENCH_EPILOG, bench
 from mlx_smolvlm.cli.chat import CHAT_EPILOG, chat
 from mlx_smolvlm.cli.choose import CHOOSE_EPILOG, choose
 from mlx_smolvlm.cli.compare import COMPARE_EPILOG, compare
@@ -122,5 +123,6 @@ app.command("eval", epilog=EVAL_EPILOG)(evaluate)
 app.command()(convert)
 app.command(epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=TRAIN_EPILOG)(train)
+app.command(epilog=BENCH_EPILOG)(bench)
 app.command()(doctor)
 app.add_typer(models_app, name="models")

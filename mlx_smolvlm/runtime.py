@@ -60,14 +60,30 @@ def _load_library() -> str | None:
         return f"{OPENBLAS_VARIABLE} is 0"
     if "mlx.core" in sys.modules:
         return "mlx.core was imported before mlx_smolvlm"
-    spec = find_spec("cmeel")
-    if spec is None or spec.origin is None:
+    path = find_openblas()
+    if path is None:
         return "cmeel-openblas is not installed"
     try:
-        ctypes.CDLL(str(Path(spec.origin).parents[1] / _OPENBLAS), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     except OSError as error:
         return str(error)
     return None
+
+
+def find_openblas() -> Path | None:
+    """Return the path of the OpenBLAS that `cmeel-openblas` installed; None without it."""
+    spec = find_spec("cmeel")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parents[1] / _OPENBLAS
+
+
+def set_openblas_threads(count: int) -> None:
+    """Set the number of threads of the OpenBLAS that is loaded; does nothing without one."""
+    if sys.platform == "linux" and openblas_problem is None:
+        setter = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
+        if setter is not None:
+            setter(count)
 
 
 @contextmanager

@@ -122,7 +122,7 @@ def test_a_medium_of_an_unknown_home_in_a_dataset(
 
 
 def test_only_one_place_expands_home_directories() -> None:
-    for folder in ("mlx_smolvlm", "convert", "cli", "train"):
+    for folder in ("mlx_smolvlm", "bench", "convert", "cli", "train"):
         for path in (ROOT / folder).glob("*.py"):
             if path != ROOT / "mlx_smolvlm" / "files.py":
                 assert "expanduser" not in path.read_text(encoding="utf-8"), path

@@ -1,0 +1,120 @@
+"""The checkpoints to measure: a model at one or several precisions, and its source for peers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_smolvlm.bench.random_model import make_config, make_random_source
+from mlx_smolvlm.checkpoint.load import is_own, read_config
+from mlx_smolvlm.config import Config
+from mlx_smolvlm.convert.hub import DEMO, ResolveOptions, find_folder, resolve
+from mlx_smolvlm.convert.options import ConvertOptions
+from mlx_smolvlm.convert.run import convert_checkpoint
+from mlx_smolvlm.convert.source import is_hub_id, open_source
+from mlx_smolvlm.errors import CheckpointError
+
+FLOAT_BITS = 16
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class BenchModel:
+    """A model at one or several precisions.
+
+    Attributes:
+        name: For the report.
+        folders: The checkpoints in this package's format, by the name of their precision.
+        source: The checkpoint in Hugging Face's format, which peers read; None without one.
+    """
+
+    name: str
+    folders: dict[str, Path]
+    source: Path | None
+
+    @property
+    def config(self) -> Config:
+        """The configuration of the first checkpoint."""
+        return read_config(next(iter(self.folders.values())))
+
+    def get_source(self) -> Path:
+        """Return the folder for peers.
+
+        Raises:
+            CheckpointError: There is none.
+        """
+        if self.source is None:
+            raise CheckpointError(
+                f"{self.name} is no checkpoint of Hugging Face's format, which other programs "
+                "read; give such a folder, a hub id, or --random 256m"
+            )
+        return self.source
+
+
+def make_random_model(
+    size: str, bits: tuple[int, ...], work: Path, progress: Progress | None = None
+) -> BenchModel:
+    """Make a model of `size` with random weights in `work`; what is there already is used.
+
+    Weights are float32 on a CPU and bfloat16 on a GPU, so that all programs compute in the same
+    type.
+
+    Raises:
+        CheckpointError: `work` cannot be written.
+    """
+    import mlx.core as mx
+
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    config = make_config(size, "float32" if on_cpu else "bfloat16")
+    try:
+        source = make_random_source(work / f"{size}-hf", config)
+    except OSError as error:
+        raise CheckpointError(f"{work} cannot be written: {error.strerror or error}") from None
+    folders = {
+        f"{one} bits": _convert(source, work / f"{size}-{one}", one, progress)
+        for one in bits or (FLOAT_BITS,)
+    }
+    return BenchModel(f"random weights of {size}", folders, source)
+
+
+def open_model(
+    model: str,
+    bits: tuple[int, ...],
+    work: Path,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> BenchModel:
+    """Open a model, and convert it to `bits`.
+
+    Args:
+        model: A folder, a hub id, an alias, or "demo".
+        bits: Precisions; empty for the model as it is.
+        work: Where conversions are written.
+        offline: Never use the network.
+        progress: Called during conversions.
+
+    Raises:
+        CheckpointError: The model cannot be found or converted.
+    """
+    folder = find_folder(model) if model != DEMO else None
+    source = folder if folder is not None and not is_own(folder) else None
+    if source is None and folder is None and is_hub_id(model):
+        opened = open_source(model, offline).folder
+        source = None if is_own(opened) else opened
+    if not bits:
+        own = resolve(model, ResolveOptions(offline=offline, progress=progress))
+        return BenchModel(model, {"": own}, source)
+    origin = source or resolve(model, ResolveOptions(offline=offline, progress=progress))
+    name = Path(model).name
+    folders = {
+        f"{one} bits": _convert(origin, work / f"{name}-{one}", one, progress) for one in bits
+    }
+    return BenchModel(model, folders, source)
+
+
+def _convert(source: Path, dest: Path, bits: int, progress: Progress | None) -> Path:
+    """Convert `source` to `dest` unless that exists, and return `dest`."""
+    if not is_own(dest):
+        convert_checkpoint(source, dest, ConvertOptions(bits=bits), progress)
+    return dest

@@ -1,0 +1,270 @@
+"""`mlx-smolvlm bench`: measure this machine, or other programs beside this package."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from mlx_smolvlm.cli.args import OfflineOption
+from mlx_smolvlm.cli.output import ProgressBar, say, write, write_json
+from mlx_smolvlm.files import expand_path, write_output
+
+if TYPE_CHECKING:
+    from mlx_smolvlm.bench.measure import BenchOptions
+    from mlx_smolvlm.bench.models import BenchModel, Progress
+    from mlx_smolvlm.bench.programs import Launch
+    from mlx_smolvlm.bench.report import Report
+
+BITS = (4, 8, 16)
+PEERS = ("mlx-vlm", "transformers", "mlx-lm")
+BENCH_EPILOG = """\
+\b
+Examples:
+  mlx-smolvlm bench
+  mlx-smolvlm bench --random 256m --bits 16,4 --tiles 1,13 --json speed.json --png speed.png
+  mlx-smolvlm bench --random 256m --against mlx-vlm --peer-python ~/venv/bin/python
+  mlx-smolvlm bench --tune --random 256m"""
+
+
+def bench(
+    model: Annotated[
+        str | None, typer.Argument(metavar="MODEL", help="A model as in chat. Default: demo.")
+    ] = None,
+    random: Annotated[
+        Literal["256m", "500m", "2.2b"] | None,
+        typer.Option(help="Measure random weights of a published model's sizes, offline."),
+    ] = None,
+    bits: Annotated[
+        str, typer.Option(metavar="4,8,16", help="Precisions to measure, side by side.")
+    ] = "",
+    tiles: Annotated[
+        str, typer.Option(metavar="1,13", help="Tiles of a picture. Default: 1, and a photo's.")
+    ] = "",
+    prompt_tokens: Annotated[
+        int, typer.Option(metavar="N", help="Length of the prompt for prefill.")
+    ] = 512,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate.")] = 32,
+    repeat: Annotated[int, typer.Option(metavar="N", help="Repeats of each measurement.")] = 3,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="mlx-vlm|transformers|mlx-lm",
+            help="Measure another program in turns with this one; repeats.",
+        ),
+    ] = None,
+    peer_python: Annotated[
+        str | None,
+        typer.Option(metavar="PATH", help="The interpreter that it is installed for."),
+    ] = None,
+    peer_blas: Annotated[
+        Literal["ours", "own"],
+        typer.Option(help="On Linux: whether it gets this package's OpenBLAS, or its own BLAS."),
+    ] = "ours",
+    tune: Annotated[
+        bool,
+        typer.Option("--tune", help="Find this machine's fastest settings, and save them."),
+    ] = False,
+    work: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep models made for this here. Default: nowhere."),
+    ] = None,
+    json: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Write the report as JSON; - for stdout.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Draw the report as a PNG file.")
+    ] = None,
+    offline: OfflineOption = False,
+) -> None:
+    """Measure speed and memory on this machine."""
+    if model is not None and random is not None:
+        raise typer.BadParameter("MODEL and --random exclude each other", param_hint="--random")
+    _check_output("--png", png)
+    _check_output("--json", None if json in (None, "-") else Path(json or ""))
+    request = BenchRequest(
+        model=model or "demo",
+        random=random,
+        bits=_parse_numbers("--bits", bits),
+        against=tuple(against or ()),
+        peer_python=peer_python,
+        same_blas=peer_blas == "ours",
+        offline=offline,
+    )
+    bar = ProgressBar()
+    with contextlib.closing(bar), _open_work(work) as folder:
+        opened = request.open_model(folder, bar.draw)
+        if tune:
+            _tune(opened, repeat, bar)
+            return
+        counts = _parse_numbers("--tiles", tiles)
+        options = _make_options(opened, counts, prompt_tokens, max_tokens, repeat)
+        report = _measure(opened, request.list_launches(opened), options, bar)
+    _print_report(report, json, png)
+
+
+@dataclass(frozen=True)
+class BenchRequest:
+    """The options of `bench` that say what to measure."""
+
+    model: str
+    random: str | None
+    bits: tuple[int, ...]
+    against: tuple[str, ...]
+    peer_python: str | None
+    same_blas: bool
+    offline: bool
+
+    def __post_init__(self) -> None:
+        for number in self.bits:
+            if number not in BITS:
+                raise typer.BadParameter(f"{number} is none of 4, 8 and 16", param_hint="--bits")
+        for name in self.against:
+            if name not in PEERS:
+                raise typer.BadParameter(
+                    f"'{name}' is none of {', '.join(PEERS)}", param_hint="--against"
+                )
+
+    def open_model(self, work: Path, progress: Progress) -> BenchModel:
+        """Make or open the model; conversions are written to `work`.
+
+        Raises:
+            CheckpointError: It cannot be found or converted.
+        """
+        from mlx_smolvlm.bench.models import make_random_model, open_model
+
+        if self.random is not None:
+            say(f"making random weights of {self.random}", dim=True)
+            return make_random_model(self.random, self.bits, work, progress)
+        return open_model(self.model, self.bits, work, self.offline, progress)
+
+    def list_launches(self, model: BenchModel) -> list[Launch]:
+        """Return how to start each program, this package first.
+
+        Raises:
+            CheckpointError: A peer is wanted, and there is nothing that it can read.
+        """
+        from mlx_smolvlm.bench.programs import OURS, launch_ours, launch_peer
+
+        ours = [
+            launch_ours(folder, name=f"{OURS} {precision}".strip())
+            for precision, folder in model.folders.items()
+        ]
+        peers = [
+            launch_peer(name, model.get_source(), self.peer_python, self.same_blas)
+            for name in self.against
+        ]
+        return [*ours, *peers]
+
+
+def _make_options(
+    model: BenchModel, tiles: tuple[int, ...], prompt_tokens: int, max_tokens: int, repeat: int
+) -> BenchOptions:
+    """Check the numbers, and choose those of tiles if none are given.
+
+    Raises:
+        typer.BadParameter: A number is out of range.
+    """
+    from mlx_smolvlm.bench.measure import BenchOptions, count_photo_tiles
+
+    chosen = tiles or tuple(sorted({1, count_photo_tiles(model.config)}))
+    context = model.config.text.max_position_embeddings
+    if prompt_tokens + max_tokens > context:
+        raise typer.BadParameter(
+            f"with --max-tokens it exceeds the context of {context:,}", param_hint="--prompt-tokens"
+        )
+    try:
+        return BenchOptions(chosen, prompt_tokens, max_tokens, repeat)
+    except ValueError as error:
+        hint = "--" + str(error).split(maxsplit=1)[0].replace("_", "-")
+        raise typer.BadParameter(str(error), param_hint=hint) from None
+
+
+def _measure(
+    model: BenchModel, launches: list[Launch], options: BenchOptions, bar: ProgressBar
+) -> Report:
+    """Run the programs and return the report."""
+    from mlx_smolvlm.bench.machine import describe_machine
+    from mlx_smolvlm.bench.measure import run_bench
+    from mlx_smolvlm.bench.report import Report
+
+    results = run_bench(launches, model.config, options, bar.draw)
+    return Report(model.name, describe_machine(), options, results)
+
+
+def _print_report(report: Report, json: str | None, png: Path | None) -> None:
+    """Print the table, or JSON if that goes to stdout, and write the files."""
+    from mlx_smolvlm.bench.report import format_report, render_picture
+
+    if json == "-":
+        write_json(report.to_dict())
+    else:
+        write(format_report(report))
+    if json not in (None, "-"):
+        import json as module
+
+        write_output(Path(json or ""), module.dumps(report.to_dict(), indent=2) + "\n")
+    if png is not None:
+        write_output(png, render_picture(report))
+
+
+def _tune(model: BenchModel, repeat: int, bar: ProgressBar) -> None:
+    """Compare settings, print what was measured, and save the best.
+
+    Raises:
+        SmolVLMError: One of the variables is set.
+    """
+    import mlx.core as mx
+
+    from mlx_smolvlm.bench import tune
+
+    tune.check_variables(os.environ)
+    settings = tune.list_settings(mx.default_device().type == mx.DeviceType.gpu)
+    folder = next(iter(model.folders.values()))
+    try:
+        outcome = tune.compare_settings(settings, tune.make_measure(folder), repeat, bar.draw)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--repeat") from None
+    path = tune.save_outcome(outcome)
+    write(tune.format_outcome(outcome))
+    if path is None:
+        say("no setting is faster than the default by more than the spread; nothing is saved")
+    else:
+        say(f"saved {tune.format_setting(outcome.best)} in {path}; later commands use it")
+
+
+def _parse_numbers(option: str, text: str) -> tuple[int, ...]:
+    """Parse numbers with commas between them; raises typer.BadParameter."""
+    try:
+        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+    except ValueError:
+        message = f"'{text}' is not numbers with commas between them"
+        raise typer.BadParameter(message, param_hint=option) from None
+
+
+def _check_output(option: str, path: Path | None) -> None:
+    """Raise typer.BadParameter if `path` lies in no folder: measuring takes minutes."""
+    if path is None:
+        return
+    try:
+        folder = expand_path(path).parent
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=option) from None
+    if not folder.is_dir():
+        raise typer.BadParameter(f"there is no folder {folder}", param_hint=option)
+
+
+@contextlib.contextmanager
+def _open_work(folder: Path | None) -> Iterator[Path]:
+    """Yield `folder`, which is kept, or a temporary one, which is removed."""
+    if folder is not None:
+        yield expand_path(folder)
+        return
+    with tempfile.TemporaryDirectory(prefix="mlx-smolvlm-bench-") as temporary:
+        yield Path(temporary)
