@@ -22,10 +22,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm import CacheOptions, load
+from mlx_smolvlm import CacheOptions
 from mlx_smolvlm.generate.many import RowDecoder
 from mlx_smolvlm.model import text
 from mlx_smolvlm.model.model import Model, compile_encoder
+from mlx_smolvlm.smolvlm import load_in_mlx
 
 VIEWS = {
     "AsStrided",
@@ -146,7 +147,7 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    vlm = load(options.model)
+    vlm = load_in_mlx(options.model)
     counts = make_report(vlm.model, vlm.config.tile_size)
     if options.json:
         print(json.dumps(counts, indent=2))

@@ -31,6 +31,7 @@ from pathlib import Path
 from mlx_smolvlm.errors import SmolVLMError
 
 OPENBLAS_VARIABLE = "MLX_SMOLVLM_OPENBLAS"  # "0" keeps MLX's own BLAS
+NUMPY_VARIABLE = "MLX_SMOLVLM_NUMPY"  # "0" computes in MLX on Linux too
 _OPENBLAS = "cmeel.prefix/lib/libopenblas.so.0"
 
 openblas_problem: str | None = None
@@ -84,6 +85,11 @@ def set_openblas_threads(count: int) -> None:
         setter = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
         if setter is not None:
             setter(count)
+
+
+def numpy_is_off() -> bool:
+    """Whether the user wants answers to be computed in MLX on Linux too."""
+    return os.environ.get(NUMPY_VARIABLE) == "0"
 
 
 @contextmanager

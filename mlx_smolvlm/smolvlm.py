@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
@@ -18,13 +19,19 @@ from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.long_video import Part, answer_by_part
 from mlx_smolvlm.generate.many import answer_all, check_prompts
 from mlx_smolvlm.generate.memory_guard import MemoryGuard
-from mlx_smolvlm.generate.memory_plan import Setup, limit_mlx, measure_machine, plan_setup
+from mlx_smolvlm.generate.memory_plan import (
+    Backend,
+    Setup,
+    limit_mlx,
+    measure_machine,
+    plan_setup,
+)
 from mlx_smolvlm.generate.questions import BatchOptions, Question, answer_questions
 from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_sampling
 from mlx_smolvlm.generate.stream import AnswerStream, Reply
 from mlx_smolvlm.kv.options import CacheOptions
 from mlx_smolvlm.prompt.messages import ImageSource, Message, VideoSource, read_request
-from mlx_smolvlm.runtime import check_process
+from mlx_smolvlm.runtime import check_process, numpy_is_off
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -375,36 +382,84 @@ def load(
         CheckpointError: The model cannot be found, converted or read, or `cache` or `adapter`
             does not suit it.
     """
+    if memory_limit is not None and memory_limit <= 0:
+        raise ValueError(f"memory_limit is {memory_limit!r}; it must be above 0 bytes")
+    path = _find_checkpoint(model, bits, offline, progress)
+    on_linux = sys.platform == "linux"
+    return SmolVLM(_open_engine(path, dtype, cache, adapter, memory_limit, on_linux))
+
+
+def load_in_mlx(
+    model: str | Path = "demo", *, offline: bool = False, dtype: str | None = None
+) -> SmolVLM:
+    """Load a model that computes in MLX also on Linux, as training needs.
+
+    Arguments and errors are as in `load`.
+    """
+    path = _find_checkpoint(model, None, offline, None)
+    return SmolVLM(_open_engine(path, dtype, CacheOptions(), None, None, False))
+
+
+def _find_checkpoint(
+    model: str | Path,
+    bits: int | None,
+    offline: bool,
+    progress: Callable[[int, int, str], None] | None,
+) -> Path:
+    """Return the folder of `model`, converted if need be; arguments and errors as in `load`."""
+    from mlx_smolvlm.convert.hub import ResolveOptions, resolve
+
+    check_process()
+    return resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
+
+
+def _open_engine(
+    path: Path,
+    dtype: str | None,
+    cache: CacheOptions,
+    adapter: str | Path | None,
+    memory_limit: int | None,
+    may_use_numpy: bool,
+) -> Engine:
+    """Load the checkpoint in the folder `path`; arguments and errors as in `load`."""
     from mlx_smolvlm.checkpoint.load import (
         find_tokenizer,
         load_model,
         read_chat_template,
         read_config,
     )
-    from mlx_smolvlm.convert.hub import ResolveOptions, resolve
     from mlx_smolvlm.prompt.builder import PromptBuilder
 
-    check_process()
-    if memory_limit is not None and memory_limit <= 0:
-        raise ValueError(f"memory_limit is {memory_limit!r}; it must be above 0 bytes")
-    path = resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
     config = read_config(path)
     cache.check(config.text)
-    dtype = dtype or _choose_dtype(config, mx.default_device().type == mx.DeviceType.cpu)
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    dtype = dtype or _choose_dtype(config, on_cpu)
     builder = PromptBuilder(find_tokenizer(path), read_chat_template(path), config)
-    guard = _plan_memory(path, config, dtype, cache, memory_limit)
+    in_numpy = may_use_numpy and on_cpu and dtype == "float32" and not numpy_is_off()
+    guard = _plan_memory(path, config, dtype, cache, memory_limit, in_numpy)
     network = load_model(path, dtype)
-    if adapter is None:
-        return SmolVLM(Engine(path, config, network, builder, cache, guard=guard))
-    from mlx_smolvlm.checkpoint.lora import load_adapter
+    folder = None
+    if adapter is not None:
+        from mlx_smolvlm.checkpoint.lora import load_adapter
 
-    folder = expand_path(adapter, CheckpointError)
-    load_adapter(network, folder, config.source)
-    return SmolVLM(Engine(path, config, network, builder, cache, folder, guard))
+        folder = expand_path(adapter, CheckpointError)
+        load_adapter(network, folder, config.source)
+    if in_numpy:
+        from mlx_smolvlm.model.cpu import compute_in_numpy, unpack_weights
+
+        if not guard.setup.is_packed:
+            unpack_weights(network)
+        compute_in_numpy(network)
+    return Engine(path, config, network, builder, cache, folder, guard)
 
 
 def _plan_memory(
-    path: Path, config: Config, dtype: str, cache: CacheOptions, limit: int | None
+    path: Path,
+    config: Config,
+    dtype: str,
+    cache: CacheOptions,
+    limit: int | None,
+    in_numpy: bool,
 ) -> MemoryGuard:
     """Check that the model fits into memory, and set MLX's limits if there is one.
 
@@ -414,21 +469,11 @@ def _plan_memory(
     from mlx_smolvlm.checkpoint.headers import read_headers
 
     on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    backend: Backend = "numpy" if in_numpy else "mlx-cpu" if on_cpu else "mlx-gpu"
     tensors = {name: (one.dtype, one.num_items) for name, one in read_headers(path).items()}
     machine = measure_machine()
-    setup = plan_setup(
-        Setup(
-            config,
-            0,
-            "mlx-cpu" if on_cpu else "mlx-gpu",
-            DTYPE_BITS.get(dtype, 32) // 8,
-            cache=cache,
-        ),
-        tensors,
-        limit,
-        machine,
-    )
-    guard = MemoryGuard(setup, limit, machine)
+    setup = Setup(config, 0, backend, DTYPE_BITS.get(dtype, 32) // 8, cache=cache)
+    guard = MemoryGuard(plan_setup(setup, tensors, limit, machine), limit, machine)
     guard.check_weights()
     if limit is not None:
         limit_mlx(mx, limit)

@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_smolvlm.checkpoint.lora import AdapterConfig, compute_signature, save_adapter
 from mlx_smolvlm.errors import DatasetError, TrainingError
 from mlx_smolvlm.files import append_file, lock, read_file, remove_leftovers, write_file
-from mlx_smolvlm.smolvlm import SmolVLM, load
+from mlx_smolvlm.smolvlm import SmolVLM, load_in_mlx
 from mlx_smolvlm.train.batches import (
     BatchLoader,
     BatchOrder,
@@ -251,7 +251,7 @@ class Tuning:
         local = settings.resolve_path(settings.model)
         # Path.is_dir raises if a name is too long, as a model name may be.
         name = local if os.path.isdir(local) else settings.model
-        self.vlm = vlm = load(name, offline=offline, dtype=dtype)
+        self.vlm = vlm = load_in_mlx(name, offline=offline, dtype=dtype)
         self._notes = self._compute_identity(datasets)
         media_options = MediaOptions(settings.detail, settings.fps, settings.max_frames)  # type: ignore[arg-type]
         data = [measure_examples(vlm, examples, media_options, settings) for examples in datasets]

@@ -113,6 +113,7 @@ class KVCache:
         self.buffers: list[Buffers | None] = [None] * num_layers
         self.storage = storage
         self.offset = 0
+        self._is_shared = [False] * num_layers  # whether a fork may read the same memory
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
         """Store new tokens in `layer` and compute their attention (B, heads, L, head_dim).
@@ -133,6 +134,26 @@ class KVCache:
         stored = tuple(buffer[:, :, :end] for buffer in buffers)
         return self.storage.attend(queries, stored, mask)
 
+    def append(self, layer: int, keys_values: np.ndarray) -> np.ndarray:
+        """Store new tokens of a float32 cache from NumPy, in place.
+
+        Args:
+            layer: Index of the decoder layer.
+            keys_values: (B, 2*kv_heads, L, head_dim), keys first.
+
+        Returns:
+            A view of all tokens in `layer`, (B, 2*kv_heads, offset + L, head_dim).
+        """
+        end = self.offset + keys_values.shape[2]
+        (buffer,) = self._reserve(layer, (mx.array(keys_values[:, :, :1]),), end)
+        if self._is_shared[layer]:
+            buffer = mx.array(np.array(buffer, copy=False))
+            self._is_shared[layer] = False
+        self.buffers[layer] = (buffer,)
+        stored: np.ndarray = np.array(buffer, copy=False)[:, :, :end]
+        stored[:, :, self.offset :] = keys_values
+        return stored
+
     def advance(self, length: int) -> None:
         """Count `length` tokens that every layer has attended to."""
         self.offset += length
@@ -141,6 +162,8 @@ class KVCache:
         """An independent copy; the arrays are shared until one of the two is written to."""
         twin = copy(self)
         twin.buffers = [one and tuple(buffer[:] for buffer in one) for one in self.buffers]
+        self._is_shared = [True] * len(self.buffers)
+        twin._is_shared = [*self._is_shared]
         return twin
 
     def can_resume(self, offset: int, pins: np.ndarray = NO_PINS) -> bool:

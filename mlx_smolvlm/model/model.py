@@ -104,7 +104,7 @@ class Model(nn.Module):
 
 
 def compile_encoder(model: Model) -> Callable[[mx.array], mx.array]:
-    """Return `model.encode`, compiled with `mx.compile`.
+    """Return `model.encode`, compiled with `mx.compile` where that is possible.
 
     Compilation fuses the biases of quantized layers into the kernels that follow them.
 
@@ -115,6 +115,8 @@ def compile_encoder(model: Model) -> Callable[[mx.array], mx.array]:
     Only one thread at a time may call the result: each thread compiles every shape itself, and
     while it does, the model's weights are placeholders.
     """
+    if not model.vision_model.is_compilable:
+        return model.encode
     lock = threading.Lock()
 
     def read_weights() -> dict[str, Any]:

@@ -108,6 +108,8 @@ class VisionEncoder(nn.Module):
 class VisionModel(nn.Module):
     """The complete vision encoder."""
 
+    is_compilable = True  # whether `mx.compile` can trace it
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.embeddings = VisionEmbeddings(config)

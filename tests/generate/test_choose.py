@@ -97,13 +97,14 @@ def test_one_prefill_and_one_pass_over_the_choices(
     tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fed: list[int] = []
-    forward = TextModel.__call__
+    decoder = type(tiny.model.text_model)
+    forward = decoder.__call__
 
     def counting(self: TextModel, inputs_embeds: mx.array, *others: object) -> mx.array:
         fed.append(inputs_embeds.shape[1])
         return forward(self, inputs_embeds, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TextModel, "__call__", counting)
+    monkeypatch.setattr(decoder, "__call__", counting)
     tiny.engine.memory.clear()
     choice = tiny.choose("Which?", ["red", "green", "blue sky"], images=[PICTURE])
     assert len(fed) == 2

@@ -54,16 +54,17 @@ def _forget(tiny: SmolVLM) -> None:
 
 
 @pytest.fixture
-def fed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def fed(tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Number of tokens of each forward pass of the decoder."""
     counts: list[int] = []
-    forward = TextModel.__call__
+    decoder = type(tiny.model.text_model)
+    forward = decoder.__call__
 
     def counting(self: TextModel, inputs_embeds: mx.array, *others: object) -> mx.array:
         counts.append(inputs_embeds.shape[1])
         return forward(self, inputs_embeds, *others)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(TextModel, "__call__", counting)
+    monkeypatch.setattr(decoder, "__call__", counting)
     return counts
 
 

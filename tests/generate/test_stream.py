@@ -18,6 +18,7 @@ from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.stream import Answer, AnswerStream, Chunk
 from mlx_smolvlm.model.connector import Connector
 from mlx_smolvlm.model.lora import adapt
+from mlx_smolvlm.smolvlm import load_in_mlx
 
 LONG = Sampling(max_tokens=12)
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -305,7 +306,7 @@ def test_embeddings_are_as_many_as_placeholders(tiny: SmolVLM, tiles: int | None
 
 
 def test_changed_weights_change_the_encoding(tiny_folder: Path) -> None:
-    vlm = load(tiny_folder)
+    vlm = load_in_mlx(tiny_folder)
     before = np.array(vlm.encode_images([PICTURE]))
     layer = vlm.model.vision_model.encoder.layers[0].mlp.fc1
     layer.weight = layer.weight * 2

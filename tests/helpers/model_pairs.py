@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.smolvlm import SmolVLM, load
+from mlx_smolvlm.smolvlm import SmolVLM, load, load_in_mlx
 
 TOKENIZER = str(Path(__file__).with_name("tiny_tokenizer.json"))
 TEMPLATE = (
@@ -37,11 +37,17 @@ TEMPLATE = (
 
 @dataclass
 class Pair:
-    """One random model in both libraries."""
+    """One random model in both libraries, and in ours also as MLX computes it on every system."""
 
     theirs: Any
     processor: Any
     ours: SmolVLM
+    in_mlx: SmolVLM
+
+    @property
+    def both(self) -> tuple[SmolVLM, SmolVLM]:
+        """Our two, which are alike except on Linux."""
+        return self.ours, self.in_mlx
 
 
 @dataclass(frozen=True)
@@ -122,7 +128,8 @@ def make_pair(case: Case, folder: Path) -> Pair:
     processor = make_processor(case, tokenizer)
     processor.save_pretrained(folder / "hf")
     convert_checkpoint(folder / "hf", folder / "ours")
-    return Pair(model, processor, load(folder / "ours", dtype="float32"))
+    ours = load(folder / "ours", dtype="float32")
+    return Pair(model, processor, ours, load_in_mlx(folder / "ours", dtype="float32"))
 
 
 def make_processor(case: Case, tokenizer: Any) -> Any:
