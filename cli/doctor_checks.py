@@ -113,11 +113,12 @@ def check_device() -> Iterator[Finding]:
 
 
 def _check_blas() -> Finding:
-    """Return which library multiplies matrices on the CPU."""
+    """Return which libraries compute on the CPU."""
     from mlx_smolvlm import runtime
 
+    answers = "MLX" if runtime.numpy_is_off() else "NumPy"
     if runtime.openblas_problem is None:
-        return Finding("blas", "ok", "OpenBLAS")
+        return Finding("blas", "ok", f"answers: {answers}; training: MLX with OpenBLAS")
     advice = "pip install cmeel-openblas"
     if "libgfortran" in runtime.openblas_problem:
         advice = "install libgfortran5 (apt install libgfortran5)"
@@ -125,7 +126,8 @@ def _check_blas() -> Finding:
         advice = "import mlx_smolvlm first"
     elif runtime.OPENBLAS_VARIABLE in runtime.openblas_problem:
         advice = f"unset {runtime.OPENBLAS_VARIABLE}"
-    return Finding("blas", "note", f"MLX's own, which is slow: {runtime.openblas_problem}", advice)
+    text = f"answers: {answers}; training: MLX's own BLAS, which is slow"
+    return Finding("blas", "note", f"{text}: {runtime.openblas_problem}", advice)
 
 
 def check_storage() -> Iterator[Finding]:

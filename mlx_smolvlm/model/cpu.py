@@ -19,6 +19,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache, Mask
+from mlx_smolvlm.model.lora import LoRAEmbedding, LoRALinear
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.model.text import DecoderLayer, Placement, TextModel
 from mlx_smolvlm.model.vision import VisionLayer, VisionModel
@@ -363,7 +364,10 @@ def multiply_packed(module: nn.QuantizedLinear, x: np.ndarray) -> np.ndarray:
 
 
 def unpack_weights(model: Model) -> None:
-    """Replace the quantized layers of `model` by layers with the same weights in float32."""
+    """Replace quantized and adapted layers by layers of float32 that compute the same."""
+    for path, module in model.named_modules():
+        if isinstance(module, (LoRALinear, LoRAEmbedding)):
+            model.update_modules(tree_unflatten([(path, module.fuse())]))
     for path, module in model.named_modules():
         if isinstance(module, nn.QuantizedLinear):
             model.update_modules(tree_unflatten([(path, unpack_linear(module))]))

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_unflatten
 
 from mlx_smolvlm import CacheOptions, SmolVLM, load, smolvlm
 from mlx_smolvlm.checkpoint.load import load_model
@@ -19,6 +20,7 @@ from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.generate.memory_plan import Work, estimate
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.model import cpu
+from mlx_smolvlm.model.lora import LoRALinear, adapt
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.model.text import Placement
 from mlx_smolvlm.model.vision import gelu_tanh
@@ -247,3 +249,26 @@ def test_weights_that_would_fill_the_memory_stay_packed(
     need = estimate(whole.engine.guard.setup, Work()).total
     monkeypatch.setattr(smolvlm, "measure_machine", lambda: 2 * need)
     assert any(isinstance(one, nn.QuantizedLinear) for one in load(folder).model.modules())
+
+
+@pytest.mark.parametrize("bits", [4, 16])
+def test_adapters_are_added_to_the_weights(folder: Path, tmp_path: Path, bits: int) -> None:
+    options = ConvertOptions(bits=bits, group_size=32)
+    made = convert_checkpoint(folder.parent / "hf", tmp_path / "made", options)
+    results = []
+    for in_numpy in (False, True):
+        model = load_model(made, "float32")
+        for path in ("text_model.embed_tokens", "text_model.layers.0.self_attn.qkv_proj"):
+            layer = adapt(dict(model.named_modules())[path], 2, 3.0, 0.0)
+            layer.lora_a = mx.random.normal(layer.lora_a.shape, key=mx.random.key(0))
+            layer.lora_b = mx.random.normal(layer.lora_b.shape, key=mx.random.key(1)) * 0.1
+            model.update_modules(tree_unflatten([(path, layer)]))
+        model.eval()
+        if in_numpy:
+            cpu.unpack_weights(model)
+            assert not any(isinstance(one, LoRALinear) for one in model.modules())
+            cpu.compute_in_numpy(model)
+        results.append(model(model.embed(np.arange(9))))
+    plain = load_model(made, "float32")
+    assert np.abs(np.array(plain(plain.embed(np.arange(9))) - results[0])).max() > 0.1
+    assert_close(results[0], results[1], 1e-4)  # adapted weights are ten times as large
