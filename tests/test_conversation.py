@@ -225,13 +225,19 @@ def encoded(vlm: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lengths of the prompts that go through the decoder from now on."""
     lengths: list[int] = []
-    original = mlx_smolvlm.generate.stream.generate_tokens
 
-    def counting(model: Any, inputs_embeds: mx.array, *rest: Any) -> Iterator[int]:
-        lengths.append(inputs_embeds.shape[1])
-        return original(model, inputs_embeds, *rest)
+    def count(name: str) -> None:
+        original = getattr(mlx_smolvlm.generate.stream, name)
 
-    monkeypatch.setattr(mlx_smolvlm.generate.stream, "generate_tokens", counting)
+        def counting(model: Any, inputs_embeds: mx.array, *rest: Any) -> Iterator[int]:
+            lengths.append(inputs_embeds.shape[1])
+            tokens: Iterator[int] = original(model, inputs_embeds, *rest)
+            return tokens
+
+        monkeypatch.setattr(mlx_smolvlm.generate.stream, name, counting)
+
+    for name in ("generate_tokens", "generate_drafted_tokens"):
+        count(name)
     return lengths
 
 

@@ -65,6 +65,12 @@ class Constraint:
         bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocab_size, bitorder="little")
         return mx.array(bits.view(np.bool_))
 
+    def allows(self, token_id: int) -> bool:
+        """Return whether `token_id` may come next."""
+        is_allowed: bool = self._matcher.validate_tokens([token_id]) == 1
+        self._check()
+        return is_allowed
+
     def take(self, token_id: int) -> None:
         """Append `token_id`, which must be allowed, to the answer."""
         self._matcher.consume_token(token_id)
@@ -76,6 +82,12 @@ class Constraint:
         self._matcher.consume_tokens(token_ids)
         self._check()
         return token_ids
+
+    def undo(self, count: int) -> None:
+        """Remove the last `count` tokens from the answer."""
+        if count:
+            self._matcher.rollback(count)
+            self._check()
 
     def _check(self) -> None:
         """Raise ConstraintError if llguidance has failed."""

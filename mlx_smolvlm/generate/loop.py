@@ -56,9 +56,9 @@ def generate_tokens(
     for _ in range(max_tokens - 1):
         following = sampler(model.step(token_id, cache))
         mx.async_eval(following)
-        yield _read_token_id(token_id)
+        yield read_token_id(token_id)
         token_id = following
-    yield _read_token_id(token_id)
+    yield read_token_id(token_id)
 
 
 def generate_constrained_tokens(
@@ -83,7 +83,7 @@ def generate_constrained_tokens(
     left = max_tokens - len(pending)
     while left and not constraint.is_complete:
         allowed = constraint.compute_mask()
-        token_id = _read_token_id(sampler(mx.where(allowed, logits, -mx.inf)))
+        token_id = read_token_id(sampler(mx.where(allowed, logits, -mx.inf)))
         constraint.take(token_id)
         new = [token_id, *constraint.take_forced(left - 1)]
         left -= len(new)
@@ -96,7 +96,7 @@ def generate_constrained_tokens(
     yield from pending
 
 
-def _read_token_id(token_id: mx.array) -> int:
+def read_token_id(token_id: mx.array) -> int:
     """Wait for `token_id` (1,) and return it as an integer."""
     value = token_id.item()
     assert isinstance(value, int)

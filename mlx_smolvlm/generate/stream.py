@@ -13,6 +13,11 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 
 from mlx_smolvlm.errors import SmolVLMWarning
+from mlx_smolvlm.generate.draft import Drafter, make_drafter
+from mlx_smolvlm.generate.draft_loop import (
+    generate_drafted_constrained_tokens,
+    generate_drafted_tokens,
+)
 from mlx_smolvlm.generate.engine import Engine, Prompt
 from mlx_smolvlm.generate.grammar import Constraint
 from mlx_smolvlm.generate.json_schema import parse_answer, to_jsonable
@@ -58,6 +63,8 @@ class Reply:
         generation_tps: Speed of the generation in tokens per second.
         time_to_first_token_s: Seconds from the call to the first token, media included.
         peak_memory_gb: Peak of the memory that MLX allocated, in 10**9 bytes.
+        drafted_tokens: Number of tokens of the answer that were guessed; see `Sampling.draft`.
+        accepted_tokens: Number of those that were right, each of which saved a forward pass.
         parsed: The value of an answer with a schema, an instance if that is a pydantic model.
             None without a schema, or if the answer is incomplete.
     """
@@ -75,6 +82,8 @@ class Reply:
     generation_tps: float = 0.0
     time_to_first_token_s: float = 0.0
     peak_memory_gb: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     parsed: Any = None
 
     def __str__(self) -> str:
@@ -280,6 +289,7 @@ class AnswerStream(Iterator[Chunk]):
         self._engine, self._prompt, self._sampling = engine, prompt, sampling
         self._preparation = self._prepare()
         self._token_ids: Generator[int, None, None] | None = None
+        self._drafter: Drafter | None = None
         self._is_over = False
         self._lock = threading.Lock()
 
@@ -350,11 +360,20 @@ class AnswerStream(Iterator[Chunk]):
             pass
         _, embeds, cache = self._ready
         self._answer.begin(embeds.shape[1])
-        model, sampler = self._engine.model, make_sampler(self._sampling)
-        limit = self._prompt.limit_tokens(self._engine.context_size, self._sampling.max_tokens)
-        if self._constraint is None:
+        model, sampling, constraint = self._engine.model, self._sampling, self._constraint
+        limit = self._prompt.limit_tokens(self._engine.context_size, sampling.max_tokens)
+        drafter = make_drafter(self._engine, self._prompt.input_ids, sampling)
+        self._drafter = drafter
+        if drafter is not None and constraint is None:
+            return generate_drafted_tokens(model, embeds, cache, drafter, limit)
+        if drafter is not None and constraint is not None:
+            return generate_drafted_constrained_tokens(
+                model, embeds, cache, drafter, constraint, limit
+            )
+        sampler = make_sampler(sampling)
+        if constraint is None:
             return generate_tokens(model, embeds, cache, sampler, limit)
-        return generate_constrained_tokens(model, embeds, cache, sampler, self._constraint, limit)
+        return generate_constrained_tokens(model, embeds, cache, sampler, constraint, limit)
 
     def _end(self) -> None:
         """Stop generating, and remember the state for later prompts."""
@@ -364,6 +383,9 @@ class AnswerStream(Iterator[Chunk]):
         self._preparation.close()
         if self._token_ids is not None:
             self._token_ids.close()
+            if self._drafter is not None:
+                self.reply.drafted_tokens = self._drafter.drafted
+                self.reply.accepted_tokens = self._drafter.accepted
             content, _, cache = self._ready
             self.state = CachedState(content.with_tokens(self.reply.token_ids), cache)
             self._engine.memory.keep_state(self.state, content, self._prompt.is_turn)

@@ -108,6 +108,10 @@ class BoundedKVCache(KVCache):
             return super().can_resume(offset, pins)
         return offset == self.offset and self._has_same_pins(pins)
 
+    def can_undo(self, length: int) -> bool:
+        """Whether `length` more tokens can be removed again with `trim`: no token is dropped."""
+        return self.offset + length <= self.max_tokens
+
     def trim(self, offset: int) -> None:
         """Remove all tokens from `offset` on.
 

@@ -170,6 +170,10 @@ class KVCache:
         """Whether `trim(offset)` and `pin(pins)` give the same cache as those tokens alone."""
         return 0 <= offset <= self.offset
 
+    def can_undo(self, length: int) -> bool:
+        """Whether `length` more tokens can be removed again with `trim`."""
+        return True
+
     def trim(self, offset: int) -> None:
         """Remove all tokens from `offset` on.
 

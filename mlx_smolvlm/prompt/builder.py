@@ -111,6 +111,8 @@ def _make_frame_items(clip: FrameTimes) -> list[dict[str, str]]:
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
 GLOBAL = "<global-img>"
+# Tags of DocTags that no other text has; every element of a page has its location.
+DOCUMENT_TOKEN = re.compile(r"<(?:doctag|otsl|loc_(?:\d+>)?)>?")
 
 
 class PromptBuilder:
@@ -121,6 +123,8 @@ class PromptBuilder:
         tokenizer: Encodes special tokens in a text as text; decodes as usual.
         framing_token_ids: Ids of the tokens that frame turns and pictures. They are not part
             of an answer's text.
+        document_token_ids: Ids of the tokens with which a document in DocTags begins; none if the
+            checkpoint does not write DocTags.
         answer_lead: White space that every answer begins with.
     """
 
@@ -137,6 +141,11 @@ class PromptBuilder:
             token_id
             for text, (token_id, _) in self._tokens.items()
             if FRAMING_TOKEN.fullmatch(text)
+        )
+        self.document_token_ids = frozenset(
+            token_id
+            for text, (token_id, _) in self._tokens.items()
+            if DOCUMENT_TOKEN.fullmatch(text)
         )
         self._template = ChatTemplate(chat_template)
         self.answer_lead = self._template.find_answer_lead()

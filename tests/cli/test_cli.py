@@ -26,6 +26,7 @@ def tokens(*arguments):
         time.sleep(0.02)
         yield 40 + i % 20
 mlx_smolvlm.generate.stream.generate_tokens = tokens
+mlx_smolvlm.generate.stream.generate_drafted_tokens = tokens
 from mlx_smolvlm.cli.app import main
 main()
 """

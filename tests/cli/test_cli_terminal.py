@@ -20,6 +20,7 @@ def tokens(model, inputs_embeds, cache, sampler, limit):
             time.sleep(0.02)
         yield TOKENS[i % len(TOKENS)]
 mlx_smolvlm.generate.stream.generate_tokens = tokens
+mlx_smolvlm.generate.stream.generate_drafted_tokens = tokens
 old = Engine.make_prompt
 def make_prompt(self, messages, *rest):
     users = [m for m in messages if m["role"] == "user"]

@@ -212,12 +212,17 @@ def generators(monkeypatch: pytest.MonkeyPatch) -> list[Generator[Any, None, Non
 
         monkeypatch.setattr(mlx_smolvlm.generate.stream, name, record)
 
-    for name in ("generate_tokens", "generate_constrained_tokens", "encode"):
-        recorded(name)
+    for loop in ("tokens", "constrained_tokens"):
+        recorded(f"generate_{loop}")
+        recorded(f"generate_drafted_{loop}")
+    recorded("encode")
     return made
 
 
-@pytest.mark.parametrize("how", ["length", "end token", "stop text", "close", "error", "schema"])
+@pytest.mark.parametrize(
+    "how",
+    ["length", "end token", "stop text", "close", "error", "schema", "drafted", "drafted schema"],
+)
 def test_generators_are_closed(
     endless: SmolVLM,
     generators: list[Generator[Any, None, None]],
@@ -230,8 +235,12 @@ def test_generators_are_closed(
         vlm = ending_with(endless, whole.token_ids[4])
     if how == "stop text":
         sampling = Sampling(max_tokens=12, stop=(whole.text[3:6],))
-    if how == "schema":
-        vlm, sampling = ending_with(endless, 639), Sampling(max_tokens=12, regex="[a-z]{50}")
+    if "schema" in how:
+        most: Any = 7 if "drafted" in how else "off"
+        vlm = ending_with(endless, 639)
+        sampling = Sampling(max_tokens=12, regex="[a-z]{50}", draft=most)
+    elif "drafted" in how:
+        sampling = dataclasses.replace(LONG, draft=7)
     generators.clear()
     answer = vlm.stream("Hi", images=[PICTURE], sampling=sampling)
     next(answer)
@@ -240,7 +249,7 @@ def test_generators_are_closed(
             patch.setattr(Answer, "add", None)
             with pytest.raises(TypeError):
                 next(answer)
-    elif how in ("close", "schema"):
+    elif how == "close" or "schema" in how or "drafted" in how:
         answer.close()
     else:
         cut = answer.finish()

@@ -26,7 +26,7 @@ import mlx_smolvlm.generate.stream as answers
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.errors import MediaError
 ANSWERS, GO = json.loads(os.environ["ANSWERS"]), os.environ["GO"]
-asked, real_tokens = [], answers.generate_tokens
+asked, real_tokens, real_drafted = [], answers.generate_tokens, answers.generate_drafted_tokens
 real_prompt, real_start = Engine.make_prompt, answers.AnswerStream.__init__
 def hold():
     while not os.path.exists(GO):
@@ -46,9 +46,9 @@ def start(self, engine, prompt, sampling):
     with open(os.environ["LOG"], "a") as log:
         log.write(json.dumps(row) + "\n")
     asked[:] = [texts[-1], engine.prompt_builder.tokenizer]
-def tokens(*arguments):
+def tokens(*arguments, real=real_tokens):
     if asked[0] not in ANSWERS:
-        yield from real_tokens(*arguments)
+        yield from real(*arguments)
         return
     if ANSWERS[asked[0]] == "{damaged}":
         raise MediaError("the video is damaged")
@@ -73,6 +73,7 @@ if "HOLD_ENCODER" in os.environ:
     answers.encode = encode
 Engine.make_prompt, answers.AnswerStream.__init__ = make_prompt, start
 answers.generate_tokens = tokens
+answers.generate_drafted_tokens = lambda *arguments: tokens(*arguments, real=real_drafted)
 from mlx_smolvlm.cli.app import main
 main()
 """
