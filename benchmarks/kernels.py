@@ -23,7 +23,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_smolvlm import CacheOptions
+from mlx_smolvlm.generate.batch import step_rows
 from mlx_smolvlm.generate.many import RowDecoder
+from mlx_smolvlm.kv.batched import BatchedKVCache
 from mlx_smolvlm.model import text
 from mlx_smolvlm.model.model import Model, compile_encoder
 from mlx_smolvlm.smolvlm import load_in_mlx
@@ -114,6 +116,20 @@ def count_batch_decoding(model: Model, answers: int) -> Counter[str]:
     return count_kernels(step)
 
 
+def count_unlike_decoding(model: Model, answers: int) -> Counter[str]:
+    """Count the kernels of a greedy decoding step of answers to prompts of unlike lengths."""
+    rows = BatchedKVCache(len(model.text_model.layers))
+    for number in range(answers):
+        cache = model.make_cache()
+        prompt = mx.zeros((1, 2 + number), mx.int32)
+        mx.eval(model.text_model(model.text_model.embed_tokens(prompt), cache), cache.arrays)
+        rows.add(cache)
+    token_ids = mx.array([0] * answers)
+    return count_kernels(
+        lambda: [mx.argmax(step_rows(model, rows, token_ids), axis=-1), *rows.arrays]
+    )
+
+
 def count_encoding(model: Model, tile_size: int, count: int) -> Counter[str]:
     """Count the kernels of the encoder and the connector for `count` tiles."""
     pixel_values = mx.zeros((count, tile_size, tile_size, 3), model.dtype)
@@ -134,6 +150,7 @@ def make_report(model: Model, tile_size: int) -> dict[str, Any]:
         "decoded_token": step.total(),
         "decoded_token_packed_cache": count_decoding(model, CacheOptions(kv_bits=8)).total(),
         "decoded_tokens_of_8": count_batch_decoding(model, 8).total(),
+        "decoded_tokens_of_8_unlike": count_unlike_decoding(model, 8).total(),
         "encoder_layers": len(model.vision_model.encoder.layers),
         "encoder_1_tile": one.total(),
         "encoder_13_tiles": many.total(),

@@ -9,11 +9,11 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.kv.cache import FLOAT_STORAGE, STEP, Buffers, KVCache, Mask, Storage
+from mlx_smolvlm.kv.cache import FLOAT_STORAGE, STEP, KVCache, Mask, Storage
 
 
 class BatchedKVCache(KVCache):
-    """Keys and values of B rows, in buffers (rows, kv_heads, 2, tokens, width) per layer.
+    """Keys and values of B rows, in buffers (rows * kv_heads * 2, tokens, width) per layer.
 
     Keys and values lie side by side within a head, so that those of all rows are views with
     equal strides, which MLX's attention reads without a copy. A row begins at token 0; what lies
@@ -29,7 +29,10 @@ class BatchedKVCache(KVCache):
     def __init__(self, num_layers: int, storage: Storage = FLOAT_STORAGE) -> None:
         super().__init__(num_layers, storage)
         self.lengths = np.zeros(0, np.int64)
-        self._slots: tuple[mx.array, mx.array] | None = None  # row and token of each new token
+        self._heads = 1  # of keys and of values, of a row
+        # Indices of the new tokens in the first two axes of the buffers; they have the shapes
+        # (B, kv_heads, 2) and (B, 1, 1), so that the update is one kernel.
+        self._slots: tuple[mx.array, mx.array] | None = None
 
     @property
     def num_rows(self) -> int:
@@ -45,7 +48,7 @@ class BatchedKVCache(KVCache):
     def capacity(self) -> int:
         """Number of tokens that the buffers hold, those of all rows and their padding."""
         first = self.buffers[0]
-        return 0 if first is None else first[0].shape[0] * first[0].shape[3]
+        return 0 if first is None else first[0].shape[0] // self._heads * first[0].shape[1]
 
     def make_mask(self) -> mx.array:
         """Return what the next token of each row sees: bool (B, 1, 1, longest + 1)."""
@@ -54,7 +57,9 @@ class BatchedKVCache(KVCache):
     def reserve(self) -> None:
         """Make room for one more token of each row; the buffers grow if it is needed."""
         self._allocate(self.num_rows, self.longest + 1)
-        self._slots = mx.arange(self.num_rows), mx.array(self.lengths)
+        rows = np.arange(self.num_rows * self._heads).reshape(self.num_rows, -1, 2)
+        tokens = self.lengths.reshape(-1, 1, 1)
+        self._slots = mx.array(rows.astype(np.uint32)), mx.array(tokens.astype(np.uint32))
 
     def attend(self, layer: int, queries: mx.array, keys_values: mx.array, mask: Mask) -> mx.array:
         """Store one new token per row in `layer`, and compute their attention (1, heads, B, width).
@@ -68,14 +73,14 @@ class BatchedKVCache(KVCache):
         buffers, kv_heads = self.buffers[layer], keys_values.shape[1] // 2
         assert buffers is not None
         assert self._slots is not None
-        count, tokens = self.num_rows, self.longest + 1
-        rows, places = self._slots
         for buffer, part in zip(buffers, self.storage.pack(keys_values), strict=True):
-            new = mx.unflatten(part[0], 0, (2, kv_heads))  # (2, kv_heads, B, width)
-            buffer[rows, :, :, places] = new.transpose(2, 1, 0, 3)
-        keys, values = (tuple(b[:count, :, i, :tokens] for b in buffers) for i in (0, 1))
+            new = mx.unflatten(part.squeeze(0), 0, (2, kv_heads))  # (2, kv_heads, B, width)
+            buffer[self._slots] = new.transpose(2, 1, 0, 3)
+        count, tokens = self.num_rows * self._heads, self.longest + 1
+        stored = [mx.unflatten(b[:count, :tokens], 0, (-1, kv_heads, 2)) for b in buffers]
+        keys, values = (tuple(one[:, :, i : i + 1].squeeze(2) for one in stored) for i in (0, 1))
         # The queries that share a head of keys are its rows, (B, kv_heads, share, head_dim).
-        grouped = mx.unflatten(queries[0], 0, (kv_heads, -1)).transpose(2, 0, 1, 3)
+        grouped = mx.unflatten(queries.squeeze(0), 0, (kv_heads, -1)).transpose(2, 0, 1, 3)
         output = self.storage.attend_to(grouped, keys, values, mask)
         return output.transpose(1, 2, 0, 3).reshape(queries.shape)
 
@@ -94,8 +99,8 @@ class BatchedKVCache(KVCache):
             assert buffers is not None
             assert stored is not None
             for buffer, part in zip(buffers, stored, strict=True):
-                heads = mx.unflatten(part[0, :, :length], 0, (2, -1))  # (2, kv_heads, L, width)
-                buffer[row, :, :, :length] = heads.swapaxes(0, 1)
+                heads = mx.unflatten(part[:, :, :length].squeeze(0), 0, (2, -1))
+                buffer[self._find(row), :length] = heads.swapaxes(0, 1).flatten(0, 1)
             mx.eval(buffers)
         self.lengths = np.append(self.lengths, length)
 
@@ -105,8 +110,10 @@ class BatchedKVCache(KVCache):
         cache.offset = length = int(self.lengths[row])
         for layer, buffers in enumerate(self.buffers):
             assert buffers is not None
-            parts = (buffer[row, :, :, :length].swapaxes(0, 1) for buffer in buffers)
-            cache.buffers[layer] = tuple(mx.contiguous(part.flatten(0, 1)[None]) for part in parts)
+            parts = (mx.unflatten(b[self._find(row), :length], 0, (-1, 2)) for b in buffers)
+            cache.buffers[layer] = tuple(
+                mx.contiguous(part.swapaxes(0, 1).flatten(0, 1)[None]) for part in parts
+            )
         mx.eval(cache.arrays)
         return cache
 
@@ -118,14 +125,18 @@ class BatchedKVCache(KVCache):
             for buffers in self.buffers:
                 assert buffers is not None
                 for buffer in buffers:
-                    moved = mx.contiguous(buffer[last, :, :, :end])
+                    moved = mx.contiguous(buffer[self._find(last), :end])
                     mx.eval(moved)  # or the update would copy the whole buffer
-                    buffer[row, :, :, :end] = moved
+                    buffer[self._find(row), :end] = moved
                 mx.eval(buffers)
             self.lengths[row] = end
         self.lengths = self.lengths[:last]
         if not last:
             self.buffers = [None] * len(self.buffers)
+
+    def _find(self, row: int) -> slice:
+        """The place of `row` in the first axis of the buffers."""
+        return slice(row * self._heads, (row + 1) * self._heads)
 
     def _allocate(self, rows: int, tokens: int, like: KVCache | None = None) -> None:
         """Give every layer buffers for `rows` rows of `tokens` tokens, unless it has them.
@@ -136,27 +147,20 @@ class BatchedKVCache(KVCache):
             like: A cache with arrays of the same types and widths, for the first row.
         """
         first = self.buffers[0]
-        if first is not None and first[0].shape[0] >= rows and first[0].shape[3] >= tokens:
+        needed = rows * self._heads, tokens
+        if first is not None and all(np.array(first[0].shape[:2]) >= needed):
             return
         size = -(-tokens // STEP) * STEP
         for layer, old in enumerate(self.buffers):
+            stored = like.buffers[layer] if old is None and like is not None else old
+            assert stored is not None
             if old is None:
-                assert like is not None
-                new = _make_buffers(like.buffers[layer], rows, size)
-            else:
-                new = tuple(mx.zeros((rows, *b.shape[1:3], size, b.shape[4]), b.dtype) for b in old)
+                self._heads = stored[0].shape[1]
+            shape = rows * self._heads, size
+            new = tuple(mx.zeros((*shape, part.shape[-1]), part.dtype) for part in stored)
+            if old is not None:
+                filled = slice(self.num_rows * self._heads), slice(self.longest)
                 for target, source in zip(new, old, strict=True):
-                    target[: self.num_rows, :, :, : self.longest] = source[
-                        : self.num_rows, :, :, : self.longest
-                    ]
+                    target[filled] = source[filled]
             self.buffers[layer] = new
             mx.eval(new)
-
-
-def _make_buffers(stored: Buffers | None, rows: int, tokens: int) -> Buffers:
-    """Return empty buffers for tokens like those of `stored`, which belong to a `KVCache`."""
-    assert stored is not None
-    return tuple(
-        mx.zeros((rows, part.shape[1] // 2, 2, tokens, part.shape[3]), part.dtype)
-        for part in stored
-    )

@@ -68,6 +68,14 @@ def test_decoded_tokens_of_several_answers(model: Model, answers: int) -> None:
     )
 
 
+@pytest.mark.parametrize("answers", [1, 2, 9])
+def test_decoded_tokens_of_answers_to_unlike_prompts(model: Model, answers: int) -> None:
+    assert (
+        bench.count_unlike_decoding(model, answers).total()
+        <= bench.count_decoding(model).total() + 1
+    )
+
+
 def test_encoder(model: Model) -> None:
     # A quantized product has no fused bias. The one of q, k and v takes a kernel per layer; the
     # others are fused into the kernels that follow them (docs/decisions/kernels.md).
