@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -84,6 +85,11 @@ class AnswerBatch:
         """Number of answers that are not over: those that wait, are prepared or generated."""
         return len(self._waiting) + (self._preparing is not None) + len(self._rows)
 
+    @property
+    def num_waiting(self) -> int:
+        """Number of answers whose preparation has not begun."""
+        return len(self._waiting)
+
     def add(self, prompt: Prompt, sampling: Sampling) -> BatchedAnswer:
         """Let an answer wait for its turn, and return it.
 
@@ -99,24 +105,30 @@ class AnswerBatch:
         """End `answer` at the next step, as interrupted, with its text so far."""
         answer.is_cancelled = True
 
-    def step(self, fill: bool = False) -> list[Update]:
+    def fill(self) -> None:
+        """Prepare all waiting prompts for which there is room.
+
+        For a given list of prompts this is faster than `step` alone, which prepares them while the
+        first few are generated. Ends and text are in the updates of the next step.
+        """
+        with self._lock_thread():
+            self._drop_cancelled()
+            while self._prepare():
+                pass
+
+    def step(self) -> list[Update]:
         """Prepare a little of a waiting prompt, and generate a token of each other answer.
 
-        An exception in the work on one prompt ends that answer, as its `error`; the others go on.
-        After an exception in the work on all of them, which is raised, close the batch.
-
-        Args:
-            fill: Prepare all prompts for which there is room before the token. This is faster for
-                a given number of prompts; otherwise the answers are held up by at most one batch
-                of tiles or one chunk of a prompt.
+        The answers are held up by at most one batch of tiles or one chunk of a prompt. An exception
+        in the work on one prompt ends that answer, as its `error`; the others go on. After an
+        exception in the work on all of them, which is raised, close the batch.
 
         Returns:
             New text and ends of answers.
         """
-        with take_lock(self._lock, "another thread runs a step of this batch"):
+        with self._lock_thread():
             self._drop_cancelled()
-            while self._prepare() and fill:
-                pass
+            self._prepare()
             if self._rows:
                 self._decode()
             updates, self._updates = self._updates, []
@@ -124,7 +136,7 @@ class AnswerBatch:
 
     def close(self) -> None:
         """End all answers, as interrupted, and free the cache."""
-        with take_lock(self._lock, "another thread runs a step of this batch"):
+        with self._lock_thread():
             for answer in [*self._waiting, *self._rows]:
                 answer.is_cancelled = answer.is_over = True
             if self._preparing is not None:
@@ -133,6 +145,10 @@ class AnswerBatch:
             self._waiting.clear()
             self._rows, self._preparing = [], None
             self._cache = BatchedKVCache(len(self._cache.buffers), self._cache.storage)
+
+    def _lock_thread(self) -> AbstractContextManager[None]:
+        """Return a lock on this batch; a SmolVLMError if another thread uses it."""
+        return take_lock(self._lock, "another thread runs a step of this batch")
 
     def _prepare(self) -> bool:
         """Do the next piece of work on a new prompt; return whether there was any to do."""
@@ -154,11 +170,20 @@ class AnswerBatch:
         return True
 
     def _fits(self, answer: BatchedAnswer) -> bool:
-        """Whether the cache has room for `answer` beside the present ones."""
+        """Whether there is room for `answer` beside the present ones."""
         rows = [*self._rows, answer]
-        tokens = max(_round_up(row.reserved_tokens) for row in rows)
-        is_small = len(rows) <= self.max_rows and len(rows) * tokens <= self._max_tokens
-        return is_small or len(rows) == 1
+        tokens = len(rows) * max(_round_up(row.reserved_tokens) for row in rows)
+        is_allowed = len(rows) <= self.max_rows and self._can_hold(tokens, rows)
+        return is_allowed or len(rows) == 1
+
+    def _can_hold(self, tokens: int, rows: list[BatchedAnswer]) -> bool:
+        """Whether `tokens` keep to the limit of the cache, and to that of memory if there is one.
+
+        Work of earlier prompts is dropped to make them fit.
+        """
+        if tokens > self._max_tokens:
+            return False
+        return self._engine.fits_memory(rows[-1].prompt, tokens, len(rows))
 
     def _join(self, answer: BatchedAnswer, ready: PrefilledPrompt) -> None:
         """Make a prepared answer the last row, and draw its first token."""
@@ -241,7 +266,10 @@ class AnswerBatch:
     def _make_room(self) -> None:
         """Let the answers that came last wait again, if the cache would become too large."""
         rows = self._rows
-        while len(rows) > 1 and len(rows) * _round_up(self._cache.longest + 1) > self._max_tokens:
+        while len(rows) > 1:
+            tokens = len(rows) * _round_up(self._cache.longest + 1)
+            if tokens <= self._cache.capacity or self._can_hold(tokens, rows):
+                return
             self._waiting.appendleft(rows.pop())
             self._cache.remove(len(rows))
             self._drawn = self._drawn[: len(rows)]

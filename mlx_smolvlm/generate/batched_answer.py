@@ -21,7 +21,7 @@ from mlx_smolvlm.generate.stream import (
     prepare_answer,
 )
 from mlx_smolvlm.kv.cache import KVCache
-from mlx_smolvlm.media.encode import Progress
+from mlx_smolvlm.media.encode import Picture, Progress
 from mlx_smolvlm.reuse.content import CachedState, Content
 
 GROWTH = 256  # tokens reserved for an answer; a longer one may have to wait and be computed again
@@ -44,6 +44,7 @@ class BatchedAnswer:
     """An answer that is generated together with others, made by `AnswerBatch.add`.
 
     Attributes:
+        prompt: The prompt. Its pictures are freed when they are encoded, except in a conversation.
         reply: The answer so far.
         state: As that of an `AnswerStream`: of a conversation, or of the answer when it is over.
         error: The exception that ended the answer, or None.
@@ -54,7 +55,7 @@ class BatchedAnswer:
     def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
         self._limit = prompt.limit_tokens(engine.context_size, sampling.max_tokens)
         engine.check_memory(prompt, self._limit)
-        self._engine, self._prompt, self._sampling = engine, prompt, sampling
+        self._engine, self.prompt, self._sampling = engine, prompt, sampling
         self._constraint = engine.constrainer(sampling) if sampling.is_constrained else None
         lead = None if self._constraint is None else self._constraint.lead
         self._answer = Answer(engine, prompt, sampling.stop, lead)
@@ -81,7 +82,7 @@ class BatchedAnswer:
     def reserved_tokens(self) -> int:
         """Number of tokens reserved in the cache, those of the prompt included."""
         count = len(self.reply.token_ids)
-        return self._prompt.input_ids.size + min(self._limit, count + GROWTH)
+        return self.prompt.input_ids.size + min(self._limit, count + GROWTH)
 
     def prepare(self) -> Generator[None, None, PrefilledPrompt]:
         """Encode the media and prefill the prompt; yield after each batch of tiles and chunk.
@@ -89,8 +90,8 @@ class BatchedAnswer:
         If the answer has begun before, its tokens so far become part of the prompt.
         """
         engine, token_ids = self._engine, self.reply.token_ids
-        ids = np.append(self._prompt.input_ids, np.array(token_ids, np.int32))
-        prompt = replace(self._prompt, input_ids=ids, pins=self._prompt.pins[:0])
+        ids = np.append(self.prompt.input_ids, np.array(token_ids, np.int32))
+        prompt = replace(self.prompt, input_ids=ids, pins=self.prompt.pins[:0])
         is_first = self._content is None
         empty = None
         if engine.cache_options.max_kv_tokens is not None:
@@ -103,13 +104,15 @@ class BatchedAnswer:
             self._answer.begin(embeds.shape[1])
             if self._constraint is not None:
                 self._forced = self._constraint.take_forced(self._limit)
+        if not prompt.is_turn:
+            _free_pictures(prompt)
         logits = yield from prefill_in_steps(engine.model, embeds, cache)
         mx.eval(logits, cache.arrays)
         if is_first:
             self._answer.end_prefill()
         if empty is None and engine.cache_options.folder is None:  # a folder gets whole answers
             state = CachedState(content, cache.fork())
-            engine.memory.keep_state(state, content, self._prompt.is_turn)
+            engine.memory.keep_state(state, content, self.prompt.is_turn)
         return PrefilledPrompt(logits, cache)
 
     def draw(self, logits: mx.array, ahead: int) -> mx.array:
@@ -161,7 +164,7 @@ class BatchedAnswer:
         """Remember the keys and values of prompt and answer for later prompts."""
         assert self._content is not None
         self.state = CachedState(self._content.with_tokens(self.reply.token_ids), cache)
-        self._engine.memory.keep_state(self.state, self._content, self._prompt.is_turn)
+        self._engine.memory.keep_state(self.state, self._content, self.prompt.is_turn)
 
     @property
     def keeps_state(self) -> bool:
@@ -169,13 +172,20 @@ class BatchedAnswer:
         options = self._engine.cache_options
         is_bounded = options.max_kv_tokens is not None
         return not is_bounded and bool(
-            self._prompt.is_turn or options.memory_bytes or options.folder
+            self.prompt.is_turn or options.memory_bytes or options.folder
         )
 
     def _make_unbounded_cache(self) -> KVCache:
         """Return a cache that keeps every token, whatever the options say."""
         options = replace(self._engine.cache_options, max_kv_tokens=None)
         return self._engine.model.make_cache(options)
+
+
+def _free_pictures(prompt: Prompt) -> None:
+    """Forget the pixels of pictures whose embeddings are known."""
+    for medium in prompt.media:
+        if isinstance(medium, Picture) and medium.image_embeds is not None:
+            medium.forget_image()
 
 
 def _encode_by_batch(

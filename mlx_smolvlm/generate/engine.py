@@ -140,6 +140,17 @@ class Engine:
         if spare is not None:
             self.memory.shrink(spare)
 
+    def fits_memory(self, prompt: Prompt, max_tokens: int, rows: int) -> bool:
+        """Whether an answer keeps to the limit of memory; drop earlier work to make it fit.
+
+        Arguments are as in `check_memory`. Without a limit, everything fits.
+        """
+        work = describe_work(prompt, max_tokens, rows)
+        spare = None if self.guard is None else self.guard.count_spare(work)
+        if spare is not None and spare >= 0:
+            self.memory.shrink(spare)
+        return spare is None or spare >= 0
+
     @property
     def context_size(self) -> int:
         """Maximum number of tokens of a prompt and its answer."""

@@ -111,17 +111,20 @@ def _answer_all(
     numbers: dict[BatchedAnswer, int] = {}
     later: Iterator[tuple[int, Question]] = enumerate(questions)
     try:
-        while True:
-            while batch.num_answers < options.max_rows and (one := next(later, None)):
-                number, question = one
+        is_over = False
+        while not is_over:
+            while not batch.num_waiting and batch.num_answers < options.max_rows:
+                number, question = next(later, (-1, ""))
+                is_over = number < 0 and not batch.num_answers
+                if number < 0:
+                    break
                 try:
                     prompt, sampling = read_question(engine, question, options)
                     numbers[batch.add(prompt, sampling)] = number
                 except Exception as error:
                     yield number, error
-            if not batch.num_answers:
-                return
-            for update in batch.step(fill=True):
+                batch.fill()  # at once, so that few pictures are open
+            for update in batch.step():
                 if update.is_over:
                     answer = update.answer
                     yield numbers.pop(answer), answer.error or answer.reply

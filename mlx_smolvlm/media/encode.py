@@ -53,6 +53,10 @@ class Picture:
             self._digest = _compute_digest(f"picture {size} {self.grid} {self._detail}", pixels)
         return self._digest
 
+    def forget_image(self) -> None:
+        """Free the pixels of an encoded picture; the digest stays."""
+        self._digest, self.image = self.digest, None
+
     def make_tiles(self, config: Config) -> Iterator[FrameTile]:
         """Yield (None, tile) for each tile (H, W, 3)."""
         from mlx_smolvlm.media.tiles import iterate_tiles

@@ -6,6 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -15,11 +16,12 @@ from PIL import Image
 
 import mlx_smolvlm
 from mlx_smolvlm import CacheOptions, MediaError, Reply, Sampling, SmolVLM, load
-from mlx_smolvlm.generate import loop
 from mlx_smolvlm.generate.batch import AnswerBatch, Update
 from mlx_smolvlm.generate.batched_answer import BatchedAnswer
 from mlx_smolvlm.generate.engine import Engine, Prompt
+from mlx_smolvlm.generate.memory_plan import Work
 from mlx_smolvlm.generate.questions import BatchOptions, Question, read_question
+from mlx_smolvlm.media.encode import Picture
 from mlx_smolvlm.model.model import Model
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -203,7 +205,7 @@ def test_others_wait_for_one_batch_of_tiles_or_chunk_at_most(
     image = dataclasses.replace(tiny.config.image, longest_edge=4 * tiny.config.tile_size)
     config = dataclasses.replace(tiny.config, image=image, eos_token_ids=())
     vlm = SmolVLM(Engine(tiny.path, config, tiny.model, tiny.engine.prompt_builder))
-    monkeypatch.setattr(loop, "PREFILL_CHUNK", 40)
+    monkeypatch.setattr(tiny.model, "prefill_chunk", 40)
     options = BatchOptions(Sampling(max_tokens=100))
     batch = AnswerBatch(vlm.engine)
     first = batch.add(*read(vlm, "Hello", options))
@@ -408,6 +410,40 @@ def test_questions_are_taken_when_there_is_room(tiny: SmolVLM) -> None:
     assert taken == 3
     assert len(list(stream)) == 8
     assert tiny.ask_batch([]) == []
+
+
+def test_pictures_are_freed_when_they_are_encoded(tiny: SmolVLM) -> None:
+    batch = AnswerBatch(make_endless(tiny).engine)
+    answer = batch.add(*read(tiny, ("What?", PICTURES[0]), ONE_TILE))
+    [picture] = answer.prompt.media
+    assert isinstance(picture, Picture)
+    assert picture.image is not None
+    digest = Picture(picture.image, picture.grid, "low").digest
+    batch.fill()
+    assert picture.image is None
+    assert picture.digest == digest
+    batch.close()
+
+
+def test_answers_wait_for_memory(
+    tiny: SmolVLM, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The limit allows 700 tokens: two short rows; their growth leaves one."""
+    vlm = make_endless(tiny)
+
+    def count_spare(work: Work) -> int:
+        return 700 - work.max_tokens
+
+    monkeypatch.setattr("mlx_smolvlm.generate.batched_answer.GROWTH", 100)
+    guard = SimpleNamespace(count_spare=count_spare, check_answer=lambda *_: None)
+    monkeypatch.setattr(vlm.engine, "guard", guard)
+    monkeypatch.setattr(Engine, "tile_batch", 4)
+    replies = vlm.ask_batch(["Say 0", "Say 1", "Say 2"], max_tokens=260)
+    assert max(sizes) == 2
+    assert sizes[-1] == 1
+    for number, reply in enumerate(replies):
+        monkeypatch.setattr(vlm.engine, "guard", None)
+        assert_same(reply, ask_alone(vlm, f"Say {number}", max_tokens=260))
 
 
 def test_two_threads_cannot_step_at_once(tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> None:
