@@ -135,7 +135,7 @@ class KVCache:
         return self.storage.attend(queries, stored, mask)
 
     def append(self, layer: int, keys_values: np.ndarray) -> np.ndarray:
-        """Store new tokens of a float32 cache from NumPy, in place.
+        """Store new tokens from NumPy, in place; the cache becomes float32.
 
         Args:
             layer: Index of the decoder layer.
@@ -146,9 +146,11 @@ class KVCache:
         """
         end = self.offset + keys_values.shape[2]
         (buffer,) = self._reserve(layer, (mx.array(keys_values[:, :, :1]),), end)
-        if self._is_shared[layer]:
+        if buffer.dtype != mx.float32:  # a cache of an earlier run, read from disk
+            buffer = buffer.astype(mx.float32)
+        elif self._is_shared[layer]:
             buffer = mx.array(np.array(buffer, copy=False))
-            self._is_shared[layer] = False
+        self._is_shared[layer] = False
         self.buffers[layer] = (buffer,)
         stored: np.ndarray = np.array(buffer, copy=False)[:, :, :end]
         stored[:, :, self.offset :] = keys_values

@@ -263,7 +263,8 @@ def weight_values(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 def rotate(x: np.ndarray, cosines: np.ndarray, sines: np.ndarray) -> None:
     """Rotate `x` (B, L, heads, head_dim) in place, by angles of shape (L, 1, head_dim/2)."""
-    first, second = np.split(x, 2, axis=-1)
+    half = x.shape[-1] // 2
+    first, second = x[..., :half], x[..., half:]
     turned = first * sines
     first *= cosines
     first -= second * sines

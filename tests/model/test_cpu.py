@@ -140,6 +140,17 @@ def test_forks_do_not_see_each_other(in_numpy: Model) -> None:
         assert np.array_equal(np.array(expected), np.array(got))
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_cache_of_another_type(in_numpy: Model, dtype: mx.Dtype) -> None:
+    cache, other = in_numpy.make_cache(), in_numpy.make_cache()
+    in_numpy.text_model(make_embeds(in_numpy, 1, 5), cache)
+    in_numpy.text_model(make_embeds(in_numpy, 1, 5), other)
+    other.buffers = [(buffer.astype(dtype),) for buffer in cache.arrays]
+    a, b = (in_numpy.text_model(make_embeds(in_numpy, 1, 2, 1), one) for one in (cache, other))
+    assert_close(a, b, 0.05)  # bfloat16 has 8 bits of precision
+    assert {buffer.dtype for buffer in other.arrays} == {mx.float32}
+
+
 def test_what_was_saved_does_not_change(in_numpy: Model) -> None:
     cache = in_numpy.make_cache()
     in_numpy.text_model(make_embeds(in_numpy, 1, 5), cache)
