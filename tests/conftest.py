@@ -26,7 +26,7 @@ from mlx_smolvlm.config import (
 from mlx_smolvlm.convert.hub import DEMO, resolve
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.prompt.builder import PromptBuilder
-from mlx_smolvlm.smolvlm import SmolVLM, load
+from mlx_smolvlm.smolvlm import SmolVLM, load, load_in_mlx
 
 TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
@@ -102,6 +102,19 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(tiny_folder: Path) -> SmolVLM:
     """A loaded model with random weights."""
     return load(tiny_folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_in_mlx(tiny_folder: Path) -> SmolVLM:
+    """The same model, which computes in MLX also on Linux."""
+    return load_in_mlx(tiny_folder)
+
+
+@pytest.fixture(scope="session", params=["tiny", "tiny_in_mlx"])
+def network(request: pytest.FixtureRequest) -> Model:
+    """The network of `tiny`, as it is and in MLX."""
+    vlm: SmolVLM = request.getfixturevalue(request.param)
+    return vlm.model
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mlx_smolvlm.generate.loop import StopText, generate_tokens, prefill
 from mlx_smolvlm.generate.sampling import Sampling, make_sampler
-from mlx_smolvlm.model.model import PREFILL_CHUNK
+from mlx_smolvlm.model.model import PREFILL_CHUNK, Model
 from mlx_smolvlm.smolvlm import SmolVLM
 
 
@@ -21,36 +21,36 @@ def random_embeds(length: int) -> mx.array:
 
 
 @pytest.mark.parametrize("length", [1, 2, PREFILL_CHUNK, PREFILL_CHUNK + 1, 2 * PREFILL_CHUNK + 7])
-def test_prefill_in_chunks_equals_one_pass(tiny: SmolVLM, length: int) -> None:
+def test_prefill_in_chunks_equals_one_pass(network: Model, length: int) -> None:
     embeds = random_embeds(length)
-    whole = tiny.model(embeds)[0, -1]
-    cache = tiny.model.make_cache()
-    chunked = prefill(tiny.model, embeds, cache)
+    whole = network(embeds)[0, -1]
+    cache = network.make_cache()
+    chunked = prefill(network, embeds, cache)
     assert cache.offset == length
     assert mx.abs(whole - chunked).max().item() < 1e-4
 
 
-def test_tokens_equal_full_passes(tiny: SmolVLM) -> None:
+def test_tokens_equal_full_passes(network: Model) -> None:
     embeds = random_embeds(9)
-    got = list(generate_tokens(tiny.model, embeds, tiny.model.make_cache(), greedy, 12))
+    got = list(generate_tokens(network, embeds, network.make_cache(), greedy, 12))
     expected: list[int] = []
     for _ in range(12):
-        token_id = int(np.argmax(np.array(tiny.model(embeds)[0, -1])))
+        token_id = int(np.argmax(np.array(network(embeds)[0, -1])))
         expected.append(token_id)
-        embed = tiny.model.text_model.embed_tokens(mx.array([[token_id]]))
+        embed = network.text_model.embed_tokens(mx.array([[token_id]]))
         embeds = mx.concatenate([embeds, embed], axis=1)
     assert got == expected
     assert len(set(got)) > 3  # else any loop would do
 
 
-def test_cache_grows_past_its_first_buffer(tiny: SmolVLM) -> None:
+def test_cache_grows_past_its_first_buffer(network: Model) -> None:
     embeds = random_embeds(250)
-    long = list(generate_tokens(tiny.model, embeds, tiny.model.make_cache(), greedy, 20))
-    cache = tiny.model.make_cache()
-    prefill(tiny.model, embeds, cache)
+    long = list(generate_tokens(network, embeds, network.make_cache(), greedy, 20))
+    cache = network.make_cache()
+    prefill(network, embeds, cache)
     assert cache.arrays[0].shape[2] == 256
     cache.trim(0)
-    assert list(generate_tokens(tiny.model, embeds, cache, greedy, 20)) == long
+    assert list(generate_tokens(network, embeds, cache, greedy, 20)) == long
     assert cache.arrays[0].shape[2] == 512
 
 
