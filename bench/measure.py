@@ -32,6 +32,7 @@ class BenchOptions:
         prompt_tokens: Length of the prompt for prefill and decoding.
         max_tokens: Tokens to generate.
         repeat: Repeats of each measurement.
+        parts_only: Leave out what is measured of this package alone: starts, turns, memory.
 
     Raises:
         ValueError: A value is out of range.
@@ -41,6 +42,7 @@ class BenchOptions:
     prompt_tokens: int = 512
     max_tokens: int = 32
     repeat: int = 3
+    parts_only: bool = False
 
     def __post_init__(self) -> None:
         for name in ("prompt_tokens", "max_tokens", "repeat"):
@@ -172,6 +174,8 @@ def run_bench(
     views = {tiles: find_view(config, tiles) for tiles in options.tiles}
     results = [Result(one.name, one.name.startswith(OURS)) for one in launches]
     ours = [pair for pair in zip(launches, results, strict=True) if pair[1].is_ours]
+    if options.parts_only:
+        ours = []
     total = options.repeat * (len(ours) + len(launches)) + len(launches)
     done = 0
 
@@ -196,7 +200,7 @@ def run_bench(
         for number in range(options.repeat):
             for program, result in zip(programs, results, strict=True):
                 report(f"{program.name}: repeat {number + 1} of {options.repeat}")
-                if result.is_ours:
+                if result.is_ours and not options.parts_only:
                     _measure_turns(program, result, views, options, seed=1000 + number)
                 _measure_parts(program, result, config, options)
     return results

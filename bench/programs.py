@@ -38,10 +38,14 @@ class Launch:
 
 
 def launch_ours(
-    folder: Path, env: Mapping[str, str | None] | None = None, name: str = OURS
+    folder: Path,
+    env: Mapping[str, str | None] | None = None,
+    name: str = OURS,
+    memory_limit: int | None = None,
 ) -> Launch:
     """Return how to start this package with the checkpoint in `folder`."""
-    command = (sys.executable, "-m", "mlx_smolvlm.bench.worker", str(folder))
+    limit = () if memory_limit is None else (str(memory_limit),)
+    command = (sys.executable, "-m", "mlx_smolvlm.bench.worker", str(folder), *limit)
     return Launch(name, command, env or {})
 
 

@@ -1,6 +1,6 @@
 """The program that is measured: this package in a process of its own.
 
-    python -m mlx_smolvlm.bench.worker FOLDER
+    python -m mlx_smolvlm.bench.worker FOLDER [MEMORY_LIMIT]
 
 It reads requests, one JSON object a line, from stdin, and answers each with a line on stdout;
 `bench/peer.py` answers the same requests for other programs. Everything that was requested is
@@ -30,12 +30,12 @@ SEED = 0
 class Worker:
     """This package with a loaded model."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, memory_limit: int | None = None) -> None:
         import mlx_smolvlm
 
         load = mlx_smolvlm.load  # imports MLX
         imported = time.perf_counter()
-        self.vlm = load(Path(folder))
+        self.vlm = load(Path(folder), memory_limit=memory_limit)
         self._plain: Model | None = None  # for `build_graph`
         now = time.perf_counter()
         self.ready = {"import_s": imported - STARTED, "load_s": now - imported}
@@ -66,15 +66,11 @@ class Worker:
         """Time the encoder and the connector, with as many tiles at a time as in an answer."""
         import mlx.core as mx
 
-        from mlx_smolvlm.media.encode import TILE_BATCH
-
-        pixel_values = make_pixels(tiles, side)
+        pixel_values, batch = make_pixels(tiles, side), self.vlm.engine.tile_batch
         started = time.perf_counter()
         parts = []
-        for start in range(0, tiles, TILE_BATCH):
-            parts.append(
-                self.vlm.engine.encoder(mx.array(pixel_values[start : start + TILE_BATCH]))
-            )
+        for start in range(0, tiles, batch):
+            parts.append(self.vlm.engine.encoder(mx.array(pixel_values[start : start + batch])))
             mx.eval(parts[-1])
         seconds = time.perf_counter() - started
         return {"seconds": seconds, "sample": parts[0][0, 0, :8].astype(mx.float32).tolist()}
@@ -172,7 +168,7 @@ def main() -> None:
     """Load the model in `sys.argv`, then answer requests until stdin ends."""
     from mlx_smolvlm.bench.peer import serve
 
-    serve(lambda: Worker(sys.argv[1]))
+    serve(lambda: Worker(sys.argv[1], *map(int, sys.argv[2:])))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mlx_smolvlm.cli.args import OfflineOption
+from mlx_smolvlm.cli.args import MemoryLimitOption, OfflineOption, parse_memory_limit
 from mlx_smolvlm.cli.output import ProgressBar, say, write, write_json
 from mlx_smolvlm.files import expand_path, write_output
 
@@ -67,6 +67,7 @@ def bench(
         Literal["ours", "own"],
         typer.Option(help="On Linux: whether it gets this package's OpenBLAS, or its own BLAS."),
     ] = "ours",
+    memory_limit: MemoryLimitOption = None,
     tune: Annotated[
         bool,
         typer.Option("--tune", help="Find this machine's fastest settings, and save them."),
@@ -95,6 +96,7 @@ def bench(
         against=tuple(against or ()),
         peer_python=peer_python,
         same_blas=peer_blas == "ours",
+        memory_limit=parse_memory_limit(memory_limit),
         offline=offline,
     )
     bar = ProgressBar()
@@ -119,6 +121,7 @@ class BenchRequest:
     against: tuple[str, ...]
     peer_python: str | None
     same_blas: bool
+    memory_limit: int | None
     offline: bool
 
     def __post_init__(self) -> None:
@@ -153,7 +156,7 @@ class BenchRequest:
         from mlx_smolvlm.bench.programs import OURS, launch_ours, launch_peer
 
         ours = [
-            launch_ours(folder, name=f"{OURS} {precision}".strip())
+            launch_ours(folder, name=f"{OURS} {precision}".strip(), memory_limit=self.memory_limit)
             for precision, folder in model.folders.items()
         ]
         peers = [

@@ -97,6 +97,14 @@ def test_a_program_that_fails_is_named(tmp_path: Path, config: Config, word: str
         run_bench(launches, config, BenchOptions((1,), repeat=1))
 
 
+def test_parts_alone(tmp_path: Path, config: Config) -> None:
+    log = tmp_path / "log"
+    options = BenchOptions((1,), repeat=1, parts_only=True)
+    (result,) = run_bench([fake("mlx-smolvlm", log)], config, options)
+    assert list(result.measures) == ["vision per tile, 1 tile", "prefill", "decoding"]
+    assert "turns" not in log.read_text()
+
+
 def test_pictures_have_the_tiles_that_are_asked_for(config: Config) -> None:
     for tiles in (1, 3, 5):
         view = find_view(config, tiles)
@@ -136,6 +144,7 @@ def test_options_out_of_range(values: dict[str, object]) -> None:
 def test_how_programs_are_started(tmp_path: Path) -> None:
     ours = launch_ours(tmp_path, {"A": "1"}, "mlx-smolvlm 4 bits")
     assert ours.command[1:] == ("-m", "mlx_smolvlm.bench.worker", str(tmp_path))
+    assert launch_ours(tmp_path, memory_limit=7).command[-2:] == (str(tmp_path), "7")
     peer = launch_peer("mlx-vlm", tmp_path, sys.executable, same_blas=False)
     assert peer.command[0] == sys.executable
     assert (peer.env, peer.reads_pictures) == ({}, True)

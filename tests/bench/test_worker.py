@@ -42,6 +42,11 @@ def test_every_request_is_computed_and_timed(worker: Worker) -> None:
     assert memory["resident"] > 10**7
 
 
+def test_a_memory_limit_is_kept() -> None:
+    limited = Worker(str(resolve("demo")), 4 * 10**9)
+    assert limited.vlm.engine.guard is not None
+
+
 def test_pictures_differ_by_their_seed() -> None:
     one, same, other = (np.asarray(make_picture(50, 40, seed)) for seed in (1, 1, 2))
     assert one.shape == (40, 50, 3)
