@@ -25,6 +25,7 @@ from mlx_smolvlm.model.text import DecoderLayer, Placement, TextModel
 from mlx_smolvlm.model.vision import VisionLayer, VisionModel
 
 BLOCK = 2**18  # numbers that are computed at a time, so that they stay in a core's cache
+UNPACK_BLOCK = 2**22  # numbers of a packed matrix that are unpacked at a time
 UNPACK_ROWS = 4  # from this number of rows on, a packed matrix is unpacked to multiply by it
 
 Function = Callable[[np.ndarray], np.ndarray]
@@ -300,9 +301,9 @@ def apply_swiglu(gate_up: np.ndarray) -> np.ndarray:
     return gate_up[..., width:]
 
 
-def split_rows(rows: int, width: int) -> Iterator[slice]:
-    """Yield slices of `rows` rows of `width` numbers, each of about `BLOCK` numbers."""
-    count = max(1, BLOCK // width)
+def split_rows(rows: int, width: int, block: int = BLOCK) -> Iterator[slice]:
+    """Yield slices of `rows` rows of `width` numbers, each of about `block` numbers."""
+    count = max(1, block // width)
     return (slice(start, min(start + count, rows)) for start in range(0, rows, count))
 
 
@@ -360,8 +361,13 @@ def multiply_packed(module: nn.QuantizedLinear, x: np.ndarray) -> np.ndarray:
     """Return what `module` computes of `x` (..., width)."""
     if x.size < UNPACK_ROWS * x.shape[-1]:
         return as_numpy(module(mx.array(x)))
-    bias = as_numpy(module.bias) if "bias" in module else None
-    return multiply(as_numpy(unpack_matrix(module)).T, bias, x)
+    rows = x.reshape(-1, x.shape[-1])
+    output = np.empty((len(rows), len(module.weight)), np.float32)
+    for part in split_rows(len(module.weight), x.shape[-1], UNPACK_BLOCK):
+        np.matmul(rows, unpack_rows(module, part).T, out=output[:, part])
+    if "bias" in module:
+        output += as_numpy(module.bias)
+    return output.reshape(*x.shape[:-1], -1)
 
 
 def unpack_weights(model: Model) -> None:
@@ -369,7 +375,9 @@ def unpack_weights(model: Model) -> None:
     for path, module in model.named_modules():
         if isinstance(module, (LoRALinear, LoRAEmbedding)):
             model.update_modules(tree_unflatten([(path, module.fuse())]))
-    for path, module in model.named_modules():
+    modules = model.named_modules()
+    while modules:  # without a loop over the list, each packed matrix is freed in its turn
+        path, module = modules.pop()
         if isinstance(module, nn.QuantizedLinear):
             model.update_modules(tree_unflatten([(path, unpack_linear(module))]))
         elif isinstance(module, nn.QuantizedEmbedding):
@@ -379,7 +387,7 @@ def unpack_weights(model: Model) -> None:
 def unpack_linear(module: nn.QuantizedLinear) -> nn.Linear:
     """Return a linear layer with the weights of `module` in float32."""
     linear = nn.Linear(1, 1, bias=False)
-    linear.weight = unpack_matrix(module)
+    linear.weight = mx.array(unpack_rows(module))
     if "bias" in module:
         linear.bias = module.bias
     return linear
@@ -388,31 +396,32 @@ def unpack_linear(module: nn.QuantizedLinear) -> nn.Linear:
 def unpack_embedding(module: nn.QuantizedEmbedding) -> nn.Embedding:
     """Return an embedding layer with the weights of `module` in float32."""
     embedding = nn.Embedding(1, 1)
-    embedding.weight = unpack_matrix(module)
+    embedding.weight = mx.array(unpack_rows(module))
     return embedding
 
 
-def unpack_matrix(module: nn.QuantizedLinear | nn.QuantizedEmbedding) -> mx.array:
-    """Return the weights of `module` in float32, (rows, width)."""
+def unpack_rows(
+    module: nn.QuantizedLinear | nn.QuantizedEmbedding, rows: slice = slice(None)
+) -> np.ndarray:
+    """Return `rows` of the weights of `module` in float32, (rows, width)."""
     if module.bits != 8 or module.mode != "affine":
+        biases = module.get("biases")
         matrix = mx.dequantize(
-            module.weight,
-            module.scales,
-            module.get("biases"),
+            module.weight[rows],
+            module.scales[rows],
+            None if biases is None else biases[rows],
             module.group_size,
             module.bits,
             module.mode,
         )
-        matrix = matrix.astype(mx.float32)
-        mx.eval(matrix)
-        return matrix
+        return as_numpy(matrix.astype(mx.float32))
     # MLX does this at a fifth of the speed.
     assert module.biases is not None
-    scales, biases = as_numpy(module.scales), as_numpy(module.biases)
-    packed = as_numpy(module.weight).view(np.uint8).reshape(*scales.shape, module.group_size)
+    scales, biases = as_numpy(module.scales)[rows], as_numpy(module.biases)[rows]
+    packed = as_numpy(module.weight)[rows].view(np.uint8).reshape(*scales.shape, module.group_size)
     unpacked = np.multiply(packed, scales[..., None], dtype=np.float32)
     unpacked += biases[..., None]
-    return mx.array(unpacked.reshape(len(scales), -1))
+    return unpacked.reshape(len(scales), -1)
 
 
 def as_numpy(x: mx.array) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -165,8 +166,11 @@ def test_what_was_saved_does_not_change(in_numpy: Model) -> None:
 @pytest.mark.parametrize(
     ("bits", "mode"), [(4, "affine"), (8, "affine"), (3, "affine"), (4, "mxfp4")]
 )
-@pytest.mark.parametrize("rows", [1, 9])
-def test_packed_matrices(bits: int, mode: str, rows: int) -> None:
+@pytest.mark.parametrize(("rows", "block"), [(1, 2**22), (9, 2**22), (9, 7 * 96)])
+def test_packed_matrices(
+    bits: int, mode: str, rows: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu, "UNPACK_BLOCK", block)
     group_size = 32
     linear = nn.Linear(96, 50)
     linear.weight = mx.random.normal((50, 96), key=mx.random.key(0))
@@ -179,24 +183,27 @@ def test_packed_matrices(bits: int, mode: str, rows: int) -> None:
     plain = mx.dequantize(
         packed.weight, packed.scales, packed.get("biases"), group_size, bits, mode
     ).astype(mx.float32)
-    assert np.abs(np.array(cpu.unpack_matrix(packed)) - np.array(plain)).max() <= 1e-6
+    assert np.abs(cpu.unpack_rows(packed) - np.array(plain)).max() <= 1e-6
 
 
 def test_many_rows_are_unpacked_and_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = nn.QuantizedLinear(64, 32, bits=4, group_size=64)
-    calls: list[nn.Module] = []
-    unpack = cpu.unpack_matrix
+    calls: list[slice] = []
+    unpack = cpu.unpack_rows
 
-    def recording(module: nn.QuantizedLinear) -> mx.array:
-        calls.append(module)
-        return unpack(module)
+    def recording(module: nn.QuantizedLinear, rows: slice) -> np.ndarray:
+        calls.append(rows)
+        return unpack(module, rows)
 
-    monkeypatch.setattr(cpu, "unpack_matrix", recording)
+    monkeypatch.setattr(cpu, "unpack_rows", recording)
     multiply: Callable[[np.ndarray], np.ndarray] = cpu.bind_linear(packed)
     multiply(np.ones((1, 1, 64), np.float32))
     assert not calls
     multiply(np.ones((1, cpu.UNPACK_ROWS, 64), np.float32))
-    assert calls == [packed]
+    assert calls == [slice(0, 32)]
+    monkeypatch.setattr(cpu, "UNPACK_BLOCK", 20 * 64)
+    multiply(np.ones((1, cpu.UNPACK_ROWS, 64), np.float32))
+    assert calls[1:] == [slice(0, 20), slice(20, 32)]
 
 
 def test_activations_of_extreme_numbers() -> None:
@@ -234,6 +241,24 @@ def test_unpacked_weights(tmp_path: Path, folder: Path) -> None:
 
 def is_in_numpy(vlm: SmolVLM) -> bool:
     return isinstance(vlm.model.text_model, cpu.NumpyTextModel)
+
+
+def test_packed_matrices_are_freed_while_others_are_unpacked(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = convert_checkpoint(folder, tmp_path / "4", ConvertOptions(bits=4, group_size=32))
+    model = load_model(made, "float32")
+    seen: list[weakref.ref[nn.Module]] = []
+    unpack = cpu.unpack_linear
+
+    def recording(module: nn.QuantizedLinear) -> nn.Linear:
+        assert all(one() is None for one in seen[:-1])  # the last is freed when this one is stored
+        seen.append(weakref.ref(module))
+        return unpack(module)
+
+    monkeypatch.setattr(cpu, "unpack_linear", recording)
+    cpu.unpack_weights(model)
+    assert len(seen) > 8
 
 
 def test_when_a_model_computes_in_numpy(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
