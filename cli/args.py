@@ -232,6 +232,7 @@ def make_sampling(
     stop: tuple[str, ...],
     schema: str | None,
     regex: str | None,
+    draft: str,
 ) -> Sampling:
     """Return the sampling options; `Sampling` checks their ranges.
 
@@ -250,10 +251,28 @@ def make_sampling(
             stop=stop,
             schema=schema,
             regex=regex,
+            draft=read_draft(draft),
         )
     except ValueError as error:
         name = str(error).split(maxsplit=1)[0]
         raise typer.BadParameter(str(error), param_hint=f"--{name.replace('_', '-')}") from None
+
+
+def read_draft(text: str) -> int | Literal["auto", "off"]:
+    """Return how many tokens are guessed ahead: auto, off, or a number.
+
+    Raises:
+        typer.BadParameter: `text` is none of them.
+    """
+    words: tuple[Literal["auto", "off"], ...] = ("auto", "off")
+    for word in words:
+        if text == word:
+            return word
+    if text.isascii() and text.isdigit() and len(text) == 1:
+        return int(text)
+    raise typer.BadParameter(
+        f"{text!r} is none of auto, off, or a number of tokens from 1 to 7", param_hint="--draft"
+    )
 
 
 def make_cache_options(

@@ -98,6 +98,14 @@ def chat(
         str | None,
         typer.Option(metavar="TEXT", help="Answer with what this regular expression matches."),
     ] = None,
+    draft: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|off|N",
+            help="Guess up to N tokens, 1 to 7, and check them together, which changes no answer; "
+            "auto: for documents, --schema and --regex.",
+        ),
+    ] = "auto",
     detail: Annotated[
         str,
         typer.Option(
@@ -197,6 +205,7 @@ def chat(
             stop=tuple(stop or ()),
             schema=read_schema(schema),
             regex=decode_optional_text("--regex", regex),
+            draft=draft,
         ),
         detail=parse_detail(detail),
         bits=bits,

@@ -145,10 +145,13 @@ def format_stats(reply: Reply) -> str:
     ]
     if reply.cached_tokens:
         notes.append(f"{reply.cached_tokens} from before")
+    guesses = ""
+    if reply.drafted_tokens:
+        guesses = f" ({reply.accepted_tokens} of {reply.drafted_tokens} guesses right)"
     media = f" ({', '.join(notes)})" if notes else ""
     return (
         f"prompt: {reply.prompt_tokens} tokens{media}, {reply.prompt_tps:.1f} tokens/s; "
-        f"answer: {reply.generation_tokens} tokens, {reply.generation_tps:.1f} tokens/s; "
+        f"answer: {reply.generation_tokens} tokens{guesses}, {reply.generation_tps:.1f} tokens/s; "
         f"first token after {reply.time_to_first_token_s:.2f} s; "
         f"peak memory {reply.peak_memory_gb:.2f} GB"
     )

@@ -19,10 +19,9 @@ from mlx_smolvlm.generate.sampling import MAX_DRAFT, Sampling
 if TYPE_CHECKING:
     from mlx_smolvlm.generate.engine import Engine
 
+NUMBER = -1  # stands for each token that is a number
 LONGEST_MATCH = 6  # tokens of the suffix that are compared
-# Costs in passes over a single token.
-COST = 0.2  # of a draft: what a pass over several tokens costs more
-WAITING_COST = 0.05  # of a wrong guess, for which the device had to wait
+COST = 0.2  # what a pass over a draft costs more than one over a single token, in such passes
 MOST_SAVED = 3.0  # passes; what was saved long ago does not pay for misses now
 SHORTEST_PAUSE, LONGEST_PAUSE = 4, 32  # tokens without a draft, after drafts that did not pay
 
@@ -30,23 +29,37 @@ SHORTEST_PAUSE, LONGEST_PAUSE = 4, 32  # tokens without a draft, after drafts th
 class PromptLookup:
     """Finds what followed the longest suffix of the tokens where it last occurred before.
 
+    A suffix of several tokens also matches one with other numbers in the same places, as in the
+    rows of a table and in the locations of DocTags.
+
     Args:
         token_ids: The tokens so far.
+        numbers: Tokens that are numbers, and match each other.
         excluded: Tokens that are never proposed, such as image placeholders.
         ends: Tokens after which nothing is proposed.
     """
 
     def __init__(
-        self, token_ids: np.ndarray, excluded: Collection[int], ends: Collection[int]
+        self,
+        token_ids: np.ndarray,
+        numbers: Collection[int] = (),
+        excluded: Collection[int] = (),
+        ends: Collection[int] = (),
     ) -> None:
-        self._token_ids: list[int] = token_ids.tolist()
-        self._excluded, self._ends = frozenset(excluded), frozenset(ends)
+        self._numbers, self._ends = frozenset(numbers), frozenset(ends)
+        self._excluded = frozenset(excluded)
+        self._token_ids = list[int]()
+        self._kinds = list[int]()  # the tokens, with one id for all numbers
         self._followers: dict[tuple[int, ...], int] = {}  # n-gram to the index after it
+        self._similar: dict[tuple[int, ...], int] = {}  # the same for `_kinds`
         self._num_indexed = 0
+        for token_id in token_ids.tolist():
+            self.append(token_id)
 
     def append(self, token_id: int) -> None:
         """Append a token."""
         self._token_ids.append(token_id)
+        self._kinds.append(NUMBER if token_id in self._numbers else token_id)
 
     def propose(self, most: int) -> list[int]:
         """Return up to `most` tokens that may follow; none if no suffix occurred before.
@@ -54,13 +67,10 @@ class PromptLookup:
         A copy that reaches the end of the tokens goes on with what it has copied.
         """
         self._index()
-        token_ids, length = self._token_ids, len(self._token_ids)
-        suffixes = (tuple(token_ids[-n:]) for n in range(min(LONGEST_MATCH, length), 0, -1))
-        starts = (self._followers[one] for one in suffixes if one in self._followers)
-        start = next(starts, length)
-        proposal: list[int] = []
-        for place in range(start, start + most if start < length else start):
-            token_id = token_ids[place] if place < length else proposal[place - length]
+        start, length, proposal = self._find_follower(), len(self._token_ids), list[int]()
+        while start is not None and len(proposal) < most:
+            place = start + len(proposal)
+            token_id = self._token_ids[place] if place < length else proposal[place - length]
             if token_id in self._excluded:
                 break
             proposal.append(token_id)
@@ -68,23 +78,34 @@ class PromptLookup:
                 break
         return proposal
 
+    def _find_follower(self) -> int | None:
+        """Return the index of what followed the longest suffix; None if there is no match."""
+        for n in range(min(LONGEST_MATCH, len(self._token_ids)), 0, -1):
+            place = self._followers.get(tuple(self._token_ids[-n:]))
+            if place is None and n > 1:
+                place = self._similar.get(tuple(self._kinds[-n:]))
+            if place is not None:
+                return place
+        return None
+
     def _index(self) -> None:
         """Index the n-grams before each new token; there are none before excluded tokens."""
-        token_ids = self._token_ids
+        token_ids, kinds = self._token_ids, self._kinds
         for place in range(self._num_indexed, len(token_ids)):
             if token_ids[place] not in self._excluded:
                 for n in range(1, min(LONGEST_MATCH, place) + 1):
                     self._followers[tuple(token_ids[place - n : place])] = place
+                    self._similar[tuple(kinds[place - n : place])] = place
         self._num_indexed = len(token_ids)
 
 
 class Governor:
     """Decides how many tokens to draft.
 
-    It starts with one, doubles after a draft that was accepted as a whole, and goes back to what
-    was accepted after another. It keeps a balance of the passes that drafts have saved and of
-    what they cost. When that is spent, it pauses, each time for longer; a hit makes the next
-    pause short again.
+    It starts with one, doubles after a draft that was accepted as a whole, and halves after one
+    of which nothing was. It keeps a balance of the passes that drafts have saved and of what they
+    cost. When that is spent, it pauses, each time for longer; a hit makes the next pause short
+    again.
 
     Args:
         most: Most tokens of a draft.
@@ -105,22 +126,13 @@ class Governor:
 
     def record(self, drafted: int, accepted: int) -> None:
         """Learn from a draft of `drafted` tokens, of which `accepted` were right."""
-        self._balance = min(MOST_SAVED, self._balance + accepted)
-        if accepted < drafted:
-            self._width = max(1, accepted)
-        elif drafted >= self._width:
-            self._width = min(self._most, 2 * self._width + 1)
+        self._balance = min(MOST_SAVED, self._balance + accepted) - COST
         if accepted:
             self._pause = SHORTEST_PAUSE
-        self._spend(COST)
-
-    def record_wrong_guess(self) -> None:
-        """Learn that the device waited, and the token was not the one that begins a copy."""
-        self._spend(WAITING_COST)
-
-    def _spend(self, cost: float) -> None:
-        """Take `cost` from the balance; if it is spent, pause."""
-        self._balance -= cost
+        else:
+            self._width = max(1, self._width // 2)
+        if accepted == drafted >= self._width:
+            self._width = min(self._most, 2 * self._width + 1)
         if self._balance < 0:
             self._left, self._balance = self._pause, COST / 2
             self._pause = min(LONGEST_PAUSE, 2 * self._pause)
@@ -174,45 +186,42 @@ class Drafter:
         self.drafted = self.accepted = 0
         self._lookup, self._governor = lookup, governor
         self._triggers = None if triggers is None else frozenset(triggers)
-        self._guess: int | None = None
-        self._is_missed = False
 
     def append(self, token_id: int) -> None:
         """Append a token to the answer."""
-        self._is_missed = self._guess is not None and self._guess != token_id
-        if self._is_missed:
-            self._governor.record_wrong_guess()
-        self._guess = None
         self._lookup.append(token_id)
         if self._triggers is not None and token_id in self._triggers:
             self._triggers = None
 
-    def guess(self) -> bool:
-        """Guess the token that is being computed, and return whether there is a guess.
+    def should_wait(self) -> bool:
+        """Return whether to wait for the token that is being computed.
 
-        Waiting for that token costs time, so it is only done where it may begin a copy. If the
-        guess is wrong, no draft follows the token.
+        A draft needs that token. Since waiting costs time, it is only worth it if there is a
+        guess of this token too.
         """
-        width = 0 if self._triggers is not None else self._governor.width
-        self._guess = next(iter(self._lookup.propose(1)), None) if width else None
-        if self._guess is None:
-            self._governor.count_token()
-        return self._guess is not None
+        if self._width and self._lookup.propose(1):
+            return True
+        self._governor.count_token()
+        return False
 
     def draft(self, most: int) -> Draft:
         """Draft up to `most` tokens; possibly none."""
-        is_off = self._triggers is not None or self._is_missed
-        width = 0 if is_off else min(self._governor.width, most)
-        token_ids = self._lookup.propose(width) if width > 0 else []
+        token_ids = self._lookup.propose(min(self._width, most))
         if not token_ids:
             self._governor.count_token()
-        return Draft(token_ids, [*range(len(token_ids))]) if token_ids else NO_DRAFT
+            return NO_DRAFT
+        return Draft(token_ids, [*range(len(token_ids))])
 
     def record(self, draft: Draft, accepted: int) -> None:
         """Count a draft of whose guesses the first `accepted` were right."""
         self.drafted += len(draft.guesses)
         self.accepted += accepted
         self._governor.record(len(draft.guesses), accepted)
+
+    @property
+    def _width(self) -> int:
+        """Number of tokens to draft; 0 if none are drafted now."""
+        return 0 if self._triggers is not None else self._governor.width
 
 
 def constrain_draft(proposal: Sequence[int], constraint: Constraint, most: int) -> Draft:
@@ -252,6 +261,6 @@ def make_drafter(engine: Engine, input_ids: np.ndarray, sampling: Sampling) -> D
     if sampling.draft == "off" or sampling.temperature > 0 or triggers == frozenset():
         return None
     most = MAX_DRAFT if sampling.draft == "auto" else sampling.draft
-    config = engine.config
-    lookup = PromptLookup(input_ids, [config.image_token_id], config.eos_token_ids)
+    config, numbers = engine.config, engine.prompt_builder.number_token_ids
+    lookup = PromptLookup(input_ids, numbers, [config.image_token_id], config.eos_token_ids)
     return Drafter(lookup, Governor(most), triggers)

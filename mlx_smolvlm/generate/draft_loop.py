@@ -40,14 +40,14 @@ def generate_drafted_tokens(
 ) -> Generator[int, None, None]:
     """Yield up to `max_tokens` token ids that follow `inputs_embeds` (1, L, D), sampled greedily.
 
-    While the drafter has no guess, the device is a token ahead, as in `generate_tokens`. The
+    While the drafter does not wait, the device is a token ahead, as in `generate_tokens`. The
     cache may hold tokens beyond those that were yielded.
     """
     drawn, is_known = _start_sampling(prefill(model, inputs_embeds, cache)), False
     left = max_tokens
     while left:
         left -= 1
-        draft, is_read = NO_DRAFT, is_known or drafter.guess()
+        draft, is_read = NO_DRAFT, is_known or drafter.should_wait()
         if is_read:
             drafter.append(read_token_id(drawn))
             if cache.can_undo(1 + MAX_DRAFT):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -112,6 +113,7 @@ IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
 GLOBAL = "<global-img>"
 # Tags of DocTags that no other text has; every element of a page has its location.
+NUMBER_TOKEN = re.compile(r"\W?[0-9]+|\u0120[0-9]+|<loc_[0-9]+>")  # U+0120 is a space in BPE
 DOCUMENT_TOKEN = re.compile(r"<(?:doctag|otsl|loc_(?:\d+>)?)>?")
 
 
@@ -151,6 +153,12 @@ class PromptBuilder:
         self.answer_lead = self._template.find_answer_lead()
         self._image_ids: dict[Grid, tuple[int, ...]] = {}
         self._check_tokens()
+
+    @cached_property
+    def number_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are numbers, or locations in DocTags."""
+        vocabulary = self.tokenizer.get_vocab().items()
+        return frozenset(token_id for text, token_id in vocabulary if NUMBER_TOKEN.fullmatch(text))
 
     def build(
         self,

@@ -56,6 +56,7 @@ def test_every_option_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         *("--sample", "scene", "--frames", "seen", "--adapter", "lora", "--kv-bits", "4"),
         *("--max-kv-tokens", "300", "--on-full", "drop-oldest", "--offline", "--json"),
         *("--stats", "--plain", "--no-images", "--memory-limit", "600MB"),
+        *("--draft", "3"),
     )
     assert options == ChatOptions(
         prompt="What?",
@@ -65,7 +66,13 @@ def test_every_option_is_passed_on(monkeypatch: pytest.MonkeyPatch) -> None:
         model="model",
         system="Be.",
         sampling=Sampling(
-            temperature=0.5, top_p=0.25, max_tokens=9, seed=3, stop=("x", "y"), regex="a+"
+            temperature=0.5,
+            top_p=0.25,
+            max_tokens=9,
+            seed=3,
+            stop=("x", "y"),
+            regex="a+",
+            draft=3,
         ),
         detail="low",
         bits=8,

@@ -24,6 +24,7 @@ CLI_DEFAULTS = {
     "max_tokens": 9,
     "seed": None,
     "stop": (),
+    "draft": "auto",
     "schema": None,
     "regex": None,
 }
@@ -88,6 +89,8 @@ def test_numpy_scalars_are_numbers() -> None:
         ("--max-tokens", {"max_tokens": 0}),
         ("--seed", {"seed": 2**64}),
         ("--stop", {"stop": ("",)}),
+        ("--draft", {"draft": "8"}),
+        ("--draft", {"draft": "on"}),
     ],
 )
 def test_the_command_line_names_the_option(option: str, values: dict[str, object]) -> None:
@@ -101,6 +104,8 @@ def test_the_command_line_passes_every_option_on() -> None:
     values = {"temperature": 0.7, "top_p": 0.8, "max_tokens": 5, "seed": 6, "stop": ("x",)}
     sampling = make_sampling(**{**CLI_DEFAULTS, **values})  # type: ignore[arg-type]
     assert sampling == Sampling(**values)  # type: ignore[arg-type]
+    for text, draft in (("auto", "auto"), ("off", "off"), ("7", 7)):
+        assert make_sampling(**{**CLI_DEFAULTS, "draft": text}).draft == draft  # type: ignore[arg-type]
 
 
 def filtered(sampling: Sampling, at: float) -> np.ndarray:
