@@ -21,9 +21,9 @@ from mlx_smolvlm.model.model import PREFILL_CHUNK
 
 MB = 10**6
 PROCESS_BYTES = 80 * MB  # Python, NumPy, MLX and the tokenizer, before any work
-BLAS_BYTES = 25 * MB  # buffers of OpenBLAS, and memory that the allocator does not return
+BLAS_BYTES = 40 * MB  # buffers of OpenBLAS, and memory that the allocator does not return
 VIDEO_BYTES = 90 * MB  # decoder of a video of 1920 x 1080
-UNPACK_ROWS = 4  # from this number of rows on, NumPy unpacks a matrix to multiply by it
+UNPACK_BLOCK = 2**22  # numbers of a packed matrix that NumPy unpacks at a time
 LARGE_PICTURE = 17  # tiles of a square picture
 LARGE_PIXELS = 12 * MB  # pixels of a photo
 CGROUPS = Path("/sys/fs/cgroup")
@@ -39,6 +39,7 @@ class Setup:
     Attributes:
         config: Its configuration.
         weights: Size of the weights in memory.
+        loading: What loading takes beside them: packed matrices that are unpacked.
         backend: What computes: NumPy, or MLX on the CPU or a GPU.
         item_bytes: Size of a number in the activations.
         is_packed: Whether matrices are kept packed, so that NumPy unpacks one at a time.
@@ -52,6 +53,7 @@ class Setup:
     backend: Backend
     item_bytes: int
     is_packed: bool = False
+    loading: int = 0
     cache: CacheOptions = DEFAULT_OPTIONS
     tile_batch: int = TILE_BATCH
     prefill_chunk: int = PREFILL_CHUNK
@@ -95,6 +97,7 @@ class Estimate:
         keys_values: Keys and values of prompt and answer.
         prefill: Embeddings of the prompt and activations of a chunk.
         logits: Logits of a token, and copies for sampling.
+        loading: What loading the weights takes beside them, before all else.
         reserve: Freed memory that MLX keeps for reuse.
     """
 
@@ -106,6 +109,7 @@ class Estimate:
     keys_values: int
     prefill: int
     logits: int
+    loading: int = 0
     reserve: int = 0
 
     @property
@@ -119,9 +123,14 @@ class Estimate:
         return self._always + self.keys_values + self.prefill + self.logits
 
     @property
+    def while_loading(self) -> int:
+        """What is in memory while the weights are loaded."""
+        return self.process + self.weights + self.loading
+
+    @property
     def total(self) -> int:
         """The most that is in memory at a time."""
-        return max(self.while_encoding, self.while_generating)
+        return max(self.while_loading, self.while_encoding, self.while_generating)
 
     @property
     def _always(self) -> int:
@@ -148,6 +157,7 @@ def estimate(setup: Setup, work: Work, limit: int | None = None) -> Estimate:
         keys_values=count_kv_bytes(config.text, setup.cache, item, tokens),
         prefill=_estimate_prefill(setup, work.tokens, tokens),
         logits=_estimate_logits(setup, work.rows),
+        loading=setup.loading,
         reserve=0 if limit is None else limit // CACHE_SHARE,
     )
 
@@ -185,16 +195,13 @@ def _estimate_prefill(setup: Setup, prompt: int, tokens: int) -> int:
 
 
 def _estimate_logits(setup: Setup, rows: int) -> int:
-    """Logits of `rows` tokens, and copies; NumPy unpacks the head for several rows."""
-    text = setup.config.text
-    head = 2 * 4 * text.vocab_size * text.hidden_size
-    is_unpacked = setup.backend == "numpy" and setup.is_packed and rows >= UNPACK_ROWS
-    return 4 * 4 * rows * text.vocab_size + (head if is_unpacked else 0)
+    """Logits of `rows` tokens, and copies."""
+    return 4 * 4 * rows * setup.config.text.vocab_size
 
 
 def _count_workspace(setup: Setup, largest_matrix: int) -> int:
-    """Memory for a product in NumPy; a packed matrix of so many numbers is unpacked for it."""
-    return BLAS_BYTES + (2 * 4 * largest_matrix if setup.is_packed else 0)
+    """Memory for a product in NumPy, which unpacks a packed matrix of so many numbers."""
+    return BLAS_BYTES + (2 * 4 * min(largest_matrix, UNPACK_BLOCK) if setup.is_packed else 0)
 
 
 def count_kv_bytes(text: TextConfig, cache: CacheOptions, item_bytes: int, tokens: int) -> int:
@@ -254,11 +261,11 @@ def plan_setup(
     stored, unpacked = count_weights(setup.config, tensors, setup.item_bytes)
     packed = replace(setup, weights=stored, is_packed=unpacked > stored)
     if packed.is_packed and setup.backend == "numpy":
-        whole = replace(setup, weights=unpacked, is_packed=False)
+        whole = replace(setup, weights=unpacked, is_packed=False, loading=stored)
         context = setup.config.text.max_position_embeddings
         needed = estimate(whole, Work(LARGE_PICTURE, tokens=context), limit).total
         most = limit if limit is not None else None if machine is None else machine // 2
-        if most is None or max(needed, PROCESS_BYTES + stored + unpacked) <= most:
+        if most is None or needed <= most:
             packed = whole
     return choose_batches(packed, limit)
 
