@@ -99,11 +99,12 @@ class Worker:
         """Time the first tokens of two turns about a picture that was not seen before."""
         picture = make_picture(width, height, seed)
         chat = self.vlm.chat(detail=detail, max_tokens=tokens)
-        times = []
+        times, encoded = [], []
         for question, images in (("What is in this picture?", [picture]), ("Which color?", [])):
             reply = chat.ask(question, images)
             times.append(reply.time_to_first_token_s)
-        return {"first_s": times[0], "second_s": times[1], "tiles": reply.image_tiles}
+            encoded.append(reply.encoded_tiles)
+        return {"first_s": times[0], "second_s": times[1], "encoded": encoded}
 
     def build_graph(self, prompt: int, repeat: int) -> dict[str, Any]:
         """Measure the processor time of building the graph of a decoding step, not computing it."""

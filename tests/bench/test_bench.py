@@ -59,7 +59,7 @@ def test_programs_take_turns_and_ratios_say_how_many_times_faster(
     assert peer.measures["decoding"].median == 16 / 8
     assert ours.measures["peak memory of the process, 5 tiles"].median == 2
     start = ours.measures["process start to first token, 1 tile"]
-    assert all(0.5 < value < 30 for value in start.values)
+    assert all(value > 0.5 for value in start.values)
     assert "import" not in peer.measures
     assert peer.version == "9.9"
     report = Report("fake", describe_machine(), options, [ours, peer])

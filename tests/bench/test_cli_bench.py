@@ -1,0 +1,124 @@
+"""The command `bench`: its options, and where its results go."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mlx_smolvlm import tuning
+from mlx_smolvlm.bench import tune
+from mlx_smolvlm.bench.measure import BenchOptions, Result
+from mlx_smolvlm.bench.programs import Launch
+from mlx_smolvlm.cli.app import main
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs `bench` in this process: the status, stdout and stderr."""
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path / "cache"))
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx-smolvlm", "bench", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        assert isinstance(end.value.code, int)
+        return end.value.code, out, err
+
+    return run
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `run_bench` was called with; it measures nothing."""
+    calls: list[Any] = []
+
+    def run_bench(
+        launches: list[Launch], config: object, options: BenchOptions, progress: object
+    ) -> list[Result]:
+        calls.extend([launches, options])
+        results = [Result(one.name, one.name.startswith("mlx-smolvlm")) for one in launches]
+        for number, result in enumerate(results):
+            result.add("prefill", "tokens/s", 100.0 / (number + 1))
+        return results
+
+    monkeypatch.setattr("mlx_smolvlm.bench.measure.run_bench", run_bench)
+    return calls
+
+
+def test_options_arrive_and_results_go_where_they_should(
+    run: Run, seen: list[Any], tmp_path: Path
+) -> None:
+    status, out, err = run(
+        *("demo", "--bits", "16,8", "--tiles", "1,3", "--prompt-tokens", "20", "--repeat", "2"),
+        *("--max-tokens", "5", "--work", str(tmp_path / "work"), "--memory-limit", "1GB"),
+        *("--json", str(tmp_path / "a.json"), "--png", str(tmp_path / "a.png")),
+    )
+    assert (status, err) == (0, "")
+    launches, options = seen
+    assert [one.name for one in launches] == ["mlx-smolvlm 16 bits", "mlx-smolvlm 8 bits"]
+    folders = [str(tmp_path / "work" / name) for name in ("demo-16", "demo-8")]
+    assert [list(one.command[-2:]) for one in launches] == [
+        [name, "1000000000"] for name in folders
+    ]
+    assert options == BenchOptions((1, 3), 20, 5, 2)
+    assert "100 tokens/s" in out
+    assert "2.00" in out
+    values = json.loads((tmp_path / "a.json").read_text())
+    assert values["options"]["tiles"] == [1, 3]
+    with Image.open(tmp_path / "a.png", formats=["PNG"]) as picture:
+        assert picture.width == 1100
+
+
+def test_json_on_stdout_stands_alone(run: Run, seen: list[Any]) -> None:
+    status, out, _ = run("--json", "-")
+    assert status == 0
+    assert json.loads(out)["model"] == "demo"
+    assert seen[1].tiles == (1, 5)  # a tile, and a photo's
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--bits", "5"], 2, "5 is none of 4, 8 and 16"),
+        (["--tiles", "x"], 2, "'x' is not numbers with commas between them"),
+        (["--repeat", "0"], 2, "repeat is 0"),
+        (["--prompt-tokens", "99999"], 2, "exceeds the context of 2,048"),
+        (["--against", "ollama"], 2, "'ollama' is none of mlx-vlm"),
+        (["demo", "--random", "256m"], 2, "exclude each other"),
+        (["--json", "/no/such/a.json"], 2, "there is no folder /no/such"),
+        (["--against", "mlx-vlm"], 1, "demo is no checkpoint of Hugging Face's format"),
+        (["--tune", "--repeat", "1"], 2, "repeat is 1"),
+    ],
+)
+def test_wrong_options(
+    run: Run, seen: list[Any], arguments: list[str], status: int, message: str
+) -> None:
+    ended, out, err = run(*arguments)
+    assert (ended, out) == (status, "")
+    assert message in " ".join(err.split())
+
+
+def test_tuning_saves_what_wins_and_says_so(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in tuning.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(tune, "list_settings", lambda on_gpu: [{}, {"OPENBLAS_NUM_THREADS": "1"}])
+    monkeypatch.setattr(tune, "make_measure", lambda folder: lambda setting: 2.0 - len(setting))
+    status, out, err = run("--tune")
+    assert status == 0
+    assert "* OPENBLAS_NUM_THREADS=1" in out
+    assert "saved OPENBLAS_NUM_THREADS=1" in err
+    assert (tmp_path / "cache" / "tuning.json").is_file()
+    monkeypatch.setattr(tune, "make_measure", lambda folder: lambda setting: 2.0)
+    monkeypatch.setattr("mlx_smolvlm.tuning.apply_settings", lambda: None)
+    status, out, err = run("--tune")
+    assert "nothing is saved" in err
+    assert not (tmp_path / "cache" / "tuning.json").exists()
