@@ -1,21 +1,24 @@
-"""Make a checkpoint of SmolVLM2-256M's sizes with random weights, for benchmarks.
+"""Make a checkpoint of SmolVLM2-256M's sizes with random weights and the published tokenizer.
 
     python -m benchmarks.random_checkpoint FOLDER [--files FILES]
 
 Writes FOLDER/hf in the published format, for other programs, and FOLDER/converted for this
 package. The tokenizer, chat template and image settings come from FILES, a folder with the small
-files of the published checkpoint, or from the hub (4 MB).
+files of the published checkpoint, or from the hub (4 MB). `mlx-smolvlm bench --random` needs
+neither: it takes the demo's.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from mlx_smolvlm.bench.random_model import make_config, make_random_source
 from mlx_smolvlm.convert.run import convert_checkpoint
-from tests.helpers import hf_folder as hf
 
 SOURCE = "HuggingFaceTB/SmolVLM2-256M-Video-Instruct"
 SMALL_FILES = (
@@ -44,34 +47,14 @@ def make_random_checkpoint(folder: Path, files: Path | None = None) -> Path:
     converted, source = folder / "converted", folder / "hf"
     if converted.exists():
         return converted
-    shutil.rmtree(source, ignore_errors=True)
-    source.mkdir(parents=True)
     found = find_small_files(files)
+    tokenizer = json.loads((found / "tokenizer.json").read_text(encoding="utf-8"))
+    (image,) = (one["id"] for one in tokenizer["added_tokens"] if one["content"] == "<image>")
+    make_random_source(source, replace(make_config("256m", "float32"), image_token_id=image))
+    (source / "chat_template.jinja").unlink()  # the demo's
     for name in SMALL_FILES:
         if (found / name).exists():
             shutil.copyfile(found / name, source / name)
-    values = hf.settings(
-        image_token_id=49190,
-        pad_token_id=2,
-        scale_factor=4,
-        vision__hidden_size=768,
-        vision__intermediate_size=3072,
-        vision__num_hidden_layers=12,
-        vision__num_attention_heads=12,
-        vision__image_size=512,
-        vision__patch_size=16,
-        text__hidden_size=576,
-        text__intermediate_size=1536,
-        text__num_hidden_layers=30,
-        text__num_attention_heads=9,
-        text__num_key_value_heads=3,
-        text__head_dim=64,
-        text__max_position_embeddings=8192,
-        text__vocab_size=49280,
-        text__pad_token_id=2,
-    )
-    hf.write_json(source / "config.json", values)
-    hf.write_weights(source, hf.weights(values))
     return convert_checkpoint(source, converted)
 
 

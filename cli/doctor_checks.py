@@ -168,6 +168,7 @@ def _check_folder(name: str, path: Path, text: str) -> Finding:
 
 def check_environment() -> Iterator[Finding]:
     """Yield the terminal, the encoding, the network and the environment variables."""
+    from mlx_smolvlm import tuning
     from mlx_smolvlm.cli.terminal import device
     from mlx_smolvlm.media.fetch import is_offline
 
@@ -186,7 +187,11 @@ def check_environment() -> Iterator[Finding]:
         text = f"{sys.stdout.encoding}, so some characters show as ?"
         yield Finding("encoding", "note", text, "set LANG or PYTHONUTF8=1")
     yield Finding("network", "ok", "never used" if is_offline() else "used when a model is fetched")
-    names = [f"{name}={redact(os.environ[name])}" for name in VARIABLES if name in os.environ]
+    names = [
+        f"{name}={redact(os.environ[name])}{' (by bench --tune)' * (name in tuning.applied)}"
+        for name in (*VARIABLES, *tuning.VARIABLES)
+        if name in os.environ
+    ]
     for name in SECRET_VARIABLES:
         if os.environ.get(name) or os.environ.get(name.lower()):
             names.append(f"{name} is set")

@@ -9,6 +9,7 @@ import pytest
 from mlx_smolvlm import tuning
 from mlx_smolvlm.bench import tune
 from mlx_smolvlm.bench.programs import Launch
+from mlx_smolvlm.cli.doctor_checks import check_environment
 from mlx_smolvlm.errors import SmolVLMError
 
 TWO = {"MLX_MAX_OPS_PER_BUFFER": "50"}
@@ -146,3 +147,13 @@ def test_a_setting_reaches_the_process_that_is_measured(monkeypatch: pytest.Monk
     tuning.applied["OPENBLAS_NUM_THREADS"] = "2"
     assert tune.make_measure(resolve("demo"))(TWO) == 1.75
     assert launches[0].env == {"OPENBLAS_NUM_THREADS": None, **TWO}
+
+
+def test_doctor_says_which_variables_were_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLX_MAX_OPS_PER_BUFFER", "50")
+    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "40")
+    tuning.applied["MLX_MAX_OPS_PER_BUFFER"] = "50"
+    (text,) = (one.text for one in check_environment() if one.name == "environment")
+    assert "MLX_MAX_OPS_PER_BUFFER=50 (by bench --tune)" in text
+    assert "MLX_MAX_MB_PER_BUFFER=40" in text
+    assert "MLX_MAX_MB_PER_BUFFER=40 (by" not in text
