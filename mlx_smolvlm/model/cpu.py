@@ -419,9 +419,10 @@ def unpack_rows(
     assert module.biases is not None
     scales, biases = as_numpy(module.scales)[rows], as_numpy(module.biases)[rows]
     packed = as_numpy(module.weight)[rows].view(np.uint8).reshape(*scales.shape, module.group_size)
-    unpacked = np.multiply(packed, scales[..., None], dtype=np.float32)
+    unpacked: np.ndarray = np.multiply(packed, scales[..., None], dtype=np.float32)
     unpacked += biases[..., None]
-    return unpacked.reshape(len(scales), -1)
+    unpacked = unpacked.reshape(len(scales), -1)
+    return unpacked
 
 
 def as_numpy(x: mx.array) -> np.ndarray:
