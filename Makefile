@@ -10,8 +10,9 @@ demo: $(VENV)/.app
 
 # Two processes, since MLX computes on one core of a CPU. A file's tests share its fixtures, so
 # they stay in one; files run in the order of names, as the default leaves the longest for the end.
+# Programs that tests start find compiled files, even where the environment forbids to write any.
 test: $(VENV)/.dev
-	OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	PYTHONDONTWRITEBYTECODE= OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mlx_smolvlm import SmolVLM
+from tests.helpers import command
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "three.png"
 CHOICES = ("red", "green sky", "blue")
@@ -15,8 +15,7 @@ CHOICES = ("red", "green sky", "blue")
 
 def run(*arguments: str | bytes | Path, stdin: bytes = b"") -> subprocess.CompletedProcess[bytes]:
     """The finished command."""
-    command = [sys.executable, "-m", "mlx_smolvlm.cli.app", "choose", *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
+    return command.run("choose", *arguments, stdin=stdin)
 
 
 def flags(choices: tuple[str, ...]) -> list[str]:

@@ -5,28 +5,18 @@ import json
 import os
 import pty
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers import hf_folder
-
-COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
+from tests.helpers import command, hf_folder
+from tests.helpers.command import COMMAND
 
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The finished command, with a cache in `cwd`."""
     changes = {"MLX_SMOLVLM_CACHE": str(cwd / "cache"), "HF_HOME": str(cwd / "hf")}
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=cwd,
-        env={**os.environ, **changes},
-    )
+    return command.run_text(*arguments, cwd=cwd, env=changes)
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from mlx_smolvlm.checkpoint.lora import (
     list_adaptable,
     save_adapter,
 )
+from tests.helpers import command
 
-COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
 # Ends itself with a signal when it is to write for the sixth time, half of that written or nothing.
 STOPPING = """
 import os, sys
@@ -76,11 +76,13 @@ SCHEMA["required"] = list(SCHEMA["properties"])  # type: ignore[call-overload]
 
 
 def run(
-    *arguments: str | Path, cwd: Path, program: list[str] = COMMAND
+    *arguments: str | Path, cwd: Path, program: list[str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The finished command."""
-    command = [*program, "eval", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60)
+    """The finished command, or a `program` that ends as it does."""
+    if program is None:
+        return command.run_text("eval", *arguments, cwd=cwd)
+    words = [*program, "eval", *arguments]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=60)
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import command
 from tests.helpers import tuning_cases as cases
 
-COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
 # Steps take their time, so that there is a moment between any two of them.
 SLOW = """
 import time
@@ -36,13 +36,13 @@ def work(tmp_path: Path) -> Path:
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     """The finished command."""
-    return subprocess.run([*COMMAND, *arguments], capture_output=True, text=True, timeout=100)
+    return command.run_text(*arguments, timeout_s=100)
 
 
 def start(*arguments: str | Path) -> subprocess.Popen[str]:
     """The command with slow steps, running."""
-    command = [sys.executable, "-c", SLOW, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, "-c", SLOW, *arguments]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_steps(log: Path, steps: int) -> None:

@@ -1,9 +1,5 @@
 """GPTQ of a whole model, and the command for it."""
 
-import os
-import subprocess
-import sys
-
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -18,6 +14,7 @@ from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import better_cases as cases
+from tests.helpers import command
 
 LOW = ConvertOptions(bits=3, embeddings_bits=3, vision_bits=3, connector_bits=3)
 SHORT = Sampling(max_tokens=3)
@@ -150,14 +147,7 @@ def test_nothing_to_do_is_said_before_any_work(source, tmp_path):
 def test_the_command_mixes_compensates_and_tunes(source, texts, tmp_path):
     arguments = ["--target-bits", "6", "--gptq", "--dwq", "--dwq-steps", "2"]
     arguments += ["--calibration", str(texts)]
-    result = subprocess.run(
-        [sys.executable, "-m", "mlx_smolvlm.cli.app", "convert", str(source), *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=tmp_path,
-        env={**os.environ, "MLX_SMOLVLM_CACHE": str(tmp_path / "cache")},
-    )
+    cache = {"MLX_SMOLVLM_CACHE": str(tmp_path / "cache")}
+    result = command.run_text("convert", str(source), *arguments, cwd=tmp_path, env=cache)
     assert result.returncode == 0, result.stderr
     assert load(tmp_path / "Some-VLM-mlx-6bits-gptq-dwq").ask("Hello?", sampling=SHORT).text

@@ -3,10 +3,7 @@
 import itertools
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -42,6 +39,7 @@ from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
 from tests.helpers import better_cases as cases
+from tests.helpers import command
 
 kl_of = cases.kl_of
 
@@ -362,15 +360,8 @@ def test_options_out_of_range_are_refused(make, values, words):
 
 
 def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "mlx_smolvlm.cli.app", "convert", *arguments],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=cwd,
-        env={**os.environ, "MLX_SMOLVLM_CACHE": str(cwd / "cache")},
-    )
+    cache = {"MLX_SMOLVLM_CACHE": str(cwd / "cache")}
+    return command.run_text("convert", *map(str, arguments), cwd=cwd, env=cache)
 
 
 def test_the_command_mixes_and_tunes_within_a_size(source, texts, tmp_path):

@@ -2,10 +2,7 @@
 
 import hashlib
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,11 +13,8 @@ from mlx_smolvlm.checkpoint.provenance import PartSize, check_sums, measure_part
 from mlx_smolvlm.convert.card import format_model_card
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
-from tests.helpers import fake_hub
+from tests.helpers import command, fake_hub
 from tests.helpers import hf_folder as hf
-
-COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
-
 
 CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\nbase_model:\n- owner/base\n---\n# Its own text\n"
 
@@ -48,15 +42,7 @@ def run(*arguments, cwd: Path, hub=None, token: str = fake_hub.TOKEN, **changes:
         "MLX_SMOLVLM_CACHE": str(cwd / "cache"),
         "NO_PROXY": "*",
     }
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=cwd,
-        env={**os.environ, **environment, **changes},
-    )
+    return command.run_text(*map(str, arguments), cwd=cwd, env={**environment, **changes})
 
 
 def downloaded(files: dict[str, bytes], folder: Path) -> Path:

@@ -29,6 +29,7 @@ from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
+from tests.helpers import command
 from tests.helpers import hf_folder as hf
 
 TEXT = "The ferry leaves the island at seven, long before the shops open."
@@ -158,8 +159,7 @@ def test_the_source_is_never_doubled(tmp_path: Path) -> None:
 
 
 def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "mlx_smolvlm.cli.app", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=cwd)
+    return command.run_text(*arguments, cwd=cwd, timeout_s=120)
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,17 @@
 """Runs the command as users and scripts do: a process with stdin, stdout, stderr, a status."""
 
+import atexit
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
+from tests.helpers.forked_command import Runner
+
 COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
+FORKS = sys.platform == "linux"  # Metal does not survive a fork
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -16,17 +21,51 @@ def environment(**changes: str) -> dict[str, str]:
     return {**kept, "LC_ALL": "C.UTF-8", **changes}
 
 
+@cache
+def start_runner() -> Runner:
+    """The process that runs commands without importing everything anew."""
+    runner = Runner(environment())
+    atexit.register(runner.close)
+    return runner
+
+
 def run(
-    *arguments: str | bytes | Path, stdin: bytes = b"", env: Mapping[str, str] | None = None
+    *arguments: str | bytes | Path,
+    stdin: bytes = b"",
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 60,
 ) -> subprocess.CompletedProcess[bytes]:
-    """The finished command."""
+    """The finished command, whose variables are `environment()` and `env`."""
+    variables = environment(**(env or {}))
+    if FORKS and start_runner().suits(variables):
+        request = {
+            "arguments": [os.fsdecode(argument) for argument in arguments],
+            "cwd": str(cwd or Path.cwd()),
+            "environment": variables,
+        }
+        status, out, error = start_runner().run(request, stdin, timeout_s)
+        return subprocess.CompletedProcess([*COMMAND, *arguments], status, out, error)
     return subprocess.run(
         [*COMMAND, *arguments],
         input=stdin,
         capture_output=True,
-        timeout=60,
-        env=environment(**(env or {})),
+        timeout=timeout_s,
+        env=variables,
+        cwd=cwd,
     )
+
+
+def run_text(
+    *arguments: str | bytes | Path,
+    env: Mapping[str, str] | None = None,
+    cwd: Path | None = None,
+    timeout_s: float = 60,
+) -> subprocess.CompletedProcess[str]:
+    """The same with what it wrote as text."""
+    done = run(*arguments, env=env, cwd=cwd, timeout_s=timeout_s)
+    out, error = done.stdout.decode(), done.stderr.decode()
+    return subprocess.CompletedProcess(done.args, done.returncode, out, error)
 
 
 def assert_one_error(

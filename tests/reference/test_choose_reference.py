@@ -18,7 +18,7 @@ CHOICES = ["red", "A red circle.", "no picture at all, only words", "3"]
 
 @pytest.fixture(scope="module", params=sorted(pairs.CASES))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return pairs.make_pair(pairs.CASES[request.param], tmp_path_factory.mktemp("pair"))
 
 

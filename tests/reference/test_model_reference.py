@@ -34,7 +34,7 @@ NEW_TOKENS = 32
 
 @pytest.fixture(scope="module", params=sorted(CASES))
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return make_pair(CASES[request.param], tmp_path_factory.mktemp("pair"))
 
 

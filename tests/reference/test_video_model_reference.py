@@ -63,7 +63,7 @@ class Pair:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     return Pair(tmp_path_factory.mktemp("videos"))
 
 
