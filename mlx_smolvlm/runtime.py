@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -85,6 +86,14 @@ def set_openblas_threads(count: int) -> None:
         setter = getattr(ctypes.CDLL(None), "openblas_set_num_threads", None)
         if setter is not None:
             setter(count)
+
+
+@cache
+def count_blas_threads() -> int:
+    """Return the number of threads that OpenBLAS begins with."""
+    given = os.environ.get("OPENBLAS_NUM_THREADS", "")
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(int(given), cores) if given.isdecimal() and int(given) else cores
 
 
 def numpy_is_off() -> bool:

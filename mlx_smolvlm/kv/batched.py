@@ -84,6 +84,25 @@ class BatchedKVCache(KVCache):
         output = self.storage.attend_to(grouped, keys, values, mask)
         return output.transpose(1, 2, 0, 3).reshape(queries.shape)
 
+    def append(self, layer: int, keys_values: np.ndarray) -> np.ndarray:
+        """Store one new token per row of a float32 cache from NumPy, in place.
+
+        Args:
+            layer: Index of the decoder layer.
+            keys_values: (1, 2*kv_heads, B, head_dim), keys first.
+
+        Returns:
+            A view of the tokens of all rows in `layer`, (B, kv_heads, 2, longest + 1, head_dim).
+        """
+        buffers, count, width = self.buffers[layer], self.num_rows, keys_values.shape[-1]
+        assert buffers is not None
+        buffer = np.array(buffers[0], copy=False)
+        rows = buffer[: count * self._heads].reshape(count, -1, 2, buffer.shape[1], width)
+        new = keys_values[0].reshape(2, -1, count, width)
+        rows[np.arange(count), :, :, self.lengths] = new.transpose(2, 1, 0, 3)
+        stored: np.ndarray = rows[:, :, :, : self.longest + 1]
+        return stored
+
     def advance(self, length: int) -> None:
         """Count the `length` tokens of a step, one per row, that every layer has attended to."""
         assert length == self.num_rows

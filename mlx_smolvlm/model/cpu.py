@@ -11,20 +11,27 @@ copied: NumPy reads the memory of MLX's arrays.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, partial
+from itertools import pairwise
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_smolvlm.kv.batched import BatchedKVCache
 from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache, Mask
 from mlx_smolvlm.model.lora import LoRAEmbedding, LoRALinear
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.model.text import DecoderLayer, Placement, TextModel
 from mlx_smolvlm.model.vision import VisionLayer, VisionModel
+from mlx_smolvlm.runtime import count_blas_threads
 
 BLOCK = 2**18  # numbers that are computed at a time, so that they stay in a core's cache
+FEW_ROWS = 16  # up to this number of rows, a matrix is multiplied block by block
+FEW_BLOCK = 32  # rows of such a block
+THREADED_SIZE = 2**18  # numbers of a matrix that is divided among threads
 UNPACK_BLOCK = 2**22  # numbers of a packed matrix that are unpacked at a time
 UNPACK_ROWS = 4  # from this number of rows on, a packed matrix is unpacked to multiply by it
 
@@ -75,7 +82,7 @@ class NumpyEmbedding(nn.Embedding):
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits (..., vocabulary) of `x` (..., D)."""
-        return mx.array(as_numpy(x) @ as_numpy(self.weight).T)
+        return mx.array(multiply(as_numpy(self.weight).T, None, as_numpy(x)))
 
 
 class NumpyVisionModel(VisionModel):
@@ -204,9 +211,13 @@ def choose_attention(cache: KVCache | None, mask: mx.array | None) -> Attend:
         mask: bool (L, offset + L), True where a new token sees another; None for causal
             attention.
     """
-    if cache is not None and not (type(cache) is KVCache and cache.storage is FLOAT_STORAGE):
+    is_known = type(cache) in (KVCache, BatchedKVCache)
+    if cache is not None and not (is_known and cache.storage is FLOAT_STORAGE):
         return partial(attend_in_mlx, cache, mask)
     penalties = None if mask is None else np.where(as_numpy(mask), np.float32(0), -np.inf)
+    if isinstance(cache, BatchedKVCache):
+        assert penalties is not None
+        return partial(attend_to_rows, cache, penalties)
 
     def attend(layer: int, queries: np.ndarray, keys_values: np.ndarray) -> np.ndarray:
         stored = keys_values if cache is None else cache.append(layer, keys_values)
@@ -251,6 +262,31 @@ def attend_to_tokens(
             scores[..., end - count :] += np.triu(np.full((count, count), -np.inf, np.float32), 1)
         target[..., rows, :] = weight_values(scores, values[..., :end, :])
     return output.reshape(b, length, heads * width)
+
+
+def attend_to_rows(
+    cache: BatchedKVCache,
+    penalties: np.ndarray,
+    layer: int,
+    queries: np.ndarray,
+    keys_values: np.ndarray,
+) -> np.ndarray:
+    """Return the attention (1, B, heads*head_dim) of a token of each row of `cache`.
+
+    Args:
+        cache: The cache, in which the tokens are stored.
+        penalties: Added to the scores, (B, 1, 1, tokens).
+        layer: Index of the layer.
+        queries: (1, heads, B, head_dim).
+        keys_values: (1, 2*kv_heads, B, head_dim).
+    """
+    _, heads, rows, width = queries.shape
+    stored = cache.append(layer, keys_values)  # (B, kv_heads, 2, tokens, head_dim)
+    grouped = queries[0].reshape(stored.shape[1], -1, rows, width) * width**-0.5
+    # Products with the keys on the left, (B, kv_heads, tokens, share), are twice as fast.
+    products = stored[:, :, 0] @ grouped.transpose(2, 0, 3, 1)
+    scores = np.add(products.swapaxes(-1, -2), penalties, order="C")
+    return weight_values(scores, stored[:, :, 1]).reshape(1, rows, heads * width)
 
 
 def weight_values(scores: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -351,10 +387,42 @@ def bind_linear(module: nn.Module) -> Function:
 
 def multiply(matrix: np.ndarray, bias: np.ndarray | None, x: np.ndarray) -> np.ndarray:
     """Return x @ matrix + bias, (..., other width), of `x` (..., width)."""
-    output: np.ndarray = (x.reshape(-1, x.shape[-1]) @ matrix).reshape(*x.shape[:-1], -1)
+    rows = x.reshape(-1, x.shape[-1])
+    product = multiply_few(matrix, rows) if 1 < len(rows) <= FEW_ROWS else rows @ matrix
+    output: np.ndarray = product.reshape(*x.shape[:-1], -1)
     if bias is not None:
         output += bias
     return output
+
+
+def multiply_few(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Return rows @ matrix, block by block.
+
+    OpenBLAS rearranges a large matrix before it multiplies, which takes longer than a product with
+    few rows. It reads a small one as it lies, but uses one thread, so the blocks are divided among
+    threads here.
+    """
+    weight, columns = matrix.T, np.ascontiguousarray(rows.T)
+    count = len(weight) // FEW_BLOCK
+    cut = count * FEW_BLOCK
+    output = np.empty((len(weight), len(rows)), np.float32)
+    blocks = weight[:cut].reshape(count, FEW_BLOCK, weight.shape[1])
+    target = output[:cut].reshape(count, FEW_BLOCK, len(rows))
+    threads = count_blas_threads() if weight.size >= THREADED_SIZE else 1
+    ends = [count * number // threads for number in range(threads + 1)]
+    first, *others = (slice(*pair) for pair in pairwise(ends))
+    jobs = [get_pool().submit(np.matmul, blocks[one], columns, target[one]) for one in others]
+    np.matmul(blocks[first], columns, target[first])
+    output[cut:] = weight[cut:] @ columns
+    for job in jobs:
+        job.result()
+    return np.ascontiguousarray(output.T)
+
+
+@cache
+def get_pool() -> ThreadPoolExecutor:
+    """Return the threads for products with few rows."""
+    return ThreadPoolExecutor(count_blas_threads() - 1, "multiply")
 
 
 def multiply_packed(module: nn.QuantizedLinear, x: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import sys
 import warnings
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ from mlx_smolvlm.checkpoint.load import load_model
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.generate.memory_plan import Work, estimate
+from mlx_smolvlm.kv.batched import BatchedKVCache
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.model import cpu
 from mlx_smolvlm.model.lora import LoRALinear, adapt
@@ -93,6 +95,50 @@ def test_a_batch_without_a_cache_and_with_one(in_mlx: Model, in_numpy: Model) ->
     assert_close(run_parts(in_mlx, None, (9,), 3), run_parts(in_numpy, None, (9,), 3))
     a, b = (run_parts(one, one.make_cache(), (9, 1, 4), 3) for one in (in_mlx, in_numpy))
     assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ["plain", "packed"])
+def test_sequences_of_unlike_lengths(in_mlx: Model, in_numpy: Model, name: str) -> None:
+    states = []
+    for model in (in_mlx, in_numpy):
+        rows = BatchedKVCache(len(model.text_model.layers), CACHES[name].make_storage())
+        for length in (254, 3, 70):
+            cache = model.make_cache(CACHES[name])
+            run_parts(model, cache, (length,), 1)
+            rows.add(cache)
+        for seed in range(4):  # the buffer grows in between
+            rows.reserve()
+            placement = Placement(rows.lengths, rows.make_mask())
+            embeds = make_embeds(model, 1, 3, seed)
+            states.append(model.text_model(embeds, rows, placement))
+    for a, b in zip(states[:4], states[4:], strict=True):
+        assert_close(a, b, 1e-2 if name == "packed" else CLOSE)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("height", [31, 70, 320])
+def test_few_rows_are_multiplied_block_by_block(
+    threads: int, height: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random, multiply_few, counts = np.random.default_rng(0), cpu.multiply_few, list[int]()
+
+    def count(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        counts.append(len(rows))
+        return multiply_few(matrix, rows)
+
+    monkeypatch.setattr(cpu, "multiply_few", count)
+    monkeypatch.setattr(cpu, "THREADED_SIZE", 0)
+    monkeypatch.setattr(cpu, "count_blas_threads", lambda: threads)
+    with ThreadPoolExecutor(2) as pool:
+        monkeypatch.setattr(cpu, "get_pool", lambda: pool)
+        weight, bias = random.normal(size=(height, 24)), random.normal(size=height)
+        weight, bias = weight.astype(np.float32), bias.astype(np.float32)
+        for rows in (1, 2, 8, 16, 17):
+            x = random.normal(size=(1, rows, 24)).astype(np.float32)
+            product = cpu.multiply(weight.T, bias, x)
+            np.testing.assert_allclose(product, x @ weight.T + bias, atol=1e-5)
+            assert product.flags.c_contiguous
+    assert counts == [2, 8, 16]
 
 
 @pytest.mark.parametrize("block", [1, 40, 1000])
