@@ -180,12 +180,12 @@ def test_unpacking_changes_nothing(rows: int, bias: bool) -> None:
     assert mx.abs(difference).max().item() < 1e-4
 
 
-def test_recording_leaves_the_layers_as_they_were(tiny: SmolVLM) -> None:
-    layers = list(tiny.model.text_model.layers)
-    with record_outputs(tiny.model.text_model.layers) as states:
-        tiny.model(tiny.model.embed(np.array([1, 2, 3])))
+def test_recording_leaves_the_layers_as_they_were(tiny_in_mlx: SmolVLM) -> None:
+    layers = list(tiny_in_mlx.model.text_model.layers)
+    with record_outputs(tiny_in_mlx.model.text_model.layers) as states:
+        tiny_in_mlx.model(tiny_in_mlx.model.embed(np.array([1, 2, 3])))
     assert [state.shape for state in states] == [(1, 3, 64), (1, 3, 64)]
-    assert all(a is b for a, b in zip(layers, tiny.model.text_model.layers, strict=True))
+    assert all(a is b for a, b in zip(layers, tiny_in_mlx.model.text_model.layers, strict=True))
 
 
 def test_windows_end_where_they_should(tiny: SmolVLM) -> None:

@@ -151,8 +151,9 @@ def test_the_source_is_never_doubled(tmp_path: Path) -> None:
     packed = convert_checkpoint(folder, tmp_path / "packed", ConvertOptions(bits=4))
     held = mx.get_active_memory()  # by other tests
     peak = verify_conversion(folder, packed, FEW).peak_memory_gb * 1e9 - held
-    # Each answer starts MLX's own count anew; the last ones are of the packed weights.
-    assert opened.nbytes < peak < 1.5 * opened.nbytes
+    # Each answer starts MLX's own count anew; the last ones are of the packed weights. Beside the
+    # weights there are activations, which compiled functions hold until they are evaluated.
+    assert opened.nbytes < peak < 1.6 * opened.nbytes
 
 
 # The command line

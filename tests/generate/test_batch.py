@@ -152,7 +152,7 @@ SAMPLINGS = [
 ]
 
 
-def test_a_seed_draws_each_answer_as_alone(tiny: SmolVLM) -> None:
+def test_a_seed_draws_each_answer_of_a_batch_as_alone(tiny: SmolVLM) -> None:
     questions: list[Question] = [{"prompt": "Say", "sampling": one} for one in SAMPLINGS]
     replies = tiny.ask_batch(questions)
     for reply, question in zip(replies, questions, strict=True):
@@ -355,7 +355,7 @@ def test_wrong_limits(tiny: SmolVLM, limits: dict[str, int], words: str) -> None
         AnswerBatch(tiny.engine, **limits)
 
 
-def test_what_is_known_is_not_done_again(tiny: SmolVLM) -> None:
+def test_what_a_batch_knows_is_not_done_again(tiny: SmolVLM) -> None:
     questions: list[Question] = [("What?", PICTURES[0]), ("Why so?", PICTURES[0])]
     first, second = tiny.ask_batch(questions, sampling=GREEDY)
     assert (first.encoded_tiles, second.encoded_tiles) == (5, 0)
