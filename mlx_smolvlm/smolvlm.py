@@ -476,7 +476,7 @@ def _plan_memory(
     guard = MemoryGuard(plan_setup(setup, tensors, limit, machine), limit, machine)
     guard.check_weights()
     if limit is not None:
-        limit_mlx(mx, limit)
+        limit_mlx(mx, backend, limit)
     return guard
 
 

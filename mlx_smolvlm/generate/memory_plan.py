@@ -27,7 +27,8 @@ UNPACK_BLOCK = 2**22  # numbers of a packed matrix that NumPy unpacks at a time
 LARGE_PICTURE = 17  # tiles of a square picture
 LARGE_PIXELS = 12 * MB  # pixels of a photo
 CGROUPS = Path("/sys/fs/cgroup")
-CACHE_SHARE = 16  # MLX keeps at most this part of a limit for reuse
+CACHE_SHARE = 16  # MLX keeps at most this part of a limit for reuse,
+SMALL_CACHE_SHARE = 64  # or this one where NumPy computes
 
 Backend = Literal["numpy", "mlx-cpu", "mlx-gpu"]
 
@@ -158,7 +159,7 @@ def estimate(setup: Setup, work: Work, limit: int | None = None) -> Estimate:
         prefill=_estimate_prefill(setup, work.tokens, tokens),
         logits=_estimate_logits(setup, work.rows),
         loading=setup.loading,
-        reserve=0 if limit is None else limit // CACHE_SHARE,
+        reserve=0 if limit is None else count_reserve(setup.backend, limit),
     )
 
 
@@ -201,7 +202,7 @@ def _estimate_logits(setup: Setup, rows: int) -> int:
 
 def _count_workspace(setup: Setup, largest_matrix: int) -> int:
     """Memory for a product in NumPy, which unpacks a packed matrix of so many numbers."""
-    return BLAS_BYTES + (2 * 4 * min(largest_matrix, UNPACK_BLOCK) if setup.is_packed else 0)
+    return BLAS_BYTES + (5 * min(largest_matrix, UNPACK_BLOCK) if setup.is_packed else 0)
 
 
 def count_kv_bytes(text: TextConfig, cache: CacheOptions, item_bytes: int, tokens: int) -> int:
@@ -323,16 +324,22 @@ def _read_cgroup_limits() -> Iterator[int]:
             yield int(text)
 
 
-def limit_mlx(mx: Any, limit: int) -> None:
+def count_reserve(backend: Backend, limit: int) -> int:
+    """Bytes of freed memory that MLX may keep for reuse under `limit`."""
+    return limit // (SMALL_CACHE_SHARE if backend == "numpy" else CACHE_SHARE)
+
+
+def limit_mlx(mx: Any, backend: Backend, limit: int) -> None:
     """Set MLX's limits for this process, so that it stays within `limit`.
 
     Args:
         mx: The module `mlx.core`.
+        backend: What computes.
         limit: Bytes for the whole process.
     """
     own = max(limit - PROCESS_BYTES, MB)
     mx.set_memory_limit(own)
-    mx.set_cache_limit(limit // CACHE_SHARE)
+    mx.set_cache_limit(count_reserve(backend, limit))
     if mx.default_device().type == mx.DeviceType.cpu or not hasattr(mx, "set_wired_limit"):
         return
     largest = mx.device_info().get("max_recommended_working_set_size")

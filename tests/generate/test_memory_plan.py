@@ -102,7 +102,7 @@ def test_more_work_takes_more(real: Config) -> None:
             assert estimate(setup, replace(work, **{name: more})).total >= least.total
     packed = make_setup(real, backend="numpy", is_packed=True)
     whole = replace(packed, is_packed=False)
-    assert estimate(packed, work).encoding - estimate(whole, work).encoding == 8 * 768 * 3072
+    assert estimate(packed, work).encoding - estimate(whole, work).encoding == 5 * 768 * 3072
     assert plan.UNPACK_BLOCK == cpu.UNPACK_BLOCK
 
 
@@ -198,18 +198,20 @@ def test_limits_of_mlx_follow_the_limit() -> None:
             DeviceType=SimpleNamespace(cpu="cpu", gpu="gpu"),
         )
 
-    plan.limit_mlx(make_device("cpu", max_recommended_working_set_size=8 * GB), 480 * MB)
-    own = 480 * MB - plan.PROCESS_BYTES
-    assert calls == {"set_memory_limit": own, "set_cache_limit": 30 * MB}
-    plan.limit_mlx(make_device("gpu", max_recommended_working_set_size=8 * GB), 480 * MB)
-    assert calls["set_wired_limit"] == own
-    plan.limit_mlx(make_device("gpu", max_recommended_working_set_size=GB), 4 * GB)
+    large, small = ({"max_recommended_working_set_size": size * GB} for size in (8, 1))
+    plan.limit_mlx(make_device("cpu", **large), "numpy", 640 * MB)
+    own = 640 * MB - plan.PROCESS_BYTES
+    assert calls == {"set_memory_limit": own, "set_cache_limit": 10 * MB}
+    plan.limit_mlx(make_device("gpu", **large), "mlx-gpu", 640 * MB)
+    limits = {"set_memory_limit": own, "set_cache_limit": 40 * MB, "set_wired_limit": own}
+    assert calls == limits
+    plan.limit_mlx(make_device("gpu", **small), "mlx-gpu", 4 * GB)
     assert calls["set_wired_limit"] == GB
-    plan.limit_mlx(make_device("gpu"), 4 * GB)
+    plan.limit_mlx(make_device("gpu"), "mlx-gpu", 4 * GB)
     assert "set_wired_limit" not in calls
     old = make_device("gpu", max_recommended_working_set_size=GB)
     del old.set_wired_limit
-    plan.limit_mlx(old, 4 * GB)
+    plan.limit_mlx(old, "mlx-gpu", 4 * GB)
     assert "set_wired_limit" not in calls
 
 
@@ -256,6 +258,7 @@ def test_without_a_limit_only_the_machine_counts(real: Config) -> None:
 def no_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX keeps nothing for reuse, so that estimates do not depend on the limit."""
     monkeypatch.setattr(plan, "CACHE_SHARE", 10**18)
+    monkeypatch.setattr(plan, "SMALL_CACHE_SHARE", 10**18)
 
 
 def advise(vlm: SmolVLM, setup: Setup, work: Work, spare: int) -> str:
