@@ -20,7 +20,6 @@ from pathlib import Path
 
 import mlx.core as mx
 
-import mlx_smolvlm  # noqa: F401  (loads OpenBLAS, if it is first)
 from benchmarks.random_checkpoint import make_random_checkpoint
 from mlx_smolvlm.checkpoint.load import load_model
 from mlx_smolvlm.convert.options import ConvertOptions

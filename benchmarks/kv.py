@@ -6,8 +6,6 @@
 text   predictions of SmolLM2-135M-Instruct for LICENSE, compared with an unbounded float32 cache
 demo   answers of the demo to held-out questions, N of each family, compared likewise
 bytes  bytes of a token in the caches of the published models
-
-On Linux a preloaded OpenBLAS (LD_PRELOAD) makes `text` many times faster.
 """
 
 from __future__ import annotations

@@ -6,8 +6,7 @@
 
 Each matrix of the decoder and the embeddings (which are the head too) is packed by MLX and
 unpacked to float32. --check compares that with MLX's packed products in a converted checkpoint. On
-a CPU packed products are many times slower; a preloaded OpenBLAS (LD_PRELOAD) makes the float
-products faster still.
+a CPU packed products are many times slower.
 
 Groups of 128 do not divide a width of 576. For them the matrices are padded with 64 columns of
 zeros, so that four of five groups are full.
