@@ -107,7 +107,9 @@ def assert_same(one: Reply | Exception, other: Reply) -> None:
         assert getattr(one, name) == getattr(other, name), name
 
 
-def test_the_demo_answers_as_in_single_calls(demo: SmolVLM, sizes: list[int]) -> None:
+def test_the_demo_answers_unlike_prompts_as_in_single_calls(
+    demo: SmolVLM, sizes: list[int]
+) -> None:
     replies = demo.ask_batch(QUESTIONS)
     assert max(sizes) == len(QUESTIONS) == 8
     steps, sizes[:] = len(sizes), []
@@ -160,7 +162,7 @@ def test_a_seed_draws_each_answer_of_a_batch_as_alone(tiny: SmolVLM) -> None:
     assert len({tuple(reply.token_ids) for reply in replies}) == len(SAMPLINGS)
 
 
-def test_without_a_seed_answers_are_drawn_apart(tiny: SmolVLM) -> None:
+def test_without_a_seed_rows_are_drawn_apart(tiny: SmolVLM) -> None:
     again = [tiny.ask_batch(["Say"] * 3, temperature=3.0, max_tokens=8) for _ in range(2)]
     assert len({tuple(reply.token_ids) for replies in again for reply in replies}) == 6
 
@@ -388,7 +390,7 @@ def test_the_answer_is_remembered_too(tiny: SmolVLM) -> None:
 
 
 @pytest.mark.parametrize("options", [{"kv_bits": 8}, {"max_kv_tokens": 160}])
-def test_other_caches_answer_too(options: dict[str, int]) -> None:
+def test_other_caches_answer_batches_too(options: dict[str, int]) -> None:
     """Packed rows equal packed single calls; rows keep every token."""
     vlm = load("demo", cache=CacheOptions(memory_bytes=0, **options))
     questions = QUESTIONS[:4]
