@@ -276,7 +276,8 @@ class AnswerBatch:
 
     def _drop_cancelled(self) -> None:
         """End the answers that were cancelled since the last step."""
-        cancelled = [answer for answer in self._waiting if answer.is_cancelled]
+        waiting = list(self._waiting)  # at once, since other threads may add to it
+        cancelled = [answer for answer in waiting if answer.is_cancelled]
         for answer in cancelled:
             self._waiting.remove(answer)
         if self._preparing is not None and self._preparing[0].is_cancelled:

@@ -448,6 +448,27 @@ def test_answers_wait_for_memory(
         assert_same(reply, ask_alone(vlm, f"Say {number}", max_tokens=260))
 
 
+def test_threads_add_and_cancel_during_steps(tiny: SmolVLM) -> None:
+    batch = AnswerBatch(tiny.engine, max_rows=2)
+    answers: list[BatchedAnswer] = []
+
+    def add() -> None:
+        for number in range(40):
+            answers.append(batch.add(*read(tiny, f"What {number}?", ONE_TILE)))
+            if number % 4 == 0:
+                batch.cancel(answers[-1])
+
+    thread = threading.Thread(target=add)
+    thread.start()
+    over = list[BatchedAnswer]()
+    while thread.is_alive() or batch.num_answers:
+        over += [update.answer for update in batch.step() if update.is_over]
+    thread.join()
+    assert len(over) == len(set(over)) == 40
+    assert set(over) == set(answers)
+    assert all(answer.error is None for answer in answers)
+
+
 def test_two_threads_cannot_step_at_once(tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = AnswerBatch(tiny.engine)
     batch.add(*read(tiny, "Hello", ONE_TILE))
