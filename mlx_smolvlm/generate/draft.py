@@ -124,9 +124,13 @@ class Governor:
         """Count a token of the answer that no draft was made for."""
         self._left = max(0, self._left - 1)
 
-    def record(self, drafted: int, accepted: int) -> None:
-        """Learn from a draft of `drafted` tokens, of which `accepted` were right."""
-        self._balance = min(MOST_SAVED, self._balance + accepted) - COST
+    def record(self, drafted: int, accepted: int, passes: int = 1) -> None:
+        """Learn from a draft of `drafted` tokens, of which `accepted` were right.
+
+        It took `passes` forward passes, which also gave the token after the draft.
+        """
+        saved = accepted + 1 - passes
+        self._balance = min(MOST_SAVED, self._balance + saved) - COST
         if accepted:
             self._pause = SHORTEST_PAUSE
         else:
@@ -212,11 +216,11 @@ class Drafter:
             return NO_DRAFT
         return Draft(token_ids, [*range(len(token_ids))])
 
-    def record(self, draft: Draft, accepted: int) -> None:
-        """Count a draft of whose guesses the first `accepted` were right."""
+    def record(self, draft: Draft, accepted: int, passes: int = 1) -> None:
+        """Count a draft of whose guesses the first `accepted` were right, after `passes`."""
         self.drafted += len(draft.guesses)
         self.accepted += accepted
-        self._governor.record(len(draft.guesses), accepted)
+        self._governor.record(len(draft.guesses), accepted, passes)
 
     @property
     def _width(self) -> int:

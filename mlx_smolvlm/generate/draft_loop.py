@@ -20,7 +20,7 @@ from mlx_smolvlm.model.model import Model
 
 # How far the largest logit must be above the others, by the type of the logits, for a token to
 # be taken from a pass over several tokens (docs/decisions/drafting.md).
-MARGINS = {mx.float32: 1e-3, mx.float16: 0.05, mx.bfloat16: 0.5}
+MARGINS = {mx.float32: 1e-3, mx.float16: 0.05, mx.bfloat16: 0.3}
 
 
 class Verdict(NamedTuple):
@@ -29,10 +29,12 @@ class Verdict(NamedTuple):
     Attributes:
         accepted: Number of guesses that are right.
         token_id: The token after them and what they force; None if nothing may follow.
+        passes: Number of forward passes that it took.
     """
 
     accepted: int
     token_id: int | None
+    passes: int = 1
 
 
 def generate_drafted_tokens(
@@ -45,7 +47,7 @@ def generate_drafted_tokens(
     """
     drawn, is_known = _start_sampling(prefill(model, inputs_embeds, cache)), False
     left = max_tokens
-    while left:
+    while left > 0:
         left -= 1
         draft, is_read = NO_DRAFT, is_known or drafter.should_wait()
         if is_read:
@@ -61,7 +63,7 @@ def generate_drafted_tokens(
             continue
         yield read_token_id(drawn)
         verdict = verify(model, cache, [read_token_id(drawn)], draft)
-        drafter.record(draft, verdict.accepted)
+        drafter.record(draft, verdict.accepted, verdict.passes)
         for token_id in draft.token_ids[: verdict.accepted]:
             drafter.append(token_id)
             left -= 1
@@ -111,7 +113,7 @@ def generate_drafted_constrained_tokens(
             logits = prefill(model, model.embed(np.array(new)), cache)
             continue
         verdict = verify(model, cache, new, draft)
-        drafter.record(draft, verdict.accepted)
+        drafter.record(draft, verdict.accepted, verdict.passes)
         right = draft.token_ids[: draft.ends[verdict.accepted]]
         constraint.undo(len(draft.token_ids) - len(right))
         left, token_id = left - len(right), verdict.token_id
@@ -149,7 +151,7 @@ def verify(model: Model, cache: KVCache, new: Sequence[int], draft: Draft) -> Ve
     cache.trim(start + last)
     logits = model.step(mx.array(fed[last : last + 1]), cache)
     mask = None if draft.masks is None else draft.masks[accepted]
-    return Verdict(accepted, read_token_id(_start_sampling(logits, mask)))
+    return Verdict(accepted, read_token_id(_start_sampling(logits, mask)), passes=2)
 
 
 def _start_sampling(logits: mx.array, mask: mx.array | None = None) -> mx.array:
