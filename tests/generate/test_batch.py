@@ -316,25 +316,28 @@ def test_closing_ends_all(tiny: SmolVLM) -> None:
 def test_the_cache_stays_within_its_limit(
     tiny: SmolVLM, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers that outgrow it wait, and go on later with the same tokens."""
-    monkeypatch.setattr("mlx_smolvlm.generate.batched_answer.GROWTH", 100)
-    vlm = make_endless(tiny, memory_bytes=0)  # so that they are computed again
-    batch = AnswerBatch(vlm.engine, max_rows=3, max_tokens=3 * 256)
-    questions: list[Question] = [
-        {"prompt": "Say 0", "max_tokens": 260},
-        {"prompt": "Say 1", "max_tokens": 260, "temperature": 0.7, "seed": 3},
-        {"prompt": "Say 2", "max_tokens": 260, "regex": "[a-z ]{2000}"},
-    ]
-    answers = [batch.add(*read(vlm, question, ONE_TILE)) for question in questions]
+    """Five short rows fit, and four of more than 64 tokens; the fifth goes on with its tokens."""
+    for name in ("kv.batched.STEP", "generate.batch.STEP"):
+        monkeypatch.setattr(f"mlx_smolvlm.{name}", 64)
+    monkeypatch.setattr("mlx_smolvlm.generate.batched_answer.GROWTH", 20)
+    vlm = make_endless(tiny, memory_bytes=0)  # so that it is computed again
+    batch = AnswerBatch(vlm.engine, max_tokens=512)
+    last = {"prompt": "Say 4", "temperature": 0.7, "seed": 3, "regex": "[a-z ]{900}"}
+    questions: list[Any] = [*(f"Say {n}" for n in range(4)), last]
+    options = BatchOptions(Sampling(max_tokens=70))
+    answers = []
+    for question in questions:
+        answers.append(batch.add(*read(vlm, question, options)))
     largest = 0
     while batch.num_answers:
         batch.step()
         largest = max(largest, batch._cache.capacity)
-    assert largest == 3 * 256
-    assert sizes.index(3) < sizes.index(1, sizes.index(3))
+    assert largest == 512
+    assert max(sizes) == 5
+    assert sizes[-1] == 1
     for answer, question in zip(answers, questions, strict=True):
-        assert_same(answer.reply, ask_alone(vlm, question))
-        assert answer.reply.generation_tokens == 260
+        assert_same(answer.reply, ask_alone(vlm, question, max_tokens=70))
+        assert answer.reply.generation_tokens == 70
         assert answer.reply.cached_tokens == 0
 
 
@@ -393,7 +396,7 @@ def test_the_answer_is_remembered_too(tiny: SmolVLM) -> None:
 def test_other_caches_answer_batches_too(options: dict[str, int]) -> None:
     """Packed rows equal packed single calls; rows keep every token."""
     vlm = load("demo", cache=CacheOptions(memory_bytes=0, **options))
-    questions = QUESTIONS[:4]
+    questions = QUESTIONS[2:4]
     for reply, question in zip(vlm.ask_batch(questions), questions, strict=True):
         assert reply.text == ask_alone(vlm, question).text
 
