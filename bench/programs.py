@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -116,8 +117,9 @@ class Program:
             SmolVLMError: The program failed, or has ended.
         """
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended; reading says so
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
         return self._read()
 
     def _read(self) -> dict[str, Any]:
@@ -129,5 +131,9 @@ class Program:
             raise SmolVLMError(f"{self.name} cannot be measured: it ended with status {status}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
-            raise SmolVLMError(f"{self.name} cannot be measured: {answer['error']}")
+            missing = answer["error"].startswith("ModuleNotFoundError")
+            advice = "; install it, or give the interpreter that has it with --peer-python"
+            raise SmolVLMError(
+                f"{self.name} cannot be measured: {answer['error']}{advice * missing}"
+            )
         return answer

@@ -3,6 +3,7 @@
 Its figures are the same on every run. It appends its name to LOG for each request.
 """
 
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -26,6 +27,8 @@ class Fake:
         """Return the constants."""
         if "broken" in sys.argv:
             raise ValueError("no such kernel")
+        if "quits" in sys.argv:
+            os._exit(4)
         with LOG.open("a") as file:
             file.write(f"{NAME} {request['do']}\n")
         if request["do"] == "vision":
@@ -36,6 +39,8 @@ class Fake:
         return ANSWERS[request["do"]]
 
 
+if "lacks" in sys.argv:
+    serve(lambda: __import__("mlx_vlm_that_nobody_has"))
 if "dies" in sys.argv:
     sys.exit(3)
 serve(Fake)

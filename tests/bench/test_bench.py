@@ -89,7 +89,13 @@ def test_programs_take_turns_and_ratios_say_how_many_times_faster(
 
 
 @pytest.mark.parametrize(
-    ("word", "why"), [("broken", "ValueError: no such kernel"), ("dies", "ended with status 3")]
+    ("word", "why"),
+    [
+        ("broken", "ValueError: no such kernel"),
+        ("dies", "ended with status 3"),
+        ("quits", "ended with status 4"),
+        ("lacks", "ModuleNotFoundError: .*; install it, or give .* --peer-python"),
+    ],
 )
 def test_a_program_that_fails_is_named(tmp_path: Path, config: Config, word: str, why: str) -> None:
     launches = [fake("mlx-smolvlm", tmp_path / "log"), fake("mlx-vlm", tmp_path / "log", word)]
