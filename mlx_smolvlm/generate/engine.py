@@ -94,8 +94,6 @@ class Engine:
             adapter,
         )
         self.guard = guard
-        if guard is not None:
-            model.prefill_chunk = guard.setup.prefill_chunk
         self.memory = make_memory(cache_options, path, config, adapter)
         self.encoder = compile_encoder(model)
         self._has_warned_of_videos = False
@@ -136,6 +134,7 @@ class Engine:
             return
         work = describe_work(prompt, max_tokens, rows)
         self.guard.check_answer(self.prompt_builder, prompt.media, work)
+        self.model.prefill_chunk = self.guard.setup.prefill_chunk
         spare = self.guard.count_spare(work)
         if spare is not None:
             self.memory.shrink(spare)

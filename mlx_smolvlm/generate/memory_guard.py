@@ -8,7 +8,14 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.errors import MemoryLimitError, SmolVLMWarning
-from mlx_smolvlm.generate.memory_plan import MB, Setup, Work, count_converted_bytes, estimate
+from mlx_smolvlm.generate.memory_plan import (
+    MB,
+    Setup,
+    Work,
+    count_converted_bytes,
+    estimate,
+    fit_batches,
+)
 from mlx_smolvlm.media.encode import Footage, Medium, Picture
 
 if TYPE_CHECKING:
@@ -28,7 +35,8 @@ class MemoryGuard:
     """Compares estimates with a limit, or without one with the memory of the machine.
 
     Attributes:
-        setup: How the checkpoint is computed.
+        setup: How the checkpoint is computed. Batches become smaller when an answer needs it,
+            and stay so.
         limit: Most bytes of the process, or None.
         machine: Memory of the machine in bytes; None if it is not known.
     """
@@ -54,7 +62,7 @@ class MemoryGuard:
         self._check("the model", work, least, lambda: list_weight_changes(self.setup, work))
 
     def check_answer(self, builder: PromptBuilder, media: Sequence[Medium], work: Work) -> None:
-        """Check that `work`, an answer about `media`, fits.
+        """Check that `work`, an answer about `media`, fits, if need be with smaller batches.
 
         Raises:
             MemoryLimitError: It does not.
@@ -63,9 +71,10 @@ class MemoryGuard:
         self._check(
             "this answer", work, least, lambda: list_changes(self.setup, builder, media, work)
         )
+        self.setup = fit_batches(self.setup, work, self.limit)
 
     def _count(self, setup: Setup, work: Work) -> int:
-        return estimate(setup, work, self.limit).total
+        return estimate(fit_batches(setup, work, self.limit), work, self.limit).total
 
     def _check(
         self, name: str, work: Work, least: str, list_all: Callable[[], Iterable[Change]]

@@ -25,7 +25,7 @@ BLAS_BYTES = 40 * MB  # buffers of OpenBLAS, and memory that the allocator does 
 VIDEO_BYTES = 90 * MB  # decoder of a video of 1920 x 1080
 UNPACK_BLOCK = 2**22  # numbers of a packed matrix that NumPy unpacks at a time
 LARGE_PICTURE = 17  # tiles of a square picture
-LARGE_PIXELS = 12 * MB  # pixels of a photo
+LEAST_CHUNK = 128  # tokens; in smaller chunks, unpacking matrices takes most of the time
 CGROUPS = Path("/sys/fs/cgroup")
 CACHE_SHARE = 16  # MLX keeps at most this part of a limit for reuse,
 SMALL_CACHE_SHARE = 64  # or this one where NumPy computes
@@ -248,7 +248,7 @@ def count_weights(
 def plan_setup(
     setup: Setup, tensors: Mapping[str, tuple[str, int]], limit: int | None, machine: int | None
 ) -> Setup:
-    """Complete `setup`: the size of the weights, whether they stay packed, and batch sizes.
+    """Complete `setup`: the size of the weights, and whether they stay packed.
 
     NumPy multiplies by float matrices. They are unpacked once if a long answer still fits, into
     `limit` or, without one, into half of the memory of the machine; else for each product.
@@ -268,7 +268,7 @@ def plan_setup(
         most = limit if limit is not None else None if machine is None else machine // 2
         if most is None or needed <= most:
             packed = whole
-    return choose_batches(packed, limit)
+    return packed
 
 
 def count_converted_bytes(config: Config, bits: int, item_bytes: int) -> int:
@@ -288,18 +288,15 @@ def count_converted_bytes(config: Config, bits: int, item_bytes: int) -> int:
     return round(decoder * (bits / 8 + scales) + (encoder + connector + embeddings) * (1 + scales))
 
 
-def choose_batches(setup: Setup, limit: int | None) -> Setup:
-    """Choose how many tiles and tokens are computed together, so that a large picture fits.
-
-    At least one tile and 128 tokens; `TILE_BATCH` and `PREFILL_CHUNK` without a limit.
-    """
+def fit_batches(setup: Setup, work: Work, limit: int | None) -> Setup:
+    """Compute fewer tiles and tokens together, down to 1 and 128, until `work` fits."""
     if limit is None:
         return setup
-    tokens = (setup.config.image_seq_len + 20) * LARGE_PICTURE
-    work = Work(LARGE_PICTURE, pixels=LARGE_PIXELS, tokens=tokens, max_tokens=tokens)
     while setup.tile_batch > 1 and estimate(setup, work, limit).while_encoding > limit:
         setup = replace(setup, tile_batch=setup.tile_batch // 2)
-    while setup.prefill_chunk > 128 and estimate(setup, work, limit).while_generating > limit:
+    while setup.prefill_chunk > LEAST_CHUNK and (
+        estimate(setup, work, limit).while_generating > limit
+    ):
         setup = replace(setup, prefill_chunk=setup.prefill_chunk // 2)
     return setup
 

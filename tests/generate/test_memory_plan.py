@@ -15,6 +15,7 @@ from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.config import Config, Quantization, QuantizationConfig
 from mlx_smolvlm.errors import MemoryLimitError, SmolVLMWarning
 from mlx_smolvlm.generate import memory_plan as plan
+from mlx_smolvlm.generate.engine import describe_work
 from mlx_smolvlm.generate.memory_guard import MemoryGuard, list_changes
 from mlx_smolvlm.generate.memory_plan import MB, Setup, Work, estimate
 from mlx_smolvlm.kv.options import CacheOptions
@@ -147,17 +148,21 @@ def test_a_conversion_is_predicted(real: Config) -> None:
     assert plan.count_converted_bytes(real, 4, 4) == pytest.approx(240 * MB, rel=0.03)
 
 
-def test_batches_shrink_with_the_limit(real: Config) -> None:
+def test_batches_shrink_until_the_work_fits(real: Config) -> None:
     setup = make_setup(real, backend="mlx-cpu", item_bytes=4)
-    free = plan.choose_batches(setup, None)
-    assert (free.tile_batch, free.prefill_chunk) == (4, 512)
-    roomy = plan.choose_batches(setup, 4 * GB)
-    assert (roomy.tile_batch, roomy.prefill_chunk) == (4, 512)
-    sizes = [plan.choose_batches(setup, limit * MB) for limit in (900, 700, 500, 200)]
-    assert [one.tile_batch for one in sizes] == sorted(
-        (one.tile_batch for one in sizes), reverse=True
+    work = Work(tiles=13, pixels=640 * 480, tokens=900, max_tokens=64)
+    assert plan.fit_batches(setup, work, None) is setup
+    assert plan.fit_batches(setup, work, 4 * GB) == setup
+    assert plan.fit_batches(setup, work, 100 * MB) == replace(
+        setup, tile_batch=1, prefill_chunk=128
     )
-    assert (sizes[-1].tile_batch, sizes[-1].prefill_chunk) == (1, 128)
+    two = replace(setup, tile_batch=2)
+    encoding = estimate(two, work, GB).while_encoding - GB // 16
+    assert plan.fit_batches(setup, work, encoding * 16 // 15 + MB) == two
+    text = replace(work, tiles=0, pixels=0)
+    fewer = replace(setup, prefill_chunk=256)
+    generating = estimate(fewer, text, GB).while_generating - GB // 16
+    assert plan.fit_batches(setup, text, generating * 16 // 15 + MB) == fewer
 
 
 def test_estimates_of_mlx_cover_what_it_allocates(tiny: SmolVLM) -> None:
@@ -341,18 +346,26 @@ def test_work_of_earlier_prompts_makes_room(tiny_folder: Path) -> None:
     assert memory.nbytes == 0
 
 
+@pytest.mark.usefixtures("restored", "no_reserve")
 def test_a_limit_changes_no_answer(
-    tiny: SmolVLM, tiny_folder: Path, restored: None, monkeypatch: pytest.MonkeyPatch
+    tiny: SmolVLM, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     question, pictures = "What is this?", [picture((96, 64))]
-    expected = tiny.ask(question, pictures, max_tokens=6)
-    monkeypatch.setattr(plan, "LARGE_PICTURE", 10**8)  # for which batches must be small
+    text = "word " * 80
+    expected = [tiny.ask(question, pictures, max_tokens=6), tiny.ask(text, max_tokens=6)]
     limited = load(tiny_folder, memory_limit=10 * GB)
     calls: list[int] = []
     encoder = limited.engine.encoder
     monkeypatch.setattr(limited.engine, "encoder", lambda x: calls.append(len(x)) or encoder(x))
-    assert limited.ask(question, pictures, max_tokens=6).token_ids == expected.token_ids
     guard = limited.engine.guard
     assert guard is not None
+    monkeypatch.setattr(plan, "LEAST_CHUNK", 16)
+    monkeypatch.setattr(plan, "_estimate_encoding", lambda _, tiles: tiles * GB)  # it counts most
+    smallest = replace(guard.setup, tile_batch=1, prefill_chunk=16)
+    for prompt, media, answer in ((question, pictures, expected[0]), (text, [], expected[1])):
+        built = limited.stream(prompt, media, max_tokens=6)._prompt
+        guard.limit = estimate(smallest, describe_work(built, 6)).total
+        assert limited.ask(prompt, media, max_tokens=6).token_ids == answer.token_ids
+        guard.limit = 10 * GB
     assert {*calls} == {1}
-    assert limited.model.prefill_chunk == guard.setup.prefill_chunk == 128
+    assert limited.model.prefill_chunk == guard.setup.prefill_chunk == 16
