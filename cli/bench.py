@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mlx_smolvlm.bench.report import Report
 
 BITS = (4, 8, 16)
+SIZES = ("256m", "500m", "2.2b")
 PEERS = ("mlx-vlm", "transformers", "mlx-lm")
 BENCH_EPILOG = """\
 \b
@@ -38,9 +39,12 @@ def bench(
         str | None, typer.Argument(metavar="MODEL", help="A model as in chat. Default: demo.")
     ] = None,
     random: Annotated[
-        Literal["256m", "500m", "2.2b"] | None,
-        typer.Option(help="Measure random weights of a published model's sizes, offline."),
-    ] = None,
+        str,
+        typer.Option(
+            metavar="256m,500m,2.2b",
+            help="Measure random weights of published models' sizes, offline.",
+        ),
+    ] = "",
     bits: Annotated[
         str, typer.Option(metavar="4,8,16", help="Precisions to measure, side by side.")
     ] = "",
@@ -85,13 +89,13 @@ def bench(
     offline: OfflineOption = False,
 ) -> None:
     """Measure speed and memory on this machine."""
-    if model is not None and random is not None:
+    if model is not None and random:
         raise typer.BadParameter("MODEL and --random exclude each other", param_hint="--random")
     _check_output("--png", png)
     _check_output("--json", None if json in (None, "-") else Path(json or ""))
     request = BenchRequest(
         model=model or "demo",
-        random=random,
+        random=tuple(dict.fromkeys(filter(None, random.split(",")))),
         bits=_parse_numbers("--bits", bits),
         against=tuple(against or ()),
         peer_python=peer_python,
@@ -101,13 +105,13 @@ def bench(
     )
     bar = ProgressBar()
     with contextlib.closing(bar), _open_work(work) as folder:
-        opened = request.open_model(folder, bar.draw)
+        models = request.open_models(folder, bar.draw)
         if tune:
-            _tune(opened, repeat, bar)
+            _tune(models[0], repeat, bar)
             return
         counts = _parse_numbers("--tiles", tiles)
-        options = _make_options(opened, counts, prompt_tokens, max_tokens, repeat)
-        report = _measure(opened, request.list_launches(opened), options, bar)
+        options = [_make_options(one, counts, prompt_tokens, max_tokens, repeat) for one in models]
+        report = _measure(request, models, options, bar)
     _print_report(report, json, png)
 
 
@@ -116,7 +120,7 @@ class BenchRequest:
     """The options of `bench` that say what to measure."""
 
     model: str
-    random: str | None
+    random: tuple[str, ...]
     bits: tuple[int, ...]
     against: tuple[str, ...]
     peer_python: str | None
@@ -128,27 +132,34 @@ class BenchRequest:
         for number in self.bits:
             if number not in BITS:
                 raise typer.BadParameter(f"{number} is none of 4, 8 and 16", param_hint="--bits")
+        for size in self.random:
+            if size not in SIZES:
+                message = f"'{size}' is none of {', '.join(SIZES)}"
+                raise typer.BadParameter(message, param_hint="--random")
+        if self.against and len(self.random) > 1:
+            message = "other programs are measured on one size at a time"
+            raise typer.BadParameter(message, param_hint="--random")
         for name in self.against:
             if name not in PEERS:
                 raise typer.BadParameter(
                     f"'{name}' is none of {', '.join(PEERS)}", param_hint="--against"
                 )
 
-    def open_model(self, work: Path, progress: Progress) -> BenchModel:
-        """Make or open the model; conversions are written to `work`.
+    def open_models(self, work: Path, progress: Progress) -> list[BenchModel]:
+        """Make or open the models; conversions are written to `work`.
 
         Raises:
-            CheckpointError: It cannot be found or converted.
+            CheckpointError: One cannot be found or converted.
         """
         from mlx_smolvlm.bench.models import make_random_model, open_model
 
-        if self.random is not None:
-            say(f"making random weights of {self.random}", dim=True)
-            return make_random_model(self.random, self.bits, work, progress)
-        return open_model(self.model, self.bits, work, self.offline, progress)
+        if not self.random:
+            return [open_model(self.model, self.bits, work, self.offline, progress)]
+        say(f"making random weights of {', '.join(self.random)}", dim=True)
+        return [make_random_model(size, self.bits, work, progress) for size in self.random]
 
-    def list_launches(self, model: BenchModel) -> list[Launch]:
-        """Return how to start each program, this package first.
+    def list_launches(self, model: BenchModel, size: str = "") -> list[Launch]:
+        """Return how to start each program, this package first; `size` is part of its name.
 
         Raises:
             CheckpointError: A peer is wanted, and there is nothing that it can read.
@@ -156,7 +167,11 @@ class BenchRequest:
         from mlx_smolvlm.bench.programs import OURS, launch_ours, launch_peer
 
         ours = [
-            launch_ours(folder, name=f"{OURS} {precision}".strip(), memory_limit=self.memory_limit)
+            launch_ours(
+                folder,
+                name=" ".join(filter(None, (OURS, size, precision))),
+                memory_limit=self.memory_limit,
+            )
             for precision, folder in model.folders.items()
         ]
         peers = [
@@ -190,15 +205,23 @@ def _make_options(
 
 
 def _measure(
-    model: BenchModel, launches: list[Launch], options: BenchOptions, bar: ProgressBar
+    request: BenchRequest,
+    models: list[BenchModel],
+    options: list[BenchOptions],
+    bar: ProgressBar,
 ) -> Report:
-    """Run the programs and return the report."""
+    """Run the programs, one model after the other, and return the report."""
     from mlx_smolvlm.bench.machine import describe_machine
-    from mlx_smolvlm.bench.measure import run_bench
+    from mlx_smolvlm.bench.measure import Result, run_bench
     from mlx_smolvlm.bench.report import Report
 
-    results = run_bench(launches, model.config, options, bar.draw)
-    return Report(model.name, describe_machine(), options, results)
+    results: list[Result] = []
+    for number, (model, one) in enumerate(zip(models, options, strict=True)):
+        size = request.random[number] if len(models) > 1 else ""
+        launches = request.list_launches(model, size)
+        results += run_bench(launches, model.config, one, bar.draw)
+    names = ", ".join(model.name for model in models)
+    return Report(names, describe_machine(), options[0], results)
 
 
 def _print_report(report: Report, json: str | None, png: Path | None) -> None:

@@ -12,8 +12,10 @@ from PIL import Image
 from mlx_smolvlm import tuning
 from mlx_smolvlm.bench import tune
 from mlx_smolvlm.bench.measure import BenchOptions, Result
+from mlx_smolvlm.bench.models import BenchModel
 from mlx_smolvlm.bench.programs import Launch
 from mlx_smolvlm.cli.app import main
+from mlx_smolvlm.convert.hub import resolve
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -76,6 +78,20 @@ def test_options_arrive_and_results_go_where_they_should(
         assert picture.width == 1100
 
 
+def test_sizes_stand_side_by_side(
+    run: Run, seen: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_random_model(size: str, bits: object, work: object, progress: object) -> BenchModel:
+        return BenchModel(size, {"16 bits": resolve("demo")}, None)
+
+    monkeypatch.setattr("mlx_smolvlm.bench.models.make_random_model", make_random_model)
+    status, out, _ = run("--random", "256m,500m")
+    assert status == 0
+    names = [one.name for one in (*seen[0], *seen[2])]
+    assert names == ["mlx-smolvlm 256m 16 bits", "mlx-smolvlm 500m 16 bits"]
+    assert all(name in out for name in names)
+
+
 def test_json_on_stdout_stands_alone(run: Run, seen: list[Any]) -> None:
     status, out, _ = run("--json", "-")
     assert status == 0
@@ -92,6 +108,8 @@ def test_json_on_stdout_stands_alone(run: Run, seen: list[Any]) -> None:
         (["--prompt-tokens", "99999"], 2, "exceeds the context of 2,048"),
         (["--against", "ollama"], 2, "'ollama' is none of mlx-vlm"),
         (["demo", "--random", "256m"], 2, "exclude each other"),
+        (["--random", "1b"], 2, "'1b' is none of 256m, 500m, 2.2b"),
+        (["--random", "256m,500m", "--against", "mlx-vlm"], 2, "one size at a time"),
         (["--json", "/no/such/a.json"], 2, "there is no folder /no/such"),
         (["--against", "mlx-vlm"], 1, "demo is no checkpoint of Hugging Face's format"),
         (["--tune", "--repeat", "1"], 2, "repeat is 1"),
