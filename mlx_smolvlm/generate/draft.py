@@ -7,7 +7,8 @@ Source: github.com/apoorvumang/prompt-lookup-decoding.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -34,7 +35,8 @@ class PromptLookup:
 
     Args:
         token_ids: The tokens so far.
-        numbers: Tokens that are numbers, and match each other.
+        read_numbers: Returns the tokens that are numbers, and match each other. It is called at
+            the first proposal, since a vocabulary takes a while to read.
         excluded: Tokens that are never proposed, such as image placeholders.
         ends: Tokens after which nothing is proposed.
     """
@@ -42,24 +44,24 @@ class PromptLookup:
     def __init__(
         self,
         token_ids: np.ndarray,
-        numbers: Collection[int] = (),
+        read_numbers: Callable[[], Collection[int]] = tuple,
         excluded: Collection[int] = (),
         ends: Collection[int] = (),
     ) -> None:
-        self._numbers, self._ends = frozenset(numbers), frozenset(ends)
-        self._excluded = frozenset(excluded)
-        self._token_ids = list[int]()
+        self._read_numbers = read_numbers
+        self._excluded, self._ends = frozenset(excluded), frozenset(ends)
+        self._token_ids: list[int] = token_ids.tolist()
         self._kinds = list[int]()  # the tokens, with one id for all numbers
         self._followers: dict[tuple[int, ...], int] = {}  # n-gram to the index after it
         self._similar: dict[tuple[int, ...], int] = {}  # the same for `_kinds`
-        self._num_indexed = 0
-        for token_id in token_ids.tolist():
-            self.append(token_id)
+
+    @cached_property
+    def _numbers(self) -> frozenset[int]:
+        return frozenset(self._read_numbers())
 
     def append(self, token_id: int) -> None:
         """Append a token."""
         self._token_ids.append(token_id)
-        self._kinds.append(NUMBER if token_id in self._numbers else token_id)
 
     def propose(self, most: int) -> list[int]:
         """Return up to `most` tokens that may follow; none if no suffix occurred before.
@@ -90,13 +92,14 @@ class PromptLookup:
 
     def _index(self) -> None:
         """Index the n-grams before each new token; there are none before excluded tokens."""
-        token_ids, kinds = self._token_ids, self._kinds
-        for place in range(self._num_indexed, len(token_ids)):
-            if token_ids[place] not in self._excluded:
+        token_ids, kinds, numbers = self._token_ids, self._kinds, self._numbers
+        for place in range(len(kinds), len(token_ids)):
+            token_id = token_ids[place]
+            if token_id not in self._excluded:
                 for n in range(1, min(LONGEST_MATCH, place) + 1):
                     self._followers[tuple(token_ids[place - n : place])] = place
                     self._similar[tuple(kinds[place - n : place])] = place
-        self._num_indexed = len(token_ids)
+            kinds.append(NUMBER if token_id in numbers else token_id)
 
 
 class Governor:
@@ -265,6 +268,7 @@ def make_drafter(engine: Engine, input_ids: np.ndarray, sampling: Sampling) -> D
     if sampling.draft == "off" or sampling.temperature > 0 or triggers == frozenset():
         return None
     most = MAX_DRAFT if sampling.draft == "auto" else sampling.draft
-    config, numbers = engine.config, engine.prompt_builder.number_token_ids
-    lookup = PromptLookup(input_ids, numbers, [config.image_token_id], config.eos_token_ids)
+    config, builder = engine.config, engine.prompt_builder
+    excluded, ends = [config.image_token_id], config.eos_token_ids
+    lookup = PromptLookup(input_ids, lambda: builder.number_token_ids, excluded, ends)
     return Drafter(lookup, Governor(most), triggers)

@@ -42,7 +42,7 @@ ROWS: dict[str, Any] = {
 
 
 def propose(token_ids: list[int], most: int = MAX_DRAFT, excluded: int = -1) -> list[int]:
-    return PromptLookup(np.array(token_ids), NUMBERS, [excluded], [99]).propose(most)
+    return PromptLookup(np.array(token_ids), lambda: NUMBERS, [excluded], [99]).propose(most)
 
 
 def make_drafter(token_ids: list[int], triggers: tuple[int, ...] | None = None) -> Drafter:
@@ -347,7 +347,9 @@ def test_documents_are_drafted_by_default(demo: SmolVLM) -> None:
     assert page.drafted_tokens > 0
     question = ("Describe this image.", EXAMPLES / "four.png")
     assert demo.ask(*question, detail="low", draft=7).drafted_tokens > 0
+    demo.engine.prompt_builder.__dict__.pop("number_token_ids")
     assert demo.ask(*question, detail="low").drafted_tokens == 0
+    assert "number_token_ids" not in demo.engine.prompt_builder.__dict__  # nor was it read
 
 
 def test_which_answers_are_drafted(demo: SmolVLM) -> None:
