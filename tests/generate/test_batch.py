@@ -440,7 +440,11 @@ def test_answers_wait_for_memory(
         return 700 - work.max_tokens
 
     monkeypatch.setattr("mlx_smolvlm.generate.batched_answer.GROWTH", 100)
-    guard = SimpleNamespace(count_spare=count_spare, check_answer=lambda *_: None)
+    guard = SimpleNamespace(
+        count_spare=count_spare,
+        check_answer=lambda *_: None,
+        setup=SimpleNamespace(tile_batch=4, prefill_chunk=512),
+    )
     monkeypatch.setattr(vlm.engine, "guard", guard)
     monkeypatch.setattr(Engine, "tile_batch", 4)
     replies = vlm.ask_batch(["Say 0", "Say 1", "Say 2"], max_tokens=260)
