@@ -47,8 +47,13 @@ class MemoryGuard:
     _has_warned: bool = field(default=False, repr=False)
 
     def count_spare(self, work: Work) -> int | None:
-        """Bytes that `work` leaves of the limit; negative if it does not fit, None without one."""
-        return None if self.limit is None else self.limit - self._count(self.setup, work)
+        """Bytes that `work` leaves of the limit, with batches as they are; None without a limit.
+
+        Negative if it does not fit.
+        """
+        if self.limit is None:
+            return None
+        return self.limit - estimate(self.setup, work, self.limit).total
 
     def check_weights(self) -> None:
         """Check that a short answer to a short question fits, before weights are loaded.
