@@ -132,19 +132,28 @@ def list_changes(
         media: The pictures and videos of the prompt.
         work: The answer.
     """
-    cache, width = setup.cache, setup.config.text.head_dim
-    if cache.kv_bits is None and cache.folder is None and width % cache.kv_group_size == 0:
-        packed = replace(setup, cache=replace(cache, kv_bits=8))
-        yield "kv_bits 8 (--kv-bits 8)", packed, work
+    is_fast = setup.backend == "mlx-gpu"  # on a CPU, packed keys and values are slow
+    if is_fast:
+        yield from _list_kv_changes(setup, work)
     for count in range(work.max_tokens // SHORT * SHORT, SHORT, -SHORT):
         shorter = replace(work, max_tokens=count)
         yield f"max_tokens {count} (--max-tokens {count})", setup, shorter
     yield from _list_picture_changes(setup, builder, media, work)
     yield from _list_video_changes(setup, builder, media, work)
+    if not is_fast:
+        yield from _list_kv_changes(setup, work)
     yield from list_weight_changes(setup, work)
     short = replace(work, max_tokens=min(work.max_tokens, 2 * SHORT))
     for text, same, smaller in _list_picture_changes(setup, builder, media, short):
         yield f"{text} and max_tokens {2 * SHORT} (--max-tokens {2 * SHORT})", same, smaller
+
+
+def _list_kv_changes(setup: Setup, work: Work) -> Iterator[Change]:
+    """Yield keys and values of 8 bits, if they can be had."""
+    cache, width = setup.cache, setup.config.text.head_dim
+    if cache.kv_bits is None and cache.folder is None and width % cache.kv_group_size == 0:
+        packed = replace(setup, cache=replace(cache, kv_bits=8))
+        yield "kv_bits 8 (--kv-bits 8)", packed, work
 
 
 def _list_picture_changes(

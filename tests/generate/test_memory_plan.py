@@ -285,6 +285,8 @@ def test_the_smallest_change_that_fits_is_named(tiny: SmolVLM, real: Config) -> 
     setup = make_setup(real, item_bytes=4, tile_batch=1, prefill_chunk=128)
     work = Work(tiles=13, pixels=640 * 480, tokens=900, max_tokens=2000)
     assert advise(tiny, setup, work, MB) == "use kv_bits 8 (--kv-bits 8)"
+    on_cpu = replace(setup, backend="mlx-cpu")
+    assert advise(tiny, on_cpu, work, MB) == "use max_tokens 1856 (--max-tokens 1856)"
     packed = replace(setup, cache=CacheOptions(kv_bits=8))
     long = replace(work, max_tokens=4000)
     assert advise(tiny, packed, long, 20 * MB) == "use max_tokens 3136 (--max-tokens 3136)"
