@@ -1,7 +1,7 @@
 """Compare eight questions about eight pictures in one batch and one after the other.
 
     python -m benchmarks.batch [--folder FOLDER [--files FILES]] [--detail low|high]
-        [--tokens N] [--rounds N] [--encoded] [--json]
+        [--tokens N] [--rounds N] [--encoded | --length N] [--json]
 
 With `--folder`, a checkpoint of SmolVLM2-256M's sizes with random weights, which is made there by
 benchmarks/random_checkpoint.py (FILES as there), answers `--tokens` tokens of nonsense about
@@ -9,7 +9,9 @@ pictures of noise; otherwise the demo answers about the example pictures. Everyt
 in float32, and nothing is reused. The two ways take turns in each round; the ratios are medians
 over rounds, and the program fails unless all token ids are the same. `--encoded` gives each picture
 random embeddings instead of encoding it, so that thirteen tiles (`--detail high`) take minutes
-and not hours; decoding does the same work.
+and not hours; decoding does the same work. `--length N` only times steps of eight rows and of one,
+behind N tokens of random keys and values, by CPU time, which other programs disturb less; it is
+meant for `OPENBLAS_NUM_THREADS=1`.
 """
 
 from __future__ import annotations
@@ -28,10 +30,12 @@ from PIL import Image
 
 from benchmarks.random_checkpoint import make_random_checkpoint
 from mlx_smolvlm import Sampling, SmolVLM, load
-from mlx_smolvlm.generate.batch import AnswerBatch
+from mlx_smolvlm.generate.batch import AnswerBatch, step_rows
 from mlx_smolvlm.generate.engine import Engine, Prompt
 from mlx_smolvlm.generate.questions import BatchOptions, read_question
 from mlx_smolvlm.generate.stream import AnswerStream
+from mlx_smolvlm.kv.batched import BatchedKVCache
+from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.media.encode import Picture
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -133,6 +137,32 @@ def compare(vlm: SmolVLM, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def make_random_cache(vlm: SmolVLM, length: int) -> KVCache:
+    """Return a cache of `length` tokens with random keys and values."""
+    cache, text = vlm.model.make_cache(), vlm.config.text
+    shape = 1, 2 * text.num_key_value_heads, length, text.head_dim
+    for layer in range(text.num_hidden_layers):
+        cache.buffers[layer] = (mx.random.normal(shape),)
+    cache.offset = length
+    mx.eval(cache.arrays)
+    return cache
+
+
+def compare_steps(vlm: SmolVLM, length: int, count: int) -> list[tuple[float, float]]:
+    """Return the CPU seconds of `count` steps of eight rows, and of one, taken in turns."""
+    single, rows = make_random_cache(vlm, length), BatchedKVCache(vlm.config.text.num_hidden_layers)
+    for _ in range(8):
+        rows.add(make_random_cache(vlm, length))
+    seconds = []
+    for _ in range(count + 1):
+        began = time.process_time()
+        mx.eval(step_rows(vlm.model, rows, mx.array([1] * 8)))
+        between = time.process_time()
+        mx.eval(vlm.model.step(mx.array([1]), single))
+        seconds.append((between - began, time.process_time() - between))
+    return seconds[1:]  # the first warms up
+
+
 def _read_speeds(run: Run) -> tuple[float, float]:
     """Tokens per second of decoding, and of the whole."""
     total = sum(map(len, run.token_ids))
@@ -148,7 +178,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--encoded", action="store_true", help="do not encode the pictures")
     parser.add_argument("--json", action="store_true")
+    parser.add_argument("--length", type=int, help="only time steps behind so many tokens")
     options = parser.parse_args()
+    if options.length is not None:
+        seconds = compare_steps(load_model(options), options.length, 5 * options.rounds)
+        eight, one = (1e3 * median(times) for times in zip(*seconds, strict=True))
+        ratio = median(8 * single / batch for batch, single in seconds)
+        print(f"a step behind {options.length} tokens: {eight:.1f} ms for eight rows, {one:.1f} ms")
+        print(f"for one (CPU time, medians of {len(seconds)}); {ratio:.2f} times the tokens")
+        return
     result = compare(load_model(options), options)
     if options.json:
         print(json.dumps(result))

@@ -392,6 +392,30 @@ def test_the_answer_is_remembered_too(tiny: SmolVLM) -> None:
                 assert length >= prompt.input_ids.size - 2
 
 
+def test_turns_of_conversations_keep_their_own_state(tiny: SmolVLM) -> None:
+    batch = AnswerBatch(tiny.engine)
+    prompt, sampling = read(tiny, ("What?", PICTURES[0]), ONE_TILE)
+    first = batch.add(dataclasses.replace(prompt, is_turn=True), sampling)
+    other = batch.add(*read(tiny, "Hello", ONE_TILE))
+    run(batch)
+    assert first.state is not None
+    [picture] = prompt.media
+    assert isinstance(picture, Picture)
+    assert picture.image is not None  # the conversation may need it
+    tiny.engine.memory.clear()
+    ids = np.concatenate([prompt.input_ids, first.reply.token_ids, [5, 6]]).astype(np.int32)
+    second = batch.add(Prompt(ids, prompt.media, first.state, is_turn=True), sampling)
+    again = batch.add(*read(tiny, "Hello", ONE_TILE))
+    run(batch)
+    assert second.reply.cached_tokens >= ids.size - 3
+    assert second.reply.encoded_tiles == 0
+    assert again.reply.token_ids == other.reply.token_ids
+    tiny.engine.memory.clear()
+    cold = batch.add(Prompt(ids, prompt.media), sampling)
+    run(batch)
+    assert second.reply.token_ids == cold.reply.token_ids
+
+
 @pytest.mark.parametrize("options", [{"kv_bits": 8}, {"max_kv_tokens": 160}])
 def test_other_caches_answer_batches_too(options: dict[str, int]) -> None:
     """Packed rows equal packed single calls; rows keep every token."""
