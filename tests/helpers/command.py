@@ -11,6 +11,12 @@ from pathlib import Path
 from tests.helpers.forked_command import Runner
 
 COMMAND = [sys.executable, "-m", "mlx_smolvlm.cli.app"]
+MAIN = """
+import sys
+from mlx_smolvlm.cli.app import main
+sys.argv[0] = "mlx-smolvlm"
+main()
+"""
 FORKS = sys.platform == "linux"  # Metal does not survive a fork
 
 
@@ -35,19 +41,25 @@ def run(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     timeout_s: float = 60,
+    prelude: str = "",
 ) -> subprocess.CompletedProcess[bytes]:
-    """The finished command, whose variables are `environment()` and `env`."""
+    """The finished command, whose variables are `environment()` and `env`.
+
+    `prelude` is Python code that its process runs first.
+    """
     variables = environment(**(env or {}))
     if FORKS and start_runner().suits(variables):
         request = {
             "arguments": [os.fsdecode(argument) for argument in arguments],
             "cwd": str(cwd or Path.cwd()),
             "environment": variables,
+            "prelude": prelude,
         }
         status, out, error = start_runner().run(request, stdin, timeout_s)
         return subprocess.CompletedProcess([*COMMAND, *arguments], status, out, error)
+    program = [sys.executable, "-c", prelude + MAIN] if prelude else COMMAND
     return subprocess.run(
-        [*COMMAND, *arguments],
+        [*program, *arguments],
         input=stdin,
         capture_output=True,
         timeout=timeout_s,
@@ -61,9 +73,10 @@ def run_text(
     env: Mapping[str, str] | None = None,
     cwd: Path | None = None,
     timeout_s: float = 60,
+    prelude: str = "",
 ) -> subprocess.CompletedProcess[str]:
     """The same with what it wrote as text."""
-    done = run(*arguments, env=env, cwd=cwd, timeout_s=timeout_s)
+    done = run(*arguments, env=env, cwd=cwd, timeout_s=timeout_s, prelude=prelude)
     out, error = done.stdout.decode(), done.stderr.decode()
     return subprocess.CompletedProcess(done.args, done.returncode, out, error)
 

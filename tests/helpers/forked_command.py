@@ -148,6 +148,7 @@ def serve() -> list[str]:
     os.environ.clear()
     os.environ.update(request["environment"])
     os.chdir(request["cwd"])
+    exec(request["prelude"], {})
     arguments: list[str] = request["arguments"]
     return arguments
 

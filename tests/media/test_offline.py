@@ -1,28 +1,23 @@
 """With --offline or the environment variables, no process opens a socket."""
 
-import os
 import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.media.fetch import is_offline
+from tests.helpers import command
 from tests.helpers import hf_folder as hf
 
-# Runs the command line in a process that exits when it opens a socket or looks up a name.
-GUARDED = """
-    import os, sys
-    def guard(event, _arguments):
-        if event.startswith("socket.") and event != "socket.__init__":
-            os.write(2, f"SOCKET {event}".encode())
-            os._exit(99)
-    sys.addaudithook(guard)
-    from mlx_smolvlm.cli.app import main
-    sys.argv[0] = "mlx-smolvlm"
-    main()
+# Lets the command exit when it opens a socket or looks up a name.
+GUARD = """
+import os, sys
+def guard(event, _arguments):
+    if event.startswith("socket.") and event != "socket.__init__":
+        os.write(2, f"SOCKET {event}".encode())
+        os._exit(99)
+sys.addaudithook(guard)
 """
 
 
@@ -32,14 +27,8 @@ def run(*arguments: object, cwd: Path, **changes: str) -> subprocess.CompletedPr
         "HF_HOME": str(cwd / "hf"),
         "HF_ENDPOINT": "http://127.0.0.1:9",
     }
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(GUARDED), *map(str, arguments)],
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=cwd,
-        env={**os.environ, **environment, **changes},
+    return command.run_text(
+        *map(str, arguments), cwd=cwd, env={**environment, **changes}, prelude=GUARD
     )
 
 
