@@ -455,14 +455,16 @@ def folder_of(tmp_path: Path, values: dict) -> Path:
 def test_the_name_table_covers_published_checkpoints(tmp_path, name):
     values, tensors = published(name)
     config = read_hf_config(Source(folder_of(tmp_path, values), name))
-    final, steps = make_steps(config, match_tensors(tensors), {}, {})
+    found, entries = match_tensors(tensors), list_entries(config)
+    final, steps = make_steps(config, found, {}, {})
     assert final == config
     assert sum(step.source_nbytes for step in steps) == sum(i.nbytes for i in tensors.values())
     assert sum(step.nbytes(2) for step in steps) == sum(i.nbytes for i in tensors.values())
-    for key in tensors:
+    assert {source_name for source_name, _ in found.values()} == set(tensors)
+    for missing in found:
         with pytest.raises(CheckpointError, match="is missing"):
             make_steps(
-                config, match_tensors({k: v for k, v in tensors.items() if k != key}), {}, {}
+                config, {k: v for k, v in found.items() if k != missing}, {}, {}, expected=entries
             )
 
 
