@@ -16,10 +16,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_smolvlm.checkpoint.load import build_model, load_model, read_config
-from mlx_smolvlm.checkpoint.lora import read_adapter_config, save_adapter
+from mlx_smolvlm.checkpoint.lora import load_adapter, read_adapter_config, save_adapter
 from mlx_smolvlm.config import Quantization, QuantizationConfig
 from mlx_smolvlm.errors import TrainingError
-from mlx_smolvlm.smolvlm import load
+from mlx_smolvlm.smolvlm import load, load_in_mlx
 from mlx_smolvlm.train.batches import BatchLoader, EmbeddingCache, MediaOptions
 from mlx_smolvlm.train.dataset import Example
 from mlx_smolvlm.train.finetune import Tuning
@@ -207,7 +207,7 @@ def test_checkpointed_layers_drop_by_layer_and_batch(
 
 
 def test_other_batches_and_layers_are_dropped_differently(tiny_folder: Path, work: Path) -> None:
-    vlm = load(tiny_folder)
+    vlm = load_in_mlx(tiny_folder)
     config = start_adapter(vlm.model, ("text",), LoraSettings(rank=4, dropout=0.5), "a test")
     modules = dict(vlm.model.named_modules())
     for path in config.modules:
@@ -228,7 +228,8 @@ def test_held_out_answers_are_judged_without_dropout(tiny_folder: Path, work: Pa
     tuning = open_tuning(work, tiny_folder, steps=3, lora__dropout=0.9, optimizer__rate=0.05)
     run(tuning)
     log = [json.loads(line) for line in (work / "out" / "log.jsonl").read_text().splitlines()]
-    vlm = load(tiny_folder, adapter=work / "out" / "adapter")
+    vlm = load_in_mlx(tiny_folder)
+    load_adapter(vlm.model, work / "out" / "adapter", vlm.config.source)
     assert tuning._valid is not None
     loader, batches = tuning._valid
     fresh = BatchLoader(vlm, loader._select_examples, batches, MediaOptions(), EmbeddingCache(vlm))
@@ -265,7 +266,8 @@ def test_a_loaded_adapter_adds_its_scaled_product(tiny_folder: Path, tmp_path: P
     folder = save_random_adapter(tmp_path / "adapter", tiny_folder, ("text", "connector"))
     config = read_adapter_config(folder)
     arrays: Any = mx.load(str(folder / "adapters.safetensors"))
-    vlm, plain = load(tiny_folder, adapter=folder), load_model(tiny_folder)
+    vlm, plain = load_in_mlx(tiny_folder), load_model(tiny_folder)
+    load_adapter(vlm.model, folder, vlm.config.source)
     bases = dict(plain.named_modules())
     for path, module in vlm.model.named_modules():
         if path not in config.modules:

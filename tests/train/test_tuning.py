@@ -21,7 +21,7 @@ from mlx_smolvlm.config import Quantization, QuantizationConfig
 from mlx_smolvlm.errors import CheckpointError, DatasetError, SmolVLMWarning, TrainingError
 from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.prompt.builder import PromptBuilder
-from mlx_smolvlm.smolvlm import SmolVLM, load
+from mlx_smolvlm.smolvlm import SmolVLM, load, load_in_mlx
 from mlx_smolvlm.train.batches import (
     BatchLoader,
     EmbeddingCache,
@@ -185,7 +185,7 @@ def test_a_picture_that_is_none(tiny_folder: Path, work: Path) -> None:
 
 @pytest.mark.parametrize("loss", [answer_loss, checkpointed_loss])
 def test_a_later_token_changes_nothing_before_it(tiny_folder: Path, loss: Any) -> None:
-    vlm = load(tiny_folder)
+    vlm = load_in_mlx(tiny_folder)
     start_adapter(vlm.model, ("text", "vision"), LoraSettings(rank=4), "a test")
     vlm.model.train()
     batch = batch_of(vlm)
@@ -239,7 +239,7 @@ def test_padding_changes_nothing(tiny: SmolVLM) -> None:
 
 
 def test_gradients_of_adapters_against_finite_differences(tiny_folder: Path) -> None:
-    vlm = load(tiny_folder)
+    vlm = load_in_mlx(tiny_folder)
     config = start_adapter(
         vlm.model, ("text", "vision", "connector", "embeddings"), LoraSettings(rank=2), "a test"
     )
@@ -274,7 +274,7 @@ def test_gradients_of_adapters_against_finite_differences(tiny_folder: Path) -> 
 def test_layers_that_are_computed_twice_give_the_same_gradient(
     tiny_folder: Path, dropout: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    vlm = load(tiny_folder)
+    vlm = load_in_mlx(tiny_folder)
     lora = LoraSettings(rank=4, dropout=dropout)
     config = start_adapter(vlm.model, ("text", "vision"), lora, "a test")
     modules = dict(vlm.model.named_modules())
