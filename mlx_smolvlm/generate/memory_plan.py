@@ -262,7 +262,8 @@ def plan_setup(
     stored, unpacked = count_weights(setup.config, tensors, setup.item_bytes)
     packed = replace(setup, weights=stored, is_packed=unpacked > stored)
     if packed.is_packed and setup.backend == "numpy":
-        whole = replace(setup, weights=unpacked, is_packed=False, loading=stored)
+        loading = stored * 9 // 8  # allocators keep what is freed meanwhile
+        whole = replace(setup, weights=unpacked, is_packed=False, loading=loading)
         context = setup.config.text.max_position_embeddings
         needed = estimate(whole, Work(LARGE_PICTURE, tokens=context), limit).total
         most = limit if limit is not None else None if machine is None else machine // 2
