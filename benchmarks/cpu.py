@@ -25,8 +25,9 @@ from mlx_smolvlm.checkpoint.load import load_model
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.generate.loop import prefill
-from mlx_smolvlm.model.cpu import compute_in_numpy, unpack_weights
+from mlx_smolvlm.model.cpu import compute_in_numpy
 from mlx_smolvlm.model.model import Model, compile_encoder
+from mlx_smolvlm.model.products import unpack_weights
 
 PROMPT, ANSWER = 1000, 16  # tokens
 

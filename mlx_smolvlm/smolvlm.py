@@ -445,7 +445,8 @@ def _open_engine(
         folder = expand_path(adapter, CheckpointError)
         load_adapter(network, folder, config.source)
     if in_numpy:
-        from mlx_smolvlm.model.cpu import compute_in_numpy, unpack_weights
+        from mlx_smolvlm.model.cpu import compute_in_numpy
+        from mlx_smolvlm.model.products import unpack_weights
 
         if not guard.setup.is_packed:
             unpack_weights(network)

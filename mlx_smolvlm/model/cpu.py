@@ -10,33 +10,27 @@ copied: NumPy reads the memory of MLX's arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
-from itertools import pairwise
+from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
 
 from mlx_smolvlm.kv.batched import BatchedKVCache
 from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache, Mask
-from mlx_smolvlm.model.lora import LoRAEmbedding, LoRALinear
 from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.model.products import (
+    Function,
+    as_numpy,
+    bind_linear,
+    multiply,
+    multiply_packed,
+    split_rows,
+)
 from mlx_smolvlm.model.text import DecoderLayer, Placement, TextModel
 from mlx_smolvlm.model.vision import VisionLayer, VisionModel
-from mlx_smolvlm.runtime import count_blas_threads
 
-BLOCK = 2**18  # numbers that are computed at a time, so that they stay in a core's cache
-FEW_ROWS = 16  # up to this number of rows, a matrix is multiplied block by block
-FEW_BLOCK = 32  # rows of such a block
-THREADED_SIZE = 2**18  # numbers of a matrix that is divided among threads
-UNPACK_BLOCK = 2**22  # numbers of a packed matrix that are unpacked at a time
-UNPACK_ROWS = 4  # from this number of rows on, a packed matrix is unpacked to multiply by it
-
-Function = Callable[[np.ndarray], np.ndarray]
-"""Maps (..., width) to a new array (..., other width)."""
 Attend = Callable[[int, np.ndarray, np.ndarray], np.ndarray]
 """Maps the index of a layer, the queries (B, heads, L, head_dim) of new tokens and their keys and
 values (B, 2*kv_heads, L, head_dim) to their attention (B, L, heads*head_dim)."""
@@ -58,6 +52,10 @@ def compute_in_numpy(model: Model) -> None:
         model.lm_head = NumpyLinear(model.lm_head)
     elif type(model.text_model.embed_tokens) is nn.Embedding:
         model.text_model.embed_tokens = NumpyEmbedding(model.text_model.embed_tokens)
+    elif isinstance(model.text_model.embed_tokens, nn.QuantizedEmbedding):
+        model.text_model.embed_tokens = NumpyPackedEmbedding(  # type: ignore[assignment]
+            model.text_model.embed_tokens
+        )
 
 
 class NumpyLinear(nn.Linear):
@@ -83,6 +81,19 @@ class NumpyEmbedding(nn.Embedding):
     def as_linear(self, x: mx.array) -> mx.array:
         """Return the logits (..., vocabulary) of `x` (..., D)."""
         return mx.array(multiply(as_numpy(self.weight).T, None, as_numpy(x)))
+
+
+class NumpyPackedEmbedding(nn.QuantizedEmbedding):
+    """Packed embeddings of tokens that are also the output head."""
+
+    def __init__(self, source: nn.QuantizedEmbedding) -> None:
+        nn.Module.__init__(self)
+        dict.update(self, source)
+        self.group_size, self.bits, self.mode = source.group_size, source.bits, source.mode
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Return the logits (..., vocabulary) of `x` (..., D)."""
+        return mx.array(multiply_packed(self, as_numpy(x)))
 
 
 class NumpyVisionModel(VisionModel):
@@ -337,12 +348,6 @@ def apply_swiglu(gate_up: np.ndarray) -> np.ndarray:
     return gate_up[..., width:]
 
 
-def split_rows(rows: int, width: int, block: int = BLOCK) -> Iterator[slice]:
-    """Yield slices of `rows` rows of `width` numbers, each of about `block` numbers."""
-    count = max(1, block // width)
-    return (slice(start, min(start + count, rows)) for start in range(0, rows, count))
-
-
 def bind_layer_norm(norm: nn.LayerNorm) -> Function:
     """Return the function that `norm` computes."""
     weight, bias, eps = as_numpy(norm.weight), as_numpy(norm.bias), norm.eps
@@ -373,126 +378,3 @@ def mean_square(x: np.ndarray) -> np.ndarray:
     """Return the mean of the squares of `x` (..., width), (..., 1)."""
     sums: np.ndarray = np.einsum("...i,...i->...", x, x)
     return sums[..., None] / np.float32(x.shape[-1])
-
-
-def bind_linear(module: nn.Module) -> Function:
-    """Return the function that `module`, a linear layer of any kind, computes."""
-    if type(module) is nn.Linear:
-        bias = as_numpy(module.bias) if "bias" in module else None
-        return partial(multiply, as_numpy(module.weight).T, bias)
-    if type(module) is nn.QuantizedLinear:
-        return partial(multiply_packed, module)
-    return lambda x: as_numpy(module(mx.array(x)))
-
-
-def multiply(matrix: np.ndarray, bias: np.ndarray | None, x: np.ndarray) -> np.ndarray:
-    """Return x @ matrix + bias, (..., other width), of `x` (..., width)."""
-    rows = x.reshape(-1, x.shape[-1])
-    product = multiply_few(matrix, rows) if 1 < len(rows) <= FEW_ROWS else rows @ matrix
-    output: np.ndarray = product.reshape(*x.shape[:-1], -1)
-    if bias is not None:
-        output += bias
-    return output
-
-
-def multiply_few(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Return rows @ matrix, block by block.
-
-    OpenBLAS rearranges a large matrix before it multiplies, which takes longer than a product with
-    few rows. It reads a small one as it lies, but uses one thread, so the blocks are divided among
-    threads here.
-    """
-    weight, columns = matrix.T, np.ascontiguousarray(rows.T)
-    count = len(weight) // FEW_BLOCK
-    cut = count * FEW_BLOCK
-    output = np.empty((len(weight), len(rows)), np.float32)
-    blocks = weight[:cut].reshape(count, FEW_BLOCK, weight.shape[1])
-    target = output[:cut].reshape(count, FEW_BLOCK, len(rows))
-    threads = count_blas_threads() if weight.size >= THREADED_SIZE else 1
-    ends = [count * number // threads for number in range(threads + 1)]
-    first, *others = (slice(*pair) for pair in pairwise(ends))
-    jobs = [get_pool().submit(np.matmul, blocks[one], columns, target[one]) for one in others]
-    np.matmul(blocks[first], columns, target[first])
-    output[cut:] = weight[cut:] @ columns
-    for job in jobs:
-        job.result()
-    return np.ascontiguousarray(output.T)
-
-
-@cache
-def get_pool() -> ThreadPoolExecutor:
-    """Return the threads for products with few rows."""
-    return ThreadPoolExecutor(count_blas_threads() - 1, "multiply")
-
-
-def multiply_packed(module: nn.QuantizedLinear, x: np.ndarray) -> np.ndarray:
-    """Return what `module` computes of `x` (..., width)."""
-    if x.size < UNPACK_ROWS * x.shape[-1]:
-        return as_numpy(module(mx.array(x)))
-    rows = x.reshape(-1, x.shape[-1])
-    output = np.empty((len(rows), len(module.weight)), np.float32)
-    for part in split_rows(len(module.weight), x.shape[-1], UNPACK_BLOCK):
-        np.matmul(rows, unpack_rows(module, part).T, out=output[:, part])
-    if "bias" in module:
-        output += as_numpy(module.bias)
-    return output.reshape(*x.shape[:-1], -1)
-
-
-def unpack_weights(model: Model) -> None:
-    """Replace quantized and adapted layers by layers of float32 that compute the same."""
-    for path, module in model.named_modules():
-        if isinstance(module, (LoRALinear, LoRAEmbedding)):
-            model.update_modules(tree_unflatten([(path, module.fuse())]))
-    modules = model.named_modules()
-    while modules:  # without a loop over the list, each packed matrix is freed in its turn
-        path, module = modules.pop()
-        if isinstance(module, nn.QuantizedLinear):
-            model.update_modules(tree_unflatten([(path, unpack_linear(module))]))
-        elif isinstance(module, nn.QuantizedEmbedding):
-            model.update_modules(tree_unflatten([(path, unpack_embedding(module))]))
-
-
-def unpack_linear(module: nn.QuantizedLinear) -> nn.Linear:
-    """Return a linear layer with the weights of `module` in float32."""
-    linear = nn.Linear(1, 1, bias=False)
-    linear.weight = mx.array(unpack_rows(module))
-    if "bias" in module:
-        linear.bias = module.bias
-    return linear
-
-
-def unpack_embedding(module: nn.QuantizedEmbedding) -> nn.Embedding:
-    """Return an embedding layer with the weights of `module` in float32."""
-    embedding = nn.Embedding(1, 1)
-    embedding.weight = mx.array(unpack_rows(module))
-    return embedding
-
-
-def unpack_rows(
-    module: nn.QuantizedLinear | nn.QuantizedEmbedding, rows: slice = slice(None)
-) -> np.ndarray:
-    """Return `rows` of the weights of `module` in float32, (rows, width)."""
-    if module.bits != 8 or module.mode != "affine":
-        biases = module.get("biases")
-        matrix = mx.dequantize(
-            module.weight[rows],
-            module.scales[rows],
-            None if biases is None else biases[rows],
-            module.group_size,
-            module.bits,
-            module.mode,
-        )
-        return as_numpy(matrix.astype(mx.float32))
-    # MLX does this at a fifth of the speed.
-    assert module.biases is not None
-    scales, biases = as_numpy(module.scales)[rows], as_numpy(module.biases)[rows]
-    packed = as_numpy(module.weight)[rows].view(np.uint8).reshape(*scales.shape, module.group_size)
-    unpacked: np.ndarray = np.multiply(packed, scales[..., None], dtype=np.float32)
-    unpacked += biases[..., None]
-    unpacked = unpacked.reshape(len(scales), -1)
-    return unpacked
-
-
-def as_numpy(x: mx.array) -> np.ndarray:
-    """Return a view of the memory of `x`, evaluated."""
-    return np.array(x, copy=False)

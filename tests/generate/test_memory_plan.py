@@ -21,7 +21,7 @@ from mlx_smolvlm.generate.memory_plan import MB, Setup, Work, estimate
 from mlx_smolvlm.kv.options import CacheOptions
 from mlx_smolvlm.media.encode import Footage, Picture
 from mlx_smolvlm.media.tiles import compute_grid
-from mlx_smolvlm.model import cpu
+from mlx_smolvlm.model import products
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.smolvlm import SmolVLM, load
 from tests.helpers.media_cases import picture
@@ -104,7 +104,7 @@ def test_more_work_takes_more(real: Config) -> None:
     packed = make_setup(real, backend="numpy", is_packed=True)
     whole = replace(packed, is_packed=False)
     assert estimate(packed, work).encoding - estimate(whole, work).encoding == 5 * 768 * 3072
-    assert plan.UNPACK_BLOCK == cpu.UNPACK_BLOCK
+    assert plan.UNPACK_BLOCK == products.UNPACK_BLOCK
 
 
 def test_weights_are_counted_from_headers(tiny: SmolVLM, tiny_folder: Path) -> None:

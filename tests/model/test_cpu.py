@@ -22,7 +22,7 @@ from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.generate.memory_plan import Work, estimate
 from mlx_smolvlm.kv.batched import BatchedKVCache
 from mlx_smolvlm.kv.cache import KVCache
-from mlx_smolvlm.model import cpu
+from mlx_smolvlm.model import cpu, products
 from mlx_smolvlm.model.lora import LoRALinear, adapt
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.model.text import Placement
@@ -30,6 +30,7 @@ from mlx_smolvlm.model.vision import gelu_tanh
 from mlx_smolvlm.smolvlm import load_in_mlx
 from tests.helpers import network_cases as cases
 
+POOL = ThreadPoolExecutor(2)
 CLOSE = 1e-5  # both sum in float32, in different orders
 NAME = sorted(cases.CASES)[0]
 
@@ -120,22 +121,22 @@ def test_sequences_of_unlike_lengths(in_mlx: Model, in_numpy: Model, name: str) 
 def test_few_rows_are_multiplied_block_by_block(
     threads: int, height: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random, multiply_few, counts = np.random.default_rng(0), cpu.multiply_few, list[int]()
+    random, multiply_few, counts = np.random.default_rng(0), products.multiply_few, list[int]()
 
     def count(matrix: np.ndarray, rows: np.ndarray) -> np.ndarray:
         counts.append(len(rows))
         return multiply_few(matrix, rows)
 
-    monkeypatch.setattr(cpu, "multiply_few", count)
-    monkeypatch.setattr(cpu, "THREADED_SIZE", 0)
-    monkeypatch.setattr(cpu, "count_blas_threads", lambda: threads)
+    monkeypatch.setattr(products, "multiply_few", count)
+    monkeypatch.setattr(products, "THREADED_SIZE", 0)
+    monkeypatch.setattr(products, "count_blas_threads", lambda: threads)
     with ThreadPoolExecutor(2) as pool:
-        monkeypatch.setattr(cpu, "get_pool", lambda: pool)
+        monkeypatch.setattr(products, "get_pool", lambda: pool)
         weight, bias = random.normal(size=(height, 24)), random.normal(size=height)
         weight, bias = weight.astype(np.float32), bias.astype(np.float32)
         for rows in (1, 2, 8, 16, 17):
             x = random.normal(size=(1, rows, 24)).astype(np.float32)
-            product = cpu.multiply(weight.T, bias, x)
+            product = products.multiply(weight.T, bias, x)
             np.testing.assert_allclose(product, x @ weight.T + bias, atol=1e-5)
             assert product.flags.c_contiguous
     assert counts == [2, 8, 16]
@@ -145,7 +146,7 @@ def test_few_rows_are_multiplied_block_by_block(
 def test_small_blocks(
     in_mlx: Model, in_numpy: Model, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "BLOCK", block)
+    monkeypatch.setattr(products, "BLOCK", block)
     pixel_values, _ = cases.inputs(NAME)
     a, b = (model.encode(mx.array(pixel_values)) for model in (in_mlx, in_numpy))
     assert_close(a, b)
@@ -212,43 +213,59 @@ def test_what_was_saved_does_not_change(in_numpy: Model) -> None:
 @pytest.mark.parametrize(
     ("bits", "mode"), [(4, "affine"), (8, "affine"), (3, "affine"), (4, "mxfp4")]
 )
-@pytest.mark.parametrize(("rows", "block"), [(1, 2**22), (9, 2**22), (9, 7 * 96)])
+@pytest.mark.parametrize(
+    ("rows", "block"), [(1, 2**22), (1, 7 * 96), (3, 2**22), (9, 2**22), (9, 7 * 96)]
+)
+@pytest.mark.parametrize("threads", [1, 3])
 def test_packed_matrices(
-    bits: int, mode: str, rows: int, block: int, monkeypatch: pytest.MonkeyPatch
+    bits: int, mode: str, rows: int, block: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "UNPACK_BLOCK", block)
+    for name in ("BLOCK", "UNPACK_BLOCK"):
+        monkeypatch.setattr(products, name, block)
+    monkeypatch.setattr(products, "THREADED_SIZE", 1)
+    monkeypatch.setattr(products, "count_blas_threads", lambda: threads)
+    monkeypatch.setattr(products, "get_pool", lambda: POOL)
     group_size = 32
     linear = nn.Linear(96, 50)
     linear.weight = mx.random.normal((50, 96), key=mx.random.key(0))
     packed = nn.QuantizedLinear.from_linear(linear, group_size, bits, mode)
     x = mx.random.normal((rows, 96), key=mx.random.key(1))
     expected = np.array(packed(x))
-    for one in (packed, cpu.unpack_linear(packed)):
-        got = cpu.bind_linear(one)(np.array(x))
+    for one in (packed, products.unpack_linear(packed)):
+        got = products.bind_linear(one)(np.array(x))
         assert np.abs(got - expected).max() <= 1e-4  # sums of 96 products of about 1
     plain = mx.dequantize(
         packed.weight, packed.scales, packed.get("biases"), group_size, bits, mode
     ).astype(mx.float32)
-    assert np.abs(cpu.unpack_rows(packed) - np.array(plain)).max() <= 1e-6
+    assert np.abs(products.unpack_rows(packed) - np.array(plain)).max() <= 1e-6
+
+
+def test_a_packed_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = nn.QuantizedEmbedding(40, 64, group_size=32, bits=8)
+    in_numpy = cpu.NumpyPackedEmbedding(table)
+    ids, x = mx.array([3, 39]), mx.random.normal((2, 64), key=mx.random.key(0))
+    assert np.array_equal(np.array(in_numpy(ids)), np.array(table(ids)))
+    for rows in (x[0], x, mx.random.normal((9, 64), key=mx.random.key(1))):
+        assert_close(in_numpy.as_linear(rows), table.as_linear(rows))
 
 
 def test_many_rows_are_unpacked_and_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     packed = nn.QuantizedLinear(64, 32, bits=4, group_size=64)
     calls: list[slice] = []
-    unpack = cpu.unpack_rows
+    unpack = products.unpack_rows
 
     def recording(module: nn.QuantizedLinear, rows: slice) -> np.ndarray:
         calls.append(rows)
         return unpack(module, rows)
 
-    monkeypatch.setattr(cpu, "unpack_rows", recording)
-    multiply: Callable[[np.ndarray], np.ndarray] = cpu.bind_linear(packed)
+    monkeypatch.setattr(products, "unpack_rows", recording)
+    multiply: Callable[[np.ndarray], np.ndarray] = products.bind_linear(packed)
     multiply(np.ones((1, 1, 64), np.float32))
     assert not calls
-    multiply(np.ones((1, cpu.UNPACK_ROWS, 64), np.float32))
+    multiply(np.ones((1, products.UNPACK_ROWS, 64), np.float32))
     assert calls == [slice(0, 32)]
-    monkeypatch.setattr(cpu, "UNPACK_BLOCK", 20 * 64)
-    multiply(np.ones((1, cpu.UNPACK_ROWS, 64), np.float32))
+    monkeypatch.setattr(products, "UNPACK_BLOCK", 20 * 64)
+    multiply(np.ones((1, products.UNPACK_ROWS, 64), np.float32))
     assert calls[1:] == [slice(0, 20), slice(20, 32)]
 
 
@@ -269,7 +286,7 @@ def test_unpacked_weights(tmp_path: Path, folder: Path) -> None:
     packed, unpacked = load_model(made, "float32"), load_model(made, "float32")
     kinds = (nn.QuantizedLinear, nn.QuantizedEmbedding)
     paths = [path for path, one in packed.named_modules() if isinstance(one, kinds)]
-    cpu.unpack_weights(unpacked)
+    products.unpack_weights(unpacked)
     modules = dict(unpacked.named_modules())
     assert paths
     assert all(modules[path].weight.dtype == mx.float32 for path in paths)
@@ -295,15 +312,15 @@ def test_packed_matrices_are_freed_while_others_are_unpacked(
     made = convert_checkpoint(folder, tmp_path / "4", ConvertOptions(bits=4, group_size=32))
     model = load_model(made, "float32")
     seen: list[weakref.ref[nn.Module]] = []
-    unpack = cpu.unpack_linear
+    unpack = products.unpack_linear
 
     def recording(module: nn.QuantizedLinear) -> nn.Linear:
         assert all(one() is None for one in seen[:-1])  # the last is freed when this one is stored
         seen.append(weakref.ref(module))
         return unpack(module)
 
-    monkeypatch.setattr(cpu, "unpack_linear", recording)
-    cpu.unpack_weights(model)
+    monkeypatch.setattr(products, "unpack_linear", recording)
+    products.unpack_weights(model)
     assert len(seen) > 8
 
 
@@ -347,7 +364,7 @@ def test_adapters_are_added_to_the_weights(folder: Path, tmp_path: Path, bits: i
             model.update_modules(tree_unflatten([(path, layer)]))
         model.eval()
         if in_numpy:
-            cpu.unpack_weights(model)
+            products.unpack_weights(model)
             assert not any(isinstance(one, LoRALinear) for one in model.modules())
             cpu.compute_in_numpy(model)
         results.append(model(model.embed(np.arange(9))))
