@@ -59,6 +59,7 @@ OfflineOption = Annotated[bool, typer.Option("--offline", help="Never use the ne
 
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+LARGEST_SIZE = 2**63  # bytes; sizes from here on are no 64-bit integers
 
 
 @dataclass(frozen=True)
@@ -184,19 +185,24 @@ def parse_size(name: str, text: str) -> int:
     """Parse a size such as 150MB, the value of the option `name`, and return bytes.
 
     Raises:
-        typer.BadParameter: `text` is not a size.
+        typer.BadParameter: `text` is not a size, or not below `LARGEST_SIZE`.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip(), re.IGNORECASE | re.ASCII)
     if match is None:
         raise typer.BadParameter(f"{text!r} is not a size; write 150MB or 1.2GB", param_hint=name)
-    return round(float(match[1]) * UNITS[match[2].upper()])
+    size = float(match[1]) * UNITS[match[2].upper()]  # infinite for hundreds of digits
+    if size >= LARGEST_SIZE:
+        raise typer.BadParameter(
+            f"it must be below {LARGEST_SIZE // UNITS['GB']} GB", param_hint=name
+        )
+    return round(size)
 
 
 def parse_memory_limit(text: str | None) -> int | None:
     """Parse the value of `--memory-limit`, and return bytes; None without one.
 
     Raises:
-        typer.BadParameter: `text` is not a size above 0.
+        typer.BadParameter: `text` is not a size above 0, or too large.
     """
     if text is None:
         return None

@@ -31,6 +31,7 @@ from mlx_smolvlm.generate.sampling import Sampling, SamplingOptions, choose_samp
 from mlx_smolvlm.generate.stream import AnswerStream, Reply
 from mlx_smolvlm.kv.options import CacheOptions
 from mlx_smolvlm.prompt.messages import ImageSource, Message, VideoSource, read_request
+from mlx_smolvlm.records import read_integer
 from mlx_smolvlm.runtime import check_process, numpy_is_off
 
 if TYPE_CHECKING:
@@ -377,13 +378,18 @@ def load(
             work that exceeds the memory of the machine.
 
     Raises:
-        ValueError: `bits` is none of 4, 8 and 16, or `memory_limit` is not above 0.
+        ValueError: `bits` is none of 4, 8 and 16, or `memory_limit` is no integer above 0.
         MemoryLimitError: The model does not fit into `memory_limit`.
         CheckpointError: The model cannot be found, converted or read, or `cache` or `adapter`
             does not suit it.
     """
-    if memory_limit is not None and memory_limit <= 0:
-        raise ValueError(f"memory_limit is {memory_limit!r}; it must be above 0 bytes")
+    if memory_limit is not None:
+        memory_limit = read_integer(
+            "memory_limit",
+            memory_limit,
+            lambda size: 0 < size < 2**63,
+            "an integer above 0, of 64 bits",
+        )
     path = _find_checkpoint(model, bits, offline, progress)
     on_linux = sys.platform == "linux"
     return SmolVLM(_open_engine(path, dtype, cache, adapter, memory_limit, on_linux))

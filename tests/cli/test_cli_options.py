@@ -270,3 +270,18 @@ def test_an_upload_as_it_is_refuses_options_that_change_it(
     assert published == []
     assert run(monkeypatch, "convert", "demo", "--upload", "me/x") == 0
     assert len(published) == 1
+
+
+@pytest.mark.parametrize("size", ["9" * 400 + "MB", "99999999999999GB", "9223372036.854775808GB"])
+@pytest.mark.parametrize(
+    "command", [("chat", "Hi", "--memory-limit"), ("convert", "demo", "--target-size")]
+)
+def test_sizes_that_no_machine_has_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: tuple[str, ...],
+    size: str,
+) -> None:
+    assert run(monkeypatch, *command, size) == 2
+    said = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert f"{command[-1]}: it must be below 9223372036 GB" in said
