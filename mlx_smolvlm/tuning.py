@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.files import expand_path, read_file
 
 FILE = "tuning.json"
 LARGEST_FILE = 10_000  # bytes
@@ -44,7 +45,8 @@ def describe_host() -> str:
 def apply_settings() -> None:
     """Set the saved variables in `os.environ`, except those that are set already.
 
-    A file that cannot be read, or is not what `format_settings` writes, changes nothing.
+    A file that cannot be read, is another user's, or is not what `format_settings` writes,
+    changes nothing.
     """
     for name, value in _read_variables().items():
         if name not in os.environ:
@@ -69,13 +71,12 @@ def format_settings(variables: Mapping[str, str], seconds: Mapping[str, float]) 
 def _read_variables() -> dict[str, str]:
     """Return the saved variables for this machine; none without a usable file."""
     try:
-        with find_settings_file().open("rb") as file:
-            values: Any = json.loads(file.read(LARGEST_FILE))
+        values: Any = json.loads(read_file(find_settings_file(), LARGEST_FILE, own_only=True))
         variables = values["variables"] if values["host"] == describe_host() else {}
         return {
             name: str(variables[name])
             for name in VARIABLES
-            if name in variables and str(variables[name]).isdecimal()
+            if name in variables and re.fullmatch(r"[1-9][0-9]{0,4}", str(variables[name]))
         }
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         return {}

@@ -90,6 +90,14 @@ def test_the_users_variables_win(monkeypatch: pytest.MonkeyPatch) -> None:
         '{"host": "another", "variables": {"MLX_MAX_OPS_PER_BUFFER": "50"}}',
         '{"host": HOST, "variables": {"LD_PRELOAD": "50", "MLX_MAX_OPS_PER_BUFFER": "$(rm)"}}',
         '{"host": HOST, "variables": ["MLX_MAX_OPS_PER_BUFFER"]}',
+        '{"host": HOST, "variables": {"OPENBLAS_NUM_THREADS": "99999999999999999999999999"}}',
+        '{"host": HOST, "variables": {"OPENBLAS_NUM_THREADS": "NINES"}}'.replace(
+            "NINES", "9" * 5000
+        ),
+        '{"host": HOST, "variables": {"OPENBLAS_NUM_THREADS": "0"}}',
+        '{"host": HOST, "variables": {"OPENBLAS_NUM_THREADS": "\u0662"}}',  # a digit, in Arabic
+        "[" * 9000,
+        pytest.param(" " * 10_000 + "{}", id="large"),
     ],
 )
 def test_a_file_that_is_damaged_or_of_another_machine_changes_nothing(
@@ -101,6 +109,26 @@ def test_a_file_that_is_damaged_or_of_another_machine_changes_nothing(
     before = dict(os.environ)
     tuning.apply_settings()
     assert dict(os.environ) == before
+
+
+def test_a_file_of_another_user_or_a_pipe_changes_nothing(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tune.save_outcome(compare([2.0, 2.1], [1.0, 1.1]))
+    assert path is not None
+    before = dict(os.environ)
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_smolvlm.files.check_owner", refuse_owner)
+        tuning.apply_settings()
+    assert dict(os.environ) == before
+    path.unlink()
+    os.mkfifo(path)
+    tuning.apply_settings()  # would wait for a writer
+    assert dict(os.environ) == before
+
+
+def refuse_owner(status: os.stat_result, path: object) -> None:
+    raise PermissionError(1, "Owned by another user", str(path))
 
 
 def test_the_threads_of_openblas_are_set_though_it_is_loaded(
