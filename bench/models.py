@@ -61,7 +61,8 @@ def make_random_model(
     type.
 
     Raises:
-        CheckpointError: `work` cannot be written.
+        CheckpointError: `work` cannot be written, or has a folder of this name that was not
+            made here.
     """
     import mlx.core as mx
 

@@ -21,10 +21,12 @@ from mlx_smolvlm.checkpoint.load import TEMPLATE_FILE, TOKENIZER_FILE, read_conf
 from mlx_smolvlm.config import Config, ImageConfig, QuantizationConfig, TextConfig, VisionConfig
 from mlx_smolvlm.convert.hub import DEMO, resolve
 from mlx_smolvlm.convert.names import Entry, list_entries
+from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import sync
 
 SHARD_BYTES = 10**9
 COMPLETE_FILE = "config.json"  # is written last
+MARK = ".mlx-smolvlm-bench"  # is written first: only a folder with this file is replaced
 
 # (layers, width, MLP, heads, heads of keys and values, base of the rotation) of the decoder
 _SMALL_VISION = VisionConfig(768, 3072, 12, 12, 512, 16, 1e-6)
@@ -73,21 +75,28 @@ def make_random_source(folder: Path, config: Config) -> Path:
 
     Args:
         folder: Where to write it. If it holds a complete checkpoint of the same configuration,
-            nothing is written.
+            nothing is written. If it holds another that this function wrote, or began to write,
+            that is replaced.
         config: Sizes and type of the weights.
 
     Returns:
         `folder`.
 
     Raises:
+        CheckpointError: `folder` holds something else.
         OSError: The disk is full, or `folder` cannot be written.
     """
     settings = json.dumps(make_hf_config(config), indent=2) + "\n"
     complete = folder / COMPLETE_FILE
     if complete.is_file() and complete.read_text(encoding="utf-8") == settings:
         return folder
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARK).is_file():
+        raise CheckpointError(
+            f"{folder} is not a model that bench made, so it is not replaced; give another --work"
+        )
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    (folder / MARK).touch()
     demo = resolve(DEMO)
     for name in (TOKENIZER_FILE, TEMPLATE_FILE):
         shutil.copyfile(demo / name, folder / name)

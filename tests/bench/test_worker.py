@@ -97,6 +97,16 @@ def test_random_weights_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(set(index["weight_map"].values())) > 1
 
 
+@pytest.mark.usefixtures("tiny")
+def test_a_folder_that_bench_did_not_make_is_kept(tmp_path: Path) -> None:
+    theirs = tmp_path / "256m-hf" / "notes.txt"
+    theirs.parent.mkdir()
+    theirs.write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"256m-hf is not a model that bench made.*--work"):
+        make_random_model("256m", (), tmp_path)
+    assert theirs.read_text() == "years of work"
+
+
 def test_peers_need_a_checkpoint_of_hugging_face(tmp_path: Path) -> None:
     model = open_model("demo", (), tmp_path)
     assert list(model.folders) == [""]
