@@ -63,8 +63,12 @@ class MemoryGuard:
         """
         work = Work(tokens=SHORT, max_tokens=SHORT)
         picture = replace(work, tiles=1, tokens=self.setup.config.image_seq_len + SHORT)
-        least = f"{_format(self._count(self.setup, picture))} for a picture of one tile"
-        self._check("the model", work, least, lambda: list_weight_changes(self.setup, work))
+        self._check(
+            "the model",
+            work,
+            lambda: f"{_format(self.find_least(picture))} for a picture of one tile",
+            lambda: list_weight_changes(self.setup, work),
+        )
 
     def check_answer(self, builder: PromptBuilder, media: Sequence[Medium], work: Work) -> None:
         """Check that `work`, an answer about `media`, fits, if need be with smaller batches.
@@ -72,24 +76,40 @@ class MemoryGuard:
         Raises:
             MemoryLimitError: It does not.
         """
-        least = _format(self._count(self.setup, work))
         self._check(
-            "this answer", work, least, lambda: list_changes(self.setup, builder, media, work)
+            "this answer",
+            work,
+            lambda: _format(self.find_least(work)),
+            lambda: list_changes(self.setup, builder, media, work),
         )
         self.setup = fit_batches(self.setup, work, self.limit)
+
+    def find_least(self, work: Work) -> int:
+        """Return a limit that `work` fits into, if it does not fit now; the reserve grows with it.
+
+        Without a limit, return the need.
+        """
+        guard = replace(self)
+        while (needed := guard._count(self.setup, work)) > (guard.limit or needed):
+            guard.limit = needed
+        return needed
 
     def _count(self, setup: Setup, work: Work) -> int:
         return estimate(fit_batches(setup, work, self.limit), work, self.limit).total
 
     def _check(
-        self, name: str, work: Work, least: str, list_all: Callable[[], Iterable[Change]]
+        self,
+        name: str,
+        work: Work,
+        find_least: Callable[[], str],
+        list_all: Callable[[], Iterable[Change]],
     ) -> None:
         """Refuse `work`, or warn, if it does not fit.
 
         Args:
             name: What it is, in the message.
             work: The work.
-            least: The limit to recommend.
+            find_least: Finds the limit to recommend.
             list_all: Lists changes, the smallest first.
         """
         most = self.machine if self.limit is None else self.limit
@@ -100,7 +120,7 @@ class MemoryGuard:
         change = next(fits, None)
         message = f"{name} needs about {_format(needed)} of memory, and "
         if self.limit is not None:
-            advice = f"a memory_limit (--memory-limit) of {least}"
+            advice = f"a memory_limit (--memory-limit) of {find_least()}"
             message += f"memory_limit is {_format(most, up=False)}; "
             message += f"give {advice}" if change is None else f"use {change}, or {advice}"
             raise MemoryLimitError(message)

@@ -17,7 +17,7 @@ from mlx_smolvlm.errors import MemoryLimitError, SmolVLMWarning
 from mlx_smolvlm.generate import memory_plan as plan
 from mlx_smolvlm.generate.engine import describe_work
 from mlx_smolvlm.generate.memory_guard import MemoryGuard, list_changes
-from mlx_smolvlm.generate.memory_plan import MB, Setup, Work, estimate
+from mlx_smolvlm.generate.memory_plan import MB, Backend, Setup, Work, estimate
 from mlx_smolvlm.kv.options import CacheOptions
 from mlx_smolvlm.media.encode import Footage, Picture
 from mlx_smolvlm.media.tiles import compute_grid
@@ -258,6 +258,33 @@ def test_without_a_limit_only_the_machine_counts(real: Config) -> None:
     close.check_weights()  # a second warning would be an error
     with pytest.raises(MemoryLimitError, match=r"this machine has 1000 MB; use a conversion"):
         MemoryGuard(setup, None, GB).check_weights()
+
+
+def find_advised_limit(error: pytest.ExceptionInfo[MemoryLimitError]) -> int:
+    """The limit that a refusal recommends, in bytes."""
+    advice = re.search(r"--memory-limit\) of (\d+) MB", str(error.value))
+    assert advice is not None
+    return int(advice[1]) * MB
+
+
+@pytest.mark.parametrize("backend", ["numpy", "mlx-cpu", "mlx-gpu"])
+@pytest.mark.parametrize("limit", [1, MB, 150 * MB])
+def test_the_recommended_limit_is_accepted(
+    tiny: SmolVLM, real: Config, backend: Backend, limit: int
+) -> None:
+    """MLX's reserve grows with the limit, and counts in it."""
+    setup = make_setup(real, backend=backend)
+    with pytest.raises(MemoryLimitError) as error:
+        MemoryGuard(setup, limit).check_weights()
+    MemoryGuard(setup, find_advised_limit(error)).check_weights()
+    work = Work(tokens=3000, max_tokens=300)
+    answer = tiny.engine.prompt_builder, [], work
+    with pytest.raises(MemoryLimitError) as error:
+        MemoryGuard(setup, limit).check_answer(*answer)
+    least = find_advised_limit(error)
+    MemoryGuard(setup, least).check_answer(*answer)
+    with pytest.raises(MemoryLimitError):
+        MemoryGuard(setup, least - MB).check_answer(*answer)
 
 
 @pytest.fixture
