@@ -51,7 +51,7 @@ def make_random_checkpoint(folder: Path, files: Path | None = None) -> Path:
     tokenizer = json.loads((found / "tokenizer.json").read_text(encoding="utf-8"))
     (image,) = (one["id"] for one in tokenizer["added_tokens"] if one["content"] == "<image>")
     make_random_source(source, replace(make_config("256m", "float32"), image_token_id=image))
-    (source / "chat_template.jinja").unlink()  # the demo's
+    (source / "chat_template.jinja").unlink(missing_ok=True)  # the demo's
     for name in SMALL_FILES:
         if (found / name).exists():
             shutil.copyfile(found / name, source / name)

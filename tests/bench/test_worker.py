@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks import random_checkpoint
 from mlx_smolvlm.bench import random_model
 from mlx_smolvlm.bench.measure import find_view
 from mlx_smolvlm.bench.models import make_random_model, open_model
@@ -95,6 +96,25 @@ def test_random_weights_in_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = make_random_model("256m", (), tmp_path)
     index = json.loads((model.get_source() / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_interrupted_random_checkpoint_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results: list[Exception | Path] = [CheckpointError("disk full"), tmp_path]
+
+    def convert(source: Path, dest: Path) -> Path:
+        assert not (source / "chat_template.jinja").exists()
+        result = results.pop(0)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(random_checkpoint, "convert_checkpoint", convert)
+    with pytest.raises(CheckpointError, match="disk full"):
+        random_checkpoint.make_random_checkpoint(tmp_path, resolve("demo"))
+    assert random_checkpoint.make_random_checkpoint(tmp_path, resolve("demo")) == tmp_path
 
 
 @pytest.mark.usefixtures("tiny")
