@@ -19,6 +19,7 @@ from mlx_smolvlm.runtime import find_openblas
 
 OURS = "mlx-smolvlm"
 PEER_SCRIPT = Path(__file__).with_name("peer.py")
+LONGEST_ANSWER = 10**7  # characters
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,12 @@ def launch_ours(
     name: str = OURS,
     memory_limit: int | None = None,
 ) -> Launch:
-    """Return how to start this package with the checkpoint in `folder`."""
+    """Return how to start this package with the checkpoint in `folder`.
+
+    With `-P`, no file of the current folder takes the place of a module.
+    """
     limit = () if memory_limit is None else (str(memory_limit),)
-    command = (sys.executable, "-m", "mlx_smolvlm.bench.worker", str(folder), *limit)
+    command = (sys.executable, "-P", "-m", "mlx_smolvlm.bench.worker", str(folder), *limit)
     return Launch(name, command, env or {})
 
 
@@ -78,22 +82,30 @@ class Program:
         name, reads_pictures: As in `Launch`.
         ready: Its first answer, after it has loaded its model.
         start_s: Seconds from the start of the process to that answer.
+
+    Raises:
+        SmolVLMError: It cannot be started, or fails to load the model.
     """
 
     def __init__(self, launch: Launch) -> None:
         self.name, self.reads_pictures = launch.name, launch.reads_pictures
         self._started = time.perf_counter()
-        self._process = subprocess.Popen(
-            launch.command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env={k: v for k, v in {**os.environ, **launch.env}.items() if v is not None},
-            text=True,
-        )
+        try:
+            self._process = subprocess.Popen(
+                launch.command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={k: v for k, v in {**os.environ, **launch.env}.items() if v is not None},
+                encoding="utf-8",
+                errors="replace",
+            )
+        except OSError as error:
+            reason = f"{launch.command[0]} cannot be started: {error.strerror}"
+            raise SmolVLMError(f"{self.name} cannot be measured: {reason}") from None
         try:
             self.ready = self._read()
-        except SmolVLMError:
+        except BaseException:  # also when the user stops it
             self.__exit__()
             raise
         self.start_s = self.seconds
@@ -125,11 +137,15 @@ class Program:
     def _read(self) -> dict[str, Any]:
         """Read an answer; raises as `ask` does."""
         assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._process.stdout.readline(LONGEST_ANSWER)
         if not line:
             status = self._process.wait()
             raise SmolVLMError(f"{self.name} cannot be measured: it ended with status {status}")
-        answer: dict[str, Any] = json.loads(line)
+        answer: Any = None
+        with contextlib.suppress(ValueError, RecursionError):
+            answer = json.loads(line)
+        if not isinstance(answer, dict):
+            raise SmolVLMError(f"{self.name} cannot be measured: it printed {line.rstrip()!a:.100}")
         if "error" in answer:
             missing = answer["error"].startswith("ModuleNotFoundError")
             advice = "; install it, or give the interpreter that has it with --peer-python"

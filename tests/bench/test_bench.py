@@ -2,8 +2,10 @@
 
 import io
 import json
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -19,7 +21,7 @@ from mlx_smolvlm.bench.measure import (
     find_view,
     run_bench,
 )
-from mlx_smolvlm.bench.programs import Launch, launch_ours, launch_peer
+from mlx_smolvlm.bench.programs import Launch, Program, launch_ours, launch_peer
 from mlx_smolvlm.bench.report import Report, format_report, render_picture
 from mlx_smolvlm.checkpoint.load import read_config
 from mlx_smolvlm.config import Config
@@ -149,7 +151,7 @@ def test_options_out_of_range(values: dict[str, object]) -> None:
 
 def test_how_programs_are_started(tmp_path: Path) -> None:
     ours = launch_ours(tmp_path, {"A": "1"}, "mlx-smolvlm 4 bits")
-    assert ours.command[1:] == ("-m", "mlx_smolvlm.bench.worker", str(tmp_path))
+    assert ours.command[1:] == ("-P", "-m", "mlx_smolvlm.bench.worker", str(tmp_path))
     assert launch_ours(tmp_path, memory_limit=7).command[-2:] == (str(tmp_path), "7")
     peer = launch_peer("mlx-vlm", tmp_path, sys.executable, same_blas=False)
     assert peer.command[0] == sys.executable
@@ -161,3 +163,47 @@ def test_how_programs_are_started(tmp_path: Path) -> None:
     assert launch_peer("transformers", tmp_path, None, same_blas=True).env == {}
     with pytest.raises(SmolVLMError, match="--peer-python"):
         launch_peer("mlx-vlm", tmp_path, str(tmp_path / "nothing"), same_blas=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("usage: no Python\n", "'usage: no Python'"), ("[1]\n", "'[1]'"), ("\xff\n", "'\\ufffd'")],
+)
+def test_a_peer_that_is_no_python_is_named_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, shown: str
+) -> None:
+    started: list[subprocess.Popen[str]] = []
+    popen = subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        started.append(popen(*arguments, **options))
+        return started[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    (tmp_path / "text").write_bytes(text.encode("latin-1"))
+    launch = Launch("mlx-vlm", ("sh", "-c", 'cat "$0"; exec sleep 60', str(tmp_path / "text")))
+    with pytest.raises(SmolVLMError, match="mlx-vlm cannot be measured: it printed ") as error:
+        Program(launch)
+    assert str(error.value).endswith(shown)
+    assert started[0].returncode is not None
+
+
+def test_a_peer_that_cannot_be_started_or_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "python"
+    script.write_bytes(b"\x7fELF")
+    script.chmod(0o700)
+    launch = launch_peer("mlx-vlm", tmp_path, str(script), same_blas=False)
+    with pytest.raises(SmolVLMError, match=r"mlx-vlm cannot be measured: .* cannot be started"):
+        Program(launch)
+
+    def stop(program: Program) -> None:
+        ended.append(program._process)
+        raise KeyboardInterrupt
+
+    ended: list[subprocess.Popen[str]] = []
+    monkeypatch.setattr(Program, "_read", stop)
+    with pytest.raises(KeyboardInterrupt):
+        Program(Launch("mlx-vlm", ("sleep", "60")))
+    assert ended[0].returncode is not None
