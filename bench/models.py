@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_smolvlm.bench.random_model import make_config, make_random_source
 from mlx_smolvlm.checkpoint.load import is_own, read_config
-from mlx_smolvlm.config import Config
-from mlx_smolvlm.convert.hub import DEMO, ResolveOptions, find_folder, resolve
+from mlx_smolvlm.config import FORMAT_VERSION, Config
+from mlx_smolvlm.convert.hub import ALIASES, DEMO, ResolveOptions, find_folder, resolve
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.convert.source import is_hub_id, open_source
+from mlx_smolvlm.convert.source import download, is_hub_id, read_stamps
 from mlx_smolvlm.errors import CheckpointError
 
 FLOAT_BITS = 16
@@ -73,7 +74,7 @@ def make_random_model(
     except OSError as error:
         raise CheckpointError(f"{work} cannot be written: {error.strerror or error}") from None
     folders = {
-        f"{one} bits": _convert(source, work / f"{size}-{one}", one, progress)
+        f"{one} bits": _convert(source, work, f"{size}-{one}", one, progress)
         for one in bits or (FLOAT_BITS,)
     }
     return BenchModel(f"random weights of {size}", folders, source)
@@ -85,37 +86,57 @@ def open_model(
     work: Path,
     offline: bool = False,
     progress: Progress | None = None,
+    *,
+    for_peers: bool = False,
 ) -> BenchModel:
     """Open a model, and convert it to `bits`.
 
     Args:
-        model: A folder, a hub id, an alias, or "demo".
+        model: A folder, a hub id (owner/name or owner/name@revision), an alias, or "demo".
         bits: Precisions; empty for the model as it is.
         work: Where conversions are written.
         offline: Never use the network.
         progress: Called during conversions.
+        for_peers: Whether the source is needed, too. Without, and without `bits`, a model that was
+            converted before is used as it is, and nothing is downloaded.
 
     Raises:
         CheckpointError: The model cannot be found or converted.
     """
-    folder = find_folder(model) if model != DEMO else None
-    source = folder if folder is not None and not is_own(folder) else None
-    if source is None and folder is None and is_hub_id(model):
-        opened = open_source(model, offline).folder
-        source = None if is_own(opened) else opened
+    source = _find_source(model, offline) if bits or for_peers else None
     if not bits:
         own = resolve(model, ResolveOptions(offline=offline, progress=progress))
         return BenchModel(model, {"": own}, source)
     origin = source or resolve(model, ResolveOptions(offline=offline, progress=progress))
-    name = Path(model).name
+    name = Path(model).name or "model"  # for "."
     folders = {
-        f"{one} bits": _convert(origin, work / f"{name}-{one}", one, progress) for one in bits
+        f"{one} bits": _convert(origin, work, f"{name}-{one}", one, progress) for one in bits
     }
     return BenchModel(model, folders, source)
 
 
-def _convert(source: Path, dest: Path, bits: int, progress: Progress | None) -> Path:
-    """Convert `source` to `dest` unless that exists, and return `dest`."""
+def _find_source(model: str, offline: bool) -> Path | None:
+    """Return the folder of `model` in Hugging Face's format, downloaded if needed; None without."""
+    if model == DEMO:
+        return None
+    folder = find_folder(model)
+    if folder is None:
+        repo, _, revision = ALIASES.get(model.lower(), model).partition("@")
+        if not is_hub_id(repo):
+            return None
+        folder = download(repo, offline, revision or None)
+    return None if is_own(folder) else folder
+
+
+def _convert(source: Path, work: Path, name: str, bits: int, progress: Progress | None) -> Path:
+    """Convert `source` to a folder in `work`, unless that was done before, and return it.
+
+    Its name begins with `name`, and has a digest of what is in it: another source of the same
+    name, or other weights in the same place, get a folder of their own.
+    """
+    stamps = sorted(read_stamps(source).items())
+    what = repr((str(source.resolve()), stamps, bits, FORMAT_VERSION))
+    dest = work / f"{name}-{hashlib.sha256(what.encode()).hexdigest()[:12]}"
     if not is_own(dest):
         convert_checkpoint(source, dest, ConvertOptions(bits=bits), progress)
     return dest

@@ -154,7 +154,10 @@ class BenchRequest:
         from mlx_smolvlm.bench.models import make_random_model, open_model
 
         if not self.random:
-            return [open_model(self.model, self.bits, work, self.offline, progress)]
+            for_peers = bool(self.against)
+            return [
+                open_model(self.model, self.bits, work, self.offline, progress, for_peers=for_peers)
+            ]
         say(f"making random weights of {', '.join(self.random)}", dim=True)
         return [make_random_model(size, self.bits, work, progress) for size in self.random]
 

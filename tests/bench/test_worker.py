@@ -1,6 +1,7 @@
 """What `bench` runs of this package, and random weights."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import numpy as np
 import pytest
 
 from benchmarks import random_checkpoint
-from mlx_smolvlm.bench import random_model
+from mlx_smolvlm.bench import models, random_model
 from mlx_smolvlm.bench.measure import find_view
 from mlx_smolvlm.bench.models import make_random_model, open_model
 from mlx_smolvlm.bench.worker import Worker, make_picture
 from mlx_smolvlm.checkpoint.load import read_config
-from mlx_smolvlm.convert.hub import resolve
+from mlx_smolvlm.convert.hub import ALIASES, resolve
 from mlx_smolvlm.errors import CheckpointError
 
 
@@ -86,8 +87,9 @@ def test_random_weights_are_made_once_and_answer(tmp_path: Path) -> None:
     assert make_random_model("256m", (16, 4), tmp_path).folders == model.folders
     assert weights.stat().st_mtime_ns == before
     (tmp_path / "256m-hf" / "config.json").write_text("{}")  # of another version, or unfinished
-    make_random_model("256m", (16,), tmp_path)
+    other = make_random_model("256m", (16,), tmp_path)
     assert weights.stat().st_mtime_ns != before
+    assert other.folders["16 bits"] != model.folders["16 bits"]
 
 
 @pytest.mark.usefixtures("tiny")
@@ -136,3 +138,53 @@ def test_peers_need_a_checkpoint_of_hugging_face(tmp_path: Path) -> None:
     quantization = read_config(packed.folders["8 bits"]).quantization.text
     assert quantization is not None
     assert quantization.bits == 8
+
+
+@pytest.mark.usefixtures("tiny")
+def test_models_of_one_name_are_kept_apart(tmp_path: Path) -> None:
+    sources = [make_random_model("256m", (), tmp_path / name).get_source() for name in "ab"]
+    work = tmp_path / "work"
+
+    def convert(source: Path) -> Path:
+        (folder,) = open_model(str(source), (16,), work).folders.values()
+        return folder
+
+    first, second = map(convert, sources)
+    assert first.name.startswith("256m-hf-16-")
+    assert first != second
+    assert convert(sources[0]) == first
+    weights = sources[0] / "model.safetensors"
+    os.utime(weights, (1, 1))  # as if trained again
+    assert convert(sources[0]) not in (first, second)
+
+
+@pytest.fixture
+def downloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What `bench` downloads; a folder in Hugging Face's format, and its conversion is cached."""
+    calls: list[tuple[object, ...]] = []
+
+    def download(*arguments: object) -> Path:
+        calls.append(arguments)
+        (tmp_path / "config.json").write_text("{}")
+        return tmp_path
+
+    monkeypatch.setattr(models, "download", download)
+    monkeypatch.setattr(models, "resolve", lambda model, options: resolve("demo"))
+    return calls
+
+
+def test_peers_get_the_source_of_an_alias_and_of_a_revision(
+    downloads: list[tuple[object, ...]], tmp_path: Path
+) -> None:
+    model = open_model("SmolVLM2-256M", (), tmp_path, for_peers=True)
+    assert model.get_source() == tmp_path
+    open_model("owner/name@v1", (), tmp_path, True, for_peers=True)
+    assert downloads == [(ALIASES["smolvlm2-256m"], False, None), ("owner/name", True, "v1")]
+
+
+def test_a_cached_conversion_needs_no_download(
+    downloads: list[tuple[object, ...]], tmp_path: Path
+) -> None:
+    model = open_model("owner/name", (), tmp_path, offline=True)
+    assert model.folders == {"": resolve("demo")}
+    assert downloads == []
