@@ -67,8 +67,7 @@ def compare_settings(
     Raises:
         ValueError: `repeat` is below 2.
     """
-    if repeat < 2:
-        raise ValueError(f"repeat is {repeat}; tuning needs 2 or more to know the spread")
+    check_repeat(repeat)
     seconds: list[list[float]] = [[] for _ in settings]
     for turn in range(repeat):
         for number, setting in enumerate(settings):
@@ -82,6 +81,12 @@ def compare_settings(
     if medians[0] - medians[best] <= spread:
         best = 0
     return Outcome(settings[best], list(zip(settings, seconds, strict=True)))
+
+
+def check_repeat(repeat: int) -> None:
+    """Raise ValueError if `repeat` is below 2."""
+    if repeat < 2:
+        raise ValueError(f"repeat is {repeat}; tuning needs 2 or more to know the spread")
 
 
 def make_measure(folder: Path) -> Measure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 BITS = (4, 8, 16)
 SIZES = ("256m", "500m", "2.2b")
 PEERS = ("mlx-vlm", "transformers", "mlx-lm")
+PROMPT_TOKENS, MAX_TOKENS = 512, 32
 BENCH_EPILOG = """\
 \b
 Examples:
@@ -53,8 +54,8 @@ def bench(
     ] = "",
     prompt_tokens: Annotated[
         int, typer.Option(metavar="N", help="Length of the prompt for prefill.")
-    ] = 512,
-    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate.")] = 32,
+    ] = PROMPT_TOKENS,
+    max_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens to generate.")] = MAX_TOKENS,
     repeat: Annotated[int, typer.Option(metavar="N", help="Repeats of each measurement.")] = 3,
     against: Annotated[
         list[str] | None,
@@ -95,7 +96,7 @@ def bench(
     _check_output("--json", None if json in (None, "-") else Path(json or ""))
     request = BenchRequest(
         model=model or "demo",
-        random=tuple(dict.fromkeys(filter(None, random.split(",")))),
+        random=_parse_list("--random", random),
         bits=_parse_numbers("--bits", bits),
         against=tuple(against or ()),
         peer_python=peer_python,
@@ -103,13 +104,23 @@ def bench(
         memory_limit=parse_memory_limit(memory_limit),
         offline=offline,
     )
+    counts = _parse_numbers("--tiles", tiles)
+    if tune:
+        ignored = {
+            "--json": json is not None,
+            "--png": png is not None,
+            "--tiles": bool(counts),
+            "--prompt-tokens": prompt_tokens != PROMPT_TOKENS,
+            "--max-tokens": max_tokens != MAX_TOKENS,
+            "--peer-python": peer_python is not None,
+        }
+        request.check_tuning(ignored, repeat)
     bar = ProgressBar()
     with contextlib.closing(bar), _open_work(work) as folder:
         models = request.open_models(folder, bar.draw)
         if tune:
             _tune(models[0], repeat, bar)
             return
-        counts = _parse_numbers("--tiles", tiles)
         options = [_make_options(one, counts, prompt_tokens, max_tokens, repeat) for one in models]
         report = _measure(request, models, options, bar)
     _print_report(report, json, png)
@@ -144,6 +155,36 @@ class BenchRequest:
                 raise typer.BadParameter(
                     f"'{name}' is none of {', '.join(PEERS)}", param_hint="--against"
                 )
+
+    def check_tuning(self, ignored: Mapping[str, bool], repeat: int) -> None:
+        """Check, before a model is made, that `--tune` can do what was asked for.
+
+        Args:
+            ignored: Whether each option is given that has no effect with `--tune`.
+            repeat: Repeats of each measurement.
+
+        Raises:
+            typer.BadParameter: An option would be ignored, or is out of range.
+            SmolVLMError: One of the variables to tune is set.
+        """
+        from mlx_smolvlm.bench import tune
+
+        given = {
+            **ignored,
+            "--against": bool(self.against),
+            "--memory-limit": self.memory_limit is not None,
+        }
+        for option, is_given in given.items():
+            if is_given:
+                raise typer.BadParameter("it has no effect with --tune", param_hint=option)
+        for option, values in (("--random", self.random), ("--bits", self.bits)):
+            if len(values) > 1:
+                raise typer.BadParameter("--tune measures one model; give one", param_hint=option)
+        try:
+            tune.check_repeat(repeat)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--repeat") from None
+        tune.check_variables(os.environ)
 
     def open_models(self, work: Path, progress: Progress) -> list[BenchModel]:
         """Make or open the models; conversions are written to `work`.
@@ -244,22 +285,14 @@ def _print_report(report: Report, json: str | None, png: Path | None) -> None:
 
 
 def _tune(model: BenchModel, repeat: int, bar: ProgressBar) -> None:
-    """Compare settings, print what was measured, and save the best.
-
-    Raises:
-        SmolVLMError: One of the variables is set.
-    """
+    """Compare settings, print what was measured, and save the best."""
     import mlx.core as mx
 
     from mlx_smolvlm.bench import tune
 
-    tune.check_variables(os.environ)
     settings = tune.list_settings(mx.default_device().type == mx.DeviceType.gpu)
     folder = next(iter(model.folders.values()))
-    try:
-        outcome = tune.compare_settings(settings, tune.make_measure(folder), repeat, bar.draw)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--repeat") from None
+    outcome = tune.compare_settings(settings, tune.make_measure(folder), repeat, bar.draw)
     path = tune.save_outcome(outcome)
     write(tune.format_outcome(outcome))
     if path is None:
@@ -271,22 +304,32 @@ def _tune(model: BenchModel, repeat: int, bar: ProgressBar) -> None:
 def _parse_numbers(option: str, text: str) -> tuple[int, ...]:
     """Parse numbers with commas between them; raises typer.BadParameter."""
     try:
-        return tuple(dict.fromkeys(int(part) for part in text.split(",") if part.strip()))
+        return tuple(dict.fromkeys(map(int, _parse_list(option, text))))
     except ValueError:
         message = f"'{text}' is not numbers with commas between them"
         raise typer.BadParameter(message, param_hint=option) from None
 
 
+def _parse_list(option: str, text: str) -> tuple[str, ...]:
+    """Return the values in `text`, with commas between them; raises typer.BadParameter."""
+    values = tuple(dict.fromkeys(filter(None, map(str.strip, text.split(",")))))
+    if text and not values:
+        raise typer.BadParameter(f"'{text}' has no value", param_hint=option)
+    return values
+
+
 def _check_output(option: str, path: Path | None) -> None:
-    """Raise typer.BadParameter if `path` lies in no folder: measuring takes minutes."""
+    """Raise typer.BadParameter if `path` is or has no folder: measuring takes minutes."""
     if path is None:
         return
     try:
-        folder = expand_path(path).parent
+        path = expand_path(path)
     except OSError as error:
         raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=option) from None
-    if not folder.is_dir():
-        raise typer.BadParameter(f"there is no folder {folder}", param_hint=option)
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; give a file", param_hint=option)
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
 
 
 @contextlib.contextmanager

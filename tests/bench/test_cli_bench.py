@@ -15,6 +15,7 @@ from mlx_smolvlm.bench.measure import BenchOptions, Result
 from mlx_smolvlm.bench.models import BenchModel
 from mlx_smolvlm.bench.programs import Launch
 from mlx_smolvlm.cli.app import main
+from mlx_smolvlm.cli.bench import BenchRequest
 from mlx_smolvlm.convert.hub import resolve
 
 Run = Callable[..., tuple[int, str, str]]
@@ -111,7 +112,10 @@ def test_json_on_stdout_stands_alone(run: Run, seen: list[Any]) -> None:
         (["--random", "256m,500m", "--against", "mlx-vlm"], 2, "one size at a time"),
         (["--json", "/no/such/a.json"], 2, "there is no folder /no/such"),
         (["--against", "mlx-vlm"], 1, "demo is no checkpoint of Hugging Face's format"),
-        (["--tune", "--repeat", "1"], 2, "repeat is 1"),
+        (["--random", ","], 2, "',' has no value"),
+        (["--tiles", " ,"], 2, "' ,' has no value"),
+        (["--png", "/"], 2, "/ is a folder; give a file"),
+        (["--json", ""], 2, "is a folder; give a file"),
     ],
 )
 def test_wrong_options(
@@ -120,6 +124,44 @@ def test_wrong_options(
     ended, out, err = run(*arguments)
     assert (ended, out) == (status, "")
     assert message in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--repeat", "1"], "repeat is 1"),
+        (["--json", "-"], "--json: it has no effect with --tune"),
+        (["--png", "a.png"], "--png: it has no effect with --tune"),
+        (["--tiles", "1"], "--tiles: it has no effect with --tune"),
+        (["--prompt-tokens", "9"], "--prompt-tokens: it has no effect with --tune"),
+        (["--max-tokens", "9"], "--max-tokens: it has no effect with --tune"),
+        (["--peer-python", "python"], "--peer-python: it has no effect with --tune"),
+        (["--against", "mlx-vlm"], "--against: it has no effect with --tune"),
+        (["--memory-limit", "1GB"], "--memory-limit: it has no effect with --tune"),
+        (["--random", "256m,500m"], "--random: --tune measures one model"),
+        (["--bits", "4,8"], "--bits: --tune measures one model"),
+    ],
+)
+def test_tuning_refuses_options_before_a_model_is_made(
+    run: Run, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.setattr(BenchRequest, "open_models", open_no_models)
+    status, out, err = run("--tune", *arguments)
+    assert (status, out) == (2, "")
+    assert message in " ".join(err.split())
+
+
+def test_tuning_refuses_a_users_variable_before_a_model_is_made(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BenchRequest, "open_models", open_no_models)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    status, _, err = run("--tune")
+    assert (status, "OPENBLAS_NUM_THREADS is set" in err) == (1, True)
+
+
+def open_no_models(*arguments: object) -> list[BenchModel]:
+    raise AssertionError("a model is made")
 
 
 def test_tuning_saves_what_wins_and_says_so(
