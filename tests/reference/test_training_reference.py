@@ -79,20 +79,20 @@ def theirs(model: Any, vlm: SmolVLM, folder: Path, batch: Batch) -> Any:
 
 
 def test_the_loss_equals_transformers(pair: Any, tmp_path: Path) -> None:
-    with_pixels, with_embeds = batches(pair.ours, tmp_path)
+    with_pixels, with_embeds = batches(pair.in_mlx, tmp_path)
     lengths = [(row != 0).sum() for row in with_pixels.input_ids]
     assert max(lengths) > 2 * min(lengths)  # there is padding
     assert with_embeds.pixel_values is None
     with torch.no_grad():
-        expected = float(theirs(pair.theirs, pair.ours, tmp_path, with_pixels))
+        expected = float(theirs(pair.theirs, pair.in_mlx, tmp_path, with_pixels))
     for loss in (answer_loss, checkpointed_loss):
         for batch in (with_pixels, with_embeds):
-            total, count = loss(pair.ours.model, batch)
+            total, count = loss(pair.in_mlx.model, batch)
             assert (total / count).item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_gradient_equals_transformers(pair: Any, tmp_path: Path) -> None:
-    vlm = pair.ours
+    vlm = pair.in_mlx
     batch, _ = batches(vlm, tmp_path)
     pair.theirs.zero_grad()
     theirs(pair.theirs, vlm, tmp_path, batch).backward()
