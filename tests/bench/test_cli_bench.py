@@ -15,7 +15,7 @@ from mlx_smolvlm.bench.measure import BenchOptions, Result
 from mlx_smolvlm.bench.models import BenchModel
 from mlx_smolvlm.bench.programs import Launch
 from mlx_smolvlm.cli.app import main
-from mlx_smolvlm.cli.bench import BenchRequest
+from mlx_smolvlm.cli.bench_request import BenchRequest
 from mlx_smolvlm.convert.hub import resolve
 
 Run = Callable[..., tuple[int, str, str]]
