@@ -276,8 +276,13 @@ def read_prompt() -> str:
     return text
 
 
-def load_model(options: ModelOptions) -> SmolVLM:
+def load_model(options: ModelOptions, fixed: frozenset[str] = frozenset()) -> SmolVLM:
     """Load the model; a conversion shows its progress on stderr.
+
+    Args:
+        options: Which model, and how.
+        fixed: Arguments that the command has no options for: a refusal for want of memory does
+            not advise to change them.
 
     Raises:
         CheckpointError: It cannot be found, converted or read.
@@ -286,7 +291,7 @@ def load_model(options: ModelOptions) -> SmolVLM:
 
     progress = ConversionProgress(f"converting {options.model}, once")
     with contextlib.closing(progress):
-        return load(
+        vlm = load(
             options.model,
             bits=options.bits,
             offline=options.offline,
@@ -295,6 +300,9 @@ def load_model(options: ModelOptions) -> SmolVLM:
             adapter=options.adapter,
             memory_limit=options.memory_limit,
         )
+    if fixed and vlm.engine.guard is not None:
+        vlm.engine.guard.fixed |= fixed
+    return vlm
 
 
 class StartedAnswer(NamedTuple):

@@ -126,7 +126,7 @@ def print_choices(options: ChooseOptions) -> None:
     choices = decode_choices(options)
     images = [open_picture(source) for source in options.images]
     videos = [open_video_source(source, VideoOptions()) for source in options.videos]
-    vlm = load_model(options)
+    vlm = load_model(options, frozenset({"kv_bits", "max_frames"}))
     for image in images:
         print_cost(vlm, image, options.detail)
     choice = vlm.choose(

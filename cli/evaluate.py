@@ -199,7 +199,7 @@ def print_evaluation(request: EvaluateRequest) -> int:
     from mlx_smolvlm.train.evaluate.run import Evaluation, read_cases
 
     dataset = read_cases(request.data, request.options)
-    vlm = load_model(request)
+    vlm = load_model(request, frozenset({"kv_bits", "max_frames"}))
     evaluation = Evaluation(vlm, dataset, request.options)
     try:
         answer_lines(evaluation, request)

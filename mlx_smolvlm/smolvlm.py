@@ -18,7 +18,7 @@ from mlx_smolvlm.generate.choose import Choice, Normalize, check_choices, choose
 from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.long_video import Part, answer_by_part
 from mlx_smolvlm.generate.many import answer_all, check_prompts
-from mlx_smolvlm.generate.memory_guard import MemoryGuard
+from mlx_smolvlm.generate.memory_guard import FEW_BITS, NO_NAMES, MemoryGuard, MemoryTerms
 from mlx_smolvlm.generate.memory_plan import (
     Backend,
     Setup,
@@ -392,7 +392,9 @@ def load(
         )
     path = _find_checkpoint(model, bits, offline, progress)
     on_linux = sys.platform == "linux"
-    return SmolVLM(_open_engine(path, dtype, cache, adapter, memory_limit, on_linux))
+    may_pack = bits != FEW_BITS and _is_conversion_of(model, path)
+    terms = MemoryTerms(memory_limit, NO_NAMES if may_pack else frozenset({"bits"}))
+    return SmolVLM(_open_engine(path, dtype, cache, adapter, terms, on_linux))
 
 
 def load_in_mlx(
@@ -403,7 +405,7 @@ def load_in_mlx(
     Arguments and errors are as in `load`.
     """
     path = _find_checkpoint(model, None, offline, None)
-    return SmolVLM(_open_engine(path, dtype, CacheOptions(), None, None, False))
+    return SmolVLM(_open_engine(path, dtype, CacheOptions(), None, MemoryTerms(), False))
 
 
 def _find_checkpoint(
@@ -419,12 +421,19 @@ def _find_checkpoint(
     return resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
 
 
+def _is_conversion_of(model: str | Path, path: Path) -> bool:
+    """Whether `path` is a conversion that `load` made of `model`, so that `bits` decides on it."""
+    from mlx_smolvlm.convert.hub import find_cache_folder, find_folder
+
+    return path.is_relative_to(find_cache_folder()) and find_folder(model) != path
+
+
 def _open_engine(
     path: Path,
     dtype: str | None,
     cache: CacheOptions,
     adapter: str | Path | None,
-    memory_limit: int | None,
+    terms: MemoryTerms,
     may_use_numpy: bool,
 ) -> Engine:
     """Load the checkpoint in the folder `path`; arguments and errors as in `load`."""
@@ -442,7 +451,7 @@ def _open_engine(
     dtype = dtype or _choose_dtype(config, on_cpu)
     builder = PromptBuilder(find_tokenizer(path), read_chat_template(path), config)
     in_numpy = may_use_numpy and on_cpu and dtype == "float32" and not numpy_is_off()
-    guard = _plan_memory(path, config, dtype, cache, memory_limit, in_numpy)
+    guard = _plan_memory(path, config, dtype, cache, terms, in_numpy)
     network = load_model(path, dtype)
     folder = None
     if adapter is not None:
@@ -465,7 +474,7 @@ def _plan_memory(
     config: Config,
     dtype: str,
     cache: CacheOptions,
-    limit: int | None,
+    terms: MemoryTerms,
     in_numpy: bool,
 ) -> MemoryGuard:
     """Check that the model fits into memory, and set MLX's limits if there is one.
@@ -480,7 +489,9 @@ def _plan_memory(
     tensors = {name: (one.dtype, one.num_items) for name, one in read_headers(path).items()}
     machine = measure_machine()
     setup = Setup(config, 0, backend, DTYPE_BITS.get(dtype, 32) // 8, cache=cache)
-    guard = MemoryGuard(plan_setup(setup, tensors, limit, machine), limit, machine)
+    limit = terms.limit
+    planned = plan_setup(setup, tensors, limit, machine)
+    guard = MemoryGuard(planned, limit, machine, terms.fixed)
     guard.check_weights()
     if limit is not None:
         limit_mlx(mx, backend, limit)

@@ -11,7 +11,13 @@ import numpy as np
 
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.generate.engine import Engine, Prompt
-from mlx_smolvlm.generate.many import CONTEXTS, RowDecoder, make_prefix_cache, split_into_groups
+from mlx_smolvlm.generate.many import (
+    CONTEXTS,
+    TOTAL,
+    RowDecoder,
+    make_prefix_cache,
+    split_into_groups,
+)
 from mlx_smolvlm.generate.sampling import log_normalizer
 from mlx_smolvlm.generate.stream import Reply
 from mlx_smolvlm.reuse.content import count_common
@@ -150,7 +156,8 @@ def compute_log_probabilities(
     starts = [count_common(prompt.input_ids, transcript) for transcript in transcripts]
     shared = min(starts) - 1  # the token before an answer, which predicts its first, is in the row
     more = sum(transcript.size - shared for transcript in transcripts)
-    engine.check_memory(prompt, min(more, CONTEXTS * engine.context_size), min(more, SCORE_CHUNK))
+    most = min(more, CONTEXTS * engine.context_size)
+    engine.check_memory(prompt, most, min(more, SCORE_CHUNK), TOTAL)
     cache = make_prefix_cache(engine, replace(prompt, input_ids=prompt.input_ids[:shared]), Reply())
     scores = []
     columns = [transcript.size - shared for transcript in transcripts]

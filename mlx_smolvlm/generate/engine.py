@@ -15,7 +15,7 @@ import numpy as np
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import ContextError, PromptError, SmolVLMWarning
 from mlx_smolvlm.generate.grammar import Constrainer
-from mlx_smolvlm.generate.memory_guard import MemoryGuard
+from mlx_smolvlm.generate.memory_guard import NO_NAMES, MemoryGuard
 from mlx_smolvlm.generate.memory_plan import Work
 from mlx_smolvlm.kv.bounded import RECENT, SINKS
 from mlx_smolvlm.kv.cache import NO_PINS, KVCache
@@ -119,13 +119,20 @@ class Engine:
         """Most tiles per call of the encoder."""
         return TILE_BATCH if self.guard is None else self.guard.setup.tile_batch
 
-    def check_memory(self, prompt: Prompt, max_tokens: int, rows: int = 1) -> None:
+    def check_memory(
+        self,
+        prompt: Prompt,
+        max_tokens: int,
+        rows: int = 1,
+        fixed: frozenset[str] = NO_NAMES,
+    ) -> None:
         """Check that an answer fits into memory; drop work of earlier prompts to make it fit.
 
         Args:
             prompt: The prompt of the answer.
             max_tokens: Most tokens after the prompt, in all answers that are computed together.
             rows: Number of tokens whose logits are computed together.
+            fixed: Arguments that a refusal must not name, as in `MemoryTerms`.
 
         Raises:
             MemoryLimitError: It does not fit.
@@ -133,7 +140,7 @@ class Engine:
         if self.guard is None:
             return
         work = describe_work(prompt, max_tokens, rows)
-        self.guard.check_answer(self.prompt_builder, prompt.media, work)
+        self.guard.check_answer(self.prompt_builder, prompt.media, work, fixed)
         self.model.prefill_chunk = self.guard.setup.prefill_chunk
         spare = self.guard.count_spare(work)
         if spare is not None:

@@ -23,6 +23,7 @@ from mlx_smolvlm.model.text import Placement
 from mlx_smolvlm.reuse.content import CachedState, count_common
 
 CONTEXTS = 2  # size of the cache of a group of rows, as a multiple of the context
+TOTAL = frozenset({"max_tokens"})  # no advice names it: all answers are counted together
 MAX_ROWS = 64  # rows of a group; bounds the logits
 GROWTH = 256  # tokens reserved for an answer; a longer one may have to move to another group
 SHARED = -1  # owner of the tokens that every row attends to
@@ -145,7 +146,7 @@ def answer_all(engine: Engine, prompts: Sequence[Prompt], sampling: Sampling) ->
     ]
     first = replace(prompts[0], input_ids=prompts[0].input_ids[:shared])
     more = sum(row.suffix.size + row.limit for row in rows)
-    engine.check_memory(first, min(more, CONTEXTS * context), min(len(rows), MAX_ROWS))
+    engine.check_memory(first, min(more, CONTEXTS * context), min(len(rows), MAX_ROWS), TOTAL)
     cache = make_prefix_cache(engine, first, rows[0].answer.reply)
     for row in rows[1:]:
         row.answer.reply.cached_tokens = shared

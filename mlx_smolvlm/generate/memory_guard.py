@@ -29,6 +29,22 @@ FEW_BITS = 4
 Change = tuple[str, Setup, Work]
 """What to change, in words, and the setup and work that result."""
 
+NO_NAMES: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class MemoryTerms:
+    """What the caller says about memory when a model is loaded.
+
+    Attributes:
+        limit: Most bytes of the process, or None.
+        fixed: Of bits, kv_bits, max_tokens, detail and max_frames, those that the caller cannot
+            change, or with no effect. Advice names none of them.
+    """
+
+    limit: int | None = None
+    fixed: frozenset[str] = NO_NAMES
+
 
 @dataclass
 class MemoryGuard:
@@ -39,11 +55,13 @@ class MemoryGuard:
             and stay so.
         limit: Most bytes of the process, or None.
         machine: Memory of the machine in bytes; None if it is not known.
+        fixed: As in `MemoryTerms`.
     """
 
     setup: Setup
     limit: int | None = None
     machine: int | None = None
+    fixed: frozenset[str] = NO_NAMES
     _has_warned: bool = field(default=False, repr=False)
 
     def count_spare(self, work: Work) -> int | None:
@@ -67,11 +85,23 @@ class MemoryGuard:
             "the model",
             work,
             lambda: f"{_format(self.find_least(picture))} for a picture of one tile",
-            lambda: list_weight_changes(self.setup, work),
+            lambda: list_weight_changes(self.setup, work, self.fixed),
         )
 
-    def check_answer(self, builder: PromptBuilder, media: Sequence[Medium], work: Work) -> None:
+    def check_answer(
+        self,
+        builder: PromptBuilder,
+        media: Sequence[Medium],
+        work: Work,
+        fixed: frozenset[str] = NO_NAMES,
+    ) -> None:
         """Check that `work`, an answer about `media`, fits, if need be with smaller batches.
+
+        Args:
+            builder: Counts the tokens of pictures.
+            media: The pictures and videos of the prompt.
+            work: The answer.
+            fixed: As in `MemoryTerms`, for this answer, beside `self.fixed`.
 
         Raises:
             MemoryLimitError: It does not.
@@ -80,7 +110,7 @@ class MemoryGuard:
             "this answer",
             work,
             lambda: _format(self.find_least(work)),
-            lambda: list_changes(self.setup, builder, media, work),
+            lambda: list_changes(self.setup, builder, media, work, self.fixed | fixed),
         )
         self.setup = fit_batches(self.setup, work, self.limit)
 
@@ -133,8 +163,12 @@ class MemoryGuard:
             warnings.warn(message, SmolVLMWarning, stacklevel=4)
 
 
-def list_weight_changes(setup: Setup, work: Work) -> Iterator[Change]:
-    """Yield the changes that make the model smaller."""
+def list_weight_changes(
+    setup: Setup, work: Work, fixed: frozenset[str] = NO_NAMES
+) -> Iterator[Change]:
+    """Yield the changes that make the model smaller, if `fixed` leaves them."""
+    if "bits" in fixed:
+        return
     smaller = count_converted_bytes(setup.config, FEW_BITS, setup.item_bytes)
     if smaller < setup.weights:
         packed = replace(setup, weights=smaller, is_packed=True)
@@ -142,7 +176,11 @@ def list_weight_changes(setup: Setup, work: Work) -> Iterator[Change]:
 
 
 def list_changes(
-    setup: Setup, builder: PromptBuilder, media: Sequence[Medium], work: Work
+    setup: Setup,
+    builder: PromptBuilder,
+    media: Sequence[Medium],
+    work: Work,
+    fixed: frozenset[str] = NO_NAMES,
 ) -> Iterator[Change]:
     """Yield changes that make an answer smaller, those that change least first.
 
@@ -151,21 +189,27 @@ def list_changes(
         builder: Counts the tokens of pictures.
         media: The pictures and videos of the prompt.
         work: The answer.
+        fixed: As in `MemoryTerms`.
     """
     is_fast = setup.backend == "mlx-gpu"  # on a CPU, packed keys and values are slow
+    packed = [] if "kv_bits" in fixed else [*_list_kv_changes(setup, work)]
     if is_fast:
-        yield from _list_kv_changes(setup, work)
-    for count in range(work.max_tokens // SHORT * SHORT, SHORT, -SHORT):
-        shorter = replace(work, max_tokens=count)
-        yield f"max_tokens {count} (--max-tokens {count})", setup, shorter
-    yield from _list_picture_changes(setup, builder, media, work)
-    yield from _list_video_changes(setup, builder, media, work)
+        yield from packed
+    if "max_tokens" not in fixed:
+        for count in range(work.max_tokens // SHORT * SHORT, SHORT, -SHORT):
+            shorter = replace(work, max_tokens=count)
+            yield f"max_tokens {count} (--max-tokens {count})", setup, shorter
+    if "detail" not in fixed:
+        yield from _list_picture_changes(setup, builder, media, work)
+    if "max_frames" not in fixed:
+        yield from _list_video_changes(setup, builder, media, work)
     if not is_fast:
-        yield from _list_kv_changes(setup, work)
-    yield from list_weight_changes(setup, work)
-    short = replace(work, max_tokens=min(work.max_tokens, 2 * SHORT))
-    for text, same, smaller in _list_picture_changes(setup, builder, media, short):
-        yield f"{text} and max_tokens {2 * SHORT} (--max-tokens {2 * SHORT})", same, smaller
+        yield from packed
+    yield from list_weight_changes(setup, work, fixed)
+    if fixed.isdisjoint(("detail", "max_tokens")):
+        short = replace(work, max_tokens=min(work.max_tokens, 2 * SHORT))
+        for text, same, smaller in _list_picture_changes(setup, builder, media, short):
+            yield f"{text} and max_tokens {2 * SHORT} (--max-tokens {2 * SHORT})", same, smaller
 
 
 def _list_kv_changes(setup: Setup, work: Work) -> Iterator[Change]:

@@ -4,6 +4,7 @@ import sys
 import typing
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -279,9 +280,37 @@ def test_an_upload_as_it_is_refuses_options_that_change_it(
 def test_sizes_that_no_machine_has_are_refused(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
     command: tuple[str, ...],
     size: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # where a conversion that is not refused would lie
     assert run(monkeypatch, *command, size) == 2
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert f"{command[-1]}: it must be below 9223372036 GB" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fixed"),
+    [
+        (("choose", "Hi", "-c", "A", "-c", "B"), {"bits", "kv_bits", "max_frames"}),
+        (("eval", "demo", "data.jsonl"), {"bits", "kv_bits", "max_frames"}),
+        (("chat", "Hi"), {"bits"}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_advice_about_memory_names_only_options_of_the_command(
+    monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], fixed: set[str]
+) -> None:
+    guard = SimpleNamespace(fixed=frozenset({"bits"}))
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise typer.Exit(7)
+
+    vlm = SimpleNamespace(engine=SimpleNamespace(guard=guard), choose=stop)
+    monkeypatch.setattr("mlx_smolvlm.load", lambda *_, **__: vlm)
+    monkeypatch.setattr("mlx_smolvlm.train.evaluate.run.read_cases", lambda *_: None)
+    monkeypatch.setattr("mlx_smolvlm.train.evaluate.run.Evaluation", stop)
+    monkeypatch.setattr("mlx_smolvlm.cli.chat.Printer", stop)
+    assert run(monkeypatch, *arguments) == 7
+    assert guard.fixed == fixed

@@ -24,6 +24,8 @@ from mlx_smolvlm.media.tiles import compute_grid
 from mlx_smolvlm.model import products
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.smolvlm import SmolVLM, load
+from tests import conftest
+from tests.helpers import hf_folder
 from tests.helpers.media_cases import picture
 
 GB = 1000 * MB
@@ -324,6 +326,71 @@ def test_the_smallest_change_that_fits_is_named(tiny: SmolVLM, real: Config) -> 
     large = replace(packed, weights=GB)
     assert advise(tiny, large, short, 300 * MB) == ("use a conversion with 4 bits (--bits 4)")
     assert advise(tiny, packed, short, 250 * MB) == "give"
+
+
+@pytest.mark.parametrize("backend", ["mlx-cpu", "mlx-gpu"])
+def test_only_what_the_caller_can_change_is_named(
+    tiny: SmolVLM, real: Config, backend: Backend
+) -> None:
+    real = replace(real, image=replace(real.image, longest_edge=2048))
+    setup = make_setup(real, backend=backend, weights=2 * GB)
+    image = PIL.Image.new("RGB", (640, 480))
+    times = SimpleNamespace(timestamps_s=(0.0, 1.0, 2.0), duration_s=3.0)
+    media = [
+        Picture(image, compute_grid(image.size, real, "high"), "high"),
+        Footage(times, digest="clip"),
+    ]
+    work = Work(tiles=16, tokens=900, max_tokens=500, has_video=True)
+    names = {"bits", "kv_bits", "max_tokens", "detail", "max_frames"}
+
+    def list_named(*fixed: str) -> set[str]:
+        changes = list_changes(setup, tiny.engine.prompt_builder, media, work, frozenset(fixed))
+        options = re.findall(r"--([\w-]+)", " ".join(text for text, *_ in changes))
+        return {option.replace("-", "_") for option in options}
+
+    assert list_named() == names
+    for name in names:
+        assert list_named(name) == names - {name}
+    guard = MemoryGuard(setup, GB, fixed=frozenset({"bits"}))
+    with pytest.raises(MemoryLimitError, match=r"1000 MB; give a memory_limit"):
+        guard.check_weights()
+    with pytest.raises(MemoryLimitError, match=r"1000 MB; give a memory_limit"):
+        guard.check_answer(tiny.engine.prompt_builder, media, work)
+
+
+def test_a_conversion_is_named_only_where_it_has_an_effect(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path / "cache"))
+    source = hf_folder.make(tmp_path / "source")
+    hf_folder.write_json(source / "chat_template.json", {"chat_template": conftest.TEMPLATE})
+
+    def list_fixed(model: str | Path, bits: int | None = None) -> frozenset[str]:
+        guard = load(model, bits=bits).engine.guard
+        assert guard is not None
+        return guard.fixed
+
+    assert list_fixed(source) == list_fixed(source, 8) == frozenset()
+    assert list_fixed(source, 4) == {"bits"}  # done already
+    kept = load(source, bits=8).path
+    assert kept.is_relative_to(tmp_path / "cache")
+    assert list_fixed(kept) == list_fixed(tiny_folder) == list_fixed("demo") == {"bits"}
+
+
+def test_no_advice_names_the_sum_of_all_answers(
+    tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[frozenset[str]] = []
+    guard = SimpleNamespace(
+        check_answer=lambda *arguments: seen.append(arguments[3]),
+        count_spare=lambda _: None,
+        setup=SimpleNamespace(tile_batch=4, prefill_chunk=tiny.model.prefill_chunk),
+    )
+    monkeypatch.setattr(tiny.engine, "guard", guard)
+    tiny.ask("Hi", max_tokens=2)
+    tiny.choose("Hi", ["A", "B"])
+    tiny.ask_many([picture((32, 32))], ["Hi", "Ho"], max_tokens=2)
+    assert seen == [frozenset(), {"max_tokens"}, {"max_tokens"}]
 
 
 def test_fewer_frames_are_named(tiny: SmolVLM, real: Config) -> None:
