@@ -283,6 +283,24 @@ def test_the_end_of_the_program_waits_for_threads(
     assert not task.exists()
 
 
+def test_a_thread_goes_on_when_the_main_thread_has_ended() -> None:
+    code = """if True:
+        import threading, time
+        import numpy as np
+        from mlx_smolvlm.model import products
+        products.THREADED_SIZE = 1
+        products.count_blas_threads = lambda: 2
+        def multiply():
+            threading.main_thread().join()
+            time.sleep(0.1)  # until the pools are shut down
+            rows = np.ones((2, 64), np.float32)
+            print(products.multiply(np.ones((64, 64), np.float32), None, rows).sum())
+        threading.Thread(target=multiply).start()
+    """
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ran.stdout, ran.stderr) == ("8192.0\n", "")
+
+
 def test_a_program_that_forks_before_it_loads_and_asks_in_threads(tiny_folder: Path) -> None:
     code = f"""if True:
         import os, threading, mlx_smolvlm, PIL.Image

@@ -143,7 +143,8 @@ class AnswerBatch:
                 self._preparing[0].is_cancelled = self._preparing[0].is_over = True
                 self._preparing[1].close()
             self._waiting.clear()
-            self._rows, self._preparing = [], None
+            self._rows, self._preparing, self._updates = [], None, []
+            self._drawn = self._drawn[:0]
             self._cache = BatchedKVCache(len(self._cache.buffers), self._cache.storage)
 
     def _lock_thread(self) -> AbstractContextManager[None]:

@@ -91,7 +91,9 @@ class BatchedAnswer:
         """
         engine, token_ids = self._engine, self.reply.token_ids
         ids = np.append(self.prompt.input_ids, np.array(token_ids, np.int32))
-        prompt = replace(self.prompt, input_ids=ids, pins=self.prompt.pins[:0])
+        # A fork, so that the conversation's state stays true if this answer is cancelled.
+        state = None if self.prompt.state is None else self.prompt.state.fork()
+        prompt = replace(self.prompt, input_ids=ids, pins=self.prompt.pins[:0], state=state)
         is_first = self._content is None
         empty = None
         if engine.cache_options.max_kv_tokens is not None:

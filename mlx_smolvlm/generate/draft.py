@@ -68,6 +68,8 @@ class PromptLookup:
 
         A copy that reaches the end of the tokens goes on with what it has copied.
         """
+        if self._token_ids[-1:] and self._token_ids[-1] in self._excluded:
+            return []  # it cannot be fed together with a draft
         self._index()
         start, length, proposal = self._find_follower(), len(self._token_ids), list[int]()
         while start is not None and len(proposal) < most:

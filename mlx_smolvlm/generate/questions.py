@@ -123,7 +123,10 @@ def _answer_all(
                     numbers[batch.add(prompt, sampling)] = number
                 except Exception as error:
                     yield number, error
+                count = batch.num_answers
                 batch.fill()  # at once, so that few pictures are open
+                if batch.num_answers < count:  # an answer is over already; the step reports it
+                    break
             for update in batch.step():
                 if update.is_over:
                     answer = update.answer

@@ -130,8 +130,8 @@ class BatchedKVCache(KVCache):
         for layer, buffers in enumerate(self.buffers):
             assert buffers is not None
             parts = (mx.unflatten(b[self._find(row), :length], 0, (-1, 2)) for b in buffers)
-            cache.buffers[layer] = tuple(
-                mx.contiguous(part.swapaxes(0, 1).flatten(0, 1)[None]) for part in parts
+            cache.buffers[layer] = tuple(  # a copy, unlike `mx.contiguous`, also of a single head
+                mx.concatenate([part[:, 0], part[:, 1]])[None] for part in parts
             )
         mx.eval(cache.arrays)
         return cache

@@ -81,7 +81,12 @@ def share_rows(count: int, size: int, compute: Callable[[slice], object]) -> Non
     threads = count_blas_threads() if size >= THREADED_SIZE else 1
     ends = [count * number // threads for number in range(threads + 1)]
     first, *others = (slice(*pair) for pair in pairwise(ends))
-    jobs = [get_pool().submit(compute, part) for part in others]
+    jobs = []
+    for part in others:
+        try:
+            jobs.append(get_pool().submit(compute, part))
+        except RuntimeError:  # the main thread has ended, and with it all pools
+            compute(part)
     compute(first)
     for job in jobs:
         job.result()

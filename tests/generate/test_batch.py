@@ -21,6 +21,7 @@ from mlx_smolvlm.generate.batched_answer import BatchedAnswer
 from mlx_smolvlm.generate.engine import Engine, Prompt
 from mlx_smolvlm.generate.memory_plan import Work
 from mlx_smolvlm.generate.questions import BatchOptions, Question, read_question
+from mlx_smolvlm.generate.stream import AnswerStream
 from mlx_smolvlm.media.encode import Picture
 from mlx_smolvlm.model.model import Model
 
@@ -311,6 +312,44 @@ def test_closing_ends_all(tiny: SmolVLM) -> None:
     assert batch.num_answers == 0
     assert all(answer.is_over for answer in answers)
     assert {answer.reply.finish_reason for answer in answers} == {"interrupted"}
+    batch.add(*read(tiny, "Hello", ONE_TILE))
+    run(batch, 4)  # a batch can be used again
+    assert batch.num_answers == 1
+    batch.close()
+
+
+def test_a_turn_that_is_closed_leaves_the_conversation_as_it_was(tiny: SmolVLM) -> None:
+    prompt, sampling = read(tiny, "Hello", ONE_TILE)
+    batch = AnswerBatch(tiny.engine)
+    first = batch.add(dataclasses.replace(prompt, is_turn=True), sampling)
+    run(batch)
+    state = first.state
+    assert state is not None
+    other, _ = read(tiny, "Something else, and longer", ONE_TILE)
+    batch.add(dataclasses.replace(other, state=state, is_turn=True), sampling)
+    run(batch, 2)
+    batch.close()
+    tiny.engine.memory.clear()
+    ids = np.concatenate([prompt.input_ids, first.reply.token_ids, [5, 6]]).astype(np.int32)
+    turn = AnswerStream(tiny.engine, Prompt(ids, (), state), sampling).finish()
+    tiny.engine.memory.clear()
+    cold = AnswerStream(tiny.engine, Prompt(ids, ()), sampling).finish()
+    assert turn.cached_tokens > prompt.input_ids.size // 2
+    assert turn.token_ids == cold.token_ids
+
+
+def test_an_error_in_preparation_is_told_before_more_questions_are_taken(
+    tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(pixel_values: mx.array) -> mx.array:
+        raise MediaError("it cannot be encoded")
+
+    monkeypatch.setattr(tiny.engine, "encoder", fail)
+    questions = iter([("What?", Image.new("RGB", (64, 64), (n, 0, 0))) for n in range(9)])
+    number, error = next(tiny.stream_batch(questions, detail="low"))
+    assert number == 0
+    assert isinstance(error, MediaError)
+    assert len(list(questions)) == 8
 
 
 def test_the_cache_stays_within_its_limit(

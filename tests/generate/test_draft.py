@@ -71,6 +71,7 @@ def test_a_repetition_goes_on() -> None:
 def test_a_proposal_ends_before_a_placeholder_and_after_an_end() -> None:
     assert propose([1, 2, 3, 4, 8, 1, 2], excluded=4) == [3]
     assert propose([1, 4, 8, 1], excluded=4) == []
+    assert propose([4, 8, 1, 4], excluded=4) == []  # a placeholder is not fed with a draft
     assert propose([1, 2, 99, 4, 8, 1]) == [2, 99]
 
 

@@ -60,6 +60,17 @@ def test_rows_are_as_if_alone(storage: Storage) -> None:
     step(batched, single)
 
 
+def test_a_copied_row_does_not_change_with_the_batch() -> None:
+    single, batched = KVCache(1), BatchedKVCache(1)
+    single.append(0, np.ones((1, 2, STEP, 8), np.float32))  # one head, and a full buffer
+    single.advance(STEP)
+    batched.add(single)
+    row = batched.copy_row(0)
+    for buffer in batched.arrays:
+        np.array(buffer, copy=False)[:] = 7
+    assert all((np.array(array) == 1).all() for array in row.arrays)
+
+
 def test_a_row_becomes_a_cache_again() -> None:
     mx.random.seed(1)
     batched, single = BatchedKVCache(LAYERS), [fill(KVCache(LAYERS), n) for n in (4, 7)]
