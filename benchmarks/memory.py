@@ -46,17 +46,29 @@ MORE_CASES = (
 )
 
 
-def make_checkpoints(work: Path, files: Path | None, bits: Sequence[int]) -> dict[int, Path]:
-    """Make a random checkpoint with each of `bits` in `work`, unless it exists."""
+def find_checkpoints(work: Path, files: Path | None, bits: Sequence[int]) -> dict[int, Path]:
+    """Make a random checkpoint with each of `bits` in `work`, unless it exists.
+
+    A process of its own makes them, since on Linux the peak of a new process begins with the size
+    of the one that starts it.
+    """
+    numbers = ",".join(map(str, bits))
+    given = [] if files is None else [str(files)]
+    command = [sys.executable, "-m", "benchmarks.memory", "--make", str(work), numbers, *given]
+    subprocess.run(command, check=True)
+    return {number: work / ("converted" if number == 16 else f"{number}-bit") for number in bits}
+
+
+def make_checkpoints(work: str, bits: str, files: str | None = None) -> None:
+    """Make a random checkpoint with each of `bits`, such as "4,8", in `work`, if it is missing."""
     from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.run import convert_checkpoint
 
-    folders = {16: make_random_checkpoint(work, files)}
-    for number in {*bits} - {16}:
-        folders[number] = work / f"{number}-bit"
-        if not folders[number].exists():
-            convert_checkpoint(work / "hf", folders[number], ConvertOptions(bits=number))
-    return folders
+    make_random_checkpoint(Path(work), None if files is None else Path(files))
+    for number in {*map(int, bits.split(","))} - {16}:
+        folder = Path(work) / f"{number}-bit"
+        if not folder.exists():
+            convert_checkpoint(Path(work) / "hf", folder, ConvertOptions(bits=number))
 
 
 def measure_peak(command: list[str]) -> tuple[int, str, str, int]:
@@ -127,6 +139,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--answer"]:
         answer(*sys.argv[2:])
         return
+    if sys.argv[1:2] == ["--make"]:
+        make_checkpoints(*sys.argv[2:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--files", type=Path, help="small files of the published checkpoint")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "smolvlm-memory")
@@ -135,7 +150,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the numbers here too")
     options = parser.parse_args()
     cases = (*CASES, *(MORE_CASES if options.all else ()))
-    folders = make_checkpoints(options.work, options.files, [one.bits for one in cases])
+    folders = find_checkpoints(options.work, options.files, [one.bits for one in cases])
     picture = options.work / "picture.png"
     _draw(picture)
     print(
