@@ -64,20 +64,20 @@ def make_single_nodes() -> Iterator[None]:
     """Make each `mx.fast` call inside the `with` block one node of the graph."""
     names = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
     originals = {name: getattr(mx.fast, name) for name in names}
-    dequantize, normalize, rotate_step = mx.dequantize, text.normalize, text.rotate_step
+    dequantize, normalize, rotate_step = mx.dequantize, text.normalize_step, text.rotate_step
     try:
         for name in names:
             setattr(mx.fast, name, _one_node)
         # What MLX compiled earlier would not call the functions above. A kernel of `mx.fast` is
         # never fused with others, so compiled or not makes no difference to the count.
-        text.normalize, text.rotate_step = text.divide_by_rms, text.rotate_rows
+        text.normalize_step, text.rotate_step = text.divide_by_rms, text.rotate_rows
         mx.dequantize = _dequantize
         yield
     finally:
         for name, function in originals.items():
             setattr(mx.fast, name, function)
         mx.dequantize = dequantize
-        text.normalize, text.rotate_step = normalize, rotate_step
+        text.normalize_step, text.rotate_step = normalize, rotate_step
 
 
 def count_kernels(forward: Callable[[], Any]) -> Counter[str]:

@@ -31,12 +31,12 @@ def divide_by_rms(x: mx.array, weight: mx.array, eps: float) -> mx.array:
 
 
 def rotate_rows(qkv: mx.array, positions: mx.array, theta: float) -> mx.array:
-    """Rotate the rows of `qkv` (B, 1, rows, head_dim), each by its own position.
+    """Rotate the rows of `qkv` (B, L, rows, head_dim), each by its own position.
 
     Returns:
-        (B, rows, 1, head_dim).
+        (B, rows, L, head_dim).
     """
-    b, _, rows, width = qkv.shape
+    width = qkv.shape[-1]
     rotated = mx.fast.rope(
         qkv.reshape(-1, 1, 1, width),
         width,
@@ -45,19 +45,22 @@ def rotate_rows(qkv: mx.array, positions: mx.array, theta: float) -> mx.array:
         scale=1.0,
         offset=positions,
     )
-    return rotated.reshape(b, rows, 1, width)
+    return rotated.reshape(qkv.shape).swapaxes(1, 2)
 
 
 # MLX replays compiled functions faster than it builds their nodes: on a CPU, where each of the two
 # is many nodes, the graph of a token is built in four fifths of the time. The kernels are the same.
-normalize = mx.compile(divide_by_rms, shapeless=True)
-rotate_step = mx.compile(rotate_rows)  # anew for each shape, so only for one token of each row
+# Each shape is compiled anew, so this is only done for one token of each row. It must not be
+# `shapeless`: a first call inside of a gradient would make the width a constant for all later ones.
+normalize_step = mx.compile(divide_by_rms)
+rotate_step = mx.compile(rotate_rows)
 
 
 class RMSNorm(nn.RMSNorm):
     """A normalization by the root mean square."""
 
     def __call__(self, x: mx.array) -> mx.array:
+        normalize = normalize_step if x.shape[-2] == 1 else divide_by_rms
         return normalize(x, self["weight"], self.eps)
 
 
@@ -119,10 +122,9 @@ class Attention(nn.Module):
         b, length, rows, width = qkv.shape
         if length == 1:
             return rotate_step(qkv, positions, self.theta)
-        rope = partial(mx.fast.rope, dims=width, traditional=False, base=self.theta, scale=1.0)
         if positions.size == b * length * rows:
-            qkv = rope(qkv.reshape(-1, 1, 1, width), offset=positions).reshape(qkv.shape)
-            return qkv.swapaxes(1, 2)
+            return rotate_rows(qkv, positions, self.theta)
+        rope = partial(mx.fast.rope, dims=width, traditional=False, base=self.theta, scale=1.0)
         queries_keys, values = mx.split(qkv.swapaxes(1, 2), [self.heads + self.kv_heads], axis=1)
         return mx.concatenate([rope(queries_keys, offset=positions[0]), values], axis=1)
 
