@@ -235,17 +235,27 @@ class _Connection(http.client.HTTPConnection):
 
     network: Network
     is_proxy = False  # whether it connects to a proxy
+    _response: http.client.HTTPResponse | None = None
 
     def connect(self) -> None:
         """Connect through `network`; called by HTTPSConnection.connect, which adds TLS."""
         connect = self.network.connect_proxy if self.is_proxy else self.network.connect
         self.sock = connect(self.host, self.port)
         if self._tunnel_host:  # type: ignore[attr-defined]  # as http.client.HTTPConnection does
-            self._tunnel()  # type: ignore[attr-defined]
+            try:
+                self._tunnel()  # type: ignore[attr-defined]
+            finally:  # before Python 3.11.3, http.client leaves the proxy's response open
+                if self._response is not None:
+                    self._response.close()
 
     def response_class(self, sock: Any, *args: Any, **options: Any) -> http.client.HTTPResponse:  # type: ignore[override]  # called as the class is
         """Return a response whose reads are limited in time."""
-        return http.client.HTTPResponse(_TimedSocket(sock, self.network), *args, **options)  # type: ignore[arg-type]  # it only calls makefile
+        self._response = http.client.HTTPResponse(
+            _TimedSocket(sock, self.network),  # type: ignore[arg-type]  # it only calls makefile
+            *args,
+            **options,
+        )
+        return self._response
 
 
 class _SecureConnection(http.client.HTTPSConnection, _Connection):
