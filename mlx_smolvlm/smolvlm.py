@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
 
@@ -37,6 +37,7 @@ from mlx_smolvlm.runtime import check_process, numpy_is_off
 if TYPE_CHECKING:
     import PIL.Image
 
+    from mlx_smolvlm.checkpoint.headers import TensorInfo
     from mlx_smolvlm.media.tiles import Detail
 
 
@@ -378,7 +379,7 @@ def load(
             work that exceeds the memory of the machine.
 
     Raises:
-        ValueError: `bits` is none of 4, 8 and 16, or `memory_limit` is no integer above 0.
+        ValueError: `bits` is none of 4, 8 and 16, or `memory_limit` is not an integer above 0.
         MemoryLimitError: The model does not fit into `memory_limit`.
         CheckpointError: The model cannot be found, converted or read, or `cache` or `adapter`
             does not suit it.
@@ -437,6 +438,7 @@ def _open_engine(
     may_use_numpy: bool,
 ) -> Engine:
     """Load the checkpoint in the folder `path`; arguments and errors as in `load`."""
+    from mlx_smolvlm.checkpoint.headers import read_headers
     from mlx_smolvlm.checkpoint.load import (
         find_tokenizer,
         load_model,
@@ -451,8 +453,11 @@ def _open_engine(
     dtype = dtype or _choose_dtype(config, on_cpu)
     builder = PromptBuilder(find_tokenizer(path), read_chat_template(path), config)
     in_numpy = may_use_numpy and on_cpu and dtype == "float32" and not numpy_is_off()
-    guard = _plan_memory(path, config, dtype, cache, terms, in_numpy)
-    network = load_model(path, dtype)
+    backend: Backend = "numpy" if in_numpy else "mlx-cpu" if on_cpu else "mlx-gpu"
+    item_bytes = DTYPE_BITS.get(dtype, 32) // 8
+    tensors = read_headers(path)
+    guard = _plan_memory(tensors, Setup(config, 0, backend, item_bytes, cache=cache), terms)
+    network = load_model(path, dtype, tensors)
     folder = None
     if adapter is not None:
         from mlx_smolvlm.checkpoint.lora import load_adapter
@@ -470,31 +475,20 @@ def _open_engine(
 
 
 def _plan_memory(
-    path: Path,
-    config: Config,
-    dtype: str,
-    cache: CacheOptions,
-    terms: MemoryTerms,
-    in_numpy: bool,
+    tensors: Mapping[str, TensorInfo], setup: Setup, terms: MemoryTerms
 ) -> MemoryGuard:
-    """Check that the model fits into memory, and set MLX's limits if there is one.
+    """Check that a model of `tensors` fits into memory, and set MLX's limits if there is one.
 
     Raises:
         MemoryLimitError: It does not fit.
     """
-    from mlx_smolvlm.checkpoint.headers import read_headers
-
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    backend: Backend = "numpy" if in_numpy else "mlx-cpu" if on_cpu else "mlx-gpu"
-    tensors = {name: (one.dtype, one.num_items) for name, one in read_headers(path).items()}
-    machine = measure_machine()
-    setup = Setup(config, 0, backend, DTYPE_BITS.get(dtype, 32) // 8, cache=cache)
-    limit = terms.limit
-    planned = plan_setup(setup, tensors, limit, machine)
+    sizes = {name: (one.dtype, one.num_items) for name, one in tensors.items()}
+    limit, machine = terms.limit, measure_machine()
+    planned = plan_setup(setup, sizes, limit, machine)
     guard = MemoryGuard(planned, limit, machine, terms.fixed)
     guard.check_weights()
     if limit is not None:
-        limit_mlx(mx, backend, limit)
+        limit_mlx(mx, setup.backend, limit)
     return guard
 
 

@@ -73,13 +73,16 @@ def read_chat_template(folder: Path) -> str:
     return read_text(Path(folder) / TEMPLATE_FILE, LARGEST_TEMPLATE)
 
 
-def load_model(folder: Path, dtype: str | None = None) -> Model:
+def load_model(
+    folder: Path, dtype: str | None = None, tensors: dict[str, TensorInfo] | None = None
+) -> Model:
     """Load the model in `folder`, with its weights in memory.
 
     Args:
         folder: A checkpoint folder of this format.
         dtype: Type for the weights, and for the scales and biases of quantized weights:
             "float32", "float16" or "bfloat16". None keeps the stored type.
+        tensors: The result of `read_headers(folder)`, if it is known already.
 
     Raises:
         CheckpointError: The folder is not a complete checkpoint of this format, or a tensor is
@@ -89,7 +92,8 @@ def load_model(folder: Path, dtype: str | None = None) -> Model:
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
     config = read_config(folder)
-    tensors = read_headers(folder)
+    if tensors is None:
+        tensors = read_headers(folder)
     model = build_checked_model(config, tensors)
     weights: list[tuple[str, mx.array]] = []
     try:
