@@ -11,8 +11,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mlx_smolvlm.runtime import count_cores
+from mlx_smolvlm.tuning import VARIABLES
+
 LIBRARIES = ("mlx", "numpy", "cmeel-openblas")
-VARIABLES = ("OPENBLAS_NUM_THREADS", "MLX_MAX_OPS_PER_BUFFER", "MLX_MAX_MB_PER_BUFFER")
 
 
 def describe_machine() -> dict[str, Any]:
@@ -36,13 +38,6 @@ def describe_machine() -> dict[str, Any]:
         "versions": versions,
         "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
     }
-
-
-def count_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def find_chip() -> str:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_smolvlm.bench.machine import count_cores
 from mlx_smolvlm.bench.programs import Program, launch_ours
 from mlx_smolvlm.errors import SmolVLMError
 from mlx_smolvlm.files import write_file
+from mlx_smolvlm.runtime import count_cores
 from mlx_smolvlm.tuning import THREADS, VARIABLES, applied, find_settings_file, format_settings
 
 Setting = Mapping[str, str]  # environment variables; none for the default
@@ -61,7 +61,7 @@ def compare_settings(
     Args:
         settings: The default first.
         measure: Returns the seconds that an answer takes.
-        repeat: 2 or more, or there is no spread to compare with.
+        repeat: At least 2, since a single measurement has no spread.
         progress: Called before each measurement.
 
     Raises:

@@ -36,6 +36,7 @@ from mlx_smolvlm.files import (
     check_folder,
     check_owner,
     expand_path,
+    locate_cache,
     lock,
     make_private_folder,
     read_file,
@@ -280,9 +281,8 @@ def find_cache_folder() -> Path:
     Raises:
         CheckpointError: The home directory is unknown, or the path is invalid.
     """
-    own, general = os.environ.get("MLX_SMOLVLM_CACHE"), os.environ.get("XDG_CACHE_HOME")
     try:
-        return expand_path(own) if own else expand_path(general or "~/.cache") / "mlx-smolvlm"
+        return locate_cache()
     except OSError as error:
         raise CheckpointError(
             f"the cache {error.filename} cannot be used ({error.strerror}); set MLX_SMOLVLM_CACHE "

@@ -108,6 +108,16 @@ def expand_path(path: str | Path, error: type[SmolVLMError] | None = None) -> Pa
     raise error(f"{fault.filename} cannot be used: {fault.strerror}; give another path")
 
 
+def locate_cache() -> Path:
+    """Return the cache folder of this package, which may not exist yet.
+
+    Raises:
+        OSError: The home directory is unknown, or the path is invalid.
+    """
+    own, general = os.environ.get("MLX_SMOLVLM_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    return expand_path(own) if own else expand_path(general or "~/.cache") / "mlx-smolvlm"
+
+
 def open_regular(path: str | Path, flags: int) -> int:
     """Open the regular file `path` and return its descriptor; never waits for a pipe or device.
 

@@ -91,9 +91,15 @@ def set_openblas_threads(count: int) -> None:
 @cache
 def count_blas_threads() -> int:
     """Return the number of threads that OpenBLAS begins with."""
-    given = os.environ.get("OPENBLAS_NUM_THREADS", "")
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    given, cores = os.environ.get("OPENBLAS_NUM_THREADS", ""), count_cores()
     return min(int(given), cores) if given.isdecimal() and int(given) else cores
+
+
+def count_cores() -> int:
+    """Return the number of cores that this process may use."""
+    if sys.platform == "linux":
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def numpy_is_off() -> bool:

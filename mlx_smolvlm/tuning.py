@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_smolvlm.files import expand_path, read_file
+from mlx_smolvlm.files import locate_cache, read_file
 
 FILE = "tuning.json"
 LARGEST_FILE = 10_000  # bytes
@@ -31,9 +31,7 @@ def find_settings_file() -> Path:
     Raises:
         OSError: The home directory is unknown.
     """
-    own, general = os.environ.get("MLX_SMOLVLM_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    folder = expand_path(own) if own else expand_path(general or "~/.cache") / "mlx-smolvlm"
-    return folder / FILE
+    return locate_cache() / FILE
 
 
 def describe_host() -> str:
