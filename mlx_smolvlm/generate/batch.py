@@ -20,7 +20,7 @@ from mlx_smolvlm.generate.engine import Engine, Prompt
 from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.generate.stream import Chunk
 from mlx_smolvlm.kv.batched import BatchedKVCache
-from mlx_smolvlm.kv.cache import STEP
+from mlx_smolvlm.kv.cache import round_up
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.model.text import Placement
 from mlx_smolvlm.runtime import take_lock
@@ -68,7 +68,7 @@ class AnswerBatch:
                 "of the length of the model's context fits"
             )
         self.max_rows = max_rows
-        self._max_tokens = max(max_tokens or CONTEXTS * context, _round_up(context))
+        self._max_tokens = max(max_tokens or CONTEXTS * context, round_up(context))
         self._engine = engine
         self._waiting: deque[BatchedAnswer] = deque()
         self._preparing: tuple[BatchedAnswer, Generator[None, None, PrefilledPrompt]] | None = None
@@ -173,7 +173,7 @@ class AnswerBatch:
     def _fits(self, answer: BatchedAnswer) -> bool:
         """Whether there is room for `answer` beside the present ones."""
         rows = [*self._rows, answer]
-        tokens = len(rows) * max(_round_up(row.reserved_tokens) for row in rows)
+        tokens = len(rows) * max(round_up(row.reserved_tokens) for row in rows)
         is_allowed = len(rows) <= self.max_rows and self._can_hold(tokens, rows)
         return is_allowed or len(rows) == 1
 
@@ -268,7 +268,7 @@ class AnswerBatch:
         """Let the answers that came last wait again, if the cache would become too large."""
         rows = self._rows
         while len(rows) > 1:
-            tokens = len(rows) * _round_up(self._cache.longest + 1)
+            tokens = len(rows) * round_up(self._cache.longest + 1)
             if tokens <= self._cache.capacity or self._can_hold(tokens, rows):
                 return
             self._waiting.appendleft(rows.pop())
@@ -299,8 +299,3 @@ def step_rows(model: Model, cache: BatchedKVCache, token_ids: mx.array) -> mx.ar
     placement = Placement(cache.lengths, cache.make_mask())
     embeds: mx.array = model.text_model.embed_tokens(token_ids)[None]  # (1, B, D)
     return model.head(model.text_model(embeds, cache, placement)[0])
-
-
-def _round_up(tokens: int) -> int:
-    """Return the number of tokens that the cache allocates for a row of `tokens` tokens."""
-    return -(-tokens // STEP) * STEP

@@ -97,7 +97,7 @@ class BatchedAnswer:
         is_first = self._content is None
         empty = None
         if engine.cache_options.max_kv_tokens is not None:
-            prompt, empty = replace(prompt, state=None), self._make_unbounded_cache()
+            prompt, empty = replace(prompt, state=None), engine.make_unbounded_cache()
         steps = prepare_answer(engine, prompt, self.reply if is_first else Reply(), empty)
         with closing(steps):
             content, embeds, cache = yield from _encode_by_batch(steps)
@@ -176,11 +176,6 @@ class BatchedAnswer:
         return not is_bounded and bool(
             self.prompt.is_turn or options.memory_bytes or options.folder
         )
-
-    def _make_unbounded_cache(self) -> KVCache:
-        """Return a cache that keeps every token, whatever the options say."""
-        options = replace(self._engine.cache_options, max_kv_tokens=None)
-        return self._engine.model.make_cache(options)
 
 
 def _free_pictures(prompt: Prompt) -> None:

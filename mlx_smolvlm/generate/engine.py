@@ -249,6 +249,10 @@ class Engine:
         """Return an empty cache, as `cache_options` describes it."""
         return self.model.make_cache(self.cache_options)
 
+    def make_unbounded_cache(self) -> KVCache:
+        """Return an empty cache that keeps every token, whatever `max_kv_tokens` is."""
+        return self.model.make_cache(replace(self.cache_options, max_kv_tokens=None))
+
     def _input_ids(
         self, messages: list[Message], media: Sequence[Medium], add_generation_prompt: bool
     ) -> np.ndarray:

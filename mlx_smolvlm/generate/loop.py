@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -12,16 +13,22 @@ from mlx_smolvlm.generate.sampling import Sampler
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.model.model import Model
 
+Value = TypeVar("Value")
+
 
 def prefill(model: Model, inputs_embeds: mx.array, cache: KVCache) -> mx.array:
     """Feed `inputs_embeds` (1, L, D) and return the `logits` (vocabulary,) of the next token."""
-    steps = prefill_in_steps(model, inputs_embeds, cache)
+    return run_to_end(prefill_in_steps(model, inputs_embeds, cache))
+
+
+def run_to_end(steps: Generator[object, None, Value]) -> Value:
+    """Run the generator `steps` to its end, and return what it returns."""
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            logits: mx.array = end.value
-            return logits
+            result: Value = end.value
+            return result
 
 
 def prefill_in_steps(

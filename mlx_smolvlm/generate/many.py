@@ -14,9 +14,9 @@ import numpy as np
 
 from mlx_smolvlm.errors import PromptError
 from mlx_smolvlm.generate.engine import Engine, Prompt
-from mlx_smolvlm.generate.loop import prefill
+from mlx_smolvlm.generate.loop import prefill, run_to_end
 from mlx_smolvlm.generate.sampling import RowSampler, Sampling, make_row_sampler
-from mlx_smolvlm.generate.stream import Answer, AnswerStream, PreparedPrompt, Reply, prepare_answer
+from mlx_smolvlm.generate.stream import Answer, AnswerStream, Reply, prepare_answer
 from mlx_smolvlm.kv.cache import KVCache
 from mlx_smolvlm.model.model import PREFILL_CHUNK, Model
 from mlx_smolvlm.model.text import Placement
@@ -172,18 +172,11 @@ def make_prefix_cache(engine: Engine, prefix: Prompt, reply: Reply) -> KVCache:
         prefix: The prefix of several prompts, with all their media.
         reply: Its `encoded_tiles` and `cached_tokens` are set.
     """
-    unbounded = replace(engine.cache_options, max_kv_tokens=None)
-    cache = engine.model.make_cache(unbounded)
+    cache = engine.make_unbounded_cache()
     if not prefix.input_ids.size:
         return cache
-    is_bounded = unbounded != engine.cache_options
-    steps = prepare_answer(engine, prefix, reply, cache if is_bounded else None)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            ready: PreparedPrompt = end.value
-            break
+    is_bounded = engine.cache_options.max_kv_tokens is not None
+    ready = run_to_end(prepare_answer(engine, prefix, reply, cache if is_bounded else None))
     prefill(engine.model, ready.inputs_embeds, ready.cache)
     mx.eval(ready.cache.arrays)
     if not is_bounded:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_smolvlm.config import Config, TextConfig
-from mlx_smolvlm.kv.cache import STEP
+from mlx_smolvlm.kv.cache import round_up
 from mlx_smolvlm.kv.options import DEFAULT_OPTIONS, CacheOptions
 from mlx_smolvlm.media.encode import TILE_BATCH
 from mlx_smolvlm.model.model import PREFILL_CHUNK
@@ -213,8 +213,7 @@ def count_kv_bytes(text: TextConfig, cache: CacheOptions, item_bytes: int, token
     layer: float = numbers * item_bytes
     if cache.kv_bits is not None:  # with two scales in float32 at most
         layer = numbers * (cache.kv_bits / 8 + 8 / cache.kv_group_size)
-    capacity = -(-tokens // STEP) * STEP
-    return round(layer * capacity * (text.num_hidden_layers + 1))
+    return round(layer * round_up(tokens) * (text.num_hidden_layers + 1))
 
 
 def count_weights(

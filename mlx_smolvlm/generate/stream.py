@@ -280,7 +280,7 @@ class AnswerStream(Iterator[Chunk]):
     """
 
     def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling) -> None:
-        limit = prompt.limit_tokens(engine.context_size, sampling.max_tokens)
+        self._limit = limit = prompt.limit_tokens(engine.context_size, sampling.max_tokens)
         engine.check_memory(prompt, limit)
         self._constraint = engine.constrainer(sampling) if sampling.is_constrained else None
         lead = None if self._constraint is None else self._constraint.lead
@@ -361,7 +361,7 @@ class AnswerStream(Iterator[Chunk]):
         _, embeds, cache = self._ready
         self._answer.begin(embeds.shape[1])
         model, sampling, constraint = self._engine.model, self._sampling, self._constraint
-        limit = self._prompt.limit_tokens(self._engine.context_size, sampling.max_tokens)
+        limit = self._limit
         drafter = make_drafter(self._engine, self._prompt.input_ids, sampling)
         self._drafter = drafter
         if drafter is not None and constraint is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 
-from mlx_smolvlm.kv.cache import FLOAT_STORAGE, STEP, KVCache, Mask, Storage
+from mlx_smolvlm.kv.cache import FLOAT_STORAGE, KVCache, Mask, Storage, round_up
 
 
 class BatchedKVCache(KVCache):
@@ -169,7 +169,7 @@ class BatchedKVCache(KVCache):
         needed = rows * self._heads, tokens
         if first is not None and all(np.array(first[0].shape[:2]) >= needed):
             return
-        size = -(-tokens // STEP) * STEP
+        size = round_up(tokens)
         for layer, old in enumerate(self.buffers):
             stored = like.buffers[layer] if old is None and like is not None else old
             assert stored is not None

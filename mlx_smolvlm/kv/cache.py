@@ -99,6 +99,13 @@ FLOAT_STORAGE = FloatStorage()
 
 
 STEP = 256  # buffers grow in multiples of so many tokens
+
+
+def round_up(tokens: int) -> int:
+    """Return the number of tokens that a buffer for `tokens` tokens has room for."""
+    return -(-tokens // STEP) * STEP
+
+
 NO_PINS = np.arange(0)
 
 
@@ -213,4 +220,4 @@ class KVCache:
 
     def _choose_capacity(self, end: int) -> int:
         """Number of tokens to allocate when `end` tokens must fit."""
-        return -(-end // STEP) * STEP
+        return round_up(end)

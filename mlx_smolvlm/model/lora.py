@@ -112,19 +112,19 @@ def count_columns(layer: Adaptable) -> int:
     return columns
 
 
-def unpack(layer: Adaptable, dtype: mx.Dtype) -> mx.array:
-    """Return the layer's matrix as floats, of `dtype` if it is quantized."""
+def unpack(layer: Adaptable, dtype: mx.Dtype, rows: slice = slice(None)) -> mx.array:
+    """Return `rows` of the layer's matrix as floats, of `dtype` if it is quantized."""
     if isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return mx.dequantize(
-            layer.weight,
-            layer.scales,
-            layer.biases,
+            layer.weight[rows],
+            layer.scales[rows],
+            None if layer.biases is None else layer.biases[rows],
             group_size=layer.group_size,
             bits=layer.bits,
             mode=layer.mode,
             dtype=dtype,
         )
-    return layer.weight
+    return layer.weight[rows]
 
 
 def _draw_matrix(rows: int, rank: int) -> mx.array:

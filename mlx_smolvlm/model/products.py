@@ -16,7 +16,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from mlx_smolvlm.model.lora import LoRAEmbedding, LoRALinear
+from mlx_smolvlm.model.lora import LoRAEmbedding, LoRALinear, unpack
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.runtime import count_blas_threads
 
@@ -190,16 +190,7 @@ def unpack_embedding(module: nn.QuantizedEmbedding) -> nn.Embedding:
 def unpack_rows(module: Packed, rows: slice = slice(None)) -> np.ndarray:
     """Return `rows` of the weights of `module` in float32, (rows, width)."""
     if module.bits != 8 or module.mode != "affine":
-        biases = module.get("biases")
-        matrix = mx.dequantize(
-            module.weight[rows],
-            module.scales[rows],
-            None if biases is None else biases[rows],
-            module.group_size,
-            module.bits,
-            module.mode,
-        )
-        return as_numpy(matrix.astype(mx.float32))
+        return as_numpy(unpack(module, mx.float32, rows))
     # MLX does this at a fifth of the speed.
     assert module.biases is not None
     scales, biases = as_numpy(module.scales)[rows], as_numpy(module.biases)[rows]

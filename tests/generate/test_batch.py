@@ -356,8 +356,7 @@ def test_the_cache_stays_within_its_limit(
     tiny: SmolVLM, sizes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five short rows fit, and four of more than 64 tokens; the fifth goes on with its tokens."""
-    for name in ("kv.batched.STEP", "generate.batch.STEP"):
-        monkeypatch.setattr(f"mlx_smolvlm.{name}", 64)
+    monkeypatch.setattr("mlx_smolvlm.kv.cache.STEP", 64)
     monkeypatch.setattr("mlx_smolvlm.generate.batched_answer.GROWTH", 20)
     vlm = make_endless(tiny, memory_bytes=0)  # so that it is computed again
     batch = AnswerBatch(vlm.engine, max_tokens=512)
