@@ -47,7 +47,7 @@ class BenchModel:
         """
         if self.source is None:
             raise CheckpointError(
-                f"{self.name} is no checkpoint of Hugging Face's format, which other programs "
+                f"{self.name} is not a checkpoint in Hugging Face's format, which other programs "
                 "read; give such a folder, a hub id, or --random 256m"
             )
         return self.source

@@ -192,7 +192,7 @@ class Transformers:
             self.torch.mps.synchronize()
 
 
-PEERS = {"mlx-vlm": MlxVlm, "mlx-lm": MlxLm, "transformers": Transformers}
+PEERS = {"mlx-vlm": MlxVlm, "transformers": Transformers, "mlx-lm": MlxLm}
 
 
 class Peer:

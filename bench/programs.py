@@ -68,7 +68,9 @@ def launch_peer(name: str, folder: Path, python: str | None, same_blas: bool) ->
     """
     interpreter = shutil.which(python) if python else sys.executable
     if interpreter is None:
-        raise SmolVLMError(f"{python} is no interpreter; --peer-python takes the path of one")
+        raise SmolVLMError(
+            f"{python} is not an interpreter; give the path of one with --peer-python"
+        )
     library = find_openblas() if same_blas and name.startswith("mlx") else None
     env = {} if library is None else {"LD_PRELOAD": str(library)}
     command = (interpreter, str(PEER_SCRIPT), name, str(folder))

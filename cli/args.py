@@ -198,6 +198,24 @@ def parse_size(name: str, text: str) -> int:
     return round(size)
 
 
+def check_output(option: str, path: Path | None) -> None:
+    """Check that a file can be written to `path`, the value of `option`, before long work.
+
+    Raises:
+        typer.BadParameter: `path` is a folder, or its folder does not exist.
+    """
+    if path is None:
+        return
+    try:
+        path = expand_path(path)
+    except OSError as error:
+        raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=option) from None
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder; give a file", param_hint=option)
+    if not path.parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)
+
+
 def parse_memory_limit(text: str | None) -> int | None:
     """Parse the value of `--memory-limit`, and return bytes; None without one.
 

@@ -10,8 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from mlx_smolvlm.cli.args import MemoryLimitOption, OfflineOption, parse_memory_limit
-from mlx_smolvlm.cli.bench_request import BenchRequest, check_output, parse_list, parse_numbers
+from mlx_smolvlm.cli.args import (
+    MemoryLimitOption,
+    OfflineOption,
+    check_output,
+    parse_memory_limit,
+)
+from mlx_smolvlm.cli.bench_request import BenchRequest, parse_list, parse_numbers
 from mlx_smolvlm.cli.output import ProgressBar, say, write, write_json
 from mlx_smolvlm.files import expand_path, write_output
 

@@ -11,15 +11,12 @@ from typing import TYPE_CHECKING
 import typer
 
 from mlx_smolvlm.cli.output import say
-from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
     from mlx_smolvlm.bench.models import BenchModel, Progress
     from mlx_smolvlm.bench.programs import Launch
 
 BITS = (4, 8, 16)
-SIZES = ("256m", "500m", "2.2b")
-PEERS = ("mlx-vlm", "transformers", "mlx-lm")
 
 
 @dataclass(frozen=True)
@@ -36,6 +33,9 @@ class BenchRequest:
     offline: bool
 
     def __post_init__(self) -> None:
+        from mlx_smolvlm.bench.peer import PEERS
+        from mlx_smolvlm.bench.random_model import SIZES
+
         for number in self.bits:
             if number not in BITS:
                 raise typer.BadParameter(f"{number} is none of 4, 8 and 16", param_hint="--bits")
@@ -136,17 +136,3 @@ def parse_list(option: str, text: str) -> tuple[str, ...]:
     if text and not values:
         raise typer.BadParameter(f"'{text}' has no value", param_hint=option)
     return values
-
-
-def check_output(option: str, path: Path | None) -> None:
-    """Raise typer.BadParameter if `path` is or has no folder: measuring takes minutes."""
-    if path is None:
-        return
-    try:
-        path = expand_path(path)
-    except OSError as error:
-        raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=option) from None
-    if path.is_dir():
-        raise typer.BadParameter(f"{path} is a folder; give a file", param_hint=option)
-    if not path.parent.is_dir():
-        raise typer.BadParameter(f"there is no folder {path.parent}", param_hint=option)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mlx_smolvlm.cli.args import OfflineOption, decode_text, parse_detail
+from mlx_smolvlm.cli.args import OfflineOption, check_output, decode_text, parse_detail
 from mlx_smolvlm.cli.output import ProgressBar, format_table, say, write
 from mlx_smolvlm.files import expand_path, write_output
 
@@ -135,15 +135,8 @@ class CompareRequest:
     offline: bool
 
     def __post_init__(self) -> None:
-        for name, path in (("--json", self.json), ("--plot", self.plot)):
-            if path is None:
-                continue
-            try:
-                folder = expand_path(path).parent
-            except OSError as error:
-                raise typer.BadParameter(f"{path}: {error.strerror}", param_hint=name) from None
-            if not folder.is_dir():
-                raise typer.BadParameter(f"there is no folder {folder}", param_hint=name)
+        check_output("--json", self.json)
+        check_output("--plot", self.plot)
 
 
 def print_comparison(request: CompareRequest) -> None:

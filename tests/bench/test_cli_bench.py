@@ -111,7 +111,7 @@ def test_json_on_stdout_stands_alone(run: Run, seen: list[Any]) -> None:
         (["--random", "1b"], 2, "'1b' is none of 256m, 500m, 2.2b"),
         (["--random", "256m,500m", "--against", "mlx-vlm"], 2, "one size at a time"),
         (["--json", "/no/such/a.json"], 2, "there is no folder /no/such"),
-        (["--against", "mlx-vlm"], 1, "demo is no checkpoint of Hugging Face's format"),
+        (["--against", "mlx-vlm"], 1, "demo is not a checkpoint in Hugging Face's format"),
         (["--random", ","], 2, "',' has no value"),
         (["--tiles", " ,"], 2, "' ,' has no value"),
         (["--png", "/"], 2, "/ is a folder; give a file"),

@@ -132,7 +132,7 @@ def test_a_folder_that_bench_did_not_make_is_kept(tmp_path: Path) -> None:
 def test_peers_need_a_checkpoint_of_hugging_face(tmp_path: Path) -> None:
     model = open_model("demo", (), tmp_path)
     assert list(model.folders) == [""]
-    with pytest.raises(CheckpointError, match="demo is no checkpoint of Hugging Face's format"):
+    with pytest.raises(CheckpointError, match="demo is not a checkpoint in Hugging Face's format"):
         model.get_source()
     packed = open_model("demo", (8,), tmp_path)
     quantization = read_config(packed.folders["8 bits"]).quantization.text
