@@ -25,6 +25,7 @@ from mlx_smolvlm.config import (
 )
 from mlx_smolvlm.convert.hub import DEMO, resolve
 from mlx_smolvlm.model.model import Model
+from mlx_smolvlm.model.text import TextModel
 from mlx_smolvlm.prompt.builder import PromptBuilder
 from mlx_smolvlm.smolvlm import SmolVLM, load, load_in_mlx
 
@@ -163,3 +164,18 @@ def file_limit() -> Iterator[Callable[[int], None]]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda nbytes: resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def fed(tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Number of tokens of each forward pass of the decoder."""
+    counts: list[int] = []
+    decoder = type(tiny.model.text_model)
+    forward = decoder.__call__
+
+    def counting(self: TextModel, inputs_embeds: mx.array, *others: object) -> mx.array:
+        counts.append(inputs_embeds.shape[1])
+        return forward(self, inputs_embeds, *others)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(decoder, "__call__", counting)
+    return counts

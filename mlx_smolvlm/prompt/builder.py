@@ -112,8 +112,8 @@ def _make_frame_items(clip: FrameTimes) -> list[dict[str, str]]:
 IMAGE = "<image>"
 FAKE = "<fake_token_around_image>"
 GLOBAL = "<global-img>"
-# Tags of DocTags that no other text has; every element of a page has its location.
 NUMBER_TOKEN = re.compile(r"\W?[0-9]+|\u0120[0-9]+|<loc_[0-9]+>")  # U+0120 is a space in BPE
+# Tags of DocTags that no other text has; every element of a page has its location.
 DOCUMENT_TOKEN = re.compile(r"<(?:doctag|otsl|loc_(?:\d+>)?)>?")
 
 

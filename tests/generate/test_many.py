@@ -28,7 +28,6 @@ from mlx_smolvlm.generate.engine import Engine
 from mlx_smolvlm.generate.many import RowDecoder, split_into_groups
 from mlx_smolvlm.media.picture import open_image
 from mlx_smolvlm.media.tiles import compute_grid
-from mlx_smolvlm.model.text import TextModel
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8))
@@ -51,21 +50,6 @@ SHORT = Sampling(max_tokens=6)
 def _forget(tiny: SmolVLM) -> None:
     """Clear the memory, so that tests do not reuse the states of other tests."""
     tiny.engine.memory.clear()
-
-
-@pytest.fixture
-def fed(tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Number of tokens of each forward pass of the decoder."""
-    counts: list[int] = []
-    decoder = type(tiny.model.text_model)
-    forward = decoder.__call__
-
-    def counting(self: TextModel, inputs_embeds: mx.array, *others: object) -> mx.array:
-        counts.append(inputs_embeds.shape[1])
-        return forward(self, inputs_embeds, *others)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(decoder, "__call__", counting)
-    return counts
 
 
 @pytest.fixture
