@@ -1,6 +1,6 @@
 """When the frames of a video are shown, and which of them to sample.
 
-Frames are sampled at even distances, or where a new scene begins (docs/decisions/video.md).
+Frames are sampled at even distances, or where scenes begin (docs/decisions/video.md).
 """
 
 from __future__ import annotations
@@ -191,18 +191,20 @@ SCENE_SIZE = (160, 90)  # (width, height) at which frames are compared
 def find_scene_starts(
     numbers: range, pictures: Iterable[Image.Image], max_frames: int
 ) -> tuple[int, ...]:
-    """Return the first of `numbers` and those at which a new scene begins, ascending.
+    """Return the first and the last of `numbers` and those at which a scene begins, ascending.
+
+    The last one shows how a video ends that is a single scene.
 
     Args:
         numbers: Frame numbers.
         pictures: The frames with these numbers.
-        max_frames: How many to return at most; the largest changes win.
+        max_frames: How many to return at most; the largest changes win. 1 returns the first.
     """
-    first = numbers[0]
+    ends = {numbers[0], numbers[-1]} if max_frames > 1 else {numbers[0]}
     scores = zip(score_scenes(pictures), numbers, strict=True)
-    changes = [(score, n) for score, n in scores if score >= SCENE_THRESHOLD and n != first]
-    largest = heapq.nlargest(max_frames - 1, changes)
-    return (first, *sorted(number for _, number in largest))
+    changes = [(score, n) for score, n in scores if score >= SCENE_THRESHOLD and n not in ends]
+    largest = heapq.nlargest(max_frames - len(ends), changes)
+    return tuple(sorted(ends.union(number for _, number in largest)))
 
 
 def score_scenes(pictures: Iterable[Image.Image]) -> Iterator[float]:

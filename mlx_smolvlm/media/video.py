@@ -39,8 +39,8 @@ class Video:
         max_frames: How many frames to sample at most; None uses the checkpoint's value.
         start_s: Start in seconds; None is the beginning of the video.
         end_s: End in seconds; None is the end of the video.
-        sample: "even" takes frames at equal distances, "scene" the first frame and each
-            frame at which a new scene begins (see docs/decisions/video.md).
+        sample: "even" takes frames at equal distances, "scene" the first and the last
+            frame and each at which a new scene begins (see docs/decisions/video.md).
         source_fps: Frames per second of `source`; required if it is frames.
 
     Raises:

@@ -88,7 +88,7 @@ def test_stdin_is_the_video(chat, path):
         (("--max-frames", "2"), [0, 74]),
         (("--start", "1", "--end", "00:02", "--fps", "4"), [25, 33, 41, 49]),
         (("--end", "0:00:01.5"), [0, 37]),
-        (("--sample", "scene"), [0, 64]),
+        (("--sample", "scene"), [0, 64, 74]),
     ],
 )
 def test_which_frames_are_shown_and_written(chat, path, tmp_path, options, indices):
@@ -132,6 +132,16 @@ def test_parts(chat, path):
         (0, 2, False), (2, 3, False), (0, 3, True),
     ]  # fmt: skip
     assert [one["video_frames"] for one in replies] == [2, 1, 0]
+
+
+def test_the_demo_answers_about_parts_and_says_that_it_cannot_sum_them_up(path):
+    arguments = ("chat", "-m", "demo", "What happens?", "-v", path, "--chunk", "2")
+    result = run(*arguments, "--max-tokens", "4")
+    assert result.returncode == 0
+    assert re.findall(r"^[^:]*:\d\d-\S+ ", result.stdout.decode(), re.MULTILINE) == [
+        "00:00-00:02: ", "00:02-00:03: ",
+    ]  # fmt: skip
+    assert "warning: the demo cannot sum up the answers about the parts" in result.stderr.decode()
 
 
 @pytest.mark.parametrize(

@@ -224,24 +224,28 @@ def test_scene_scores_are_scdets():
 
 
 def test_scenes_begin_exactly_at_the_cuts(cut_file, config):
-    assert open_video(Video(cut_file, sample="scene"), config).indices == CUTS
+    assert open_video(Video(cut_file, sample="scene"), config).indices == (*CUTS, 74)
     frames = [cuts(number, (160, 96)) for number in range(75)]
     video = Video(frames, source_fps=25, sample="scene")
-    assert open_video(video, config).indices == CUTS
+    assert open_video(video, config).indices == (*CUTS, 74)
 
 
 def test_scenes_within_start_and_end_and_the_number_asked_for(cut_file, config):
     part = Video(cut_file, sample="scene", start_s=0.4, end_s=2)
-    assert open_video(part, config).indices == (10, 17, 30)
-    few = open_video(Video(cut_file, sample="scene", max_frames=2), config).indices
-    assert few[0] == 0
+    assert open_video(part, config).indices == (10, 17, 30, 49)
+    few = open_video(Video(cut_file, sample="scene", max_frames=3), config).indices
+    assert (few[0], few[2]) == (0, 74)
     assert few[1] in CUTS[1:]
+    ends = open_video(Video(cut_file, sample="scene", max_frames=2), config).indices
+    assert ends == (0, 74)
     assert open_video(Video(cut_file, sample="scene", max_frames=1), config).indices == (0,)
 
 
-def test_a_video_without_cuts_is_one_scene(config):
-    video = Video([np.full((20, 30, 3), 90, np.uint8)] * 9, source_fps=3, sample="scene")
-    assert open_video(video, config).indices == (0,)
+def test_of_a_video_without_cuts_the_first_and_the_last_frame_are_taken(config):
+    frames = [np.full((20, 30, 3), 90, np.uint8)] * 9
+    for count, indices in ((9, (0, 8)), (2, (0, 1)), (1, (0,))):
+        video = Video(frames[:count], source_fps=3, sample="scene")
+        assert open_video(video, config).indices == indices
 
 
 # Parts
