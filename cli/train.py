@@ -92,13 +92,18 @@ def print_settings(tuning: Tuning) -> None:
     settings, loop = tuning.settings, tuning.loop
     parts = ", ".join(settings.trained_parts)
     say(
-        f"training {parts} of {tuning.vlm.config.source} ({settings.method}, "
+        f"training {parts} of {tuning.vlm.config.name} ({settings.method}, "
         f"{tuning.parameter_count / 1e6:.2f} million parameters) on {tuning.example_count} "
         f"examples, {tuning.total_steps} steps, into {tuning.out}"
     )
     if tuning.skipped_count:
         say(f"{tuning.skipped_count} examples are too long and left out")
-    if loop.step:
+    if loop.is_done:
+        say(
+            f"this training has finished, with step {loop.step}; to train again, choose another "
+            "folder with --out"
+        )
+    elif loop.step:
         say(f"going on after step {loop.step}")
 
 

@@ -18,6 +18,7 @@ FORMAT = "mlx-smolvlm"
 FORMAT_VERSION = 2
 
 MAX_SIZE = 2**24  # far above any real width, vocabulary, context or picture
+DEMO_SOURCE = "demo_recipe"  # of the bundled demo, which demo_recipe/ trained
 MAX_SOURCE_LENGTH = 1000  # characters of `Config.source`, which messages quote
 
 PARTS = ("text", "vision", "connector", "embeddings")
@@ -183,6 +184,17 @@ class Config:
     def tile_size(self) -> int:
         """Side of a tile in pixels."""
         return self.vision.image_size
+
+    @property
+    def is_demo(self) -> bool:
+        """Whether this is the bundled demo, or a conversion of it."""
+        return self.source == DEMO_SOURCE
+
+    @property
+    def name(self) -> str:
+        """The name of the model in messages: "demo", or `source`."""
+        source, comma, rest = self.source.partition(",")  # of "demo_recipe, fine-tuned"
+        return ("demo" if source == DEMO_SOURCE else source) + comma + rest
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:

@@ -61,7 +61,9 @@ class SmolVLM:
         return [*_PUBLIC]
 
     def __repr__(self) -> str:
-        return f"SmolVLM({self.config.source!r}, path={str(self.path)!r})"
+        if self.path == Path(__file__).parent / "demo":
+            return "SmolVLM('demo')"
+        return f"SmolVLM({self.config.name!r}, path={str(self.path)!r})"
 
     def ask(
         self,
@@ -299,7 +301,8 @@ class SmolVLM:
 
         Yields a `Part` per part, with its time range and the stream of its answer, then one for
         the whole video, made from these answers. Each stream is run to its end before the next
-        part begins. A video of a single part has no answer for the whole.
+        part begins. A video of a single part has no answer for the whole, nor does the demo give
+        one, which cannot sum up answers; a warning says so.
 
         Args:
             prompt: A question.

@@ -224,3 +224,8 @@ def test_public_names_exist() -> None:
 def test_usual_dtype(tiny: SmolVLM, stored: str, on_cpu: bool, expected: str) -> None:
     config = dataclasses.replace(tiny.config, dtype=stored)
     assert _choose_dtype(config, on_cpu) == expected
+
+
+def test_repr_names_the_demo_and_the_folder_of_another_model(tiny: SmolVLM) -> None:
+    assert repr(mlx_smolvlm.load("demo")) == "SmolVLM('demo')"
+    assert repr(tiny) == f"SmolVLM('tests/tiny', path={str(tiny.path)!r})"

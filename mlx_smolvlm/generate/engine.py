@@ -265,7 +265,7 @@ class Engine:
         if self.config.video is None and not self._has_warned_of_videos:
             self._has_warned_of_videos = True
             warnings.warn(
-                f"{self.config.source} was not trained on videos; its answers about them are "
+                f"{self.config.name} was not trained on videos; its answers about them are "
                 "poor (SmolVLM2 was)",
                 SmolVLMWarning,
                 stacklevel=4,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mlx_smolvlm.errors import ContextError
+from mlx_smolvlm.errors import ContextError, SmolVLMWarning
 from mlx_smolvlm.generate.engine import ANSWER_SHARE, Engine
 from mlx_smolvlm.generate.sampling import Sampling
 from mlx_smolvlm.generate.stream import AnswerStream
@@ -51,7 +52,10 @@ def answer_by_part(
     system: str | None,
     sampling: Sampling,
 ) -> Iterator[Part]:
-    """Yield an answer for each of `clips`, then one for the whole video if there are several."""
+    """Yield an answer for each of `clips`, then one for the whole video if there are several.
+
+    The demo cannot sum up answers: with it, a warning takes the place of the last one.
+    """
     answers: list[PartAnswer] = []
     messages = read_request(prompt, (), [None], system).messages
     for start, end, clip in clips:
@@ -59,8 +63,20 @@ def answer_by_part(
         yield Part(start, end, stream)
         answers.append((start, end, stream.finish().text))
     if len(answers) > 1:
+        if engine.config.is_demo:
+            _warn_of_no_summary()
+            return
         whole = _answer_whole(engine, prompt, answers, system, sampling)
         yield Part(answers[0][0], answers[-1][1], whole, is_whole=True)
+
+
+def _warn_of_no_summary() -> None:
+    warnings.warn(
+        "the demo cannot sum up the answers about the parts, so it gives none for the whole "
+        "video; larger models do, such as smolvlm2-256m",
+        SmolVLMWarning,
+        stacklevel=4,
+    )
 
 
 def _answer_whole(

@@ -90,6 +90,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_folder: Path, work: Path
     assert last.returncode == 0
     assert f"going on after step {done}\n" in last.stderr
     assert (work / "mine" / "log.jsonl").read_text().splitlines()[:done] == log
+    again = run("train", config)
+    assert (again.returncode, again.stdout) == (0, last.stdout)
+    assert "this training has finished, with step 30; to train again," in again.stderr
+    assert "going on" not in again.stderr
 
 
 def test_errors_are_one_line(tiny_folder: Path, work: Path) -> None:
