@@ -172,7 +172,10 @@ def convert(
         verify=inputs if verify or inputs != ComparisonInputs() else None,
         precision=precision,
     )
-    run_conversion(request)
+    try:
+        run_conversion(request)
+    except CheckpointError as error:  # an argument of the library is named as it is typed here
+        raise CheckpointError(str(error).replace("force=True", "--force")) from None
 
 
 @dataclass(frozen=True)

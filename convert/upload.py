@@ -88,8 +88,8 @@ def upload(
         raise CheckpointError(f"{repo}: {_explain_error(error, 'making the repository')}") from None
     if CONFIG_FILE in remote_names and SUMS_FILE not in remote_names and not force:
         raise CheckpointError(
-            f"{repo} holds a checkpoint of another format; choose another name, or use force to "
-            "replace it"
+            f"{repo} holds a checkpoint of another format; choose another name, or use "
+            "force=True to replace it"
         )
     local_paths = {path.name: path for path in files}
     operations: list[CommitOperationAdd | CommitOperationDelete] = [

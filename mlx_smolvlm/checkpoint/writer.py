@@ -47,7 +47,7 @@ def check_destination(dest: Path, force: bool) -> None:
             f"{dest} is not empty and not an mlx-smolvlm checkpoint; choose another folder"
         ) from None
     if not force:
-        raise CheckpointError(f"{dest} already holds a checkpoint; use force to replace it")
+        raise CheckpointError(f"{dest} already holds a checkpoint; use force=True to replace it")
 
 
 @contextlib.contextmanager

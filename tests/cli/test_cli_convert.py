@@ -42,6 +42,7 @@ def test_convert_names_the_folder_and_says_so(source: Path, tmp_path: Path) -> N
     assert again.returncode == 1
     assert again.stderr.startswith("error: ")
     assert again.stderr.count("\n") == 1
+    assert "already holds a checkpoint; use --force to replace it" in again.stderr
     assert run(*arguments, "--force", cwd=tmp_path).returncode == 0
 
 

@@ -195,7 +195,7 @@ def test_only_our_checkpoints_are_replaced_and_only_by_force(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     convert_checkpoint(source, out)  # an empty folder is no obstacle
-    with pytest.raises(CheckpointError, match="already holds a checkpoint; use force"):
+    with pytest.raises(CheckpointError, match="already holds a checkpoint; use force=True"):
         convert_checkpoint(source, out, ConvertOptions(bits=4))
     assert read_config(out).quantization.text is None
     convert_checkpoint(source, out, ConvertOptions(bits=4), force=True)

@@ -108,6 +108,7 @@ def test_another_checkpoint_is_replaced_by_force_alone(source, hub, tmp_path):
     said = run("convert", out, "--upload", "owner/base", cwd=tmp_path, hub=hub)
     assert said.returncode == 1
     assert "owner/base holds a checkpoint of another format" in said.stderr
+    assert "or use --force to replace it" in said.stderr
     assert hub.repos["owner/base"]["model.safetensors"] == b"years of work"
     assert hub.commits == []
     forced = run("convert", out, "--upload", "owner/base", "--force", cwd=tmp_path, hub=hub)
