@@ -229,6 +229,8 @@ def chat(
     for stream, label, extra in start_answers(vlm, options, question):
         if not printer.print_answer(stream, label, extra):
             raise typer.Exit(INTERRUPTED)
+    if printer.has_cut_answer:
+        raise typer.Exit(1)
 
 
 class Question(NamedTuple):

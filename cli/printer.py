@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_smolvlm.cli.media import FrameWriter
-from mlx_smolvlm.cli.output import ProgressBar, format_stats, say, write, write_json
+from mlx_smolvlm.cli.output import ProgressBar, fail, format_stats, say, write, write_json
 
 if TYPE_CHECKING:
-    from mlx_smolvlm import AnswerStream, Reply, SmolVLM
+    from mlx_smolvlm import AnswerStream, Reply, Sampling, SmolVLM
     from mlx_smolvlm.cli.args import ChatOptions
 
 INTERRUPTED = 130  # the exit status after Ctrl-C
@@ -79,6 +79,9 @@ class Printer:
         vlm: The model; it says how pixels are normalized, for `--frames`.
         options: What the user asked for.
         make_screen: Makes where an answer is shown; not used with `--json`.
+
+    Attributes:
+        has_cut_answer: Whether an answer ended before it fitted `--schema` or `--regex`.
     """
 
     def __init__(
@@ -88,6 +91,7 @@ class Printer:
         make_screen: Callable[[], Screen] = PlainScreen,
     ) -> None:
         self._has_json, self._has_stats = options.json, options.stats
+        self._sampling, self.has_cut_answer = options.sampling, False
         self._make_screen = NullScreen if options.json else make_screen
         folder, image = options.frames.frames_folder, vlm.config.image
         self._writer = None if folder is None else FrameWriter(folder, image.mean, image.std)
@@ -117,6 +121,9 @@ class Printer:
             write_json({**reply.to_dict(), **(extra or {})})
         if self._has_stats:
             say(format_stats(reply))
+        if is_finished and (message := explain_cut(reply, self._sampling)):
+            self.has_cut_answer = True
+            fail(message)
         return is_finished
 
     def _prepare(self, stream: AnswerStream) -> None:
@@ -127,3 +134,23 @@ class Printer:
                 bar.draw(step.decoded + step.encoded, 2 * step.total, text)
                 if self._writer is not None:
                     self._writer.write(step)
+
+
+def explain_cut(reply: Reply, sampling: Sampling) -> str | None:
+    """Return why a finished answer does not fit `--schema` or `--regex`; None if it does."""
+    if not sampling.is_constrained:
+        return None
+    goal = "it was complete JSON" if sampling.schema is not None else "it matched --regex"
+    if reply.finish_reason == "stop":
+        if sampling.schema is None or reply.parsed is not None or reply.text == "null":
+            return None
+        return f"a text of --stop ended the answer before {goal}"
+    if reply.generation_tokens < sampling.max_tokens:
+        return (
+            f"the context was full before {goal}; leave more of it: a lower --detail, fewer "
+            "frames, or a shorter prompt"
+        )
+    return (
+        f"the answer was cut at --max-tokens {sampling.max_tokens}, before {goal}; "
+        "give a larger --max-tokens"
+    )

@@ -66,7 +66,8 @@ class Reply:
         drafted_tokens: Number of tokens of the answer that were guessed; see `Sampling.draft`.
         accepted_tokens: Number of those that were right, each of which saved a forward pass.
         parsed: The value of an answer with a schema, an instance if that is a pydantic model.
-            None without a schema, or if the answer is incomplete.
+            None without a schema, or if the answer is incomplete. `finish_reason` says why it is:
+            "length", "interrupted", or "stop" if a stop text ended it.
     """
 
     text: str = ""

@@ -106,6 +106,40 @@ def test_regex(tiny_folder: Path) -> None:
     assert json.loads(run(*arguments, "--json").stdout)["parsed"] is None
 
 
+LONG_SCHEMA = {"type": "array", "items": SCHEMA, "minItems": 5, "maxItems": 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--schema", json.dumps(LONG_SCHEMA), "--max-tokens", "12"), "at --max-tokens 12, before"),
+        (("--schema", json.dumps(LONG_SCHEMA), "--stop", "}"), "--stop ended the answer before"),
+        (("--regex", "(ab){40}", "--max-tokens", "7"), "--max-tokens 7, before it matched --regex"),
+        (("--regex", "(ab){900}"), "the context was full before it matched --regex"),
+    ],
+)
+def test_an_answer_that_is_cut_before_it_fits_is_an_error(
+    tiny_folder: Path, options: tuple[str, ...], words: str
+) -> None:
+    arguments = ("chat", "Hello", "-m", tiny_folder, *options)
+    result, as_json = run(*arguments), run(*arguments, "--json")
+    assert result.returncode == as_json.returncode == 1
+    error = result.stderr.decode()
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert words in error
+    assert as_json.stderr == result.stderr
+    reply = json.loads(as_json.stdout)
+    assert reply["text"] + "\n" == result.stdout.decode() != "\n"
+    assert reply["parsed"] is None
+    assert reply["finish_reason"] == ("stop" if "--stop" in options else "length")
+
+
+def test_null_is_an_answer(tiny_folder: Path) -> None:
+    result = run("chat", "Hello", "-m", tiny_folder, "--schema", '{"type": "null"}')
+    assert (result.returncode, result.stdout, result.stderr) == (0, b"null\n", b"")
+
+
 @pytest.mark.parametrize(
     ("option", "value", "words"),
     [
