@@ -60,8 +60,8 @@ def bench(
     against: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="mlx-vlm|transformers|mlx-lm",
-            help="Measure another program in turns with this one; repeats.",
+            metavar="PROGRAM",
+            help="Measure mlx-vlm, transformers or mlx-lm in turns with this one; repeats.",
         ),
     ] = None,
     peer_python: Annotated[

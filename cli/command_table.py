@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import sys
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from mlx_smolvlm.cli.compare import COMPARE_EPILOG, compare
 from mlx_smolvlm.cli.convert import convert
 from mlx_smolvlm.cli.doctor import doctor
 from mlx_smolvlm.cli.evaluate import EVAL_EPILOG, evaluate
+from mlx_smolvlm.cli.help import GroupedCommand
 from mlx_smolvlm.cli.models import app as models_app
 from mlx_smolvlm.cli.output import (
     OutputClosedError,
@@ -31,12 +33,12 @@ from mlx_smolvlm.cli.train import TRAIN_EPILOG, train
 from mlx_smolvlm.errors import SmolVLMError, format_message
 
 OUTPUT_CLOSED = 141
+COMPLETION_VARIABLE = "_MLX_SMOLVLM_COMPLETE"
 # Of Click or of the part of it in Typer, by version; Typer exports neither.
 _ClickError: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     help="Run the SmolVLM family of vision-language models with MLX, on this machine.",
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode=None,  # rich is slow to import and to render
     pretty_exceptions_enable=False,
@@ -55,7 +57,20 @@ def reduce_app(arguments: list[str]) -> typer.Typer:
     reduced = copy.copy(app)
     reduced.registered_commands = [commands[arguments[0]]]
     reduced.registered_groups = []
+    reduced._add_completion = False  # --install-completion comes before a command
     return reduced
+
+
+def _complete_at_first_tab() -> None:
+    """Add to Typer's script for zsh, with which the first Tab in a shell only loads it.
+
+    Click's own script ends like this, too.
+    """
+    from typer import _completion_shared
+
+    _completion_shared._completion_scripts["zsh"] += (
+        'if [[ $zsh_eval_context[-1] == loadautofunc ]]; then %(complete_func)s "$@"; fi\n'
+    )
 
 
 def run_command() -> int:
@@ -65,6 +80,10 @@ def run_command() -> int:
         The exit status.
     """
     prepare_streams()
+    if COMPLETION_VARIABLE in os.environ:  # set by the script that --install-completion installs
+        app(prog_name="mlx-smolvlm")
+    if sys.argv[1:2] in (["--install-completion"], ["--show-completion"]):
+        _complete_at_first_tab()
     command = typer.main.get_command(reduce_app(sys.argv[1:]))
     try:
         # Click's `main` without its handling of errors, by which a pipe that nobody reads ends
@@ -117,12 +136,12 @@ def top(
     pass
 
 
-app.command(epilog=CHAT_EPILOG)(chat)
-app.command(epilog=CHOOSE_EPILOG)(choose)
-app.command("eval", epilog=EVAL_EPILOG)(evaluate)
-app.command()(convert)
-app.command(epilog=COMPARE_EPILOG)(compare)
+app.command(cls=GroupedCommand, epilog=CHAT_EPILOG)(chat)
+app.command(cls=GroupedCommand, epilog=CHOOSE_EPILOG)(choose)
+app.command("eval", cls=GroupedCommand, epilog=EVAL_EPILOG)(evaluate)
+app.command(cls=GroupedCommand)(convert)
+app.command(cls=GroupedCommand, epilog=COMPARE_EPILOG)(compare)
 app.command(epilog=TRAIN_EPILOG)(train)
-app.command(epilog=BENCH_EPILOG)(bench)
+app.command(cls=GroupedCommand, epilog=BENCH_EPILOG)(bench)
 app.command()(doctor)
 app.add_typer(models_app, name="models")

@@ -77,7 +77,7 @@ def convert(
         str | None,
         typer.Option(
             metavar="RECIPE",
-            help="tiny, balanced, quality, or a TOML file; replaces the options above.",
+            help="tiny, balanced, quality, or a TOML file, instead of bits for each part.",
         ),
     ] = None,
     target_size: Annotated[
