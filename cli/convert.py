@@ -324,8 +324,15 @@ def choose_dest(source: str, options: ConvertOptions, suffix: str | None = None)
 def summarize(folder: Path) -> str:
     """Return the bits and the size of the checkpoint in `folder`."""
     from mlx_smolvlm.checkpoint.load import read_config
+    from mlx_smolvlm.checkpoint.provenance import PartSize, measure_parts
 
     config = read_config(folder)
-    text = config.quantization.text
-    bits = config.dtype if text is None else f"{text.bits} bits"
+    text, parts = config.quantization.text, measure_parts(folder)
+    mean = f"{sum(parts.values(), PartSize(0, 0)).bits_per_weight:.2f} bits a weight in all"
+    if not config.quantization.is_quantized:
+        bits = config.dtype
+    elif config.quantization.overrides or text is None:
+        bits = mean
+    else:
+        bits = f"{text.bits} bits in the decoder, {mean}"
     return f"{bits}, {format_size(sum(file.stat().st_size for file in folder.iterdir()))}"

@@ -67,6 +67,15 @@ def read_samples(vlm: SmolVLM, paths: Sequence[Path] = ()) -> list[Sample]:
     return [samples[number * len(samples) // count] for number in range(count)]
 
 
+def may_have_pictures(paths: Sequence[Path] = ()) -> bool:
+    """Whether the samples that `read_samples` reads in `paths` may be about pictures.
+
+    Raises:
+        CheckpointError: As in `read_samples`.
+    """
+    return not paths or any(file.suffix.lower() in DATASETS for file in _find_files(paths))
+
+
 def _find_files(paths: Sequence[Path]) -> Iterator[Path]:
     """Yield the files to read, those of a folder sorted by path."""
     for path in paths:

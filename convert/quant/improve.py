@@ -1,11 +1,6 @@
 """Conversions that lose less than rounding: mixed precisions, GPTQ and tuned scales.
 
-Precisions are mixed by the estimated damage of packing each matrix. To second order, the KL
-divergence of rounded weights from the float ones is half of d'Fd, with d the errors and F the
-Fisher information. Rounding errors are almost independent of each other, so only the diagonal of F
-is used: the mean square of the gradient of the log-likelihood of tokens that are drawn from the
-model's own predictions. One backward pass for each sample gives it for all matrices, including
-those of the vision encoder, because the decoder reads the pictures.
+Precisions are mixed by the damage of packing each matrix, which `sensitivity` estimates.
 """
 
 from __future__ import annotations
@@ -28,29 +23,22 @@ from mlx_smolvlm.convert.options import (
     FINE_BITS,
     ConvertOptions,
     check_width,
-    pack,
-    unpack,
 )
 from mlx_smolvlm.convert.plan import Step
-from mlx_smolvlm.convert.quant.calibration import Sample, read_samples
+from mlx_smolvlm.convert.quant.calibration import Sample, may_have_pictures, read_samples
 from mlx_smolvlm.convert.quant.dwq import PICTURE_PARTS, LearnOptions, Progress, learn, make_targets
 from mlx_smolvlm.convert.quant.gptq import GptqOptions, compensate_model, is_compensated
+from mlx_smolvlm.convert.quant.sensitivity import estimate_damage, estimate_importance
 from mlx_smolvlm.convert.run import Plan, plan_checkpoint, write_checkpoint
 from mlx_smolvlm.convert.source import Source, open_source
 from mlx_smolvlm.errors import CheckpointError
 from mlx_smolvlm.files import expand_path
-from mlx_smolvlm.generate.sampling import cross_entropy
 from mlx_smolvlm.model.model import Model
-from mlx_smolvlm.train.loss import checkpoint_layers
 
 CANDIDATES = tuple(Quantization(n, g, "affine") for n in AFFINE_BITS for g in (32, 64))
 MEASURED_SAMPLES = 32  # enough, because F is averaged over many weights
 TENSOR_BYTES, MODULE_BYTES, FILE_BYTES = 160, 160, 8192  # bounds for headers and config.json
 STEPS = 30000  # units of the knapsack between the smallest and the largest size
-BLOCK = 32  # weights of a row that share a value of F; divides every group size
-SEED = 0
-
-Importance = Mapping[str, mx.array]  # path -> (rows, blocks), means of the diagonal of F
 
 
 @dataclass(frozen=True)
@@ -119,7 +107,8 @@ class Mixture:
             counts[name] = counts.get(name, 0) + 1
         mixed = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
         return [
-            f"mixed {self.bits_per_weight:.2f} bits a weight, estimated KL {self.damage:.3g} nats",
+            f"mixed {self.bits_per_weight:.2f} bits a weight in matrices, "
+            f"estimated KL {self.damage:.3g} nats",
             f"matrices: {mixed}",
         ]
 
@@ -169,6 +158,8 @@ def convert_better(
             "GPTQ has nothing to do: no matrix is to be rounded to fewer than 8 bits; ask for "
             "fewer, such as 4"
         )
+    if better.has_target:
+        find_budget(plan, better, may_have_pictures(better.calibration))  # before minutes of work
     vlm = SourceReader(opened).load()
     samples = read_samples(vlm, better.calibration)
     mixture = None
@@ -200,13 +191,31 @@ def mix(
     Raises:
         CheckpointError: Even the smallest mixture is larger; the message states its size.
     """
-    steps = {step.entry.path: step for step in plan.steps if step.entry.quantizable}
-    choices = measure_choices(plan, model, samples, progress)
-    weights = sum(_count_weights(step) for step in steps.values())
-    least = sum(min(one.nbytes for one in many) for many in choices.values())
+    spread = _spread(samples)
+    budget = find_budget(plan, better, _have_pictures(spread))
+    choice = choose_precisions(measure_choices(plan, model, spread, progress), budget)
+    weights = sum(_count_weights(step) for step in plan.steps if step.entry.quantizable)
+    size = sum(one.nbytes for one in choice.values())
+    return Mixture(choice, size * 8 / weights, sum(one.damage for one in choice.values()))
+
+
+def find_budget(plan: Plan, better: BetterOptions, has_pictures: bool) -> int:
+    """Return the bytes that the target of `better` leaves for the matrices of `plan`.
+
+    Args:
+        plan: The plan of the conversion.
+        better: The target.
+        has_pictures: Whether there are pictures to measure the encoder on.
+
+    Raises:
+        CheckpointError: Even the smallest mixture is larger; the message states its size.
+    """
+    steps = [step for step in plan.steps if step.entry.quantizable]
+    least = sum(min(n for _, n in list_candidates(s, plan, has_pictures)) for s in steps)
+    weights = sum(map(_count_weights, steps))
     if better.target_bits is not None:
-        fixed, budget = 0, int(better.target_bits * weights / 8)
-        smallest = f"{least * 8 / weights:.2f} bits a weight"
+        budget = int(better.target_bits * weights / 8)
+        smallest = f"{math.ceil(least * 800 / weights) / 100:.2f} bits a weight"
         target = f"{better.target_bits:g} bits"
     else:
         assert better.target_bytes is not None
@@ -214,40 +223,62 @@ def mix(
         budget = better.target_bytes - fixed
         smallest = f"{-(-(least + fixed) // 1000) / 1000:.3f} MB"
         target = f"{better.target_bytes / 1e6:g} MB"
-    choice = choose_precisions(choices, budget)
-    if choice is None:
+    if budget < least:
         raise CheckpointError(f"this model does not fit {target}; the smallest is {smallest}")
-    size = sum(one.nbytes for one in choice.values())
-    return Mixture(choice, size * 8 / weights, sum(one.damage for one in choice.values()))
+    return budget
+
+
+def list_candidates(
+    step: Step, plan: Plan, has_pictures: bool
+) -> list[tuple[Quantization | None, int]]:
+    """Return the precisions that the matrix of `step` may get, None for floats, with their bytes.
+
+    Without pictures, the encoder cannot be measured, and gets 8 bits.
+    """
+    dtype: mx.Dtype = getattr(mx, plan.config.dtype)
+    is_measured = has_pictures or not step.entry.path.startswith(PICTURE_PARTS)
+    all_kinds: list[Quantization | None] = [None] if is_measured else []
+    all_kinds += [
+        one
+        for one in CANDIDATES
+        if _can_quantize(step, one) and (is_measured or one.bits == FINE_BITS)
+    ]
+    return [(one, _count_nbytes(step, one, dtype)) for one in all_kinds]
+
+
+def _spread(samples: Sequence[Sample]) -> list[Sample]:
+    """Return at most `MEASURED_SAMPLES` of `samples`, evenly spread."""
+    count = min(len(samples), MEASURED_SAMPLES)
+    return [samples[number * len(samples) // count] for number in range(count)]
+
+
+def _have_pictures(samples: Sequence[Sample]) -> bool:
+    """Whether one of `samples` has a picture."""
+    return any(sample.pixel_values is not None for sample in samples)
 
 
 def measure_choices(
     plan: Plan, model: Model, samples: Sequence[Sample], progress: Progress
 ) -> dict[str, list[PrecisionChoice]]:
-    """Return the possible precisions of each matrix of `plan`, with bytes and damage.
-
-    Without pictures in `samples`, the encoder cannot be measured, and gets 8 bits.
-    """
+    """Return the possible precisions of each matrix of `plan`, with bytes and damage."""
     steps = {step.entry.path: step for step in plan.steps if step.entry.quantizable}
-    count = min(len(samples), MEASURED_SAMPLES)
-    spread = [samples[number * len(samples) // count] for number in range(count)]
+    spread = _spread(samples)
     information = estimate_importance(model, spread, list(steps), progress)
-    has_pictures = any(sample.pixel_values is not None for sample in spread)
+    has_pictures = _have_pictures(spread)
     dtype: mx.Dtype = getattr(mx, plan.config.dtype)
     modules = dict(model.named_modules())
     choices: dict[str, list[PrecisionChoice]] = {}
     for number, (path, step) in enumerate(steps.items()):
         progress(number, len(steps), path)
-        weight = modules[path].weight
-        is_measured = has_pictures or not path.startswith(PICTURE_PARTS)
-        choices[path] = (
-            [PrecisionChoice(None, _count_nbytes(step, None, dtype), 0.0)] if is_measured else []
-        )
-        for one in CANDIDATES:
-            if not _can_quantize(step, one) or not (is_measured or one.bits == FINE_BITS):
-                continue
-            damage = estimate_damage(weight, information[path], one, dtype)
-            choices[path].append(PrecisionChoice(one, _count_nbytes(step, one, dtype), damage))
+        weight, blocks = modules[path].weight, information[path]
+        choices[path] = [
+            PrecisionChoice(
+                one,
+                nbytes,
+                0.0 if one is None else estimate_damage(weight, blocks, one, dtype),
+            )
+            for one, nbytes in list_candidates(step, plan, has_pictures)
+        ]
         mx.clear_cache()
     return choices
 
@@ -292,21 +323,16 @@ def _count_fixed_bytes(plan: Plan) -> int:
 
 def choose_precisions(
     choices: Mapping[str, list[PrecisionChoice]], budget: int
-) -> dict[str, PrecisionChoice] | None:
+) -> dict[str, PrecisionChoice]:
     """Choose a precision for each path with the least total damage within `budget` bytes.
 
     The knapsack is solved exactly up to its unit: bytes above the smallest choice are rounded up
     to 1 / `STEPS` of the range of sizes. The unit does not depend on the budget, so a larger
-    budget never does more damage.
-
-    Returns:
-        The choices by path; None if the smallest ones exceed the budget.
+    budget never does more damage. The smallest choices must fit into it (`find_budget`).
     """
     smallest = {path: min(one.nbytes for one in many) for path, many in choices.items()}
     largest = {path: max(one.nbytes for one in many) for path, many in choices.items()}
     spare = budget - sum(smallest.values())
-    if spare < 0:
-        return None
     unit = max(1, (sum(largest.values()) - sum(smallest.values())) // STEPS)
     room = min(spare // unit, STEPS + 2 * len(choices) + 2)
     best, picks = np.zeros(room + 1), []  # least damage of the matrices so far, by units spent
@@ -326,74 +352,3 @@ def choose_precisions(
         result[path] = one = choices[path][pick[left]]
         left -= -(-(one.nbytes - smallest[path]) // unit)
     return {path: result[path] for path in choices}
-
-
-def estimate_importance(
-    model: Model, samples: Sequence[Sample], paths: Sequence[str], progress: Progress
-) -> Importance:
-    """Estimate the diagonal of F, per predicted token, for the matrices of `model` at `paths`.
-
-    Args:
-        model: A model with float weights, which are the same afterwards.
-        samples: Samples to predict; those with pictures measure the encoder.
-        paths: The paths of the matrices.
-        progress: Called before each sample.
-    """
-    leaves = dict(model.named_modules())
-    modules = {path: leaves[path] for path in paths}
-    weights = {path: module.weight for path, module in modules.items()}
-
-    def loss(parameters: dict[str, mx.array], sample: Sample, key: mx.array) -> mx.array:
-        for path, module in modules.items():
-            module.weight = parameters[path]
-        return _compute_nll(model, sample, key)
-
-    total = {path: mx.zeros(_split_blocks(weight).shape[:2]) for path, weight in weights.items()}
-    try:
-        with checkpoint_layers():
-            for number, sample in enumerate(samples):
-                progress(number, len(samples), "sensitivity")
-                gradients = mx.grad(loss)(weights, sample, mx.random.key(SEED + number))
-                for path in list(gradients):
-                    total[path] = total[path] + (_split_blocks(gradients.pop(path)) ** 2).mean(-1)
-                mx.eval(total)
-    finally:
-        for path, module in modules.items():
-            module.weight = weights[path]
-    tokens = sum(sample.input_ids.size - sample.start for sample in samples)
-    return {path: one / tokens for path, one in total.items()}
-
-
-def _compute_nll(model: Model, sample: Sample, key: mx.array) -> mx.array:
-    """Sum the negative log-likelihood of tokens that are drawn from the predictions."""
-    pixels = sample.pixel_values
-    embeds = model.embed(sample.input_ids, None if pixels is None else model.encode(pixels))
-    hidden = model.text_model(embeds)[0, sample.start - 1 : -1]
-    logits = model.head(hidden).astype(mx.float32)
-    token_ids = mx.random.categorical(mx.stop_gradient(logits), key=key)
-    return cross_entropy(logits, token_ids).sum()
-
-
-def _split_blocks(weight: mx.array) -> mx.array:
-    """Return `weight` in float32 as (rows, blocks, `BLOCK`), each row padded with zeros."""
-    rows, width = weight.shape
-    padded = mx.pad(weight.astype(mx.float32), [(0, 0), (0, -width % BLOCK)])
-    return padded.reshape(rows, -1, BLOCK)
-
-
-def estimate_damage(
-    weight: mx.array, information: mx.array, quantization: Quantization, dtype: mx.Dtype
-) -> float:
-    """Estimate the KL divergence in nats a token if `weight` alone is packed.
-
-    Args:
-        weight: The float matrix (rows, width).
-        information: The result (rows, blocks) of `estimate_importance`.
-        quantization: How it is packed; the width is padded to a multiple of the group size.
-        dtype: The dtype of scales and biases.
-    """
-    width = weight.shape[1]
-    padded = mx.pad(weight.astype(dtype), [(0, 0), (0, -width % quantization.group_size)])
-    packed = unpack(pack(padded, quantization), quantization, mx.float32)[:, :width]
-    squares = (_split_blocks(packed - weight.astype(mx.float32)) ** 2).sum(-1)
-    return 0.5 * float(np.array((squares * information).sum(-1)).sum(dtype=np.float64))

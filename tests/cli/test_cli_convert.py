@@ -32,7 +32,7 @@ def test_convert_names_the_folder_and_says_so(source: Path, tmp_path: Path) -> N
     assert result.stdout == ""
     lines = result.stderr.splitlines()
     assert len(lines) == 1  # no bar: stderr is no terminal
-    assert lines[0].startswith("wrote Some-VLM-mlx-4bit: 4 bits, ")
+    assert lines[0].startswith("wrote Some-VLM-mlx-4bit: 4 bits in the decoder, ")
     config = json.loads((tmp_path / "Some-VLM-mlx-4bit" / "config.json").read_text())
     assert config["quantization"]["text"]["bits"] == 4
     assert config["quantization"]["text"]["group_size"] == 32
@@ -59,7 +59,7 @@ def test_chat_says_that_it_converts(source: Path, tmp_path: Path) -> None:
 def test_the_demo_and_any_float_checkpoint_of_ours_is_a_source(tmp_path: Path) -> None:
     first = run("convert", "demo", "--bits", "8", cwd=tmp_path)
     assert first.returncode == 0, first.stderr
-    assert first.stderr.startswith("wrote demo-mlx-8bit: 8 bits, ")
+    assert first.stderr.startswith("wrote demo-mlx-8bit: 8 bits in the decoder, ")
     again = run("convert", "demo-mlx-8bit", "worse", "--bits", "4", cwd=tmp_path)
     assert again.returncode == 1
     assert "already a quantized mlx-smolvlm checkpoint" in again.stderr

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_smolvlm import Sampling, load
 from mlx_smolvlm.checkpoint.load import read_config
+from mlx_smolvlm.checkpoint.provenance import PartSize, measure_parts
 from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert.compare.observe import compare_predictions, get_head
 from mlx_smolvlm.convert.open_model import FolderReader, SourceReader
@@ -32,9 +33,10 @@ from mlx_smolvlm.convert.quant.improve import (
     PrecisionChoice,
     choose_precisions,
     convert_better,
-    estimate_importance,
+    find_budget,
     measure_choices,
 )
+from mlx_smolvlm.convert.quant.sensitivity import estimate_importance
 from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
 from mlx_smolvlm.convert.source import open_source
 from mlx_smolvlm.errors import CheckpointError
@@ -100,10 +102,9 @@ def test_the_choice_is_the_best_of_all_that_fit_and_more_room_is_never_worse(see
             for combination in itertools.product(*choices.values())
             if sum(one.nbytes for one in combination) <= budget
         ]
-        found = choose_precisions(choices, budget)
         if not fitting:
-            assert found is None
             continue
+        found = choose_precisions(choices, budget)
         total = sum(one.damage for one in found.values())
         assert sum(one.nbytes for one in found.values()) <= budget
         assert total == pytest.approx(min(fitting), abs=1e-12)
@@ -196,6 +197,41 @@ def test_every_file_is_within_the_size_and_more_room_means_less_damage(source, t
         assert 0.7 * kilobytes < size_of(dest) / 1000 <= kilobytes
         assert found.mixture.damage <= last
         last = found.mixture.damage
+
+
+@pytest.mark.parametrize("target", [{"target_bytes": 20_000}, {"target_bits": 2.1}])
+def test_what_cannot_fit_is_refused_before_anything_is_measured(
+    source, texts, tmp_path, monkeypatch, target
+):
+    def fail(*arguments):
+        raise AssertionError("the source was loaded")
+
+    monkeypatch.setattr(SourceReader, "load", fail)
+    for calibration in ((texts,), ()):
+        options = BetterOptions(**target, calibration=calibration)
+        with pytest.raises(CheckpointError, match=r"does not fit .*; the smallest is "):
+            convert_better(source, tmp_path / "out", ConvertOptions(), options, quiet)
+
+
+def test_what_fits_only_with_pictures_to_measure_the_encoder_on_is_refused_too(
+    source, plain, texts, tmp_path
+):
+    plan = plan_checkpoint(open_source(source, True), ConvertOptions())
+    lines = tmp_path / "texts.jsonl"
+    row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}
+    lines.write_text(json.dumps(row) + "\n")
+    least = min_bits(plan, has_pictures=True)
+    target = BetterOptions(target_bits=least, calibration=(lines,))
+    assert find_budget(plan, target, has_pictures=True) > 0
+    with pytest.raises(CheckpointError, match="the smallest is "):
+        convert_better(source, tmp_path / "out", ConvertOptions(), target, quiet)
+
+
+def min_bits(plan, has_pictures):
+    """The least target in bits a weight, as the refusal states it."""
+    with pytest.raises(CheckpointError) as error:
+        find_budget(plan, BetterOptions(target_bits=0.1), has_pictures)
+    return float(str(error.value).split()[-4])
 
 
 def test_what_cannot_fit_is_refused_with_the_smallest_size_that_then_fits(source, texts, tmp_path):
@@ -369,7 +405,10 @@ def test_the_command_mixes_and_tunes_within_a_size(source, texts, tmp_path):
     result = run(source, *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout == ""
-    assert "estimated KL" in result.stderr
+    mixed, _, wrote = result.stderr.splitlines()
+    assert "bits a weight in matrices, estimated KL" in mixed
+    stored = sum(measure_parts(tmp_path / "Some-VLM-mlx-0.3mb-dwq").values(), PartSize(0, 0))
+    assert f": {stored.bits_per_weight:.2f} bits a weight in all, 0.3 MB" in wrote
     folder = tmp_path / "Some-VLM-mlx-0.3mb-dwq"
     assert size_of(folder) <= 300_000
     load(folder)

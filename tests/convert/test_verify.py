@@ -186,7 +186,7 @@ def test_convert_and_verify(source: Path, samples: Path, tmp_path: Path) -> None
     assert result.stdout.startswith("reference ")
     assert "weights, vision" in result.stdout
     wrote, kept = result.stderr.splitlines()
-    assert wrote.startswith("wrote out: 8 bits")
+    assert wrote.startswith("wrote out: 8 bits in the decoder, ")
     assert kept == f"wrote out/{VERIFY_FILE} and {VERIFY_PLOT}"
     found = read_verification(tmp_path / "out")
     assert found is not None
