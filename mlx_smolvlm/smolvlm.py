@@ -375,7 +375,7 @@ def load(
         cache: How keys and values are stored and reused.
         progress: Called during a conversion with the bytes done, the total bytes and a name.
         adapter: The folder of a LoRA adapter that `mlx-smolvlm train` made for this checkpoint,
-            in any precision; see docs/training.md.
+            in any precision; see docs/fine-tuning.md.
         memory_limit: Most bytes of memory that the process may take. Batches are made smaller to
             fit, and an answer that cannot fit is refused before any work. This also sets MLX's
             limits, for all models of the process. A conversion is not limited. None only refuses

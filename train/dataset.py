@@ -1,7 +1,7 @@
 """Reads datasets: JSONL files of conversations about pictures and videos.
 
-A line is a conversation, or a question with its answer as a short form. docs/training.md describes
-the format. All lines are checked when the file is read, before a model is loaded.
+A line is a conversation, or a question with its answer as a short form. docs/fine-tuning.md
+describes the format. All lines are checked when the file is read, before a model is loaded.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def read_dataset(path: str | Path, split: str = "train") -> list[Example]:
 
     Raises:
         DatasetError: There is no such file, it is empty, or a line does not follow the format in
-            docs/training.md. The message names file, line and reason.
+            docs/fine-tuning.md. The message names file, line and reason.
     """
     file = expand_path(path, DatasetError)
     if os.path.isdir(file):  # Path.is_dir raises where a name is too long

@@ -1,7 +1,7 @@
 """Reads the TOML file that configures a fine-tuning.
 
-docs/training.md describes every key. An unknown key, or a value of another type or out of range, is
-refused by name before any work is done.
+docs/fine-tuning.md describes every key. An unknown key, or a value of another type or out of
+range, is refused by name before any work is done.
 """
 
 from __future__ import annotations

@@ -42,20 +42,22 @@ def run(
     cwd: Path | None = None,
     timeout_s: float = 60,
     prelude: str = "",
+    runner: Runner | None = None,
 ) -> subprocess.CompletedProcess[bytes]:
     """The finished command, whose variables are `environment()` and `env`.
 
-    `prelude` is Python code that its process runs first.
+    `prelude` is Python code that its process runs first. `runner` forks it, if it suits.
     """
     variables = environment(**(env or {}))
-    if FORKS and start_runner().suits(variables):
+    runner = runner or (start_runner() if FORKS else None)
+    if runner and runner.suits(variables):
         request = {
             "arguments": [os.fsdecode(argument) for argument in arguments],
             "cwd": str(cwd or Path.cwd()),
             "environment": variables,
             "prelude": prelude,
         }
-        status, out, error = start_runner().run(request, stdin, timeout_s)
+        status, out, error = runner.run(request, stdin, timeout_s)
         return subprocess.CompletedProcess([*COMMAND, *arguments], status, out, error)
     program = [sys.executable, "-c", prelude + MAIN] if prelude else COMMAND
     return subprocess.run(
@@ -74,9 +76,10 @@ def run_text(
     cwd: Path | None = None,
     timeout_s: float = 60,
     prelude: str = "",
+    runner: Runner | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """The same with what it wrote as text."""
-    done = run(*arguments, env=env, cwd=cwd, timeout_s=timeout_s, prelude=prelude)
+    done = run(*arguments, env=env, cwd=cwd, timeout_s=timeout_s, prelude=prelude, runner=runner)
     out, error = done.stdout.decode(), done.stderr.decode()
     return subprocess.CompletedProcess(done.args, done.returncode, out, error)
 

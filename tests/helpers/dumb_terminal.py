@@ -8,13 +8,20 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 
 class Terminal:
     """A process on a terminal of its own; `text` is all that it has shown."""
 
-    def __init__(self, *arguments: str, stdout: Path | None = None) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        stdout: Path | None = None,
+        env: Mapping[str, str] = os.environ,
+        cwd: Path | None = None,
+    ) -> None:
         self.text = ""
         self.fd, inner = pty.openpty()
         with contextlib.ExitStack() as stack:
@@ -25,7 +32,8 @@ class Terminal:
                 stdout=out,
                 stderr=inner,
                 start_new_session=True,
-                env={**os.environ, "TERM": "dumb", "LC_ALL": "C.UTF-8"},
+                env={**env, "TERM": "dumb", "LC_ALL": "C.UTF-8"},
+                cwd=cwd,
             )
         os.close(inner)
 

@@ -71,8 +71,19 @@ class Handler(BaseHTTPRequestHandler):
 
     do_GET = do_POST = do_PUT = do_HEAD = handle_any  # noqa: N815
 
-    def api(self, path: str, body: bytes) -> tuple[Any, int]:
-        """What the hub answers, and its status."""
+    def api(self, path: str, body: bytes) -> tuple[Any, int, dict[str, str]]:
+        """What the hub answers, its status, and headers."""
+        name = next((one for one in self.server.repos if path.startswith(f"/{one}/resolve/")), "")
+        if not name:
+            return *self.answer_api(path, body), {}
+        data = self.server.repos[name].get(path.partition("/resolve/")[2].partition("/")[2])
+        if data is None:
+            return {"error": "Entry not found"}, 404, {"X-Error-Code": "EntryNotFound"}
+        etag = f'"{hashlib.sha256(data).hexdigest()}"'
+        return data, 200, {"ETag": etag, "X-Repo-Commit": "1" * 40}
+
+    def answer_api(self, path: str, body: bytes) -> tuple[Any, int]:
+        """What the hub answers to a question about a repository, and its status."""
         hub = self.server
         if path == "/api/whoami-v2":
             return {"name": "owner", "type": "user", "auth": {}}, 200
@@ -115,7 +126,9 @@ class Handler(BaseHTTPRequestHandler):
             self.commit(files, [json.loads(line) for line in body.splitlines()])
             sha = f"{len(hub.commits):040x}"
             return {"commitUrl": f"{hub.url}/{name}/commit/{sha}", "commitOid": sha}, 200
-        return {"id": name, "sha": "1" * 40, "siblings": [], "private": hub.private[name]}, 200
+        siblings = [{"rfilename": file} for file in files]
+        private = hub.private.get(name, False)
+        return {"id": name, "sha": "1" * 40, "siblings": siblings, "private": private}, 200
 
     def commit(self, files: dict[str, bytes], lines: list[dict[str, Any]]) -> None:
         """Change `files` as the lines of a commit say, all at once."""

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -32,18 +32,20 @@ CHANGEABLE += ("TRANSFORMERS_OFFLINE", "XDG_", "PYTEST_", "http", "HTTP", "no_pr
 class Runner:
     """Starts the process when the first command is run, and sends it the others.
 
+    `modules` are imported too, if they read only variables that all its commands share.
+
     Attributes:
         environment: The variables that the process was started with.
     """
 
-    def __init__(self, environment: Mapping[str, str]) -> None:
+    def __init__(self, environment: Mapping[str, str], modules: Sequence[str] = ()) -> None:
         self.environment = dict(environment)
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair()
         self._replies = self._socket.makefile("r")
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.helpers.forked_command"],
+                [sys.executable, "-m", "tests.helpers.forked_command", *modules],
                 stdin=theirs,
                 env=self.environment,
             )
@@ -184,6 +186,8 @@ def preload() -> None:
         with contextlib.suppress(ModuleNotFoundError):
             importlib.import_module(name)
     assert "huggingface_hub" not in sys.modules
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
     gc.freeze()  # or each fork copies the pages of what it inherits when it collects garbage
 
 

@@ -44,7 +44,7 @@ def stripes(label: str, seed: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """photos/across and photos/upright, 100 pictures each, and the lines that docs/training.md
+    """photos/across and photos/upright, 100 pictures each, and the lines that docs/fine-tuning.md
     makes of them."""
     folder = tmp_path_factory.mktemp("story")
     for number in range(200):

@@ -1,0 +1,152 @@
+"""Every command in the README and in the guides of docs/ does what the page says."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import fake_hub
+from tests.helpers.command import FORKS, environment
+from tests.helpers.forked_command import Runner
+from tests.helpers.guides import (
+    ELSEWHERE,
+    KINDS,
+    PAGES,
+    ROOT,
+    Block,
+    Desk,
+    fill_hub,
+    parse_command,
+    read_blocks,
+    read_commands,
+)
+
+BLOCKS = [block for page in PAGES for block in read_blocks(page)]
+NOT_RUN = 9  # blocks that are only parsed, each with its reason
+
+
+@pytest.fixture(scope="module")
+def machine(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[dict[str, str], Runner | None]]:
+    """The environment of a user who has nothing yet, with a hub that has all models.
+
+    A process that has imported the hub's client forks the commands, where that can be done.
+    """
+    home = tmp_path_factory.mktemp("home")
+    with fake_hub.running() as hub:
+        fill_hub(hub, home / "source")
+        changes = {
+            "HOME": str(home),
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(home / "hub"),
+            "HF_TOKEN": fake_hub.TOKEN,
+            "HF_HUB_OFFLINE": "0",
+            "MLX_SMOLVLM_CACHE": str(home / "cache"),
+            "MLX_SMOLVLM_HISTORY": "",
+        }
+        modules = ["huggingface_hub._snapshot_download", "huggingface_hub.hf_api"]
+        runner = Runner(environment(**changes), modules) if FORKS else None
+        yield environment(**changes), runner
+        if runner:
+            runner.close()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_does_what_it_says(
+    page: Path,
+    machine: tuple[dict[str, str], Runner | None],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    environment, runner = machine
+    desk = Desk(tmp_path / "work", environment, runner)
+    monkeypatch.chdir(desk.folder)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", environment["HF_ENDPOINT"])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", environment["HF_HOME"] + "/hub")
+    for block in BLOCKS:
+        if block.page == page:
+            desk.run_block(block)
+
+
+def test_every_block_states_its_kind() -> None:
+    for block in BLOCKS:
+        assert block.kind in KINDS, block.place
+        if block.kind == "text":  # it would hide a command from the test above
+            assert not re.search(
+                r"^(\$|mlx-smolvlm|make|pip|uvx?|python) ", block.text, re.MULTILINE
+            )
+
+
+def test_few_blocks_are_not_run() -> None:
+    unrun = [block for block in BLOCKS if block.key == "not run"]
+    assert len(unrun) == NOT_RUN, [f"{block.place}: {block.value}" for block in unrun]
+
+
+def test_commands_of_other_tests_are_in_them() -> None:
+    said = {
+        command.line for block in BLOCKS if block.kind == "bash" for command in read_commands(block)
+    }
+    assert set(ELSEWHERE) <= said
+    for path, text in ELSEWHERE.values():
+        assert text in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "said"),
+    [
+        ("bash", "mlx-smolvlm chat --no-such-option\n", "No such option"),
+        ("bash", "cat absent\n", "absent"),
+        (
+            "console",
+            '$ mlx-smolvlm chat -i examples/one.png "What is it?"\nA blue cross.\n',
+            "A red",
+        ),
+        ("console", "$ mlx-smolvlm chat\ndemo: ...\n> Hello\nGoodbye!\n", "Hello! Show me"),
+        ("python", "assert 1 == 2, 'so'\n", "so"),
+        ("json", "{'a': 1}\n", "property name"),
+    ],
+)
+def test_a_page_that_is_wrong_is_noticed(
+    machine: tuple[dict[str, str], Runner | None], tmp_path: Path, kind: str, text: str, said: str
+) -> None:
+    desk = Desk(tmp_path / "work", *machine)
+    with pytest.raises(Exception, match=said):
+        desk.run_block(Block(ROOT / "README.md", 1, kind, text, "", ""))
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["mlx-smolvlm chat --no-such-option", "mlx-smolvlm chat --bits", "mlx-smolvlm models rm"],
+)
+def test_a_command_that_is_not_run_is_parsed(line: str) -> None:
+    with pytest.raises(
+        Exception, match=r"No such option|requires an argument|Missing (argument|parameter)"
+    ):
+        parse_command(line)
+
+
+def test_the_notebook_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Jupyter runs a notebook in its own folder."""
+    path = ROOT / "examples" / "quick_start.ipynb"
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(not cell["outputs"] and cell["execution_count"] is None for cell in cells)
+    monkeypatch.chdir(path.parent)
+    namespace = {"__name__": "__main__"}
+    for cell in cells:
+        exec("".join(cell["source"]), namespace)
+    said = capsys.readouterr().out
+    assert said.startswith("A blue square, a black star and a yellow diamond.\n")
+    assert "0 tiles were encoded for the second question\n" in said
+    assert said.endswith("A white star moves to the left.\n")
+    commented = "".join(cells[-1]["source"]).replace("# ", "")
+    compile(commented, str(path), "exec")
+    assert commented.startswith("vlm = smolvlm.load(")
