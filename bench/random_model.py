@@ -18,7 +18,8 @@ import numpy as np
 
 from mlx_smolvlm.checkpoint.headers import write_arrays
 from mlx_smolvlm.checkpoint.load import TEMPLATE_FILE, TOKENIZER_FILE, read_config
-from mlx_smolvlm.config import Config, ImageConfig, QuantizationConfig, TextConfig, VisionConfig
+from mlx_smolvlm.config import Config, ImageConfig, QuantizationConfig
+from mlx_smolvlm.convert.catalog import SIZES
 from mlx_smolvlm.convert.hub import DEMO, resolve
 from mlx_smolvlm.convert.names import Entry, list_entries
 from mlx_smolvlm.errors import CheckpointError
@@ -27,28 +28,6 @@ from mlx_smolvlm.files import sync
 SHARD_BYTES = 10**9
 COMPLETE_FILE = "config.json"  # is written last
 MARK = ".mlx-smolvlm-bench"  # is written first: only a folder with this file is replaced
-
-# (layers, width, MLP, heads, heads of keys and values, base of the rotation) of the decoder
-_SMALL_VISION = VisionConfig(768, 3072, 12, 12, 512, 16, 1e-6)
-_LARGE_VISION = VisionConfig(1152, 4304, 27, 16, 384, 14, 1e-6)
-_VOCABULARY, _CONTEXT = 49280, 8192
-SIZES: dict[str, tuple[VisionConfig, TextConfig, int]] = {
-    "256m": (
-        _SMALL_VISION,
-        TextConfig(576, 1536, 30, 9, 3, 64, 1e5, 1e-5, _VOCABULARY, _CONTEXT, False),
-        4,
-    ),
-    "500m": (
-        _SMALL_VISION,
-        TextConfig(960, 2560, 32, 15, 5, 64, 1e5, 1e-5, _VOCABULARY, _CONTEXT, False),
-        4,
-    ),
-    "2.2b": (
-        _LARGE_VISION,
-        TextConfig(2048, 8192, 24, 32, 32, 64, 1.3e5, 1e-5, _VOCABULARY, _CONTEXT, False),
-        3,
-    ),
-}
 
 
 def make_config(size: str, dtype: str) -> Config:

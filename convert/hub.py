@@ -17,9 +17,11 @@ import hashlib
 import os
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mlx_smolvlm
 from mlx_smolvlm.checkpoint.headers import read_headers
@@ -31,7 +33,7 @@ from mlx_smolvlm.checkpoint.load import (
     read_config,
 )
 from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import (
     check_folder,
     check_owner,
@@ -42,10 +44,14 @@ from mlx_smolvlm.files import (
     read_file,
     write_file,
 )
+from mlx_smolvlm.generate.memory_plan import Machine
 from mlx_smolvlm.records import read_integer, read_json
 
+if TYPE_CHECKING:
+    from mlx_smolvlm.convert.source import Source
+
 DEMO = "demo"
-BITS = (4, 8, 16)  # for conversions on first use
+BITS = (16, 8, 4)  # for conversions on first use
 _USED_FILE = ".last-used"  # in a converted folder; its modification time counts
 _REVISIONS_FILE = ".revisions"  # in a converted folder: the requested revisions, one per line
 _MAX_REVISIONS_BYTES = 1 << 16
@@ -66,20 +72,23 @@ class ResolveOptions:
     """How to fetch and convert a model that is not in the cache.
 
     Attributes:
-        bits: Bits of the decoder, one of `BITS`; None keeps the source's precision.
+        bits: Bits of the decoder, 4, 8 or 16; None keeps the source's precision.
         offline: Never use the network.
         progress: Called during a conversion with the bytes done, the total bytes and the path of
             the current module.
         dtype: Type of weights that are not quantized; None keeps the source's.
+        machine: If `bits` is None, convert to 8 or 4 bits what takes more than half of its memory
+            at 16, with a warning; None converts to the source's precision whatever it takes.
 
     Raises:
-        ValueError: `bits` is not one of `BITS`.
+        ValueError: `bits` is none of 4, 8 and 16.
     """
 
     bits: int | None = None
     offline: bool = False
     progress: Callable[[int, int, str], None] | None = None
     dtype: str | None = None
+    machine: Machine | None = None
 
     def __post_init__(self) -> None:
         if self.bits is not None:
@@ -132,6 +141,8 @@ def find_folder(name: str | Path) -> Path | None:
 
 def _resolve_local(folder: Path, options: ResolveOptions) -> Path:
     """Find or make the conversion of the current files in the local `folder`."""
+    from mlx_smolvlm.convert.source import open_source
+
     files_hash = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix in (".json", ".safetensors", ".jinja"):
@@ -139,10 +150,14 @@ def _resolve_local(folder: Path, options: ResolveOptions) -> Path:
             files_hash.update(f"{path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     path_hash = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
     parent = find_cache_folder() / f"local--{folder.name}-{path_hash}"
-    dest = parent / _name_folder(files_hash.hexdigest()[:12], options)
+    name = files_hash.hexdigest()[:12]
     with _hold_lock(parent):
-        if not _is_usable(dest):
-            _convert(folder, dest, options)
+        dest = _find_converted(options, lambda one: [parent / _name_folder(name, one)])
+        if dest is None:
+            source = open_source(folder)
+            options = _choose_precision(source, options)
+            dest = parent / _name_folder(name, options)
+            _convert(source, dest, options)
             for old in parent.glob(f"*{dest.name[12:]}"):  # of earlier versions of the files
                 if old != dest:
                     shutil.rmtree(old, ignore_errors=True)
@@ -152,27 +167,85 @@ def _resolve_local(folder: Path, options: ResolveOptions) -> Path:
 
 def _resolve_remote(repo: str, options: ResolveOptions) -> Path:
     """Find or make the conversion of the hub's `repo`, owner/name or owner/name@revision."""
+    from mlx_smolvlm.convert.source import open_snapshot
+
     name, _, revision = repo.partition("@")
     parent = find_cache_folder() / name.replace("/", "--")
-    with _hold_lock(parent):
+
+    def list_folders(options: ResolveOptions) -> list[Path]:
         if re.fullmatch("[0-9a-f]{40}", revision):  # a commit, which names its folder
-            paths = [parent / _name_folder(revision[:12], options)]
-        else:
-            paths = list(parent.glob(_name_folder("*", options)))
-            paths = [path for path in paths if revision in _read_revisions(path)]
-        paths = [path for path in paths if _is_usable(path)]
-        if paths:
-            dest = max(paths, key=lambda path: (path / CONFIG_FILE).stat().st_mtime)
-        else:
+            return [parent / _name_folder(revision[:12], options)]
+        paths = parent.glob(_name_folder("*", options))
+        return [path for path in paths if revision in _read_revisions(path)]
+
+    with _hold_lock(parent):
+        dest = _find_converted(options, list_folders)
+        if dest is None:
             snapshot = _fetch(name, revision or None, options)
             if is_own(snapshot):
                 return snapshot
+            source = open_snapshot(snapshot, name)
+            options = _choose_precision(source, options)
             dest = parent / _name_folder(snapshot.name[:12], options)
             if not _is_usable(dest):
-                _convert(name, dest, options, snapshot)
+                _convert(source, dest, options)
         _note_revision(dest, revision)
         _mark_used(dest)
     return dest
+
+
+def _find_converted(
+    options: ResolveOptions, list_folders: Callable[[ResolveOptions], list[Path]]
+) -> Path | None:
+    """Return the newest conversion that `options` ask for; None if there is none.
+
+    Args:
+        options: Without `bits`, a conversion to fewer bits that was chosen for this machine counts
+            too.
+        list_folders: Lists the folders that a conversion with these options may be in.
+    """
+    from mlx_smolvlm.convert.fit import choose_bits
+
+    newest = _find_newest(list_folders(options))
+    if newest is not None or options.bits is not None or options.machine is None:
+        return newest
+    for bits in BITS[1:]:
+        newest = _find_newest(list_folders(replace(options, bits=bits)))
+        if newest is not None and choose_bits(read_config(newest), options.machine).bits == bits:
+            return newest
+    return None
+
+
+def _find_newest(folders: list[Path]) -> Path | None:
+    """Return the usable one of `folders` that was written last; None if there is none."""
+    usable = [folder for folder in folders if _is_usable(folder)]
+    return max(usable, key=lambda one: (one / CONFIG_FILE).stat().st_mtime, default=None)
+
+
+def _choose_precision(source: Source, options: ResolveOptions) -> ResolveOptions:
+    """Return `options`, with the bits that suit `options.machine` if these are fewer than 16.
+
+    A warning then says why.
+    """
+    from mlx_smolvlm.convert.fit import choose_bits
+    from mlx_smolvlm.convert.options import ConvertOptions
+    from mlx_smolvlm.convert.run import plan_checkpoint
+
+    machine = options.machine
+    if options.bits is not None or machine is None or machine.memory is None:
+        return options
+    config = plan_checkpoint(source, ConvertOptions(dtype=options.dtype)).config
+    choice = choose_bits(config, machine)
+    if config.quantization.is_quantized or choice.bits == BITS[0]:
+        return options
+    warnings.warn(
+        f"{source.name} is converted to {choice.bits} bits, since an answer at 16 would take about "
+        f"{choice.float_bytes / 1e9:.1f} GB, more than half of this machine's "
+        f"{machine.memory / 1e9:.1f} GB; bits=16 (--bits 16) keeps full precision",
+        SmolVLMWarning,
+        stacklevel=6,
+    )
+    return replace(options, bits=choice.bits)
 
 
 def _read_revisions(folder: Path) -> list[str]:
@@ -226,16 +299,12 @@ def _name_folder(revision: str, options: ResolveOptions) -> str:
     return f"{revision}-{options.precision}-v{FORMAT_VERSION}"
 
 
-def _convert(
-    source: str | Path, dest: Path, options: ResolveOptions, snapshot: Path | None = None
-) -> None:
-    """Convert `source` to `dest`; `snapshot` is its download if it is a hub id."""
+def _convert(source: Source, dest: Path, options: ResolveOptions) -> None:
+    """Convert `source` to `dest`."""
     from mlx_smolvlm.convert.options import ConvertOptions
     from mlx_smolvlm.convert.run import plan_checkpoint, write_checkpoint
-    from mlx_smolvlm.convert.source import open_snapshot, open_source
 
-    folder = open_source(source) if snapshot is None else open_snapshot(snapshot, str(source))
-    plan = plan_checkpoint(folder, ConvertOptions(bits=options.bits, dtype=options.dtype))
+    plan = plan_checkpoint(source, ConvertOptions(bits=options.bits, dtype=options.dtype))
     write_checkpoint(plan, dest, options.progress, force=False)
 
 

@@ -21,7 +21,9 @@ from mlx_smolvlm.generate.many import answer_all, check_prompts
 from mlx_smolvlm.generate.memory_guard import FEW_BITS, NO_NAMES, MemoryGuard, MemoryTerms
 from mlx_smolvlm.generate.memory_plan import (
     Backend,
+    Machine,
     Setup,
+    find_machine,
     limit_mlx,
     measure_machine,
     plan_setup,
@@ -366,8 +368,9 @@ def load(
     Args:
         model: A folder, a hub id, an alias such as "smolvlm-256m", or "demo".
             Hugging Face checkpoints are converted once, into a cache folder.
-        bits: Precision to convert to: 4, 8 or 16; None keeps the checkpoint's. Has no effect
-            on folders that are converted already.
+        bits: Precision to convert to: 4, 8 or 16. None keeps the checkpoint's, or takes 8 or 4,
+            with a warning, if an answer would take more than half of the machine's memory. Has no
+            effect on folders that are converted already.
         offline: Never use the network.
         dtype: Type to compute in. None means float32 on a CPU, where MLX is slower in half
             precision. On a GPU it means the checkpoint's type, or bfloat16 if that is float32,
@@ -394,7 +397,7 @@ def load(
             lambda size: 0 < size < 2**63,
             "an integer above 0, of 64 bits",
         )
-    path = _find_checkpoint(model, bits, offline, progress)
+    path = _find_checkpoint(model, bits, offline, progress, find_machine())
     on_linux = sys.platform == "linux"
     may_pack = bits != FEW_BITS and _is_conversion_of(model, path)
     terms = MemoryTerms(memory_limit, NO_NAMES if may_pack else frozenset({"bits"}))
@@ -417,12 +420,18 @@ def _find_checkpoint(
     bits: int | None,
     offline: bool,
     progress: Callable[[int, int, str], None] | None,
+    machine: Machine | None = None,
 ) -> Path:
-    """Return the folder of `model`, converted if need be; arguments and errors as in `load`."""
+    """Return the folder of `model`, converted if need be.
+
+    Arguments and errors are as in `load`. Without `machine`, a conversion keeps the checkpoint's
+    precision however much memory it takes.
+    """
     from mlx_smolvlm.convert.hub import ResolveOptions, resolve
 
     check_process()
-    return resolve(model, ResolveOptions(bits=bits, offline=offline, progress=progress))
+    options = ResolveOptions(bits=bits, offline=offline, progress=progress, machine=machine)
+    return resolve(model, options)
 
 
 def _is_conversion_of(model: str | Path, path: Path) -> bool:

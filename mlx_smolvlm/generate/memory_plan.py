@@ -8,6 +8,7 @@ how far the estimates are off.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlx_smolvlm.kv.cache import round_up
 from mlx_smolvlm.kv.options import DEFAULT_OPTIONS, CacheOptions
 from mlx_smolvlm.media.encode import TILE_BATCH
 from mlx_smolvlm.model.model import PREFILL_CHUNK
+from mlx_smolvlm.runtime import numpy_is_off
 
 MB = 10**6
 PROCESS_BYTES = 80 * MB  # Python, NumPy, MLX and the tokenizer, before any work
@@ -299,6 +301,31 @@ def fit_batches(setup: Setup, work: Work, limit: int | None) -> Setup:
     ):
         setup = replace(setup, prefill_chunk=setup.prefill_chunk // 2)
     return setup
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What computes by default, and with how much memory.
+
+    Attributes:
+        backend: What computes.
+        item_bytes: Size of a number in its computations.
+        memory: Memory of the machine or container in bytes; None if it is not known.
+    """
+
+    backend: Backend
+    item_bytes: int
+    memory: int | None
+
+
+def find_machine() -> Machine:
+    """Describe this machine."""
+    import mlx.core as mx
+
+    if mx.default_device().type != mx.DeviceType.cpu:
+        return Machine("mlx-gpu", 2, measure_machine())
+    in_numpy = sys.platform == "linux" and not numpy_is_off()
+    return Machine("numpy" if in_numpy else "mlx-cpu", 4, measure_machine())
 
 
 def measure_machine() -> int | None:

@@ -13,10 +13,10 @@ from tests.helpers import command, hf_folder
 from tests.helpers.command import COMMAND
 
 
-def run(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, cwd: Path, prelude: str = "") -> subprocess.CompletedProcess[str]:
     """The finished command, with a cache in `cwd`."""
     changes = {"MLX_SMOLVLM_CACHE": str(cwd / "cache"), "HF_HOME": str(cwd / "hf")}
-    return command.run_text(*arguments, cwd=cwd, env=changes)
+    return command.run_text(*arguments, cwd=cwd, env=changes, prelude=prelude)
 
 
 @pytest.fixture
@@ -54,6 +54,29 @@ def test_chat_says_that_it_converts(source: Path, tmp_path: Path) -> None:
     assert second.startswith("error: the chat template")
     assert result.returncode == 1
     assert run("chat", "Hi", "-m", source, cwd=tmp_path).stderr.splitlines() == [second]
+
+
+LITTLE_MEMORY = """
+import mlx_smolvlm.generate.memory_plan as plan
+plan.measure_machine = lambda: 2**27
+"""
+
+
+def test_chat_converts_to_fewer_bits_where_memory_is_short_and_says_why(tmp_path: Path) -> None:
+    source = hf_folder.make_askable(tmp_path / "Some-VLM")
+    arguments = ("chat", "Hi", "-m", source, "--max-tokens", "2")
+    first, again, floats = (
+        run(*arguments, *more, cwd=tmp_path, prelude=LITTLE_MEMORY)
+        for more in ((), (), ("--bits", "16"))
+    )
+    assert [result.returncode for result in (first, again, floats)] == [0, 0, 0]
+    warning, announcement = first.stderr.splitlines()
+    assert warning.startswith("warning: Some-VLM is converted to 4 bits, since an answer at 16 ")
+    assert warning.endswith("of this machine's 0.1 GB; bits=16 (--bits 16) keeps full precision")
+    assert announcement == f"converting {source}, once"
+    assert again.stderr == ""
+    assert again.stdout == first.stdout
+    assert floats.stderr.splitlines() == [announcement]
 
 
 def test_the_demo_and_any_float_checkpoint_of_ours_is_a_source(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.config import Quantization, QuantizationConfig
+from mlx_smolvlm.convert.hub import ResolveOptions, resolve
 from mlx_smolvlm.convert.options import ConvertOptions, choose_quantization
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.generate.memory_plan import Machine
 from tests.helpers import hf_folder as hf
 
 FOUR, EIGHT = Quantization(4, 64, "affine"), Quantization(8, 64, "affine")
@@ -272,6 +274,13 @@ def test_packed_weights_are_kept_bit_for_bit(tmp_path):
         assert mx.array_equal(fused, mx.concatenate(parts))
         assert mx.array_equal(arrays[f"lm_head.{suffix}"], old[f"language_model.lm_head.{suffix}"])
     load_model(out)
+
+
+def test_packed_weights_keep_their_bits_however_little_memory_there_is(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path / "cache"))
+    source = packed_source(tmp_path / "s", {"language_model": FOUR})
+    folder = resolve(source, ResolveOptions(machine=Machine("mlx-gpu", 2, 1)))
+    assert read_config(folder).quantization == QuantizationConfig(FOUR, None, None, FOUR)
 
 
 def test_exceptions_become_overrides(tmp_path):

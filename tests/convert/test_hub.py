@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,14 @@ import mlx_smolvlm
 from mlx_smolvlm.checkpoint.load import load_model, read_config
 from mlx_smolvlm.convert import hub
 from mlx_smolvlm.convert import source as convert_source
+from mlx_smolvlm.convert.fit import estimate_answer
 from mlx_smolvlm.convert.hub import ResolveOptions, resolve
-from mlx_smolvlm.convert.run import convert_checkpoint
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.convert.options import ConvertOptions
+from mlx_smolvlm.convert.run import convert_checkpoint, plan_checkpoint
+from mlx_smolvlm.convert.source import open_source
+from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
+from mlx_smolvlm.generate import memory_plan
+from mlx_smolvlm.generate.memory_plan import Machine
 from tests.helpers import hf_folder as hf
 
 REPO = "HuggingFaceTB/SmolVLM-256M-Instruct"
@@ -292,3 +298,56 @@ def test_the_converter_is_not_imported_for_a_folder_of_ours(tmp_path):
     )
     run = subprocess.run([sys.executable, "-c", code, out], capture_output=True, text=True)
     assert run.stdout == "['mlx_smolvlm.convert.hub']\n", run.stderr
+
+
+# Precision by memory
+
+
+def make_machine(folder: Path, bits: int) -> Machine:
+    """A machine with just enough memory for the source in `folder` at `bits`."""
+    config = plan_checkpoint(open_source(folder), ConvertOptions()).config
+    return replace(PLENTY, memory=2 * estimate_answer(config, bits, PLENTY))
+
+
+PLENTY = Machine("mlx-gpu", 2, 2**40)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_takes_half_of_the_memory_is_converted_to_fewer_bits(tmp_path, bits):
+    source = hf.make(tmp_path / "s")
+    machine = make_machine(source, bits)
+    with pytest.warns(SmolVLMWarning, match=rf"^s is converted to {bits} bits, since .*--bits 16"):
+        folder = resolve(source, ResolveOptions(machine=machine))
+    assert read_config(folder).quantization.text.bits == bits
+    assert folder == resolve(source, ResolveOptions(bits=bits))
+    assert resolve(source, ResolveOptions(machine=machine)) == folder  # without a warning
+    assert read_config(resolve(source, ResolveOptions(bits=16))).quantization.text is None
+    plenty = resolve(source, ResolveOptions(machine=PLENTY))
+    assert read_config(plenty).quantization.text is None
+    assert resolve(source, ResolveOptions(machine=machine)) == plenty  # as it is there
+
+
+def test_a_precision_chosen_by_memory_is_found_without_the_network(tmp_path, downloads):
+    machine = make_machine(hf.make(tmp_path / "s"), 8)
+    with pytest.warns(SmolVLMWarning, match=f"^{REPO} is converted to 8 bits"):
+        folder = resolve(REPO, ResolveOptions(machine=machine))
+    assert folder.name == "aaaaaaaaaaaa-8bit-v2"
+    assert resolve("smolvlm-256m", ResolveOptions(machine=machine, offline=True)) == folder
+    assert len(downloads) == 1
+    plenty = resolve(REPO, ResolveOptions(machine=PLENTY))  # 8 bits are not what it asks for
+    assert plenty.name == "aaaaaaaaaaaa-source-v2"
+
+
+def test_what_is_converted_already_stays_so_however_little_memory_there_is(tmp_path):
+    machine = replace(PLENTY, memory=1)
+    out = convert_checkpoint(hf.make(tmp_path / "s"), tmp_path / "out")
+    for model in (out, "demo"):
+        assert resolve(model, ResolveOptions(machine=machine)) == resolve(model)
+
+
+def test_load_takes_the_memory_of_this_machine(tmp_path, monkeypatch):
+    source = hf.make_askable(tmp_path / "s")
+    monkeypatch.setattr(memory_plan, "measure_machine", lambda: 2**27)
+    with pytest.warns(SmolVLMWarning, match="is converted to 4 bits"):
+        vlm = mlx_smolvlm.load(source)
+    assert vlm.config.quantization.text.bits == 4
