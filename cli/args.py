@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 ImagesOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--image", "-i", metavar="IMAGE", help="A path, URL, data URI, or - for stdin; repeats."
+        "--image",
+        "-i",
+        metavar="IMAGE",
+        help="A path, folder, pattern, URL, data URI, or - for stdin; repeats.",
     ),
 ]
 VideosOption = Annotated[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
 
@@ -29,12 +29,12 @@ from mlx_smolvlm.cli.args import (
     parse_memory_limit,
     read_schema,
 )
+from mlx_smolvlm.cli.many_pictures import ClosedImage, open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
     OpenedImage,
     OpenedVideo,
     VideoOptions,
     check_video_options,
-    open_picture,
     open_video_source,
     parse_time,
     print_cost,
@@ -42,6 +42,7 @@ from mlx_smolvlm.cli.media import (
 )
 from mlx_smolvlm.cli.output import ConversionProgress
 from mlx_smolvlm.cli.printer import INTERRUPTED, Printer
+from mlx_smolvlm.cli.question import announce_media, read_arguments
 from mlx_smolvlm.errors import PromptError
 
 if TYPE_CHECKING:
@@ -63,10 +64,11 @@ Examples:
 
 def chat(
     prompt: Annotated[
-        str | None,
+        list[str] | None,
         typer.Argument(
             metavar="PROMPT",
-            help="The question. Without it: stdin if piped, else a conversation.",
+            help="The question, which may name pictures and videos: What is in photo.png? "
+            "Without it: stdin if piped, else a conversation.",
         ),
     ] = None,
     image: ImagesOption = None,
@@ -190,10 +192,11 @@ def chat(
         chunk_s=chunk,
         frames_folder=frames,
     )
+    typed = read_arguments(prompt or (), image or (), video or ())
     options = ChatOptions(
-        prompt=decode_optional_text("PROMPT", prompt),
-        images=tuple(image or ()),
-        videos=tuple(video or ()),
+        prompt=typed.text if prompt else None,
+        images=typed.images,
+        videos=typed.videos,
         frames=check_video_options(video_options),
         model=model,
         system=decode_optional_text("--system", system),
@@ -219,14 +222,16 @@ def chat(
         plain=plain,
         pictures=not no_images,
     )
+    announce_media(typed)
     question = read_question(options)
     vlm = load_model(options)
+    images = open_closed(vlm, question.images, options.detail)
     if question.prompt is None:
         from mlx_smolvlm.cli.terminal.session import converse
 
-        raise typer.Exit(converse(vlm, options, [*question.images, *question.videos]))
+        raise typer.Exit(converse(vlm, options, [*images, *question.videos]))
     printer = Printer(vlm, options)
-    for stream, label, extra in start_answers(vlm, options, question):
+    for stream, label, extra in start_answers(vlm, options, question, images):
         if not printer.print_answer(stream, label, extra):
             raise typer.Exit(INTERRUPTED)
     if printer.has_cut_answer:
@@ -237,7 +242,7 @@ class Question(NamedTuple):
     """What to ask; without a prompt, a conversation begins with these pictures and videos."""
 
     prompt: str | None
-    images: list[OpenedImage]
+    images: list[OpenedImage | ClosedImage]
     videos: list[OpenedVideo]
 
 
@@ -250,7 +255,7 @@ def read_question(options: ChatOptions) -> Question:
         MediaError: A picture or video cannot be opened.
         PromptError: stdin is empty, or not text.
     """
-    images = [open_picture(source) for source in options.images]
+    images = open_pictures(options.images)
     videos = [open_video_source(source, options.frames) for source in options.videos]
     prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
@@ -316,17 +321,17 @@ class StartedAnswer(NamedTuple):
 
 
 def start_answers(
-    vlm: SmolVLM, options: ChatOptions, question: Question
+    vlm: SmolVLM, options: ChatOptions, question: Question, images: Sequence[OpenedImage]
 ) -> Iterator[StartedAnswer]:
     """Yield the answer, or with `--chunk` one for each part and one for the whole video."""
     assert question.prompt is not None
     seconds = options.frames.chunk_s
     if seconds is None:
-        for image in question.images:
+        for image in images:
             print_cost(vlm, image, options.detail)
         stream = vlm.stream(
             question.prompt,
-            images=[one.image for one in question.images],
+            images=[one.image for one in images],
             videos=[sample_video(vlm, one) for one in question.videos],
             system=options.system,
             sampling=options.sampling,

@@ -26,14 +26,15 @@ from mlx_smolvlm.cli.args import (
     parse_memory_limit,
 )
 from mlx_smolvlm.cli.chat import load_model
+from mlx_smolvlm.cli.many_pictures import open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
     VideoOptions,
-    open_picture,
     open_video_source,
     print_cost,
     sample_video,
 )
 from mlx_smolvlm.cli.output import format_table, write, write_json
+from mlx_smolvlm.cli.question import announce_media, read_arguments
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions
@@ -74,11 +75,12 @@ def choose(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print the probability of each of several answers to a question."""
+    typed = read_arguments([question], image or (), video or ())
     options = ChooseOptions(
-        question=decode_text("QUESTION", question),
+        question=typed.text,
         choices=tuple(choice),
-        images=tuple(image or ()),
-        videos=tuple(video or ()),
+        images=typed.images,
+        videos=typed.videos,
         model=model,
         system=decode_optional_text("--system", system),
         detail=parse_detail(detail),
@@ -90,6 +92,7 @@ def choose(
         offline=offline,
         json=json,
     )
+    announce_media(typed)
     print_choices(options)
 
 
@@ -124,9 +127,10 @@ def print_choices(options: ChooseOptions) -> None:
     Choices, pictures and videos are checked before the model is loaded.
     """
     choices = decode_choices(options)
-    images = [open_picture(source) for source in options.images]
+    pictures = open_pictures(options.images)
     videos = [open_video_source(source, VideoOptions()) for source in options.videos]
     vlm = load_model(options, frozenset({"kv_bits", "max_frames"}))
+    images = open_closed(vlm, pictures, options.detail)
     for image in images:
         print_cost(vlm, image, options.detail)
     choice = vlm.choose(

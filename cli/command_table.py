@@ -29,6 +29,7 @@ from mlx_smolvlm.cli.output import (
     say,
     write,
 )
+from mlx_smolvlm.cli.question import SUFFIXES
 from mlx_smolvlm.cli.train import TRAIN_EPILOG, train
 from mlx_smolvlm.errors import SmolVLMError, format_message
 
@@ -61,6 +62,17 @@ def reduce_app(arguments: list[str]) -> typer.Typer:
     return reduced
 
 
+def expand_shorthand(arguments: list[str]) -> list[str]:
+    """Return `arguments` with the command `chat` if they begin with a picture or a question.
+
+    These are words that no command and no option could be: the name of a picture or video, and
+    what has a space in it.
+    """
+    first = arguments[0] if arguments else ""
+    is_question = first.lower().endswith(SUFFIXES) or len(first.split()) > 1
+    return ["chat", *arguments] if is_question and not first.startswith("-") else arguments
+
+
 def _complete_at_first_tab() -> None:
     """Add to Typer's script for zsh, with which the first Tab in a shell only loads it.
 
@@ -84,11 +96,12 @@ def run_command() -> int:
         app(prog_name="mlx-smolvlm")
     if sys.argv[1:2] in (["--install-completion"], ["--show-completion"]):
         _complete_at_first_tab()
-    command = typer.main.get_command(reduce_app(sys.argv[1:]))
+    arguments = expand_shorthand(sys.argv[1:])
+    command = typer.main.get_command(reduce_app(arguments))
     try:
         # Click's `main` without its handling of errors, by which a pipe that nobody reads ends
         # the process with status 1 and without a word.
-        with command.make_context("mlx-smolvlm", sys.argv[1:]) as context:
+        with command.make_context("mlx-smolvlm", arguments) as context:
             return command.invoke(context) or 0
     except typer.Exit as ending:
         return ending.exit_code

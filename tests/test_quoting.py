@@ -71,7 +71,7 @@ def test_every_control_character_is_an_escape():
         ("chat", "hi", "--start", HOSTILE),
         ("chat", "hi", "--max-tokens", HOSTILE),
         ("chat", "hi", f"--{HOSTILE}"),
-        ("chat", "hi", HOSTILE),
+        ("chat", "hi", f"'{HOSTILE}x.png'"),
         ("chat", "hi", "--offline", "-i", f"http://host/{HOSTILE}"),
         ("chat", "hi", "-m", HOSTILE),
         ("chat", "hi", "-i", f"/nowhere/{HOSTILE}"),
@@ -95,7 +95,7 @@ def test_usage_errors_keep_their_form(command):
     status, shown = command("chat", "--nope")
     assert status == 2
     assert shown.startswith(
-        "Usage: mlx-smolvlm chat [OPTIONS] [PROMPT]\nTry 'mlx-smolvlm chat -h' for help.\n\n"
+        "Usage: mlx-smolvlm chat [OPTIONS] [PROMPT]...\nTry 'mlx-smolvlm chat -h' for help.\n\n"
         "Error: No such option: --nope"
     )
     status, shown = command()
@@ -222,9 +222,9 @@ def test_secrets_reach_no_error_of_the_command_line(command):
         ("chat", "hi", "--detail", url),
         ("chat", "hi", "-i", url),
         ("chat", "hi", "-m", url),
-        ("chat", "hi", url),
+        ("chat", "hi", f"{url}.png"),
         ("chat", "hi", "-m", TOKEN),
-        ("chat", "hi", TOKEN),
+        ("chat", "hi", f"{TOKEN}.png"),
         ("models", "rm", "--yes", url),
         ("convert", url, "x", "--offline"),
         ("eval", url),

@@ -194,7 +194,7 @@ def test_convert_replaces_a_checkpoint_by_force_alone(
     assert run(monkeypatch, *convert) == 0
     before = (dest / "model.safetensors").stat().st_ino
     assert run(monkeypatch, *convert) == 1
-    assert "use force to replace it" in capsys.readouterr().err
+    assert "use --force to replace it" in capsys.readouterr().err
     assert (dest / "model.safetensors").stat().st_ino == before
     assert run(monkeypatch, *convert, "--force", "--dtype", "float16") == 0
     assert read_config(dest).dtype == "float16"

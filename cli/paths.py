@@ -1,0 +1,50 @@
+"""Paths of pictures and videos as they are typed, pasted or dropped on a terminal."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from urllib.parse import unquote, urlsplit
+
+from mlx_smolvlm.files import expand_path
+
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
+    *(".heif", ".jfif", ".ppm", ".pgm", ".jp2", ".ico", ".tga"),
+)
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv"),
+    *(".ogv", ".3gp", ".mts"),
+)
+
+
+def decode_file_url(source: str) -> str:
+    """Return the path of a file:// URL; anything else unchanged."""
+    if source[:7].lower() != "file://":
+        return source
+    return unquote(urlsplit(source).path, errors="surrogateescape")
+
+
+def expand_home(path: str) -> str:
+    """Expand ~ at the beginning of `path`, if the user is known."""
+    if not path.startswith("~"):
+        return path
+    try:
+        return str(expand_path(path))
+    except OSError:
+        return path
+
+
+def is_video(path: str) -> bool:
+    """Return whether `path` has the suffix of a video."""
+    return path.lower().endswith(VIDEO_SUFFIXES)
+
+
+def find_similar_files(path: str) -> list[str]:
+    """Return the path in the folder of `path` whose name resembles its own most, if one does."""
+    folder, name = os.path.split(path)
+    try:
+        names = os.listdir(expand_home(folder) or ".")
+    except (OSError, ValueError):
+        return []
+    return [os.path.join(folder, near) for near in difflib.get_close_matches(name, names, 1, 0.75)]

@@ -1,0 +1,232 @@
+"""Paths in a question are attached, and the question is worded without them."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mlx_smolvlm.cli.command_table import expand_shorthand
+from mlx_smolvlm.cli.many_pictures import expand_sources
+from mlx_smolvlm.cli.question import find_mentions, read_arguments, read_typed_question
+from mlx_smolvlm.errors import MediaError
+from tests.helpers.command import assert_one_error, run, run_text
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with pictures and a video."""
+    names = ("photo.png", "a.png", "b.JPG", "my photo.png", "it's.png", "clip.mp4", "notes.txt")
+    for name in (*names, "Screenshot 2026-01-01 at 10.00.00.png", "day one/x.HEIC"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("typed", "text", "sources"),
+    [
+        ("What is in photo.png?", "What is in the picture?", ["photo.png"]),
+        ("What is in ./photo.png, please?", "What is in the picture, please?", ["./photo.png"]),
+        ("Is photo.png's colour red?", "Is the picture's colour red?", ["photo.png"]),
+        ("What is in (photo.png)?", "What is in (the picture)?", ["photo.png"]),
+        ("Describe this photo.png.", "Describe this picture.", ["photo.png"]),
+        ("Describe the image photo.png", "Describe the image", ["photo.png"]),
+        ("Does anybody run in clip.mp4?", "Does anybody run in the video?", ["clip.mp4"]),
+        ("Is photo.png in clip.mp4?", "Is the picture in the video?", ["photo.png", "clip.mp4"]),
+        ("Compare a.png and b.JPG.", "Compare picture 1 and picture 2.", ["a.png", "b.JPG"]),
+        # quoted, escaped, pasted
+        ("What is in 'my photo.png'?", "What is in the picture?", ["my photo.png"]),
+        ('What is in "it\'s.png"?', "What is in the picture?", ["it's.png"]),
+        ("What's in `my photo.png`?", "What's in the picture?", ["my photo.png"]),
+        (r"What is in my\ photo.png?", "What is in the picture?", ["my photo.png"]),
+        ("Read FOLDER/day\\ one/x.HEIC.", "Read the picture.", ["FOLDER/day one/x.HEIC"]),
+        ("Read file://FOLDER/day%20one/x.HEIC", "Read the picture", ["FOLDER/day one/x.HEIC"]),
+        (
+            "What time does FOLDER/Screenshot 2026-01-01 at 10.00.00.png show?",
+            "What time does the picture show?",
+            ["FOLDER/Screenshot 2026-01-01 at 10.00.00.png"],
+        ),
+        # beside the sentence
+        ("photo.png What is this?", "What is this?", ["photo.png"]),
+        ("What is this? photo.png", "What is this?", ["photo.png"]),
+        ("Read this: photo.png", "Read this", ["photo.png"]),
+        ("'a.png' b.JPG which is red?", "which is red?", ["a.png", "b.JPG"]),
+        ("a.png and b.JPG: which is red?", "which is red?", ["a.png", "b.JPG"]),
+        # nothing else
+        ("photo.png", "What is in this picture?", ["photo.png"]),
+        ("a.png, b.JPG", "What is in these pictures?", ["a.png", "b.JPG"]),
+        ("clip.mp4", "What happens in this video?", ["clip.mp4"]),
+        # no paths
+        ("What is a .png file?", "What is a .png file?", []),
+        ("Read notes.txt and photo.png.zip", "Read notes.txt and photo.png.zip", []),
+        ("Don't say 'no'.", "Don't say 'no'.", []),
+        ("What is in photo. png?", "What is in photo. png?", []),
+    ],
+)  # fmt: skip
+def test_paths_become_words(folder: Path, typed: str, text: str, sources: list[str]) -> None:
+    found = read_typed_question([typed.replace("FOLDER", str(folder))])
+    assert found.text == text
+    expected = [source.replace("FOLDER", str(folder)) for source in sources]
+    assert [*found.images, *found.videos] == expected
+    assert found.missing == ()
+
+
+def test_pictures_are_numbered_after_those_given_before(folder: Path) -> None:
+    found = read_typed_question(["Is photo.png larger?"], num_images=1)
+    assert found.text == "Is picture 2 larger?"
+    assert read_typed_question(["Is clip.mp4 longer?"], num_images=1).text == "Is the video longer?"
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("phto.png", "'phto.png' does not exist; did you mean 'photo.png'?"),
+        ("What is in phto.png?", "'phto.png' does not exist; did you mean 'photo.png'?"),
+        ("What is in 'no such one.png'?", "'no such one.png' does not exist; check the path"),
+        ("Is day/x.png like photo.png?", "'day/x.png' does not exist"),
+        ("Is ~/x.png like photo.png?", "'~/x.png' does not exist"),
+        ("Read https://me:secret@example.org/a.png", "https://example.org/a.png is not fetched"),
+    ],
+)
+def test_a_name_that_is_not_there_is_an_error(folder: Path, typed: str, message: str) -> None:
+    with pytest.raises(MediaError) as error:
+        read_typed_question([typed])
+    assert str(error.value).startswith(message)
+    assert "secret" not in str(error.value)
+
+
+def test_a_name_may_only_be_talked_about(folder: Path) -> None:
+    found = read_typed_question(["Is photo.png like logo.png?"])
+    assert (found.text, found.missing) == ("Is the picture like logo.png?", ("logo.png",))
+    assert read_typed_question(["Is it like logo.png?"], has_media=True).missing == ("logo.png",)
+    long = "Which pictures does this page use? " + "<p>" * 200 + "logo.png"
+    assert read_typed_question([long]).missing == ("logo.png",)
+
+
+def test_arguments_are_paths_as_they_are(folder: Path) -> None:
+    name = "a (1) 'b' \\ $x; [c], .png"
+    Path(name).touch()
+    found = read_arguments([name, "photo.png", "What?"], ["first.png"], ["first.mp4"])
+    assert found.images == ("first.png", name, "photo.png")
+    assert (found.videos, found.text) == (("first.mp4",), "What?")
+    assert found.named == (name, "photo.png")
+    assert read_arguments([], ["a.png"], []).images == ("a.png",)
+
+
+def test_a_path_in_bytes_that_are_not_text(folder: Path) -> None:
+    name = os.fsdecode(b"\xff.png")
+    try:
+        Path(name).touch()
+    except OSError:
+        pytest.skip("file names are UTF-8 here")
+    found = read_arguments([name, "What?"], [], [])
+    assert (found.images, found.text) == ((name,), "What?")
+
+
+def test_long_texts_take_no_time(folder: Path) -> None:
+    assert read_typed_question(["photo.png " * 2000]).images == ()
+    assert len(list(find_mentions("photo.png " * 1000))) == 1000
+
+
+def test_the_shorthand_is_chat() -> None:
+    for words in (["photo.png"], ["a b.MP4", "What?"], ["What is this?", "-i", "a.png"]):
+        assert expand_shorthand(words) == ["chat", *words]
+    for words in ([], ["chat", "photo.png"], ["-h"], ["models"], ["What"], ["--x.png"]):
+        assert expand_shorthand(words) == words
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> Path:
+    for name in ("red.png", "the blue.png"):
+        Image.new("RGB", (64, 48), name.removeprefix("the ").removesuffix(".png")).save(
+            tmp_path / name
+        )
+    return tmp_path
+
+
+def test_the_command_attaches_pictures_and_says_so(tiny_folder: Path, pictures: Path) -> None:
+    options = ("-m", tiny_folder, "--max-tokens", "1", "--json", "--detail", "low")
+    for arguments, count, said in (
+        (("chat", "What is in red.png?"), 1, "attached red.png; asking: What is in the picture?"),
+        (("red.png",), 1, "attached red.png; asking: What is in this picture?"),
+        (("red.png", "What", "is it?"), 1, "attached red.png; asking: What is it?"),
+        (("chat", "-i", "red.png", "the blue.png", "Why?"), 2,
+         "attached the blue.png; asking: Why?"),
+        (("chat", "-i", "red.png", "Is it in x.png?"), 1,
+         "hint: x.png is not attached, since it does not exist"),
+    ):  # fmt: skip
+        done = run_text(*arguments, *options, cwd=pictures)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == said + "\n"
+        assert json.loads(done.stdout)["image_tiles"] == count
+
+
+def test_choose_attaches_pictures(tiny_folder: Path, pictures: Path) -> None:
+    choices = ("-c", "A", "-c", "B", "-m", tiny_folder, "--detail", "low")
+    done = run_text("choose", "What is in red.png?", *choices, cwd=pictures)
+    assert (done.returncode, done.stderr) == (
+        0, "attached red.png; asking: What is in the picture?\n",
+    )  # fmt: skip
+
+
+def test_a_mistyped_picture_is_an_error_of_the_command(pictures: Path) -> None:
+    for arguments in (("chat", "What is in rad.png?"), ("rad.png",)):
+        assert_one_error(run(*arguments, cwd=pictures), "'rad.png'", "did you mean 'red.png'?")
+
+
+@pytest.fixture
+def album(tmp_path: Path) -> Path:
+    """A folder of pictures, with other files beside them."""
+    (tmp_path / "album/inner.png").mkdir(parents=True)
+    for number in range(12):
+        name = f"IMG{number}.{'JPG' if number % 2 else 'png'}"
+        Image.new("RGB", (64, 48), (20 * number, 0, 0)).save(tmp_path / "album" / name)
+    for name in ("._IMG0.png", "notes.txt", "clip.mp4"):
+        (tmp_path / "album" / name).touch()
+    return tmp_path
+
+
+def test_folders_and_patterns_are_their_pictures(
+    album: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(album)
+    names = [f"album/IMG{number}.{'JPG' if number % 2 else 'png'}" for number in range(12)]
+    assert expand_sources(["album"]) == names  # IMG2 before IMG10
+    assert expand_sources(["x.png", "album/IMG1*", "-"]) == ["x.png", names[1], *names[10:], "-"]
+    (album / "a [1].png").touch()
+    for source in ("a [1].png", "data:image/png;base64,[*]", "https://example.org/*.png?a"):
+        assert expand_sources([source]) == [source]
+    with pytest.raises(MediaError, match=r"the folder 'album/inner.png' has no picture"):
+        expand_sources(["album/inner.png"])
+    with pytest.raises(MediaError, match=r"the pattern 'album/\*\.gif' matches no picture"):
+        expand_sources(["album/*.gif"])
+    monkeypatch.setattr("mlx_smolvlm.cli.many_pictures.MAX_PICTURES", 11)
+    with pytest.raises(MediaError, match="the folder 'album' has 12 pictures, above the limit"):
+        expand_sources(["album"])
+
+
+def test_all_pictures_of_a_folder_are_seen(tiny_folder: Path, album: Path) -> None:
+    options = ("-m", tiny_folder, "--max-tokens", "1", "--json", "--detail", "low")
+    done = run_text("chat", "What?", "-i", "album", *options, cwd=album)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["image_tiles"] == 12
+    done = run_text("choose", "What?", "-i", "album", "-c", "A", "-c", "B", *options[:2], cwd=album)
+    assert done.returncode == 0, done.stderr
+
+
+def test_too_many_pictures_are_counted_before_they_are_decoded(
+    tiny_folder: Path, album: Path
+) -> None:
+    for number in range(100):
+        (album / "album" / f"more{number}.png").symlink_to("IMG0.png")
+    whole = (album / "album/IMG2.png").read_bytes()
+    (album / "album/IMG2.png").write_bytes(
+        whole[: len(whole) // 2 + 8]
+    )  # truncated, which decoding finds
+    result = run("chat", "What?", "-i", "album", "-m", tiny_folder, cwd=album)
+    assert_one_error(result, "112 pictures take ", " tokens and the model's context is ", " fit")
+    result = run("chat", "What?", "-i", "album/IMG*", "-m", tiny_folder, cwd=album)
+    assert_one_error(result, "IMG2.png' cannot be decoded")
