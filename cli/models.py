@@ -6,7 +6,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,7 +14,9 @@ import typer
 from mlx_smolvlm.cli.output import format_size, format_table, say, write, write_json
 
 if TYPE_CHECKING:
+    from mlx_smolvlm.convert.catalog import ModelFigures
     from mlx_smolvlm.convert.model_cache import CachedModel, FetchedModel
+    from mlx_smolvlm.generate.memory_plan import Machine
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
@@ -45,13 +47,19 @@ def rm(
 
 def print_models(as_json: bool) -> None:
     """Print the aliases, the converted checkpoints and the downloads."""
+    from mlx_smolvlm.convert.catalog import list_figures
     from mlx_smolvlm.convert.hub import ALIASES, find_cache_folder
     from mlx_smolvlm.convert.model_cache import list_cached_models, list_fetched_models
+    from mlx_smolvlm.generate.memory_plan import find_machine
 
+    machine = find_machine()
+    figures = list_figures(machine)
     cached, originals = list_cached_models(), list_fetched_models()
     if as_json:
         values = {
             "aliases": ALIASES,
+            "machine": dataclasses.asdict(machine),
+            "models": [dataclasses.asdict(one) for one in figures],
             "cache_folder": str(find_cache_folder()),
             "converted": [_to_dict(model) for model in cached if model.state == "whole"],
             "leftovers": [_to_dict(model) for model in cached if model.state != "whole"],
@@ -59,8 +67,7 @@ def print_models(as_json: bool) -> None:
         }
         write_json(values)
         return
-    rows = [("alias", "model"), ("demo", "bundled with this package"), *ALIASES.items()]
-    text = format_table(rows)
+    text = format_table([MODEL_HEADINGS, *map(_make_model_row, figures)]) + describe_fit(machine)
     complete = [model for model in cached if model.state == "whole"]
     unusable = [model for model in cached if model.state != "whole"]
     if cached:
@@ -73,6 +80,45 @@ def print_models(as_json: bool) -> None:
     if originals:
         text += "\n" + format_table([FETCHED_HEADINGS, *map(_make_fetched_row, originals)])
     write(text)
+
+
+MODEL_HEADINGS = (
+    "model",
+    "download",
+    "disk at 16, 8, 4 bits",
+    "memory at 16, 8, 4",
+    "fits at",
+    "good at",
+)
+
+
+def _make_model_row(one: ModelFigures) -> tuple[str, ...]:
+    """Return a row of the table of published models."""
+    return (
+        one.alias,
+        _format_gb([one.download_bytes]) if one.download_bytes else "bundled",
+        _format_gb(one.disk_bytes.values()),
+        _format_gb(one.answer_bytes.values()),
+        "-" if one.fits_bits is None else f"{one.fits_bits} bits",
+        one.good_at,
+    )
+
+
+def _format_gb(sizes: Iterable[int]) -> str:
+    """Return `sizes` in bytes as numbers of GB."""
+    return ", ".join(f"{size / 1e9:.{1 if size >= 1e9 else 2}f}" for size in sizes) + " GB"
+
+
+def describe_fit(machine: Machine) -> str:
+    """Return what the columns of the table mean on `machine`."""
+    memory = "memory that is not known"
+    if machine.memory is not None:
+        memory = f"the {machine.memory / 1e9:.1f} GB of this machine"
+    return (
+        "Estimated. Memory is that of an answer about a photograph; a model fits if it takes at "
+        f"most half of\n{memory}, and without --bits it is converted to what fits. "
+        "A download stays on\nthe disk too.\n"
+    )
 
 
 PARTS = ("text", "vision", "connector", "embeddings")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from mlx_smolvlm.checkpoint.headers import read_headers
+from mlx_smolvlm.checkpoint.load import read_config
 from mlx_smolvlm.config import (
     DTYPE_BITS,
     Config,
@@ -12,9 +14,10 @@ from mlx_smolvlm.config import (
     TextConfig,
     VisionConfig,
 )
-from mlx_smolvlm.convert.fit import count_weight_bytes
-from mlx_smolvlm.convert.hub import ALIASES
+from mlx_smolvlm.convert.fit import PRECISIONS, choose_bits, count_weight_bytes, estimate_answer
+from mlx_smolvlm.convert.hub import ALIASES, DEMO, resolve
 from mlx_smolvlm.convert.options import FLOAT_BITS
+from mlx_smolvlm.generate.memory_plan import Machine
 
 _SMALL_VISION = VisionConfig(768, 3072, 12, 12, 512, 16, 1e-6)
 _LARGE_VISION = VisionConfig(1152, 4304, 27, 16, 384, 14, 1e-6)
@@ -77,15 +80,6 @@ class PublishedModel:
             source=ALIASES[self.alias],
         )
 
-    @property
-    def download_bytes(self) -> int:
-        """Size of its weights on the hub."""
-        return self.count_disk_bytes(FLOAT_BITS)
-
-    def count_disk_bytes(self, bits: int) -> int:
-        """Size of its weights after a conversion to 16, 8 or 4 bits."""
-        return count_weight_bytes(self.config, bits, DTYPE_BITS[self.dtype] // 8)
-
 
 MODELS = {
     one.alias: one
@@ -112,4 +106,57 @@ MODELS = {
         ),
     )
 }
+DEMO_PURPOSE = "drawn shapes, print, charts, pages"
 PHOTO_MODEL = "smolvlm2-500m"  # recommended where the demo is used
+
+
+@dataclass(frozen=True)
+class ModelFigures:
+    """What a model takes, by bits of the decoder; all but the demo's sizes are estimated.
+
+    Attributes:
+        alias: Its name.
+        model: Its hub id.
+        download_bytes: Size of its weights on the hub; 0 for the demo, which is bundled.
+        disk_bytes: Size of its weights when they are converted.
+        answer_bytes: Memory that an answer about a photograph takes on this machine.
+        fits_bits: The most bits with which an answer takes at most half of this machine's memory;
+            None if none does.
+        good_at: What it is good at.
+    """
+
+    alias: str
+    model: str
+    download_bytes: int
+    disk_bytes: dict[int, int]
+    answer_bytes: dict[int, int]
+    fits_bits: int | None
+    good_at: str
+
+
+def list_figures(machine: Machine) -> list[ModelFigures]:
+    """List what the demo and the published models take on `machine`."""
+    demo = resolve(DEMO)
+    weights = sum(info.nbytes for info in read_headers(demo).values())
+    own = _count(DEMO, read_config(demo), (FLOAT_BITS,), machine, DEMO_PURPOSE)
+    figures = [replace(own, download_bytes=0, disk_bytes={FLOAT_BITS: weights})]
+    for one in MODELS.values():
+        figures.append(_count(one.alias, one.config, PRECISIONS, machine, one.purpose))
+    return figures
+
+
+def _count(
+    alias: str, config: Config, precisions: tuple[int, ...], machine: Machine, purpose: str
+) -> ModelFigures:
+    """Return the figures of a model at `precisions`."""
+    item_bytes, suited = DTYPE_BITS[config.dtype] // 8, choose_bits(config, machine)
+    disk = {bits: count_weight_bytes(config, bits, item_bytes) for bits in precisions}
+    return ModelFigures(
+        alias=alias,
+        model=config.name,
+        download_bytes=disk[FLOAT_BITS],
+        disk_bytes=disk,
+        answer_bytes={bits: estimate_answer(config, bits, machine) for bits in precisions},
+        fits_bits=suited.bits if suited.suits else None,
+        good_at=purpose,
+    )

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 from pathlib import Path
 
@@ -149,11 +150,43 @@ def test_convert_refuses(
     assert not (tmp_path / "Some-VLM-mlx").exists()
 
 
+SMALL_MAC = """
+import mlx_smolvlm.generate.memory_plan as plan
+plan.find_machine = lambda: plan.Machine("mlx-gpu", 2, 8 * 2**30)
+"""
+
+
+def test_models_says_what_each_takes_and_what_fits(tmp_path: Path) -> None:
+    result = run("models", cwd=tmp_path, prelude=SMALL_MAC)
+    assert (result.returncode, result.stderr) == (0, "")
+    heading, demo, *rows = result.stdout.splitlines()
+    assert heading.split("  ")[0] == "model"
+    assert re.match(r"demo +bundled +0\.01 GB +0\.\d\d GB +16 bits  drawn shapes, ", demo)
+    assert [re.split("  +", row) for row in rows if row.startswith("smolvlm2-")] == [
+        ["smolvlm2-256m", "1.0 GB", "1.0, 0.29, 0.24 GB", "0.84, 0.60, 0.55 GB", "16 bits",
+         "photographs, short clips"],
+        ["smolvlm2-500m", "2.0 GB", "2.0, 0.58, 0.42 GB", "1.3, 0.87, 0.71 GB", "16 bits",
+         "photographs, print, clips"],
+        ["smolvlm2-2.2b", "9.0 GB", "9.0, 2.5, 1.7 GB", "5.1, 3.0, 2.2 GB", "8 bits",
+         "photographs, documents, videos"],
+    ]  # fmt: skip
+    assert rows[-3].startswith("Estimated. ")
+    assert "at most half of\nthe 8.6 GB of this machine, " in result.stdout
+    values = json.loads(run("models", "--json", cwd=tmp_path, prelude=SMALL_MAC).stdout)
+    assert values["machine"] == {"backend": "mlx-gpu", "item_bytes": 2, "memory": 8 * 2**30}
+    by_alias = {one["alias"]: one for one in values["models"]}
+    assert [alias for alias in by_alias if alias != "demo"] == list(values["aliases"])
+    large = by_alias["smolvlm2-2.2b"]
+    assert (large["model"], large["fits_bits"]) == (values["aliases"]["smolvlm2-2.2b"], 8)
+    assert large["download_bytes"] == 4 * 2_246_784_880
+    assert list(large["answer_bytes"]) == list(large["disk_bytes"]) == ["16", "8", "4"]
+
+
 def test_models(source: Path, tmp_path: Path) -> None:
     empty = run("models", cwd=tmp_path)
     assert empty.returncode == 0
-    assert "smolvlm2-2.2b    HuggingFaceTB/SmolVLM2-2.2B-Instruct\n" in empty.stdout
-    assert "converted" not in empty.stdout
+    assert "converted" not in empty.stdout.partition("Estimated.")[0]
+    assert "in " + str(tmp_path) not in empty.stdout
 
     cached = tmp_path / "cache" / "owner--name" / "abc-source-v1"
     assert run("convert", source, cached, "--bits", "16", cwd=tmp_path).returncode == 0

@@ -7,9 +7,9 @@ import pytest
 
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import read_config
-from mlx_smolvlm.convert.catalog import MODELS, PHOTO_MODEL
+from mlx_smolvlm.convert.catalog import MODELS, PHOTO_MODEL, list_figures
 from mlx_smolvlm.convert.fit import PRECISIONS, choose_bits, count_weight_bytes, estimate_answer
-from mlx_smolvlm.convert.hub import ALIASES
+from mlx_smolvlm.convert.hub import ALIASES, resolve
 from mlx_smolvlm.convert.options import ConvertOptions
 from mlx_smolvlm.convert.run import convert_checkpoint
 from mlx_smolvlm.generate.memory_plan import Machine
@@ -35,8 +35,6 @@ def test_every_alias_is_described_with_the_published_number_of_weights() -> None
         assert count_weight_bytes(model.config, 16, 1) == WEIGHTS[alias]
         assert model.config.source == ALIASES[alias]
         assert model.purpose
-    assert MODELS["smolvlm-256m"].download_bytes == 2 * WEIGHTS["smolvlm-256m"]
-    assert MODELS["smolvlm2-256m"].download_bytes == 4 * WEIGHTS["smolvlm2-256m"]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +86,22 @@ def test_fewer_bits_take_less(machine: Machine) -> None:
     for model in MODELS.values():
         sizes = [estimate_answer(model.config, bits, machine) for bits in PRECISIONS]
         assert math.inf > sizes[0] > sizes[1] > sizes[2] > 0
-        disk = [model.count_disk_bytes(bits) for bits in PRECISIONS]
-        assert disk == sorted(disk, reverse=True)
     assert PHOTO_MODEL in MODELS
+
+
+def test_figures_of_the_demo_and_the_published_models() -> None:
+    demo, *others = list_figures(Machine("mlx-gpu", 2, 8 * GIB))
+    assert (demo.alias, demo.model, demo.download_bytes, demo.fits_bits) == ("demo", "demo", 0, 16)
+    stored = (resolve("demo") / "model.safetensors").stat().st_size
+    assert demo.disk_bytes[16] == pytest.approx(stored, rel=0.01)
+    assert [one.model for one in others] == list(ALIASES.values())
+    for one in others:
+        width = 4 if one.alias.startswith("smolvlm2") else 2  # float32 or bfloat16
+        assert one.download_bytes == one.disk_bytes[16] == width * WEIGHTS[one.alias]
+        assert one.disk_bytes[16] > one.disk_bytes[8] > one.disk_bytes[4] > 0
+        assert one.answer_bytes[8] == estimate_answer(
+            MODELS[one.alias].config, 8, Machine("mlx-gpu", 2, None)
+        )
+        assert one.fits_bits == (8 if "2.2b" in one.alias else 16)
+    tight = list_figures(Machine("mlx-gpu", 2, GIB))
+    assert [one.fits_bits for one in tight][:2] == [16, None]
