@@ -97,6 +97,18 @@ def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
         discard(sys.stderr)
 
 
+def say_wrapped(text: str) -> None:
+    """Write a line to stderr as `say` does; on a terminal, it breaks between words."""
+    if sys.stderr.isatty():
+        import textwrap
+
+        columns = 80
+        with contextlib.suppress(OSError):
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
+        text = textwrap.fill(text, max(columns, 20))
+    say(text)
+
+
 def warn(message: object) -> None:
     """Write "warning: ..." to stderr, in one line without secrets."""
     say(f"warning: {format_message(str(message))}")

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Protocol
 
 from mlx_smolvlm.cli.media import FrameWriter
-from mlx_smolvlm.cli.output import ProgressBar, fail, format_stats, say, write, write_json
+from mlx_smolvlm.cli.output import (
+    ProgressBar,
+    fail,
+    format_stats,
+    say,
+    say_wrapped,
+    write,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from mlx_smolvlm import AnswerStream, Reply, Sampling, SmolVLM
@@ -120,11 +129,19 @@ class Printer:
         if self._has_json:
             write_json({**reply.to_dict(), **(extra or {})})
         if self._has_stats:
-            say(format_stats(reply))
+            say_wrapped(format_stats(reply))
         if is_finished and (message := explain_cut(reply, self._sampling)):
             self.has_cut_answer = True
             fail(message)
         return is_finished
+
+    def print_earlier(self, text: str) -> None:
+        """Print an answer of a conversation that goes on; not to a file of new answers."""
+        if not sys.stdout.isatty() or self._has_json:
+            say(text)
+            return
+        with contextlib.closing(self._make_screen()) as screen:
+            screen.finish(text)
 
     def _prepare(self, stream: AnswerStream) -> None:
         """Decode and encode pictures and videos, with a progress bar; write frames if asked to."""

@@ -110,8 +110,23 @@ class Conversation:
 
     @property
     def system(self) -> str | None:
-        """The system message, or None."""
+        """The system message, or None.
+
+        If it is replaced, the turns stay, and are run again with the next question. A
+        `PromptError` if the chat template takes no system message.
+        """
         return self._system
+
+    @system.setter
+    def system(self, text: str | None) -> None:
+        with self._lock_thread():
+            self._finish_answer()
+            before, self._system = self._system, text
+            try:
+                _ = self.context_used
+            except Exception:
+                self._system = before
+                raise
 
     @property
     def messages(self) -> list[Message]:

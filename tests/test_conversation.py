@@ -376,6 +376,26 @@ def test_fork_goes_on_by_itself(warm: SmolVLM, cold: SmolVLM, logits: list[np.nd
     assert (len(last.messages), len(chat.messages)) == (2, 4)
 
 
+def test_another_system_message(
+    warm: SmolVLM, cold: SmolVLM, logits: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = warm.chat(system="Be brief.", sampling=SHORT)
+    check_turn(chat, cold, logits, "What?", images=[PICTURES[0]])
+    chat.system = "Answer at length."
+    assert (chat.system, len(chat.messages)) == ("Answer at length.", 3)
+    check_turn(chat, cold, logits, "And now?")
+    chat.system = None
+    check_turn(chat, cold, logits, "Why?")
+
+    def refuse(*_: object) -> int:
+        raise PromptError("no system message, please")
+
+    monkeypatch.setattr(type(warm.engine), "count_tokens", refuse)
+    with pytest.raises(PromptError):
+        chat.system = "Another."
+    assert chat.system is None
+
+
 def test_save_and_load(
     tiny_folder: Path, cold: SmolVLM, logits: list[np.ndarray], tmp_path: Path
 ) -> None:

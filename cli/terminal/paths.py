@@ -6,30 +6,27 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from urllib.parse import unquote, urlsplit
 
 from prompt_toolkit.completion import CompleteEvent, Completion, PathCompleter
 from prompt_toolkit.document import Document
 
 from mlx_smolvlm.cli.media import is_url
-from mlx_smolvlm.errors import escape_controls
-from mlx_smolvlm.files import expand_path
+from mlx_smolvlm.cli.paths import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    decode_file_url,
+    expand_home,
+    find_similar_files,
+)
+from mlx_smolvlm.errors import MediaError, escape_controls
 
-IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
-    *(".jfif", ".ppm", ".pgm", ".jp2", ".ico", ".tga"),
-)
-VIDEO_SUFFIXES = (
-    *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv"),
-    *(".ogv", ".3gp", ".mts"),
-)
 _MAX_LINE = 1 << 14  # characters; a longer line is not a list of paths
 
 
 def split_sources(argument: str) -> list[str]:
     """Split `argument` into paths and URLs: one as it is, or several quoted as for a shell."""
     stripped = argument.strip()
-    if is_url(stripped) or os.path.exists(_expand_home(stripped)):
+    if is_url(stripped) or os.path.exists(expand_home(stripped)):
         return [stripped]
     try:
         words = shlex.split(argument)
@@ -38,46 +35,40 @@ def split_sources(argument: str) -> list[str]:
     return [decode_file_url(word) for word in words]
 
 
-def decode_file_url(source: str) -> str:
-    """Return the path of a file:// URL; anything else unchanged."""
-    if source[:7].lower() != "file://":
-        return source
-    return unquote(urlsplit(source).path, errors="surrogateescape")
-
-
 def find_dropped_paths(line: str) -> list[str]:
-    """Return the paths of pictures and videos in `line`; none if it is a message.
+    """Return the paths in a line that holds nothing else; none if it is a message.
 
-    Every word of the line must have the suffix of a picture or video, and be an existing file or
-    an absolute path.
+    Mistyped paths count: a question about a name such as `photo.png` is not asked by it alone.
+
+    Raises:
+        MediaError: One of them does not exist.
     """
-    if len(line) > _MAX_LINE:
+    if len(line) > _MAX_LINE or line.startswith("//"):
         return []
     sources = split_sources(line)
-    return sources if all(map(_is_media_path, sources)) else []
+    if not all(_is_path(source, is_alone=len(sources) == 1) for source in sources):
+        return []
+    for source in sources:
+        if not is_url(source) and not os.path.exists(expand_home(source)):
+            near = find_similar_files(source)
+            hint = f"; did you mean {quote_path(near[0])}?" if near else ""
+            raise MediaError(f"{source!r} does not exist{hint}")
+    return sources
 
 
-def _expand_home(path: str) -> str:
-    """Expand ~ at the beginning of `path`, if the user is known."""
-    if not path.startswith("~"):
-        return path
-    try:
-        return str(expand_path(path))
-    except OSError:
-        return path
+def _is_path(word: str, is_alone: bool) -> bool:
+    """Return whether `word` is meant as a path or the URL of a picture or video.
 
-
-def _is_media_path(path: str) -> bool:
-    """Return whether `path` has a media suffix, and is absolute or an existing file."""
-    expanded = _expand_home(path)
-    if not expanded.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES):
-        return False
-    return os.path.isabs(expanded) or os.path.isfile(expanded)
-
-
-def is_video(path: str) -> bool:
-    """Return whether `path` has the suffix of a video."""
-    return path.lower().endswith(VIDEO_SUFFIXES)
+    It is if it has the suffix of one, is a file, or lies in a folder that exists. A word that
+    `is_alone` in its line also is if it has another suffix and resembles the name of a file.
+    """
+    path = expand_home(word)
+    if path.lower().endswith(IMAGE_SUFFIXES + VIDEO_SUFFIXES) or os.path.isfile(path):
+        return True
+    folder, name = os.path.split(path)
+    if folder and not is_url(word):
+        return os.path.isdir(folder) or word.startswith(("/", "~", "./", "../"))
+    return is_alone and "." in name.strip(".") and bool(find_similar_files(word))
 
 
 def complete_path(argument: str, suffixes: Sequence[str] = ()) -> Iterator[Completion]:
@@ -105,7 +96,10 @@ def complete_path(argument: str, suffixes: Sequence[str] = ()) -> Iterator[Compl
 
 
 def _parse_last_word(text: str) -> tuple[int, str, str]:
-    """Return the start of the last word of `text`, the word, and the open quote around it."""
+    """Return the start of the last word of `text`, the word, and the open quote around it.
+
+    A quotation mark within a word is an apostrophe.
+    """
     start, word, quote, is_inside = len(text), "", "", False
     characters = iter(enumerate(text))
     for place, character in characters:
@@ -115,7 +109,7 @@ def _parse_last_word(text: str) -> tuple[int, str, str]:
             start, word, is_inside = place, "", True
         if character == "\\" and quote != "'":
             word += next(characters, (0, ""))[1]
-        elif character in ("'", '"') and quote in ("", character):
+        elif character in ("'", '"') and (quote == character or place == start):
             quote = "" if quote else character
         elif character.isspace() and not quote:
             start, word, is_inside = len(text), "", False
@@ -128,5 +122,10 @@ def _quote(path: str, quote: str, is_dir: bool) -> str:
     """Return `path` as it is typed: in the open quote, else with escapes."""
     if quote and quote not in path and "\\" not in path:
         return quote + path + ("/" if is_dir else quote)
+    return quote_path(path) + "/" * is_dir
+
+
+def quote_path(path: str) -> str:
+    """Return `path` with escapes, as it is typed."""
     home, rest = ("~", path[1:]) if path.startswith("~") else ("", path)
-    return home + re.sub(r"([^\w@%+=:,./-])", r"\\\1", rest) + "/" * is_dir
+    return home + re.sub(r"([^\w@%+=:,./-])", r"\\\1", rest)

@@ -14,13 +14,13 @@ from mlx_smolvlm.cli.output import (
     say,
 )
 from mlx_smolvlm.cli.printer import INTERRUPTED, PlainScreen, Printer, Screen
-from mlx_smolvlm.cli.terminal.device import can_draw, wants_plain
-from mlx_smolvlm.cli.terminal.editor import (
+from mlx_smolvlm.cli.terminal.commands import (
     describe_unknown_command,
     format_help,
-    is_command,
-    make_line_reader,
+    parse_command,
 )
+from mlx_smolvlm.cli.terminal.device import can_draw, wants_plain
+from mlx_smolvlm.cli.terminal.editor import make_line_reader
 from mlx_smolvlm.cli.terminal.paths import find_dropped_paths, split_sources
 from mlx_smolvlm.cli.terminal.talk import Talk
 from mlx_smolvlm.errors import SmolVLMError
@@ -101,11 +101,18 @@ class Session:
             fail(describe_memory_error(error) or text)
         return True
 
+    def _confirm(self, question: str) -> bool:
+        """Ask the user a question; anything but a yes is a no."""
+        try:
+            answer = self._reader.ask(f"{question} [y/N] ")
+        except (EOFError, KeyboardInterrupt):
+            return False
+        return answer.strip().lower() in ("y", "yes")
+
     def _execute(self, line: str) -> bool:
         """Execute a line; return False to leave."""
-        if is_command(line):
-            word, *rest = line.split(maxsplit=1)
-            return self._execute_command(word, "".join(rest))
+        if command := parse_command(line):
+            return self._execute_command(*command)
         if paths := find_dropped_paths(line):
             self.talk.add_sources(paths)
         elif message := replace_undecoded(line).rstrip():
@@ -115,7 +122,7 @@ class Session:
     def _execute_command(self, word: str, argument: str) -> bool:
         """Execute a slash command; return False to leave."""
         talk = self.talk
-        if word in ("/exit", "/quit"):
+        if word == "/exit":
             return False
         if word in ("/image", "/video"):
             sources = split_sources(argument)
@@ -125,10 +132,10 @@ class Session:
         elif word == "/system":
             talk.set_system(replace_undecoded(argument).rstrip())
         elif word == "/save":
-            talk.save(argument)
+            talk.save(argument, self._confirm)
         elif word == "/load":
             talk.load(argument)
-        elif word in ("/", "/help"):
+        elif word == "/help":
             say(format_help(self._reader.is_edited))
         elif word == "/reset":
             talk.reset()

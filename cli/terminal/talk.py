@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,12 @@ from mlx_smolvlm.cli.media import (
     print_cost,
     sample_video,
 )
-from mlx_smolvlm.cli.output import format_stats, say
-from mlx_smolvlm.cli.terminal.paths import is_video, split_sources
+from mlx_smolvlm.cli.output import format_stats, say, say_wrapped
+from mlx_smolvlm.cli.paths import is_video
+from mlx_smolvlm.cli.terminal.paths import split_sources
 from mlx_smolvlm.cli.terminal.pictures import Thumbnails
 from mlx_smolvlm.errors import PromptError, escape_controls
+from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
     from mlx_smolvlm import AnswerStream, Conversation, Reply, SmolVLM
@@ -160,17 +162,38 @@ class Talk:
         """Start over with the same system message."""
         self._images, self._clips = [], []
         self._conversation.reset()
+        say("started over", dim=True)
 
     def set_system(self, text: str) -> None:
-        """Start over with the system message `text`; if it is empty, print the current one."""
-        if text:
-            self._conversation = self._start(text)
-        else:
-            say(self._conversation.system or "there is no system message", dim=True)
+        """Go on with the system message `text`; if it is empty, print the current one.
 
-    def save(self, argument: str) -> None:
-        """Write the conversation to the file that `argument` names."""
+        Raises:
+            PromptError: The model's chat template takes no system message.
+        """
+        if not text:
+            say(self._conversation.system or "there is no system message", dim=True)
+            return
+        self._conversation.system = text
+        count = self._count_questions()
+        kept = f"; {count} and what was answered stay (/reset drops them)" if count else ""
+        say(f"the system message is set{kept}", dim=True)
+
+    def _count_questions(self) -> str:
+        """Return how many questions were asked; empty if none was."""
+        count = sum(message["role"] == "user" for message in self._conversation.messages)
+        return f"{count} question{'s' * (count != 1)}" if count else ""
+
+    def save(self, argument: str, confirm: Callable[[str], bool]) -> None:
+        """Write the conversation to the file that `argument` names.
+
+        Args:
+            argument: A path.
+            confirm: Asks the user whether an existing file may be replaced.
+        """
         path = _parse_path("/save", argument)
+        if expand_path(path).is_file() and not confirm(f"{path} exists; replace it?"):
+            say("nothing was saved", dim=True)
+            return
         try:
             self._conversation.save(path)
         except OSError as error:  # it names the temporary file
@@ -178,15 +201,28 @@ class Talk:
         say(f"saved as {path}", dim=True)
 
     def load(self, argument: str) -> None:
-        """Continue the conversation in the file that `argument` names."""
+        """Show the conversation in the file that `argument` names, and go on with it."""
         self._conversation.load(_parse_path("/load", argument))
-        questions = sum(message["role"] == "user" for message in self._conversation.messages)
-        say(f"{questions} question{'s' * (questions != 1)} and what was answered", dim=True)
+        self._print_transcript()
+        count = self._count_questions() or "no question"
+        say(f"{count} and what was answered", dim=True)
+
+    def _print_transcript(self) -> None:
+        """Print what was said, as it looked when it was said."""
+        for message in self._conversation.messages:
+            items = message["content"]
+            text = "".join(item.get("text", "") for item in items)
+            if message["role"] == "assistant":
+                self._printer.print_earlier(text)
+                continue
+            media = "".join(f"[{item['type']}] " for item in items if item["type"] != "text")
+            head = "> " if message["role"] == "user" else f"{message['role']}: "
+            say(head + (media + text).replace("\n", "\n  "))
 
     def print_stats(self) -> None:
         """Print the counts and speed of the last answer, and the context used."""
         conversation = self._conversation
-        say(format_stats(self._reply) if self._reply else "there is no answer yet")
+        say_wrapped(format_stats(self._reply) if self._reply else "there is no answer yet")
         say(f"context: {conversation.context_used:,} of {conversation.context_size:,} tokens")
 
 

@@ -118,6 +118,8 @@ def test_ctrl_c_stops_the_answer_only(start: Start) -> None:
     terminal.send("half a li")
     terminal.expect("half a li")
     terminal.interrupt()
+    terminal.expect("\r\n> ")
+    terminal.interrupt()
     terminal.expect("Ctrl-C again or Ctrl-D leaves[^>]*> ")
     terminal.send("/help\n")
     terminal.expect("stops an answer(.|\n)*> ")

@@ -2,16 +2,14 @@
 
 import base64
 import io
-import json
 import os
 import re
 import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -19,67 +17,7 @@ import pytest
 from PIL import Image
 
 from tests.helpers import pty_terminal
-
-PASTE = "\x1b[200~{}\x1b[201~"
-Talk = Callable[..., Any]
-
-
-class Program:
-    """The program, what it was asked, and a way to let an answer go on."""
-
-    def __init__(self, folder: Path, answers: dict[str, str], env: dict[str, str]) -> None:
-        self.folder, self.log = folder, folder / "log.jsonl"
-        self.env = {
-            **{k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")},
-            **dict.fromkeys(("TERM_PROGRAM", "LC_TERMINAL", "KITTY_WINDOW_ID"), ""),
-            **{"TMUX": "", "STY": "", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
-            "MLX_SMOLVLM_CACHE": str(folder / "cache"),
-            "ANSWERS": json.dumps(answers),
-            "GO": str(folder / "go"),
-            "LOG": str(self.log),
-            **env,
-        }
-
-    def go(self) -> None:
-        """Let the answer that waits go on."""
-        (self.folder / "go").touch()
-
-    def asked(self) -> list[dict[str, Any]]:
-        """Every prompt so far."""
-        return [json.loads(line) for line in self.log.read_text().splitlines()]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Talk]:
-    opened: list[Any] = []
-
-    def begin(
-        *options: str | Path,
-        answers: dict[str, str] | None = None,
-        env: dict[str, str] | None = None,
-        size: tuple[int, int] = (80, 24),
-        stdout: Path | None = None,
-    ) -> Any:
-        program = Program(tmp_path, answers or {}, env or {})
-        command = ["-c", pty_terminal.PROGRAM, "chat", *map(str, options)]
-        terminal = pty_terminal.Emulator(command, program.env, size, stdout)
-        terminal.program = program
-        opened.append(terminal)
-        terminal.expect("/help lists the commands")
-        return terminal
-
-    yield begin
-    for terminal in opened:
-        terminal.close()
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    folder = tmp_path / "my pictures"
-    folder.mkdir()
-    path = folder / "red one.png"
-    Image.new("RGB", (64, 48), (200, 30, 30)).save(path)
-    return path
+from tests.helpers.pty_terminal import PASTE, Program, Talk
 
 
 def test_turns(start: Talk, picture: Path) -> None:
@@ -142,9 +80,10 @@ def test_commands(start: Talk, picture: Path, tmp_path: Path) -> None:
     run(f"/load '{saved}'", "2 questions and what was answered")
     run("Fourth", "\nfour(.|\n)*\nfour")
     assert terminal.program.asked()[-1]["texts"][:5] == [*asked["texts"], "three"]
-    run("/system Be long.")
+    run("/system Be long.", "3 questions and what was answered stay")
     run("Fourth", "(\nfour(.|\n)*){3}")
-    assert terminal.program.asked()[-1]["texts"] == ["Be long.", "Fourth"]
+    texts = terminal.program.asked()[-1]["texts"]
+    assert texts == ["Be long.", *asked["texts"][1:], "three", "Fourth", "four", "Fourth"]
     run(f"/image {str(picture).replace(' ', chr(92) + ' ')}", "red one.png: 2 x 2 tiles")
     run("/undo", "let go of 1 picture")
     terminal.enter("/quit")
@@ -194,6 +133,8 @@ def test_ctrl_c(start: Talk) -> None:
     assert terminal.program.asked()[-1]["texts"] == ["First", "A first part, ", "Second"]
     terminal.send("half a li")
     terminal.expect("> half a li")
+    terminal.send("\x03")
+    terminal.ready()
     terminal.send("\x03")
     terminal.expect("Ctrl-C again or Ctrl-D leaves")
     terminal.ready()
@@ -311,7 +252,7 @@ def test_history(start: Talk, tmp_path: Path) -> None:
     terminal.ready()
     terminal.send("\x1b[A\x1b[A")
     terminal.expect("(?m)^> Über(.|\n)*^> Über")
-    terminal.send("\x03\x03")
+    terminal.send("\x03\x03\x03")
     assert terminal.status() == 130
     path = tmp_path / "cache" / "history"
     assert stat.S_IMODE(path.stat().st_mode) == 0o600

@@ -61,6 +61,9 @@ class Script:
         except StopIteration:
             raise EOFError from None
 
+    def ask(self, question: str) -> str:
+        return "y"
+
 
 @pytest.fixture
 def converse(

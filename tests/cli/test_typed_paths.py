@@ -7,6 +7,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mlx_smolvlm.cli.terminal.paths import complete_path, find_dropped_paths, split_sources
+from mlx_smolvlm.errors import MediaError
 
 NAMES = st.text(st.characters(blacklist_characters="/\0", blacklist_categories=("Cs",)), min_size=1)
 
@@ -33,10 +34,11 @@ def test_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "clip.MP4",
     ]
     assert find_dropped_paths(f"{tmp_path}/a b.png") == [f"{tmp_path}/a b.png"]
-    assert find_dropped_paths("/not/there.jpg") == ["/not/there.jpg"]  # an error then says so
+    assert find_dropped_paths("notes.txt") == ["notes.txt"]  # an error then says what it is
+    for line in ("/not/there.jpg", "not-there.jpg", "clip.MP4 not-there.jpg", "./b.pgn"):
+        with pytest.raises(MediaError, match="does not exist"):
+            find_dropped_paths(line)
     for line in (
-        "not-there.jpg",
-        "notes.txt",
         "What is a b.png?",
         "clip.MP4 please",
         "",

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -13,6 +14,7 @@ import termios
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pyte
 
@@ -78,6 +80,8 @@ from mlx_smolvlm.cli.app import main
 main()
 """
 PATIENCE_S = 60
+PASTE = "\x1b[200~{}\x1b[201~"
+Talk = Callable[..., Any]  # the fixture `start`
 
 
 class Emulator:
@@ -180,6 +184,11 @@ class Emulator:
         self.wait(is_empty, "an empty prompt")
         return self.text()
 
+    def shows(self, line: str) -> bool:
+        """Whether the cursor is at the end of this line, apart from blanks."""
+        cursor = self.screen.cursor
+        return self.screen.display[cursor.y][: cursor.x].rstrip() == line
+
     def toolbar(self) -> str:
         """The last line of the screen."""
         return self.screen.display[-1].rstrip()
@@ -218,3 +227,28 @@ class Emulator:
         self.process.kill()
         self.process.wait()
         os.close(self.fd)
+
+
+class Program:
+    """The program, what it was asked, and a way to let an answer go on."""
+
+    def __init__(self, folder: Path, answers: dict[str, str], env: dict[str, str]) -> None:
+        self.folder, self.log = folder, folder / "log.jsonl"
+        self.env = {
+            **{k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "COLUMNS", "LINES")},
+            **dict.fromkeys(("TERM_PROGRAM", "LC_TERMINAL", "KITTY_WINDOW_ID"), ""),
+            **{"TMUX": "", "STY": "", "TERM": "xterm-256color", "LC_ALL": "C.UTF-8"},
+            "MLX_SMOLVLM_CACHE": str(folder / "cache"),
+            "ANSWERS": json.dumps(answers),
+            "GO": str(folder / "go"),
+            "LOG": str(self.log),
+            **env,
+        }
+
+    def go(self) -> None:
+        """Let the answer that waits go on."""
+        (self.folder / "go").touch()
+
+    def asked(self) -> list[dict[str, Any]]:
+        """Every prompt so far."""
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
