@@ -156,7 +156,7 @@ def parse_command(line: str) -> dict[str, Any]:
 def _is_conversation(line: str) -> bool:
     """Whether `line` begins a conversation on a terminal."""
     is_chat = re.match(r"mlx-smolvlm chat\b[^|<>;&]*$", line)
-    return is_chat is not None and parse_command(line)["prompt"] is None
+    return is_chat is not None and not parse_command(line).get("prompt")
 
 
 class Desk:
