@@ -116,7 +116,7 @@ class Session:
         if paths := find_dropped_paths(line):
             self.talk.add_sources(paths)
         elif message := replace_undecoded(line).rstrip():
-            self.talk.ask(message.removeprefix("/") if message.startswith("//") else message)
+            self.talk.ask_typed(message.removeprefix("/") if message.startswith("//") else message)
         return True
 
     def _execute_command(self, word: str, argument: str) -> bool:

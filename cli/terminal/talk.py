@@ -6,17 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mlx_smolvlm.cli.many_pictures import expand_sources, open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
     OpenedImage,
     OpenedMedium,
     OpenedVideo,
-    open_picture,
     open_video_source,
     print_cost,
     sample_video,
 )
 from mlx_smolvlm.cli.output import format_stats, say, say_wrapped
 from mlx_smolvlm.cli.paths import is_video
+from mlx_smolvlm.cli.question import announce_media, read_typed_question
 from mlx_smolvlm.cli.terminal.paths import split_sources
 from mlx_smolvlm.cli.terminal.pictures import Thumbnails
 from mlx_smolvlm.errors import PromptError, escape_controls
@@ -74,13 +75,13 @@ class Talk:
 
     def add_sources(self, sources: Sequence[str], are_videos: bool | None = None) -> None:
         """Open pictures and videos for the next message; None tells them apart by suffix."""
-        media: list[OpenedMedium] = []
-        for source in sources:
-            if is_video(source) if are_videos is None else are_videos:
-                media.append(open_video_source(source, self._options.frames))
-            else:
-                media.append(open_picture(source))
-        self.add_media(media)
+        videos = [
+            source for source in sources if (is_video(source) if are_videos is None else are_videos)
+        ]
+        pictures = expand_sources([source for source in sources if source not in videos])
+        opened = open_closed(self._vlm, open_pictures(pictures), self._options.detail)
+        clips = [open_video_source(source, self._options.frames) for source in videos]
+        self.add_media([*opened, *clips])
 
     def add_media(self, media: Sequence[OpenedMedium]) -> None:
         """Add `media` to the next message; show them, and print how many tokens they take."""
@@ -93,8 +94,28 @@ class Talk:
             if isinstance(one, OpenedVideo):
                 clips.append(sample_video(self._vlm, one))
                 self._thumbnails.show_clip(clips[-1])
-        self._images += images
-        self._clips += clips
+        self._images = [*self._images, *images]
+        self._clips = [*self._clips, *clips]
+
+    def ask_typed(self, text: str) -> None:
+        """Ask a question as it was typed, about the media of this message and those it names.
+
+        If it is not answered, only the media remain that were there before.
+
+        Raises:
+            MediaError: It names a picture or video that does not exist.
+        """
+        images, clips = self._images, self._clips
+        messages = self._conversation.messages
+        has_media = any(item["type"] != "text" for one in messages for item in one["content"])
+        typed = read_typed_question([text], len(images), len(clips), has_media)
+        try:
+            self.add_sources(typed.named)
+            announce_media(typed)
+            self.ask(typed.text)
+        finally:
+            if self._images or self._clips:  # it was not answered
+                self._images, self._clips = images, clips
 
     def ask(self, text: str) -> None:
         """Ask about the media of this message, and print the answer.

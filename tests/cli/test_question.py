@@ -12,6 +12,7 @@ from mlx_smolvlm.cli.many_pictures import expand_sources
 from mlx_smolvlm.cli.question import find_mentions, read_arguments, read_typed_question
 from mlx_smolvlm.errors import MediaError
 from tests.helpers.command import assert_one_error, run, run_text
+from tests.helpers.pty_terminal import Talk
 
 
 @pytest.fixture
@@ -230,3 +231,47 @@ def test_too_many_pictures_are_counted_before_they_are_decoded(
     assert_one_error(result, "112 pictures take ", " tokens and the model's context is ", " fit")
     result = run("chat", "What?", "-i", "album/IMG*", "-m", tiny_folder, cwd=album)
     assert_one_error(result, "IMG2.png' cannot be decoded")
+
+
+def test_a_conversation_attaches_what_a_question_names(start: Talk, picture: Path) -> None:
+    answers = {"What is in the picture?": "red", "Is it like logo.png?": "no"}
+    terminal = start(answers=answers)
+    terminal.ready()
+    terminal.enter("What is in no-such.png?")
+    terminal.expect("error: 'no-such.png' does not exist")
+    terminal.ready()
+    terminal.enter(f"What is in '{picture}'?")
+    terminal.expect(r"attached .*\n?.*asking: What is in the\s+picture\?")
+    terminal.expect("\nred")
+    terminal.ready()
+    terminal.enter("Is it like logo.png?")  # which may be a name: a picture was shown before
+    terminal.expect("hint: logo.png is not attached")
+    terminal.expect("\nno")
+    terminal.ready()
+    first, second = terminal.program.asked()
+    assert (first["texts"], first["media"]) == (["What is in the picture?"], ["image"])
+    assert (second["texts"][-1], second["media"]) == ("Is it like logo.png?", [])
+
+
+def test_a_picture_does_not_outlive_its_question(start: Talk, picture: Path) -> None:
+    terminal = start("-i", picture, answers={"Why?": "so"}, env={"HOLD_ENCODER": "1"})
+    terminal.ready()
+    terminal.enter(f"'{picture}' Why?")
+    terminal.expect("encoding")
+    terminal.send("\x03")
+    terminal.expect("stopped; the question is taken back")
+    terminal.ready()
+    assert "1 picture for the next message" in terminal.toolbar()  # that of -i
+    terminal.program.go()
+    terminal.enter(f"'{picture}' Why?")
+    terminal.expect("\nso")
+    assert terminal.program.asked()[-1]["media"] == ["image", "image"]
+
+
+def test_a_folder_in_a_conversation(start: Talk, album: Path) -> None:
+    terminal = start()
+    terminal.ready()
+    terminal.enter(f"/image {album}/album/IMG1?.*")
+    terminal.expect(r"IMG10\.png: .*\nIMG11\.JPG: ")
+    terminal.ready()
+    assert "2 pictures for the next message" in terminal.toolbar()
