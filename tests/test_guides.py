@@ -9,17 +9,21 @@ from pathlib import Path
 
 import pytest
 
+from mlx_smolvlm.convert.catalog import PHOTO_MODEL, list_figures
 from tests.helpers import fake_hub
 from tests.helpers.command import FORKS, environment
 from tests.helpers.forked_command import Runner
 from tests.helpers.guides import (
     ELSEWHERE,
     KINDS,
+    MAC,
     PAGES,
     ROOT,
     Block,
     Desk,
     fill_hub,
+    format_gb,
+    make_model_table,
     parse_command,
     read_blocks,
     read_commands,
@@ -150,3 +154,25 @@ def test_the_notebook_runs(
     commented = "".join(cells[-1]["source"]).replace("# ", "")
     compile(commented, str(path), "exec")
     assert commented.startswith("vlm = smolvlm.load(")
+
+
+def test_the_readme_has_the_sizes_that_the_command_prints() -> None:
+    text = (ROOT / "README.md").read_text()
+    table = make_model_table()
+    assert table in text, table
+    photo = next(one for one in list_figures(MAC) if one.alias == PHOTO_MODEL)
+    assert f"-m {PHOTO_MODEL}\n" in text
+    assert f"downloads {format_gb(photo.download_bytes)}, once" in text
+    assert f"needs {format_gb(photo.answer_bytes[photo.fits_bits or 4])} of memory" in text
+
+
+def test_the_readme_is_short_and_its_figures_are_measured() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") < 120
+    reasons = text.partition("## Why not mlx-vlm?")[2].partition("\n## ")[0]
+    measured = (ROOT / "docs" / "measured.md").read_text()
+    figures = re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?:MB| MB)?", reasons)
+    assert len(figures) >= 7
+    for figure in figures:
+        if figure != "256":
+            assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", measured), figure

@@ -29,7 +29,9 @@ import mlx.core as mx
 import typer.main
 from PIL import Image
 
+from mlx_smolvlm.convert.catalog import list_figures
 from mlx_smolvlm.convert.hub import ALIASES
+from mlx_smolvlm.generate.memory_plan import Machine
 from tests.helpers import hf_folder
 from tests.helpers.command import COMMAND, run_text
 from tests.helpers.dumb_terminal import Terminal
@@ -63,6 +65,7 @@ FILES = {
     "b.png": "two.png",
     **{f"photos/{label}/{n}.jpg": "one.png" for label in ("ripe", "unripe") for n in range(3)},
 }
+MAC = Machine("mlx-gpu", 2, 8 * 2**30)  # with 8 GB
 CONVERTED = "smolvlm-500m"  # the alias whose stand-in is converted on first use
 ROW = '{"image": "%s", "question": "What is there?", "answers": ["A red cross."]}\n'
 # Commands that set up a machine, with the file that tests them and what it says.
@@ -293,3 +296,23 @@ def fill_hub(hub: FakeHub, folder: Path) -> None:
 def _read_files(folder: Path) -> dict[str, bytes]:
     """The files in `folder` by name."""
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def make_model_table() -> str:
+    """The README's table of models, as estimated for `MAC`."""
+    figures = list_figures(MAC)
+    lines = [
+        "| model | good at | download | memory at 16, 8, 4 bits | a Mac with 8 GB uses |",
+        "|---|---|---|---|---|",
+    ]
+    for one in sorted(figures, key=lambda one: (one.answer_bytes[16], one.download_bytes)):
+        sizes = ", ".join(f"{size / 1e9:.1f}" for size in one.answer_bytes.values())
+        download = format_gb(one.download_bytes) if one.download_bytes else "bundled"
+        row = (f"`{one.alias}`", one.good_at, download, f"{sizes} GB", f"{one.fits_bits} bits")
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
+def format_gb(size: int) -> str:
+    """`size` in GB, as the README says it."""
+    return f"{size / 1e9:.1f} GB"
