@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_smolvlm.cli.terminal.commands import ALIASES, COMMANDS
 from mlx_smolvlm.convert.catalog import PHOTO_MODEL, list_figures
 from tests.helpers import fake_hub
 from tests.helpers.command import FORKS, environment
@@ -176,3 +177,11 @@ def test_the_readme_is_short_and_its_figures_are_measured() -> None:
     for figure in figures:
         if figure != "256":
             assert re.search(rf"(?<![\d.]){re.escape(figure)}(?!\d)", measured), figure
+
+
+def test_the_guide_lists_the_commands_of_a_conversation() -> None:
+    text = (ROOT / "docs" / "chat.md").read_text()
+    listed = re.findall(r"^\| (`.*?) \|", text.partition("## Commands")[2], re.MULTILINE)
+    names = {name for row in listed for name in re.findall(r"`([/\w?]+)", row)}
+    assert names >= {one.name for one in COMMANDS}
+    assert names <= {one.name for one in COMMANDS} | set(ALIASES)
