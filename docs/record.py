@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from xml.etree import ElementTree
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,10 +227,16 @@ def record() -> list[Frame]:
     return [*terminal.frames, terminal.frames[-1]._replace(time_s=terminal.time_s + END_S)]
 
 
-def read_text(frames: list[Frame]) -> list[str]:
-    """The lines of the last frame, above the line about the model."""
-    lines = ["".join(run.text.ljust(0) for run in row) for row in frames[-1].rows]
-    return [line.strip() for line in lines if line.strip()]
+def read_lines(drawing: str) -> list[str]:
+    """The lines that a drawing shows at its end, without the figures below the prompt."""
+    rows: dict[int, list[tuple[int, str]]] = {}
+    for group in ElementTree.fromstring(drawing.encode()).iterfind(".//{*}g"):
+        if "f" not in group.get("class", "f").split():
+            for text in group.iterfind("{*}text"):
+                place = int(text.get("y", "0")), int(text.get("x", "0"))
+                rows.setdefault(place[0], []).append((place[1], text.text or ""))
+    lines = [" ".join(text for _, text in sorted(row)) for _, row in sorted(rows.items())]
+    return [line for line in lines if not line.startswith("demo |")]
 
 
 def draw(frames: list[Frame]) -> str:
