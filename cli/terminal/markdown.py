@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markdown_it import MarkdownIt
@@ -18,6 +18,7 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.rules_inline.state_inline import Delimiter
 from markdown_it.token import Token
 from rich import box
+from rich.color import ColorSystem
 from rich.console import COLOR_SYSTEMS, Console, ConsoleOptions, RenderResult
 from rich.markdown import CodeBlock, Heading, ListElement, Markdown, TableElement
 from rich.segment import Segment
@@ -40,6 +41,13 @@ _CODE_THEME = "ansi_dark"  # the terminal's own colors, without a background
 _FORMULA = re.compile(
     r"\$\$.+?\$\$|\$(?![\s$])[^$\n]+?(?<!\s)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL
 )
+# A line with a bar, if the next one, which may be unfinished, does not say that it is no table.
+_TABLE = re.compile(r"^[^\n]*\|[^\n]*(?:\Z|\n[|: \t>-]*(?:\n|\Z))", re.MULTILINE)
+_LAST_MARKER = re.compile(r"(?:^|\n)(?:[ \t]*(?:\d+[.)]|[-*+>]|#+))+[ \t]*\Z")
+_LAST_WORD = re.compile(r"\S+\Z")
+_EMPHASIS = re.compile(r"(`+)(?!`).+?\1|(\*\*?|~~)(?=\S).+?(?<=\S)\2")
+_OPEN_EMPHASIS = re.compile(r"(?<!\w)(?:\*+|`+|~~)(?=\S)")
+_MAX_WORD, _MAX_EMPHASIS = 60, 200  # characters that are waited for
 _DECORATION = re.compile(r"[\s\u2022\u258c\u2500\u2501\u2502]+")  # bullets, quotes, borders
 
 
@@ -71,13 +79,61 @@ def split_blocks(text: str) -> list[Block]:
     return parts
 
 
+def cut_unsettled(text: str) -> str:
+    """Return the beginning of an unfinished block that will look the same when it is finished.
+
+    The rest is an unfinished word, line of code or emphasis, a list marker without its item, or
+    a table, whose columns are as wide as their widest cells. A wrong guess only shows markup,
+    such as an asterisk.
+    """
+    if text.lstrip().startswith(("```", "~~~")):
+        return text[: text.rfind("\n") + 1]
+    if table := _TABLE.search(text):
+        text = text[: table.start()]
+    last_word = _LAST_WORD.search(text)
+    if last_word and len(last_word[0]) < _MAX_WORD:
+        text = text[: last_word.start()]
+    if marker := _LAST_MARKER.search(text):
+        return text[: marker.start()]
+    line_start = text.rfind("\n") + 1
+    line = _EMPHASIS.sub(lambda match: "x" * len(match[0]), text[line_start:])
+    start = _OPEN_EMPHASIS.search(line)
+    if start and len(line) - start.start() < _MAX_EMPHASIS:
+        text = text[: line_start + start.start()]
+    return text
+
+
+class Line:
+    """A line of rendered text."""
+
+    def __init__(self, parts: Sequence[Segment] = (), colors: ColorSystem | None = None) -> None:
+        self._parts, self._colors = parts, colors
+        self.plain = "".join(part.text for part in parts)
+
+    def format(self, start: int = 0) -> str:
+        """Return the text from a character on, with escape sequences for its styles."""
+        text = ""
+        for part in self._parts:
+            rest = part.text[max(start, 0) :]
+            if rest:
+                text += part.style.render(rest, color_system=self._colors) if part.style else rest
+            start -= len(part.text)
+        return text
+
+    def format_rest(self, start: int) -> str:
+        """Return the words from a character on, indented as those of the line are."""
+        blanks = len(self.plain) - len(self.plain.lstrip(" \u2022"))
+        rest = self.plain[start:]
+        return " " * blanks + self.format(start + len(rest) - len(rest.lstrip()))
+
+
 class Renderer:
     """Renders Markdown for the terminal that is stdout."""
 
     def __init__(self) -> None:
         self._console = Console(file=sys.stdout, theme=_THEME, highlight=False, emoji=False)
 
-    def render(self, text: str, columns: int) -> list[str]:
+    def render(self, text: str, columns: int) -> list[Line]:
         """Return `text`, free of control characters, as lines of at most `columns` columns."""
         text = text.strip("\n")
         if not text.strip():
@@ -89,20 +145,13 @@ class Renderer:
             rendered = rendered[1:]
         while rendered and not any(part.text.strip() for part in rendered[-1]):
             rendered = rendered[:-1]
-        return [self._format_line(line) for line in rendered]
+        colors = COLOR_SYSTEMS.get(self._console.color_system or "")
+        return [Line(line, colors) for line in rendered]
 
     def _render_lines(self, what: Markdown | Text, columns: int) -> list[list[Segment]]:
         options = self._console.options.update(width=columns, height=None)
         lines = self._console.render_lines(what, options, pad=False)
         return [_trim(line) for line in lines]
-
-    def _format_line(self, line: Iterable[Segment]) -> str:
-        """Return `line` with escape sequences for its styles."""
-        colors = COLOR_SYSTEMS.get(self._console.color_system or "")
-        return "".join(
-            part.style.render(part.text, color_system=colors) if part.style else part.text
-            for part in line
-        )
 
 
 def _trim(line: list[Segment]) -> list[Segment]:

@@ -334,7 +334,7 @@ def test_a_long_answer_scrolls(start: Talk) -> None:
     terminal = start(answers={"First": LONG})
     terminal.ready()
     terminal.enter("First")
-    terminal.expect("\\d+ tokens, [\\d.]+ tokens/s")
+    terminal.expect("Paragraph 14 with bold")
     terminal.program.go()
     terminal.expect("line_39")
     terminal.program.go()
@@ -357,7 +357,7 @@ def test_resizing_in_the_middle(start: Talk, size: tuple[int, int]) -> None:
     terminal = start(answers={"First": LONG})
     terminal.ready()
     terminal.enter("First")
-    terminal.expect("Paragraph 14 with bold(.|\n)* tokens/s")
+    terminal.expect("Paragraph 14 with bold")
     before = len(terminal.raw)
     terminal.resize(*size)
     terminal.program.go()
@@ -365,19 +365,44 @@ def test_resizing_in_the_middle(start: Talk, size: tuple[int, int]) -> None:
     terminal.program.go()
     terminal.expect("The end.")
     text = terminal.ready()
-    last = [line.strip() for line in text[text.rindex("Heading") :].splitlines()]
-    page = b"\n\x1b[H\x1b[J\r\x1b[JHeading"  # terminals differ in where old lines are then
-    assert (page in terminal.raw[before:].replace(b"\x1b[1;4m", b"")) == (size[0] < 80)
-    if size[0] < 80:  # drawn anew from its beginning
-        squeezed = "".join("".join(last).split())
-        for n in range(15):
-            paragraph = f"Paragraph{n}withboldwordsandsome[x]moreofthem{n}."
-            assert squeezed.count(paragraph) == 1
-    assert [line for line in last if line.startswith("line_")] == (
+    assert not re.search(rb"\x1b\[\d*A", terminal.raw[before : terminal.raw.rindex(b"The end")])
+    lines = [line.strip() for line in text.splitlines()]
+    assert [line for line in lines if line.startswith("line_")] == (
         [f"line_{n} = {n}" for n in range(40)]
     )
+    assert lines.count("Heading") <= 1  # this emulator forgets lines when it gets fewer
     terminal.enter("/stats")
     terminal.expect("context: ")
+
+
+def test_text_is_printed_before_its_block_is_finished(start: Talk) -> None:
+    said = "- A first item, **bold, {hold}still bold** and {hold}more of it.\n- Another"
+    terminal = start(answers={"First": said})
+    terminal.ready()
+    terminal.enter("First")
+    terminal.expect(r"\n • A first item,$")  # the rest is bold, which is not known yet
+    terminal.program.go()
+    terminal.expect(r"\n • A first item, bold, still bold and$")
+    terminal.program.go()
+    terminal.expect(r"\n • A first item, bold, still bold and more of it.\n • Another\n>")
+
+
+def test_a_table_is_waited_for(start: Talk) -> None:
+    table = "| a | b |\n|---|---|\n{hold}| 1 | 2 |\n| 1 | 2 |\n{hold}| 3 |{hold} 4 |\n\nEnd."
+    terminal = start(answers={"First": "Before.\n\n" + table})
+    terminal.ready()
+    terminal.enter("First")
+    terminal.expect("\nBefore.")
+    for _ in range(2):
+        terminal.program.go()
+        terminal.wait(lambda: not terminal.program.is_waiting(), "the answer")
+        terminal.expect(r"Before.\n\d+ tokens, [\d.]+ tokens/s$")
+    terminal.program.go()
+    terminal.expect("End.")
+    text = terminal.ready()
+    assert "tokens/s" not in text.rsplit("\n", 1)[0]
+    rows = [line.split() for line in text.splitlines() if line.startswith((" a", " 1", " 3"))]
+    assert rows == [["a", "b"], *[["1", "2"]] * 2, ["3", "4"]]
 
 
 def test_typing_during_an_answer_waits(start: Talk) -> None:

@@ -249,6 +249,10 @@ class Program:
         """Let the answer that waits go on."""
         (self.folder / "go").touch()
 
+    def is_waiting(self) -> bool:
+        """Whether no answer has gone on since `go`."""
+        return (self.folder / "go").exists()
+
     def asked(self) -> list[dict[str, Any]]:
         """Every prompt so far."""
         return [json.loads(line) for line in self.log.read_text().splitlines()]
