@@ -3,7 +3,8 @@
 PYTHON ?= $(shell for name in python3.14 python3.13 python3.12 python3.11 python3; do \
 	"$$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && command -v "$$name" && break; \
 	done)
-UV ?= $(shell command -v uv)
+# Without `2>` the make of a Mac, 3.81, would look for a program named `command`.
+UV ?= $(shell command -v uv 2>/dev/null)
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
