@@ -31,6 +31,12 @@ from tests.helpers.guides import (
 )
 
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
+# Of pip, a shell and Debian's Python.
+OTHERS_MESSAGES = {
+    "No matching distribution found for mlx",
+    "command not found: mlx-smolvlm",
+    "ensurepip is not available",
+}
 NOT_RUN = 9  # blocks that are only parsed, each with its reason
 
 
@@ -185,3 +191,21 @@ def test_the_guide_lists_the_commands_of_a_conversation() -> None:
     names = {name for row in listed for name in re.findall(r"`([/\w?]+)", row)}
     assert names >= {one.name for one in COMMANDS}
     assert names <= {one.name for one in COMMANDS} | set(ALIASES)
+
+
+def test_the_messages_that_the_guide_explains_are_those_of_the_program() -> None:
+    text = (ROOT / "docs" / "troubleshooting.md").read_text()
+    messages = set(re.findall(r'^\*\*"(.*?)"', text, re.MULTILINE))
+    assert messages >= OTHERS_MESSAGES
+    folders = ("mlx_smolvlm", "cli", "convert", "train", "demo_recipe")
+    paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    sources = "\n".join(path.read_text() for path in [*paths, ROOT / "Makefile"])
+    sources = re.sub(r'"\n\s+f?"', "", sources)  # a string in two lines
+    for message in messages - OTHERS_MESSAGES:
+        assert message in sources, message
+
+
+def test_every_guide_can_be_found() -> None:
+    linked = "".join((ROOT / name).read_text() for name in ("README.md", "CONTRIBUTING.md"))
+    for page in PAGES[1:]:
+        assert f"docs/{page.name}" in linked, f"nothing leads to {page.name}"

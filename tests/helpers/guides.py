@@ -256,11 +256,15 @@ class Desk:
         return [re.sub(r"\x1b\[\d*m|\r", "", "".join(shown))]
 
     def check(self, block: Block, command: Command, printed: list[str]) -> None:
-        """Compare what is printed with what the page shows; "..." stands for anything."""
+        """Compare what is printed with what the page shows.
+
+        "..." stands for anything, and a number with a decimal point for any such number.
+        """
         if command.shown is None:
             return
         wanted = _squeeze(command.shown)
         pattern = ".*?".join(map(re.escape, wanted.split("...")))
+        pattern = re.sub(r"\d+\\\.\d+", r"\\d+\\.\\d+", pattern)
         assert any(re.fullmatch(pattern, _squeeze(text), re.DOTALL) for text in printed), (
             f"{block.place}: {command.line}\nshown:\n{wanted}\nprinted:\n{printed[0]}"
         )
