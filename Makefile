@@ -13,7 +13,7 @@ INSTALL = $(if $(UV),"$(UV)" pip install --quiet --python $(BIN)/python,$(PIP))
 .PHONY: demo test check format oracles formula clean
 
 demo: $(VENV)/.app
-	$(BIN)/mlx-smolvlm chat --image examples/three.png "What is in this picture?"
+	$(BIN)/mlx-smolvlm chat -m demo --image examples/three.png "What is in this picture?"
 	@echo "Next: source $(BIN)/activate" >&2
 
 # Two processes, since MLX computes on one core of a CPU. A file's tests share its fixtures, so

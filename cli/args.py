@@ -36,8 +36,13 @@ VideosOption = Annotated[
     ),
 ]
 ModelOption = Annotated[
-    str,
-    typer.Option("--model", "-m", metavar="MODEL", help="A folder, a hub id, an alias, or demo."),
+    str | None,
+    typer.Option(
+        "--model",
+        "-m",
+        metavar="MODEL",
+        help="A folder, a hub id, an alias, or demo; default: the converted model used last.",
+    ),
 ]
 SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")]
 BitsOption = Annotated[
@@ -73,7 +78,7 @@ class ChatOptions:
     images: tuple[str, ...]
     videos: tuple[str, ...]
     frames: VideoOptions
-    model: str
+    model: str | None
     system: str | None
     sampling: Sampling
     detail: Detail
@@ -115,7 +120,7 @@ class ModelOptions(Protocol):
     """The options that say which model to load, and how."""
 
     @property
-    def model(self) -> str: ...
+    def model(self) -> str | None: ...
     @property
     def bits(self) -> int | None: ...
     @property

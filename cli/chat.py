@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +17,6 @@ from mlx_smolvlm.cli.args import (
     ImagesOption,
     MemoryLimitOption,
     ModelOption,
-    ModelOptions,
     OfflineOption,
     SystemOption,
     VideosOption,
@@ -29,6 +27,7 @@ from mlx_smolvlm.cli.args import (
     parse_memory_limit,
     read_schema,
 )
+from mlx_smolvlm.cli.load import load_model, say_what_the_demo_knows
 from mlx_smolvlm.cli.many_pictures import ClosedImage, open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
     OpenedImage,
@@ -40,7 +39,6 @@ from mlx_smolvlm.cli.media import (
     print_cost,
     sample_video,
 )
-from mlx_smolvlm.cli.output import ConversionProgress
 from mlx_smolvlm.cli.printer import INTERRUPTED, Printer
 from mlx_smolvlm.cli.question import announce_media, read_arguments
 from mlx_smolvlm.errors import PromptError
@@ -73,7 +71,7 @@ def chat(
     ] = None,
     image: ImagesOption = None,
     video: VideosOption = None,
-    model: ModelOption = "demo",
+    model: ModelOption = None,
     system: SystemOption = None,
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="The longest answer, in tokens.")
@@ -225,6 +223,7 @@ def chat(
     announce_media(typed)
     question = read_question(options)
     vlm = load_model(options)
+    say_what_the_demo_knows(vlm)
     images = open_closed(vlm, question.images, options.detail)
     if question.prompt is None:
         from mlx_smolvlm.cli.terminal.session import converse
@@ -281,35 +280,6 @@ def read_prompt() -> str:
     if not text.strip():
         raise PromptError("there is no prompt: stdin is empty; pass PROMPT or pipe one in")
     return text
-
-
-def load_model(options: ModelOptions, fixed: frozenset[str] = frozenset()) -> SmolVLM:
-    """Load the model; a conversion shows its progress on stderr.
-
-    Args:
-        options: Which model, and how.
-        fixed: Arguments that the command has no options for: a refusal for want of memory does
-            not advise to change them.
-
-    Raises:
-        CheckpointError: It cannot be found, converted or read.
-    """
-    from mlx_smolvlm import load
-
-    progress = ConversionProgress(f"converting {options.model}, once")
-    with contextlib.closing(progress):
-        vlm = load(
-            options.model,
-            bits=options.bits,
-            offline=options.offline,
-            cache=options.cache,
-            progress=progress,
-            adapter=options.adapter,
-            memory_limit=options.memory_limit,
-        )
-    if fixed and vlm.engine.guard is not None:
-        vlm.engine.guard.fixed |= fixed
-    return vlm
 
 
 class StartedAnswer(NamedTuple):

@@ -25,7 +25,7 @@ from mlx_smolvlm.cli.args import (
     parse_detail,
     parse_memory_limit,
 )
-from mlx_smolvlm.cli.chat import load_model
+from mlx_smolvlm.cli.load import load_model, say_what_the_demo_knows
 from mlx_smolvlm.cli.many_pictures import open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
     VideoOptions,
@@ -57,7 +57,7 @@ def choose(
     ],
     image: ImagesOption = None,
     video: VideosOption = None,
-    model: ModelOption = "demo",
+    model: ModelOption = None,
     system: SystemOption = None,
     normalize: Annotated[
         Literal["none", "tokens"],
@@ -104,7 +104,7 @@ class ChooseOptions:
     choices: tuple[str, ...]
     images: tuple[str, ...]
     videos: tuple[str, ...]
-    model: str
+    model: str | None
     system: str | None
     detail: Detail
     normalize: Literal["none", "tokens"]
@@ -130,6 +130,7 @@ def print_choices(options: ChooseOptions) -> None:
     pictures = open_pictures(options.images)
     videos = [open_video_source(source, VideoOptions()) for source in options.videos]
     vlm = load_model(options, frozenset({"kv_bits", "max_frames"}))
+    say_what_the_demo_knows(vlm)
     images = open_closed(vlm, pictures, options.detail)
     for image in images:
         print_cost(vlm, image, options.detail)

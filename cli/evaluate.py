@@ -21,7 +21,7 @@ from mlx_smolvlm.cli.args import (
     parse_detail,
     parse_memory_limit,
 )
-from mlx_smolvlm.cli.chat import load_model
+from mlx_smolvlm.cli.load import load_model
 from mlx_smolvlm.cli.output import ProgressBar, format_table, say, warn, write, write_json
 from mlx_smolvlm.cli.printer import INTERRUPTED
 from mlx_smolvlm.errors import escape_controls

@@ -48,7 +48,7 @@ def rm(
 def print_models(as_json: bool) -> None:
     """Print the aliases, the converted checkpoints and the downloads."""
     from mlx_smolvlm.convert.catalog import list_figures
-    from mlx_smolvlm.convert.hub import ALIASES, find_cache_folder
+    from mlx_smolvlm.convert.hub import ALIASES, DEMO, find_cache_folder
     from mlx_smolvlm.convert.model_cache import list_cached_models, list_fetched_models
     from mlx_smolvlm.generate.memory_plan import find_machine
 
@@ -59,7 +59,10 @@ def print_models(as_json: bool) -> None:
         values = {
             "aliases": ALIASES,
             "machine": dataclasses.asdict(machine),
-            "models": [dataclasses.asdict(one) for one in figures],
+            "models": [
+                {"model": ALIASES.get(one.alias, DEMO), **dataclasses.asdict(one)}
+                for one in figures
+            ],
             "cache_folder": str(find_cache_folder()),
             "converted": [_to_dict(model) for model in cached if model.state == "whole"],
             "leftovers": [_to_dict(model) for model in cached if model.state != "whole"],

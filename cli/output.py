@@ -29,6 +29,8 @@ def prepare_streams() -> None:
     warnings.showwarning = _show_warning
     # Python would show one that says the same as an earlier one only once.
     warnings.filterwarnings("always", "the context is full", SmolVLMWarning)
+    # Commands for which that matters say it in their own words.
+    warnings.filterwarnings("ignore", "the demo knows", SmolVLMWarning)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (stays open)

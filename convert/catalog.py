@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import mlx_smolvlm
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import read_config
 from mlx_smolvlm.config import (
@@ -15,7 +17,6 @@ from mlx_smolvlm.config import (
     VisionConfig,
 )
 from mlx_smolvlm.convert.fit import PRECISIONS, choose_bits, count_weight_bytes, estimate_answer
-from mlx_smolvlm.convert.hub import ALIASES, DEMO, resolve
 from mlx_smolvlm.convert.options import FLOAT_BITS
 from mlx_smolvlm.generate.memory_plan import Machine
 
@@ -49,7 +50,7 @@ class PublishedModel:
     """A model on the hub.
 
     Attributes:
-        alias: Its name in `ALIASES`, which has its hub id.
+        alias: Its name in `hub.ALIASES`, which has its hub id.
         size: One of `SIZES`.
         dtype: The type in which its weights are stored.
         purpose: What it is good at, in a few words.
@@ -77,8 +78,13 @@ class PublishedModel:
             video=None,
             quantization=QuantizationConfig(None, None, None, None),
             dtype=self.dtype,
-            source=ALIASES[self.alias],
+            source=self.alias,
         )
+
+    @property
+    def download_bytes(self) -> int:
+        """Size of its weights on the hub."""
+        return count_weight_bytes(self.config, FLOAT_BITS, DTYPE_BITS[self.dtype] // 8)
 
 
 MODELS = {
@@ -116,7 +122,6 @@ class ModelFigures:
 
     Attributes:
         alias: Its name.
-        model: Its hub id.
         download_bytes: Size of its weights on the hub; 0 for the demo, which is bundled.
         disk_bytes: Size of its weights when they are converted.
         answer_bytes: Memory that an answer about a photograph takes on this machine.
@@ -126,7 +131,6 @@ class ModelFigures:
     """
 
     alias: str
-    model: str
     download_bytes: int
     disk_bytes: dict[int, int]
     answer_bytes: dict[int, int]
@@ -136,24 +140,23 @@ class ModelFigures:
 
 def list_figures(machine: Machine) -> list[ModelFigures]:
     """List what the demo and the published models take on `machine`."""
-    demo = resolve(DEMO)
+    demo = Path(mlx_smolvlm.__file__).parent / "demo"
     weights = sum(info.nbytes for info in read_headers(demo).values())
-    own = _count(DEMO, read_config(demo), (FLOAT_BITS,), machine, DEMO_PURPOSE)
+    own = _count(read_config(demo), (FLOAT_BITS,), machine, DEMO_PURPOSE)
     figures = [replace(own, download_bytes=0, disk_bytes={FLOAT_BITS: weights})]
     for one in MODELS.values():
-        figures.append(_count(one.alias, one.config, PRECISIONS, machine, one.purpose))
+        figures.append(_count(one.config, PRECISIONS, machine, one.purpose))
     return figures
 
 
 def _count(
-    alias: str, config: Config, precisions: tuple[int, ...], machine: Machine, purpose: str
+    config: Config, precisions: tuple[int, ...], machine: Machine, purpose: str
 ) -> ModelFigures:
     """Return the figures of a model at `precisions`."""
     item_bytes, suited = DTYPE_BITS[config.dtype] // 8, choose_bits(config, machine)
     disk = {bits: count_weight_bytes(config, bits, item_bytes) for bits in precisions}
     return ModelFigures(
-        alias=alias,
-        model=config.name,
+        alias=config.name,
         download_bytes=disk[FLOAT_BITS],
         disk_bytes=disk,
         answer_bytes={bits: estimate_answer(config, bits, machine) for bits in precisions},

@@ -13,6 +13,7 @@ the hub's own cache. The cache is $MLX_SMOLVLM_CACHE, else $XDG_CACHE_HOME/mlx-s
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import re
@@ -128,6 +129,36 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
             f"nor one of {', '.join([DEMO, *ALIASES])}"
         )
     return _resolve_remote(repo, options)
+
+
+def shorten_source(source: str) -> str:
+    """Return the alias of the hub id `source`; another source unchanged."""
+    return next((alias for alias, repo in ALIASES.items() if repo == source), source)
+
+
+def describe_demo(advice: str) -> str:
+    """Return one line that says what the demo knows, and what to use for photographs.
+
+    Args:
+        advice: How to use another model, with {} for its name.
+    """
+    name, download, answer = _describe_photo_model()
+    return (
+        "the demo knows drawn shapes, print, charts and pages only; photographs: "
+        f"{advice.format(name)} ({download / 1e9:.1f} GB download, {answer / 1e9:.1f} GB memory)"
+    )
+
+
+@functools.cache
+def _describe_photo_model() -> tuple[str, int, int]:
+    """Return the model for photographs, its download and an answer's memory here, in bytes."""
+    from mlx_smolvlm.convert.catalog import MODELS, PHOTO_MODEL
+    from mlx_smolvlm.convert.fit import choose_bits
+    from mlx_smolvlm.generate.memory_plan import find_machine
+
+    model = MODELS[PHOTO_MODEL]
+    suited = choose_bits(model.config, find_machine())
+    return PHOTO_MODEL, model.download_bytes, suited.answer_bytes
 
 
 def find_folder(name: str | Path) -> Path | None:
@@ -294,6 +325,29 @@ def read_last_used(folder: Path) -> float | None:
         return None
 
 
+def find_last_used() -> Path | None:
+    """Return the conversion in the cache that was used last, which it then is again.
+
+    Damaged ones, and those that others may have changed, do not count; nothing is removed.
+
+    Returns:
+        Its folder; None if there is none.
+    """
+    stamps: dict[Path, float] = {}
+    with contextlib.suppress(CheckpointError, OSError):
+        for folder in find_cache_folder().glob("*/[!.]*"):
+            stamp = read_last_used(folder)
+            if stamp is not None:
+                stamps[folder] = stamp
+    for folder in sorted(stamps, key=lambda one: (-stamps[one], one)):
+        with contextlib.suppress(OSError):
+            _check_owners(folder)
+            if _is_complete(folder):
+                _mark_used(folder)
+                return folder
+    return None
+
+
 def _name_folder(revision: str, options: ResolveOptions) -> str:
     """Return the name of a converted folder inside its model's folder."""
     return f"{revision}-{options.precision}-v{FORMAT_VERSION}"
@@ -317,9 +371,7 @@ def _is_usable(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     try:
-        check_folder(folder)
-        for path in folder.iterdir():
-            check_owner(path.lstat(), path)
+        _check_owners(folder)
     except OSError as error:
         raise CheckpointError(
             f"the cached model {folder} is not used ({error.filename}: {error.strerror}); set "
@@ -330,6 +382,13 @@ def _is_usable(folder: Path) -> bool:
         return True
     shutil.rmtree(folder, ignore_errors=True)
     return False
+
+
+def _check_owners(folder: Path) -> None:
+    """Raise an OSError if another user owns `folder` or a file in it, or can write to it."""
+    check_folder(folder)
+    for path in folder.iterdir():
+        check_owner(path.lstat(), path)
 
 
 def _is_complete(folder: Path) -> bool:

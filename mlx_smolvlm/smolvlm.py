@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Unpack, overload
@@ -11,7 +13,7 @@ import mlx.core as mx
 
 from mlx_smolvlm.config import DTYPE_BITS, Config
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
-from mlx_smolvlm.errors import CheckpointError
+from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path
 from mlx_smolvlm.generate.batch import MAX_ROWS
 from mlx_smolvlm.generate.choose import Choice, Normalize, check_choices, choose_answer
@@ -366,7 +368,8 @@ def load(
     """Load a model.
 
     Args:
-        model: A folder, a hub id, an alias such as "smolvlm-256m", or "demo".
+        model: A folder, a hub id, an alias such as "smolvlm-256m", or "demo", which knows drawn
+            shapes, print, charts and pages only; a warning says so once.
             Hugging Face checkpoints are converted once, into a cache folder.
         bits: Precision to convert to: 4, 8 or 16. None keeps the checkpoint's, or takes 8 or 4,
             with a warning, if an answer would take more than half of the machine's memory. Has no
@@ -398,10 +401,19 @@ def load(
             "an integer above 0, of 64 bits",
         )
     path = _find_checkpoint(model, bits, offline, progress, find_machine())
+    if model == "demo":
+        _warn_of_demo()
     on_linux = sys.platform == "linux"
     may_pack = bits != FEW_BITS and _is_conversion_of(model, path)
     terms = MemoryTerms(memory_limit, NO_NAMES if may_pack else frozenset({"bits"}))
     return SmolVLM(_open_engine(path, dtype, cache, adapter, terms, on_linux))
+
+
+@functools.cache  # once a process
+def _warn_of_demo() -> None:
+    from mlx_smolvlm.convert.hub import describe_demo
+
+    warnings.warn(describe_demo('load("{}")'), SmolVLMWarning, stacklevel=3)
 
 
 def load_in_mlx(

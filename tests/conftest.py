@@ -1,9 +1,11 @@
 """Fixtures that several test files share."""
 
+import atexit
 import json
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +30,11 @@ from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.model.text import TextModel
 from mlx_smolvlm.prompt.builder import PromptBuilder
 from mlx_smolvlm.smolvlm import SmolVLM, load, load_in_mlx
+
+# No test, and no command that one runs, sees the models of the developer's cache.
+CACHE = tempfile.mkdtemp(prefix="mlx-smolvlm-tests-")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["MLX_SMOLVLM_CACHE"] = CACHE
 
 TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"

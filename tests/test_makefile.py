@@ -87,7 +87,7 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
-QUESTION = ".venv/bin/mlx-smolvlm chat --image examples/three.png What is in this picture?"
+QUESTION = ".venv/bin/mlx-smolvlm chat -m demo --image examples/three.png What is in this picture?"
 PIP = ".venv/bin/python -m pip install --quiet --disable-pip-version-check --editable"
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from mlx_smolvlm.cli.load import name_model
 from mlx_smolvlm.cli.output import (
     OutputClosedError,
     describe_memory_error,
@@ -39,7 +40,7 @@ def converse(vlm: SmolVLM, options: ChatOptions, media: list[OpenedMedium]) -> i
         from mlx_smolvlm.cli.terminal.markdown import Renderer
 
         make_screen = functools.partial(LiveScreen, Renderer())
-    say(f"{options.model}: /help lists the commands, Ctrl-D leaves", dim=True)
+    say(f"{name_model(options, vlm)}: /help lists the commands, Ctrl-D leaves", dim=True)
     talk = Talk(vlm, options, Printer(vlm, options, make_screen))
     talk.add_media(media)
     return Session(talk).run()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mlx_smolvlm.cli.load import name_model
 from mlx_smolvlm.cli.many_pictures import expand_sources, open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
     OpenedImage,
@@ -60,7 +61,7 @@ class Talk:
     def format_status(self) -> str:
         """Return the model, the context, the media to send and the last speed in one line."""
         conversation, reply = self._conversation, self._reply
-        parts = [self._options.model]
+        parts = [name_model(self._options, self._vlm)]
         parts.append(f"{conversation.context_used:,} of {conversation.context_size:,} tokens")
         if media := self._count_media():
             parts.append(f"{media} for the next message")

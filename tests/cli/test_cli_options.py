@@ -308,6 +308,7 @@ def test_advice_about_memory_names_only_options_of_the_command(
         raise typer.Exit(7)
 
     vlm = SimpleNamespace(engine=SimpleNamespace(guard=guard), choose=stop)
+    vlm.config = SimpleNamespace(is_demo=False)
     monkeypatch.setattr("mlx_smolvlm.load", lambda *_, **__: vlm)
     monkeypatch.setattr("mlx_smolvlm.train.evaluate.run.read_cases", lambda *_: None)
     monkeypatch.setattr("mlx_smolvlm.train.evaluate.run.Evaluation", stop)

@@ -516,7 +516,9 @@ def test_nothing_for_terminals_goes_to_pipes(picture: Path, tmp_path: Path) -> N
         timeout=60,
     )
     assert result.stdout == b"**bold** [x]\n"
-    assert result.stderr == b""
+    assert result.stderr.startswith(b"the demo knows ")
+    assert b"\x1b" not in result.stderr
+    assert result.stderr.count(b"\n") == 1
     loaded = (tmp_path / "m").read_text().split()
     assert "mlx_smolvlm.cli.chat" in loaded
     for name in ("prompt_toolkit", "rich", "markdown_it", "mlx_smolvlm.cli.terminal.session"):
