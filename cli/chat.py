@@ -27,6 +27,7 @@ from mlx_smolvlm.cli.args import (
     parse_memory_limit,
     read_schema,
 )
+from mlx_smolvlm.cli.conversations import Keeper, find_last_conversation, resume_conversation
 from mlx_smolvlm.cli.load import load_model, say_what_the_demo_knows
 from mlx_smolvlm.cli.many_pictures import ClosedImage, open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
@@ -44,7 +45,7 @@ from mlx_smolvlm.cli.question import announce_media, read_arguments
 from mlx_smolvlm.errors import PromptError
 
 if TYPE_CHECKING:
-    from mlx_smolvlm import AnswerStream, SmolVLM
+    from mlx_smolvlm import AnswerStream, Conversation, SmolVLM
 
 CHAT_EPILOG = """\
 \b
@@ -57,7 +58,8 @@ Examples:
   curl -s https://example.org/a.jpg | mlx-smolvlm chat "Describe it." -i - --json
   mlx-smolvlm chat "Read the receipt." -i receipt.jpg -m smolvlm2-500m --schema receipt.json
   mlx-smolvlm chat "What colour is it?" -i photo.png --regex "red|green|blue"
-  mlx-smolvlm chat -m smolvlm2-256m"""
+  mlx-smolvlm chat -m smolvlm2-256m
+  mlx-smolvlm chat --continue"""
 
 
 def chat(
@@ -72,6 +74,12 @@ def chat(
     image: ImagesOption = None,
     video: VideosOption = None,
     model: ModelOption = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--continue", "-c", help="Go on with the last conversation, and with its model."
+        ),
+    ] = False,
     system: SystemOption = None,
     max_tokens: Annotated[
         int, typer.Option(metavar="N", help="The longest answer, in tokens.")
@@ -220,18 +228,27 @@ def chat(
         plain=plain,
         pictures=not no_images,
     )
+    if resume and chunk is not None:
+        raise typer.BadParameter(
+            "it answers part by part, and goes on with nothing", param_hint="--chunk"
+        )
+    kept = find_last_conversation() if resume else None
     announce_media(typed)
     question = read_question(options)
-    vlm = load_model(options)
+    vlm = load_model(options if kept is None else kept.choose_model(options))
     say_what_the_demo_knows(vlm)
     images = open_closed(vlm, question.images, options.detail)
     if question.prompt is None:
         from mlx_smolvlm.cli.terminal.session import converse
 
-        raise typer.Exit(converse(vlm, options, [*images, *question.videos]))
+        raise typer.Exit(converse(vlm, options, [*images, *question.videos], kept))
     printer = Printer(vlm, options)
-    for stream, label, extra in start_answers(vlm, options, question, images):
-        if not printer.print_answer(stream, label, extra):
+    conversation = None if kept is None else resume_conversation(vlm, options, kept)
+    for stream, label, extra in start_answers(vlm, options, question, images, conversation):
+        is_finished = printer.print_answer(stream, label, extra)
+        if conversation is not None and (is_finished or stream.reply.text):
+            Keeper(vlm, kept).keep(conversation)
+        if not is_finished:
             raise typer.Exit(INTERRUPTED)
     if printer.has_cut_answer:
         raise typer.Exit(1)
@@ -291,18 +308,35 @@ class StartedAnswer(NamedTuple):
 
 
 def start_answers(
-    vlm: SmolVLM, options: ChatOptions, question: Question, images: Sequence[OpenedImage]
+    vlm: SmolVLM,
+    options: ChatOptions,
+    question: Question,
+    images: Sequence[OpenedImage],
+    conversation: Conversation | None = None,
 ) -> Iterator[StartedAnswer]:
-    """Yield the answer, or with `--chunk` one for each part and one for the whole video."""
+    """Yield the answer, or with `--chunk` one for each part and one for the whole video.
+
+    Args:
+        vlm: The model.
+        options: How to answer.
+        question: What to ask.
+        images: Its pictures, opened.
+        conversation: What the question goes on with; None for nothing.
+    """
     assert question.prompt is not None
     seconds = options.frames.chunk_s
     if seconds is None:
         for image in images:
             print_cost(vlm, image, options.detail)
+        pictures = [one.image for one in images]
+        clips = [sample_video(vlm, one) for one in question.videos]
+        if conversation is not None:
+            yield StartedAnswer(conversation.stream(question.prompt, pictures, videos=clips))
+            return
         stream = vlm.stream(
             question.prompt,
-            images=[one.image for one in images],
-            videos=[sample_video(vlm, one) for one in question.videos],
+            images=pictures,
+            videos=clips,
             system=options.system,
             sampling=options.sampling,
             detail=options.detail,

@@ -9,7 +9,7 @@ from typer.core import TyperCommand
 # The options of each command by what they are about, as they are written on the command line.
 GROUPS = {
     "chat": {
-        "Basics": "--image --video --model --system --help",
+        "Basics": "--image --video --model --continue --system --help",
         "Pictures and video": "--detail --fps --max-frames --start --end --sample --chunk --frames",
         "Answer": "--max-tokens --temperature --top-p --seed --stop --schema --regex --draft",
         "Model": "--bits --adapter --offline",

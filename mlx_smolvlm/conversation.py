@@ -244,8 +244,13 @@ class Conversation:
             twin._state = None if self._state is None else self._state.fork()
         return twin
 
-    def save(self, path: str | os.PathLike[str]) -> None:
+    def save(self, path: str | os.PathLike[str], *, with_cache: bool = True) -> None:
         """Write the transcript, its encoded media and its keys and values to one file.
+
+        Args:
+            path: The file.
+            with_cache: Whether to write the keys and values, which are most of the file. Without
+                them, the first question after `load` computes them again.
 
         Raises:
             OSError: The file cannot be written, or is a device or a pipe. An existing file is
@@ -257,7 +262,8 @@ class Conversation:
             self._finish_answer()
             for medium in _list_media(self._turns):
                 self._engine.encode([medium])
-            saved = SavedConversation(self._system, self._turns, self._state)
+            state = self._state if with_cache else None
+            saved = SavedConversation(self._system, self._turns, state)
             write_conversation(saved, target, self._engine.checkpoint_digest)
 
     def load(self, path: str | os.PathLike[str]) -> None:

@@ -23,6 +23,7 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.output import create_output
 from prompt_toolkit.styles import Style
 
+from mlx_smolvlm.cli.conversations import HISTORY_VARIABLE
 from mlx_smolvlm.cli.output import say
 from mlx_smolvlm.cli.paths import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from mlx_smolvlm.cli.terminal.commands import COMMANDS
@@ -32,7 +33,6 @@ from mlx_smolvlm.convert.hub import find_cache_folder
 from mlx_smolvlm.errors import SmolVLMError
 from mlx_smolvlm.files import expand_path, make_private_folder, open_file, write_file
 
-HISTORY_VARIABLE = "MLX_SMOLVLM_HISTORY"
 MAX_HISTORY_BYTES = 1 << 20  # a longer file loses its older half
 _PATH_SUFFIXES = {"/image": IMAGE_SUFFIXES, "/video": VIDEO_SUFFIXES, "/save": (), "/load": ()}
 

@@ -29,11 +29,21 @@ from mlx_smolvlm.errors import SmolVLMError
 if TYPE_CHECKING:
     from mlx_smolvlm import SmolVLM
     from mlx_smolvlm.cli.args import ChatOptions
+    from mlx_smolvlm.cli.conversations import KeptConversation
     from mlx_smolvlm.cli.media import OpenedMedium
 
 
-def converse(vlm: SmolVLM, options: ChatOptions, media: list[OpenedMedium]) -> int:
-    """Hold a conversation that begins with `media`; return the exit status."""
+def converse(
+    vlm: SmolVLM,
+    options: ChatOptions,
+    media: list[OpenedMedium],
+    kept: KeptConversation | None = None,
+) -> int:
+    """Hold a conversation that begins with `media`, or goes on with them; return the exit status.
+
+    Raises:
+        CheckpointError: The conversation that was `kept` belongs to another model.
+    """
     make_screen: Callable[[], Screen] = PlainScreen
     if can_draw() and not (options.json or options.plain or wants_plain()):
         from mlx_smolvlm.cli.terminal.live import LiveScreen
@@ -41,7 +51,7 @@ def converse(vlm: SmolVLM, options: ChatOptions, media: list[OpenedMedium]) -> i
 
         make_screen = functools.partial(LiveScreen, Renderer())
     say(f"{name_model(options, vlm)}: /help lists the commands, Ctrl-D leaves", dim=True)
-    talk = Talk(vlm, options, Printer(vlm, options, make_screen))
+    talk = Talk(vlm, options, Printer(vlm, options, make_screen), kept)
     talk.add_media(media)
     return Session(talk).run()
 
@@ -55,6 +65,12 @@ class Session:
 
     def run(self) -> int:
         """Read lines until the user leaves; return the exit status."""
+        status = self._read_lines()
+        self.talk.say_goodbye()
+        return status
+
+    def _read_lines(self) -> int:
+        """Read and execute lines until the user leaves; return the exit status."""
         was_interrupted = False
         while True:
             try:
@@ -88,7 +104,9 @@ class Session:
         No error ends the session, since the conversation would be lost with it.
         """
         try:
-            return self._execute(line)
+            goes_on = self._execute(line)
+            self.talk.keep()
+            return goes_on
         except OutputClosedError:  # the answers are not read any more
             raise
         except SmolVLMError as error:

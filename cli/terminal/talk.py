@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from mlx_smolvlm.cli.conversations import Keeper, KeptConversation, resume_conversation
 from mlx_smolvlm.cli.load import name_model
 from mlx_smolvlm.cli.many_pictures import expand_sources, open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
@@ -25,7 +26,7 @@ from mlx_smolvlm.errors import PromptError, escape_controls
 from mlx_smolvlm.files import expand_path
 
 if TYPE_CHECKING:
-    from mlx_smolvlm import AnswerStream, Conversation, Reply, SmolVLM
+    from mlx_smolvlm import AnswerStream, Reply, SmolVLM
     from mlx_smolvlm.cli.args import ChatOptions
     from mlx_smolvlm.cli.printer import Printer
     from mlx_smolvlm.media.video import Clip
@@ -39,24 +40,32 @@ class Talk:
     A method that raises an error leaves the conversation as it was.
     """
 
-    def __init__(self, vlm: SmolVLM, options: ChatOptions, printer: Printer) -> None:
+    def __init__(
+        self,
+        vlm: SmolVLM,
+        options: ChatOptions,
+        printer: Printer,
+        kept: KeptConversation | None = None,
+    ) -> None:
         self._vlm, self._options, self._printer = vlm, options, printer
         self._thumbnails = Thumbnails(options.pictures)
         self._images: list[OpenedImage] = []
         self._clips: list[Clip] = []
         self._reply: Reply | None = None
         self._retries = 0
-        self._conversation = self._start(options.system)
+        self._keeper = Keeper(vlm, kept)
+        self._conversation = resume_conversation(vlm, options, kept)
+        if kept is not None:
+            self._print_transcript()
 
-    def _start(self, system: str | None) -> Conversation:
-        """Start a conversation with the options of the command."""
-        options = self._options
-        return self._vlm.chat(
-            system=system,
-            sampling=options.sampling,
-            detail=options.detail,
-            on_full=options.on_full,
-        )
+    def keep(self) -> None:
+        """Keep what was said for `chat --continue`, if it has changed."""
+        self._keeper.keep(self._conversation)
+
+    def say_goodbye(self) -> None:
+        """Say how to go on later."""
+        if self._keeper.has_file:
+            say("mlx-smolvlm chat --continue goes on with this conversation", dim=True)
 
     def format_status(self) -> str:
         """Return the model, the context, the media to send and the last speed in one line."""
@@ -184,6 +193,7 @@ class Talk:
         """Start over with the same system message."""
         self._images, self._clips = [], []
         self._conversation.reset()
+        self._keeper.start_new()
         say("started over", dim=True)
 
     def set_system(self, text: str) -> None:
@@ -225,12 +235,11 @@ class Talk:
     def load(self, argument: str) -> None:
         """Show the conversation in the file that `argument` names, and go on with it."""
         self._conversation.load(_parse_path("/load", argument))
+        self._keeper.start_new()
         self._print_transcript()
-        count = self._count_questions() or "no question"
-        say(f"{count} and what was answered", dim=True)
 
     def _print_transcript(self) -> None:
-        """Print what was said, as it looked when it was said."""
+        """Print what was said, as it looked when it was said, and how much it was."""
         for message in self._conversation.messages:
             items = message["content"]
             text = "".join(item.get("text", "") for item in items)
@@ -240,6 +249,7 @@ class Talk:
             media = "".join(f"[{item['type']}] " for item in items if item["type"] != "text")
             head = "> " if message["role"] == "user" else f"{message['role']}: "
             say(head + (media + text).replace("\n", "\n  "))
+        say(f"{self._count_questions() or 'no question'} and what was answered", dim=True)
 
     def print_stats(self) -> None:
         """Print the counts and speed of the last answer, and the context used."""

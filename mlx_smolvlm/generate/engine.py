@@ -109,10 +109,10 @@ class Engine:
 
     @cached_property
     def checkpoint_digest(self) -> str:
-        """Digest of all files of the checkpoint and its adapter, which are read for it."""
-        from mlx_smolvlm.reuse.disk import digest_checkpoint
+        """Digest of all files of the checkpoint and its adapter, remembered in the cache."""
+        from mlx_smolvlm.reuse.disk import digest_checkpoint, find_memo
 
-        return digest_checkpoint(self.path, adapter=self.adapter)
+        return digest_checkpoint(self.path, find_memo(), self.adapter)
 
     @property
     def tile_batch(self) -> int:

@@ -25,6 +25,7 @@ from mlx_smolvlm.config import Config
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import (
     expand_path,
+    locate_cache,
     make_private_folder,
     open_file,
     read_file,
@@ -435,6 +436,15 @@ def digest_checkpoint(folder: Path, memo: Path | None = None, adapter: Path | No
             memory[str(folder.resolve())] = [stamp, digest]
             write_file(memo, json.dumps(memory), follow_links=False)
     return digest
+
+
+def find_memo() -> Path | None:
+    """Return the file in the cache for digests of checkpoints; None if there is no cache."""
+    try:
+        folder = locate_cache()
+    except OSError:
+        return None
+    return folder / "digests.json" if folder.is_dir() else None
 
 
 def _read_memo(memo: Path) -> dict[str, Any]:

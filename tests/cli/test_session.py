@@ -273,7 +273,8 @@ def test_no_history(start: Talk, tmp_path: Path, value: str) -> None:
     terminal.ready()
     terminal.send("\x1b[A")
     terminal.expect("(?m)^> First(.|\n)*^> First")  # of this conversation
-    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "cache" / "history").exists()
+    assert (tmp_path / "cache").exists() == bool(value)  # "" keeps nothing at all
 
 
 def test_bytes_that_are_no_utf_8(start: Talk, picture: Path) -> None:

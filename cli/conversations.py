@@ -1,0 +1,211 @@
+"""Conversations that are kept in the cache, so that `chat --continue` goes on with the last one.
+
+Each is a file as `/save` writes it, but without keys and values, and a small one that says which
+model it belongs to. It is written after every answer, so a program that is killed loses at most
+the answer that it was giving.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import secrets
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_smolvlm.cli.output import describe_os_error, say
+from mlx_smolvlm.errors import CheckpointError, PromptError, SmolVLMError
+from mlx_smolvlm.files import (
+    locate_cache,
+    make_private_folder,
+    read_file,
+    remove_leftovers,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from mlx_smolvlm import Conversation, SmolVLM
+    from mlx_smolvlm.cli.args import ChatOptions
+
+HISTORY_VARIABLE = "MLX_SMOLVLM_HISTORY"  # if it is empty, nothing of a conversation is kept
+MAX_FILES, MAX_BYTES = 10, 512 * 1024**2  # of conversations; the newest one always stays
+SUFFIX, _MAX_OWNER = ".chat", 1 << 16
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Which model a conversation belongs to: a checkpoint's folder or "demo", and an adapter's."""
+
+    model: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class KeptConversation:
+    """The file of a conversation, and its model."""
+
+    path: Path
+    owner: Owner
+
+    def choose_model(self, options: ChatOptions) -> ChatOptions:
+        """Return options that load its model, unless they name one themselves."""
+        if options.model is not None:
+            return options
+        adapter = None if self.owner.adapter is None else Path(self.owner.adapter)
+        return replace(options, model=self.owner.model, adapter=options.adapter or adapter)
+
+
+def find_folder() -> Path:
+    """Return the folder of the conversations, which may not exist."""
+    return locate_cache() / "conversations"
+
+
+def is_keeping() -> bool:
+    """Return whether conversations are kept."""
+    return os.environ.get(HISTORY_VARIABLE) != ""
+
+
+def find_last_conversation() -> KeptConversation:
+    """Return the conversation with the latest answer.
+
+    Raises:
+        PromptError: None is kept.
+    """
+    if not is_keeping():
+        raise PromptError(f"${HISTORY_VARIABLE} is empty, so no conversation is kept")
+    for path in _list_conversations(find_folder()):
+        try:
+            values = json.loads(read_file(_owner_path(path), _MAX_OWNER, own_only=True))
+            model, adapter = values["model"], values["adapter"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if isinstance(model, str) and isinstance(adapter, str | None):
+            return KeptConversation(path, Owner(model, adapter))
+    raise PromptError("there is no conversation to go on with; mlx-smolvlm chat begins one")
+
+
+def resume_conversation(
+    vlm: SmolVLM, options: ChatOptions, kept: KeptConversation | None
+) -> Conversation:
+    """Return the conversation that `kept` holds, or a new one, with the options of the command.
+
+    Raises:
+        CheckpointError: It belongs to another model, or its file is damaged.
+    """
+    conversation = vlm.chat(
+        system=options.system,
+        sampling=options.sampling,
+        detail=options.detail,
+        on_full=options.on_full,
+    )
+    if kept is None:
+        return conversation
+    owner = describe_owner(vlm)
+    if owner != kept.owner:
+        with_adapter = f" --adapter {kept.owner.adapter}" if kept.owner.adapter else ""
+        raise CheckpointError(
+            f"the last conversation was held with -m {kept.owner.model}{with_adapter}; leave out "
+            "--model and --adapter to go on with it"
+        )
+    conversation.load(kept.path)
+    if options.system is not None:
+        conversation.system = options.system
+    return conversation
+
+
+def describe_owner(vlm: SmolVLM) -> Owner:
+    """Return what says which model `vlm` is."""
+    from mlx_smolvlm.convert.hub import DEMO, resolve
+
+    adapter = None if vlm.adapter is None else str(vlm.adapter.resolve())
+    is_demo = vlm.path == resolve(DEMO)
+    return Owner(DEMO if is_demo else str(vlm.path.resolve()), adapter)
+
+
+class Keeper:
+    """Keeps a conversation in a file of its own.
+
+    Args:
+        vlm: Its model.
+        kept: The conversation that goes on, in the same file; None for a new one.
+    """
+
+    def __init__(self, vlm: SmolVLM, kept: KeptConversation | None = None) -> None:
+        self._owner, self._path = describe_owner(vlm), None if kept is None else kept.path
+        self._messages: object = None  # those in the file
+        self._is_on = is_keeping()
+
+    @property
+    def has_file(self) -> bool:
+        """Whether there is something to go on with."""
+        return self._path is not None and self._path.exists()
+
+    def start_new(self) -> None:
+        """Leave the file as it is, and use another one from now on."""
+        self._path = None
+
+    def keep(self, conversation: Conversation) -> None:
+        """Write the conversation if it has changed; if that fails, say so once, and stop.
+
+        The file of one whose questions were all taken back is removed.
+        """
+        messages = conversation.messages
+        if not self._is_on or messages == self._messages:
+            return
+        try:
+            if any(message["role"] == "user" for message in messages):
+                self._write(conversation)
+            elif self._path is not None:
+                _remove(self._path)
+            self._messages = messages
+        except (OSError, SmolVLMError) as error:
+            self._is_on = False
+            text = describe_os_error(error) if isinstance(error, OSError) else str(error)
+            say(f"this conversation is not kept for --continue: {text}", dim=True)
+
+    def _write(self, conversation: Conversation) -> None:
+        folder = find_folder()
+        make_private_folder(folder)
+        if self._path is None:
+            stamp = time.strftime("%Y-%m-%d-%H%M%S")
+            self._path = folder / f"{stamp}-{secrets.token_hex(3)}{SUFFIX}"
+        owner = json.dumps(dataclasses.asdict(self._owner))
+        if not _owner_path(self._path).exists():
+            write_file(_owner_path(self._path), owner, mode=0o600, follow_links=False)
+        conversation.save(self._path, with_cache=False)
+        remove_leftovers(folder)
+        _remove_old(folder)
+
+
+def _owner_path(path: Path) -> Path:
+    """Return the file that holds the `Owner` of the conversation at `path`."""
+    return path.with_suffix(".json")
+
+
+def _list_conversations(folder: Path) -> list[Path]:
+    """Return the files of conversations in `folder`, the one written last first."""
+    with_times = []
+    for path in folder.glob(f"*{SUFFIX}"):
+        try:
+            with_times.append((path.stat().st_mtime_ns, path))
+        except OSError:  # removed by another process
+            continue
+    return [path for _, path in sorted(with_times, reverse=True)]
+
+
+def _remove_old(folder: Path) -> None:
+    """Remove the oldest conversations, so that the others are few and small enough."""
+    total = 0
+    for number, path in enumerate(_list_conversations(folder)):
+        total += path.stat().st_size
+        if number and (number >= MAX_FILES or total > MAX_BYTES):
+            _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a conversation; the one that is written now has another path."""
+    path.unlink(missing_ok=True)
+    _owner_path(path).unlink(missing_ok=True)
