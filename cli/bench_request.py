@@ -34,7 +34,7 @@ class BenchRequest:
 
     def __post_init__(self) -> None:
         from mlx_smolvlm.bench.peer import PEERS
-        from mlx_smolvlm.bench.random_model import SIZES
+        from mlx_smolvlm.convert.catalog import SIZES
 
         for number in self.bits:
             if number not in BITS:
