@@ -33,7 +33,7 @@ TYPED = (
     "Where is the square?",
     "What color is the star?",
 )
-COLUMNS, ROWS = 72, 27
+COLUMNS, ROWS = 72, 29
 CELL = (9, 19)  # of a character, in pixels
 MARGIN, BAR = 16, 34  # around the text; the title bar
 KEY_S, WORD_S, READ_S, END_S = 0.045, 0.09, 1.4, 4.0
