@@ -187,9 +187,8 @@ class Recorder(Emulator):
             self.wait(lambda key=key: self._typed().endswith(key), key)  # type: ignore[misc]
             self.snap(KEY_S)
         self.time_s += 0.4
-        before = len(self.lines())
         self.send("\r")
-        self.wait(lambda: len(self.text()) != before and self._is_waiting(), "the next prompt")
+        self.wait(lambda: not self._typed().endswith(line) and self._is_waiting(), "a prompt")
         self.settle()
         self.time_s += READ_S
 

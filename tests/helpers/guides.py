@@ -253,7 +253,8 @@ class Desk:
             assert terminal.status() == 0
         finally:
             terminal.close()
-        return [re.sub(r"\x1b\[\d*m|\r", "", "".join(shown))]
+        # On a slow machine, a line of progress is shown and erased.
+        return [re.sub(r"[^\n]*\x1b\[K|\x1b\[\d*m|\r", "", "".join(shown))]
 
     def check(self, block: Block, command: Command, printed: list[str]) -> None:
         """Compare what is printed with what the page shows.
