@@ -110,7 +110,10 @@ def resume_conversation(
             f"the last conversation was held with -m {kept.owner.model}{with_adapter}; leave out "
             "--model and --adapter to go on with it"
         )
-    conversation.load(kept.path)
+    try:
+        conversation.load(kept.path)
+    except CheckpointError as error:  # such as a model that was converted again
+        raise CheckpointError(f"{error}; mlx-smolvlm chat begins another conversation") from None
     if options.system is not None:
         conversation.system = options.system
     return conversation

@@ -104,11 +104,15 @@ def say_wrapped(text: str) -> None:
     if sys.stderr.isatty():
         import textwrap
 
-        columns = 80
-        with contextlib.suppress(OSError):
-            columns = os.get_terminal_size(sys.stderr.fileno()).columns or columns
-        text = textwrap.fill(text, max(columns, 20))
+        text = textwrap.fill(text, max(_count_columns(), 20))
     say(text)
+
+
+def _count_columns() -> int:
+    """Return the width of the terminal that is stderr; 80 if it is unknown."""
+    with contextlib.suppress(OSError):
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    return 80
 
 
 def warn(message: object) -> None:
@@ -207,7 +211,9 @@ class ProgressBar:
         self._drawn_at, self._drawn = now, True
         filled = int(self.WIDTH * done / max(total, 1))
         bar = "#" * filled + "." * (self.WIDTH - filled)
-        sys.stderr.write(f"\r\x1b[K[{bar}] {escape_controls(text)}")
+        line = f"[{bar}] {escape_controls(text)}"
+        # A longer line would be wrapped, and its beginning stay when the next one is drawn.
+        sys.stderr.write(f"\r\x1b[K{line[: _count_columns() - 1]}")
         sys.stderr.flush()
 
     def close(self) -> None:

@@ -119,3 +119,23 @@ def test_an_answer_is_shown_once_while_the_pane_becomes_narrower(pane: Pane) -> 
         assert text.count(words) == 1
     assert "**" not in text
     pane.expect("The end. > demo |")  # the next prompt
+
+
+def test_a_progress_bar_stays_on_its_line(pane: Pane, tmp_path: Path) -> None:
+    script = tmp_path / "bar.py"
+    script.write_text(
+        "from mlx_smolvlm.cli.output import ProgressBar\nimport os, time\n"
+        "bar = ProgressBar()\n"
+        "for n in range(12):\n"
+        "    bar.draw(n, 12, f'{n} of 30 tiles read, {n} encoded, and more words about them')\n"
+        "    time.sleep(0.11)\n"
+        "bar.close()\nprint('done')\n"
+    )
+    command = shlex.join(["env", "PYTHONPATH=" + str(Path(__file__).parents[2]), sys.executable])
+    pane.run("respawn-pane", "-k", "-t", "0.1", f"{command} {script}; cat")
+    pane.resize(170)  # so that the other pane is narrow
+    end = time.monotonic() + pty_terminal.PATIENCE_S
+    while "done" not in (text := pane.run("capture-pane", "-p", "-S", "-", "-t", "0.1")):
+        assert time.monotonic() < end, text
+        time.sleep(0.05)
+    assert text.count("[#") <= 1  # one from before it was narrow
