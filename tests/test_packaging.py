@@ -18,22 +18,36 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # As much of Homebrew as the formula uses: it prints what the formula says, and what it would do.
 HOMEBREW = r"""
 require "pathname"
-class Pathname
-  def /(other) = join(other)
-  def install(files) = puts("install " + files.sort.join(" "))
-  def write(text) = puts("write #{self}", text)
+class Folder < Pathname
+  def /(other)
+    Folder.new(File.join(to_s, other))
+  end
+  def install(files)
+    puts "install " + files.sort.join(" ")
+  end
+  def write(text)
+    puts "write #{self}", text
+  end
 end
 class Formula
-  class << self
-    %i[desc homepage url version license depends_on].each do |name|
-      define_method(name) { |*values| puts("#{name} #{values.map(&:inspect).join(', ')}") }
+  %w[desc homepage url version license depends_on].each do |name|
+    define_singleton_method(name) do |*values|
+      puts "#{name} #{values.map { |value| value.inspect }.join(", ")}"
     end
-    def test = nil
-    def [](name) = Struct.new(:opt_bin).new(Pathname.new("/opt/#{name}/bin"))
   end
-  def libexec = Pathname.new("/cellar/libexec")
-  def bin = Pathname.new("/cellar/bin")
-  def system(*words) = puts("run " + words.join(" "))
+  def self.test; end
+  def self.[](name)
+    Struct.new(:opt_bin).new(Folder.new("/opt/#{name}/bin"))
+  end
+  def libexec
+    Folder.new("/cellar/libexec")
+  end
+  def bin
+    Folder.new("/cellar/bin")
+  end
+  def system(*words)
+    puts "run " + words.join(" ")
+  end
 end
 load ARGV[0]
 MlxSmolvlm.new.install
