@@ -137,7 +137,7 @@ class Keeper:
     """
 
     def __init__(self, vlm: SmolVLM, kept: KeptConversation | None = None) -> None:
-        self._owner, self._path = describe_owner(vlm), None if kept is None else kept.path
+        self._vlm, self._path = vlm, None if kept is None else kept.path
         self._messages: object = None  # those in the file
         self._is_on = is_keeping()
 
@@ -175,8 +175,8 @@ class Keeper:
         if self._path is None:
             stamp = time.strftime("%Y-%m-%d-%H%M%S")
             self._path = folder / f"{stamp}-{secrets.token_hex(3)}{SUFFIX}"
-        owner = json.dumps(dataclasses.asdict(self._owner))
         if not _owner_path(self._path).exists():
+            owner = json.dumps(dataclasses.asdict(describe_owner(self._vlm)))
             write_file(_owner_path(self._path), owner, mode=0o600, follow_links=False)
         conversation.save(self._path, with_cache=False)
         remove_leftovers(folder)

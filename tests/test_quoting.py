@@ -106,6 +106,7 @@ def test_usage_errors_keep_their_form(command):
 @pytest.mark.parametrize("is_terminal", [False, True])
 def test_all_that_is_said_is_escaped(monkeypatch, capsys, is_terminal):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    monkeypatch.setattr(output, "_count_columns", lambda: 200)
     output.say(HOSTILE)
     output.warn(HOSTILE)
     output.fail(f"{HOSTILE}\nerror: forged")

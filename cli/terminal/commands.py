@@ -37,12 +37,12 @@ ALIASES = {
 }
 
 KEYS = """\
-A path dropped on an empty line is added to the next message as a picture or video.
+A path typed in a message, or dropped on a line, shows the picture or video.
 Type two slashes (//) to begin a message with a slash.
-Ctrl-C stops an answer or clears the line; pressed twice on an empty line, it leaves."""
+Ctrl-C stops an answer or drops the line; twice on an empty line, it leaves."""
 EDITING_KEYS = """\
-Alt-Enter (or Esc, Enter) starts a new line; Up and Ctrl-R find earlier ones; Tab completes
-commands and paths."""
+Alt-Enter (or Esc, Enter) starts a new line; Up and Ctrl-R find earlier ones.
+Tab completes commands and paths, also within a message."""
 
 
 def format_help(is_edited: bool) -> str:

@@ -207,7 +207,7 @@ class Talk:
             return
         self._conversation.system = text
         count = self._count_questions()
-        kept = f"; {count} and what was answered stay (/reset drops them)" if count else ""
+        kept = f"; {count} and what was answered stay" if count else ""
         say(f"the system message is set{kept}", dim=True)
 
     def _count_questions(self) -> str:
