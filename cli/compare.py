@@ -11,6 +11,7 @@ import typer
 
 from mlx_smolvlm.cli.args import OfflineOption, check_output, decode_text, parse_detail
 from mlx_smolvlm.cli.output import ProgressBar, format_table, say, write
+from mlx_smolvlm.cli.paths import IMAGE_SUFFIXES
 from mlx_smolvlm.files import expand_path, write_output
 
 if TYPE_CHECKING:
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from mlx_smolvlm.convert.source import Source
     from mlx_smolvlm.media.tiles import Detail
 
-PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 COMPARE_EPILOG = """\
 \b
 Examples:
@@ -221,9 +221,9 @@ def find_pictures(folder: Path) -> tuple[tuple[str, Path], ...]:
         raise typer.BadParameter(f"{folder}: {error.strerror}", param_hint="pictures") from None
     if not folder.is_dir():
         raise typer.BadParameter(f"{folder} is not a folder", param_hint="pictures")
-    pictures = [one for one in sorted(folder.iterdir()) if one.suffix.lower() in PICTURE_SUFFIXES]
+    pictures = [one for one in sorted(folder.iterdir()) if one.suffix.lower() in IMAGE_SUFFIXES]
     if not pictures:
         raise typer.BadParameter(
-            f"{folder} has no pictures ({', '.join(PICTURE_SUFFIXES)})", param_hint="pictures"
+            f"{folder} has no pictures ({', '.join(IMAGE_SUFFIXES)})", param_hint="pictures"
         )
     return tuple((one.name, one) for one in pictures)

@@ -10,7 +10,7 @@ from mlx_smolvlm.files import expand_path
 
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".gif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".heic"),
-    *(".heif", ".jfif", ".ppm", ".pgm", ".jp2", ".ico", ".tga"),
+    *(".heif", ".hif", ".jfif", ".ppm", ".pgm", ".jp2", ".ico", ".tga"),
 )
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv"),

@@ -26,8 +26,9 @@ LOADED_OTHERWISE = {"cmeel-openblas"}  # a shared library that runtime.py opens 
 LEAVES = {
     "files", "records", "runtime",
     "kv.bounded", "kv.cache", "kv.options", "model.connector", "model.text", "model.vision",
-    "media.animation", "media.budget", "media.decode", "media.download", "media.fetch",
-    "media.picture", "media.readers", "media.tiles", "media.timeline", "media.video",
+    "media.animation", "media.boxes", "media.budget", "media.decode", "media.download",
+    "media.fetch", "media.formats", "media.heic", "media.picture",
+    "media.readers", "media.tiles", "media.timeline", "media.video",
     "generate.json_schema", "generate.sampling",
 }  # fmt: skip
 PACKAGE = "mlx_smolvlm"

@@ -50,7 +50,7 @@ class AnimationReader(HasTimeline):
         if not delays_s:
             raise MediaError(f"{name} has no frames; it may be truncated or damaged")
         if len(delays_s) == 1:
-            raise MediaError(f"{name} is a single picture; give it as an image")
+            raise MediaError(f"{name} is a single picture; give it as an image (-i, /image)")
         self.timeline = build_delay_timeline(delays_s)
 
     @contextlib.contextmanager

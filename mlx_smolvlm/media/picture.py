@@ -6,7 +6,6 @@ Deliberate differences from transformers are listed in docs/decisions/images.md.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import threading
 import warnings
@@ -20,16 +19,14 @@ from PIL import Image, UnidentifiedImageError
 from mlx_smolvlm.errors import MediaError, format_error
 from mlx_smolvlm.media.budget import MAX_EXIF_BYTES, PictureStream, check_size
 from mlx_smolvlm.media.fetch import describe_source, is_remote, open_bytes
+from mlx_smolvlm.media.formats import HEAD_BYTES, describe_unknown_picture, is_heic
 
 Size = tuple[int, int]  # width, height
 
 # Formats that Pillow may detect. Others start programs (EPS), refer to further files, or are
 # old and little tested. TGA has no signature, so it comes last.
 FORMATS = (
-    *("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000"),
-    *(
-        ("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()
-    ),  # Pillow 11.3 and newer
+    *("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "ICO", "JPEG2000", "AVIF"),
     "TGA",
 )
 
@@ -126,17 +123,20 @@ def open_lazily(stream: BinaryIO, name: str) -> Image.Image:
     """Open the picture in an open file without decoding it.
 
     Raises:
-        MediaError: The format is not one of `FORMATS`, or the picture is too large for Pillow.
+        MediaError: The format is neither one of `FORMATS` nor HEIC, or the picture is too large.
     """
     try:
         return Image.open(stream, formats=FORMATS)
     except UnidentifiedImageError:
-        raise MediaError(
-            f"{name} is not a picture, or is in a format that cannot be read; "
-            "convert it to PNG or JPEG"
-        ) from None
+        stream.seek(0)
+        head = stream.read(HEAD_BYTES)
+        if not is_heic(head):
+            raise MediaError(f"{name} {describe_unknown_picture(head)}") from None
     except Image.DecompressionBombError as error:
         raise MediaError(f"{name} is too large: {error}") from None
+    from mlx_smolvlm.media.heic import HeicImage  # imports PyAV
+
+    return HeicImage(stream, name)
 
 
 def _load_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -21,6 +21,7 @@ from mlx_smolvlm.errors import MediaError, format_error
 from mlx_smolvlm.files import digest_stream
 from mlx_smolvlm.media.animation import AnimationReader
 from mlx_smolvlm.media.budget import check_size
+from mlx_smolvlm.media.formats import describe_picture_in_video
 from mlx_smolvlm.media.picture import open_image
 from mlx_smolvlm.media.timeline import (
     HasTimeline,
@@ -247,11 +248,21 @@ def open_reader(open_stream: Callable[[], BinaryIO], name: str) -> VideoReader:
         MediaError: The file is not a video that can be read.
     """
     with open_stream() as stream:
-        head = stream.read(16)
+        head = stream.read(64)
     if not head:
         raise MediaError(f"{name} is empty")
-    is_animation = head[:4] == b"GIF8" or head[8:12] == b"WEBP" or head[:8] == b"\x89PNG\r\n\x1a\n"
-    return (AnimationReader if is_animation else FileReader)(open_stream, name)
+    reason = describe_picture_in_video(head)
+    is_jpeg = head.startswith(b"\xff\xd8\xff")  # which also begins a stream of Motion JPEG
+    if reason and not is_jpeg:
+        raise MediaError(f"{name} {reason}")
+    if head[:4] == b"GIF8" or head[8:12] == b"WEBP" or head[:8] == b"\x89PNG\r\n\x1a\n":
+        return AnimationReader(open_stream, name)
+    try:
+        return FileReader(open_stream, name)
+    except MediaError:
+        if is_jpeg:
+            raise MediaError(f"{name} {reason}") from None
+        raise
 
 
 def _get_metadata_options(pyav_version: str) -> dict[str, Any]:
