@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING
 
-from mlx_smolvlm.cli.output import ConversionProgress, say
+from mlx_smolvlm.cli.output import ConversionProgress, say_wrapped
 
 if TYPE_CHECKING:
     from mlx_smolvlm import SmolVLM
@@ -62,7 +62,7 @@ def choose_model(bits: int | None) -> str:
     text = config.quantization.text
     own_bits = 16 if text is None else text.bits
     is_new = bits not in (None, own_bits) and is_hub_id(config.source)
-    say(
+    say_wrapped(
         f"{shorten_source(config.source)} at {bits if is_new else own_bits} bits, the model used "
         "last (-m takes another, -m demo the demo)",
         dim=True,
@@ -82,4 +82,4 @@ def say_what_the_demo_knows(vlm: SmolVLM) -> None:
     from mlx_smolvlm.convert.hub import describe_demo
 
     if vlm.config.is_demo:
-        say(describe_demo("mlx-smolvlm chat -m {}"), dim=True)
+        say_wrapped(describe_demo("mlx-smolvlm chat -m {}"), dim=True)

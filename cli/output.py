@@ -99,13 +99,14 @@ def say(text: str, *, dim: bool = False, end: str = "\n") -> None:
         discard(sys.stderr)
 
 
-def say_wrapped(text: str) -> None:
-    """Write a line to stderr as `say` does; on a terminal, it breaks between words."""
+def say_wrapped(text: str, *, dim: bool = False) -> None:
+    """Write a line to stderr as `say` does; on a terminal, it breaks at blanks."""
     if sys.stderr.isatty():
         import textwrap
 
-        text = textwrap.fill(text, max(_count_columns(), 20))
-    say(text)
+        columns = max(_count_columns(), 20)
+        text = textwrap.fill(text, columns, break_on_hyphens=False)
+    say(text, dim=dim)
 
 
 def _count_columns() -> int:

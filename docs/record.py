@@ -27,6 +27,13 @@ from tests.helpers.pty_terminal import Emulator  # noqa: E402
 
 OUT = ROOT / "docs" / "session.svg"
 COMMAND = "mlx-smolvlm chat"
+# On any machine, the memory that the first line states is that of a Mac, as in the README.
+PROGRAM = """
+from mlx_smolvlm.generate import memory_plan
+memory_plan.find_machine = lambda: memory_plan.Machine("mlx-gpu", 2, 8 * 2**30)
+from mlx_smolvlm.cli.app import main
+main()
+"""
 TYPED = (
     "examples/three.png",
     "What is in this picture?",
@@ -110,7 +117,7 @@ class Recorder(Emulator):
         env |= {"TERM": "xterm-kitty", "MLX_SMOLVLM_CACHE": str(cache), "LC_ALL": "C.UTF-8"}
         env |= {"PYTHONPATH": str(ROOT), "COLORTERM": "truecolor", "TERM_PROGRAM": ""}
         os.chdir(ROOT)
-        super().__init__(["-m", "mlx_smolvlm.cli.app", "chat"], env, (COLUMNS, ROWS))
+        super().__init__(["-c", PROGRAM, "chat"], env, (COLUMNS, ROWS))
 
     def _set_size(self, columns: int, rows: int) -> None:
         import fcntl
