@@ -50,7 +50,9 @@ if TYPE_CHECKING:
 CHAT_EPILOG = """\
 \b
 Examples:
-  mlx-smolvlm chat "What is in this picture?" -i photo.png
+  mlx-smolvlm chat "What is in photo.png?"
+  mlx-smolvlm photo.png "Is anybody in it?" -m smolvlm2-500m
+  mlx-smolvlm chat "Which of them shows a dog?" -i holiday -m smolvlm2-500m --detail low
   mlx-smolvlm chat "What happens?" -v clip.mp4 -m smolvlm2-256m
   mlx-smolvlm chat "What is said on the signs?" -v walk.mp4 --chunk 60 -m smolvlm2-500m
   mlx-smolvlm chat "Read the text." -i page.png -m smolvlm2-500m --bits 4

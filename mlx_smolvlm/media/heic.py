@@ -146,7 +146,7 @@ def _is_alpha(item: Item) -> bool:
 
 def _make_decoder(configuration: bytes, width: int, height: int) -> VideoCodecContext:
     """Return a decoder of pictures of this size that refuses larger and damaged ones."""
-    decoder: Any = av.CodecContext.create("hevc", "r")
+    decoder = av.CodecContext.create("hevc", "r")
     decoder.extradata = configuration
     decoder.thread_count = 1  # with threads, PyAV may hang where a damaged picture is freed
     limit = (width + _MARGIN) * (height + _MARGIN)
