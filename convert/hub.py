@@ -235,11 +235,11 @@ def _find_converted(
             too.
         list_folders: Lists the folders that a conversion with these options may be in.
     """
-    from mlx_smolvlm.convert.fit import choose_bits
-
     newest = _find_newest(list_folders(options))
     if newest is not None or options.bits is not None or options.machine is None:
         return newest
+    from mlx_smolvlm.convert.fit import choose_bits
+
     for bits in BITS[1:]:
         newest = _find_newest(list_folders(replace(options, bits=bits)))
         if newest is not None and choose_bits(read_config(newest), options.machine).bits == bits:

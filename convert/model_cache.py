@@ -14,7 +14,7 @@ from typing import Literal
 
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import CONFIG_FILE, read_config
-from mlx_smolvlm.checkpoint.provenance import read_origin
+from mlx_smolvlm.checkpoint.provenance import measure_parts, read_origin
 from mlx_smolvlm.checkpoint.writer import PARTIAL_SUFFIX
 from mlx_smolvlm.config import DTYPE_BITS, FORMAT, FORMAT_VERSION, PARTS, Config
 from mlx_smolvlm.convert.hf_config import MODEL_TYPES
@@ -39,7 +39,8 @@ class CachedModel:
             conversion, "in progress" is being written.
         nbytes: Size of its files in bytes.
         bits: Bits of the decoder, 16 for float; 0 unless `state` is "whole".
-        parts: Bits per weight, by part; empty unless `state` is "whole".
+        parts: Bits of the weights by part, 32 for float32; where precisions are mixed, their mean
+            with scales. Empty unless `state` is "whole".
         source: Hub id, or name of the local folder; empty unless `state` is "whole".
         revision: Commit on the hub; None for a local source or if unknown.
         last_used_s: When it was last loaded, in seconds since 1970; None if unknown.
@@ -50,7 +51,7 @@ class CachedModel:
     state: CacheState
     nbytes: int
     bits: int = 0
-    parts: dict[str, int] = field(default_factory=dict)
+    parts: dict[str, float] = field(default_factory=dict)
     source: str = ""
     revision: str | None = None
     last_used_s: float | None = None
@@ -95,15 +96,17 @@ def _describe(path: Path) -> CachedModel | None:
         "whole",
         measure_folder(path),
         16 if text is None else text.bits,
-        get_part_bits(config),
+        _list_part_bits(path, config),
         config.source,
         None if origin is None else origin.revision,
         read_last_used(path),
     )
 
 
-def get_part_bits(config: Config) -> dict[str, int]:
-    """Return the bits per weight of each part, without overrides for single modules."""
+def _list_part_bits(folder: Path, config: Config) -> dict[str, float]:
+    """Return the bits of each part of the checkpoint in `folder`; of a mixture, the mean."""
+    if config.quantization.overrides:
+        return {part: round(one.bits_per_weight, 1) for part, one in measure_parts(folder).items()}
     kinds = {part: getattr(config.quantization, part) for part in PARTS}
     floats = DTYPE_BITS[config.dtype]
     return {part: kind.bits if kind is not None else floats for part, kind in kinds.items()}

@@ -2,14 +2,17 @@
 
 import json
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import tiny_config
 from tests.helpers import command
 from tests.helpers import tuning_cases as cases
 
@@ -94,6 +97,14 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tiny_folder: Path, work: Path
     assert (again.returncode, again.stdout) == (0, last.stdout)
     assert "this training has finished, with step 30; to train again," in again.stderr
     assert "going on" not in again.stderr
+
+
+def test_the_demo_is_named_as_it_is_typed(work: Path) -> None:
+    config = cases.write_config(work, "demo", steps=1, evaluate_every=1, detail="low")
+    first, *_ = run("train", config).stderr.splitlines()
+    assert re.match(r"training [\w, ]+ of demo \(lora, ", first), first
+    assert replace(tiny_config(), source="demo_recipe, fine-tuned").name == "demo, fine-tuned"
+    assert tiny_config().name == "tests/tiny"
 
 
 def test_errors_are_one_line(tiny_folder: Path, work: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from mlx_smolvlm.checkpoint.load import is_own, load_model
+from mlx_smolvlm.checkpoint.provenance import measure_parts
+from mlx_smolvlm.config import Quantization
 from mlx_smolvlm.convert import model_cache as cached
 from mlx_smolvlm.convert import source as convert_source
 from mlx_smolvlm.convert.hub import ResolveOptions, resolve
@@ -64,6 +66,17 @@ def test_conversions_are_listed_with_bits_origin_and_use(tmp_path, cache):
     plain = next(model for model in models.values() if model.source == "s")
     assert (plain.bits, plain.parts["text"], plain.revision) == (16, 32, None)
     assert plain.name.startswith("local/s-")
+
+
+def test_of_mixed_precisions_the_mean_is_listed(tmp_path, cache):
+    kinds = (("text_model.layers.0.*", Quantization(8, 32, "affine")),)
+    options = ConvertOptions(bits=2, vision_bits=16, group_size=32, overrides=kinds)
+    folder = convert_checkpoint(hf.make(tmp_path / "s"), cache / "a--b" / "abc-2bit-v2", options)
+    (model,) = list_cached_models()
+    sizes = measure_parts(folder)
+    assert model.parts == {part: round(one.bits_per_weight, 1) for part, one in sizes.items()}
+    assert 2 < model.parts["text"] < 10
+    assert model.parts["vision"] == 32
 
 
 def test_each_use_is_noted_and_older_conversions_know_none(cache):
