@@ -235,8 +235,8 @@ def chat(
             "it answers part by part, and goes on with nothing", param_hint="--chunk"
         )
     kept = find_last_conversation() if resume else None
-    announce_media(typed)
     question = read_question(options)
+    announce_media(typed)
     vlm = load_model(options if kept is None else kept.choose_model(options))
     say_what_the_demo_knows(vlm)
     images = open_closed(vlm, question.images, options.detail)

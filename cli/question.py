@@ -94,8 +94,8 @@ def read_typed_question(
             quoted, escaped or file:// URLs.
         num_images: Number of pictures that come before those in the question.
         num_videos: Likewise of videos.
-        has_media: Whether the model sees other pictures or videos. If so, a name without a folder
-            that is not there may only be talked about.
+        has_media: Whether the model sees other pictures or videos. If so, a name that is not there
+            may only be talked about, unless it has a folder or resembles the name of a file.
 
     Raises:
         MediaError: A picture or video that is meant does not exist.
@@ -114,8 +114,7 @@ def read_typed_question(
     missing = [one for one in mentions if not one.is_there]
     has_media = has_media or bool(there or num_images or num_videos)
     for one in missing:
-        is_meant = not has_media or (_has_folder(one.source) and not is_url(one.source))
-        if is_meant and len(text) <= MAX_QUESTION:
+        if len(text) <= MAX_QUESTION and (not has_media or _is_meant(one.source)):
             raise MediaError(describe_missing(one.source))
     if not there:
         return TypedQuestion(text, missing=tuple(one.source for one in missing))
@@ -184,8 +183,11 @@ def describe_missing(source: str) -> str:
     return f"{source!r} does not exist; {advice} (if no file is meant, leave out {suffix!r})"
 
 
-def _has_folder(source: str) -> bool:
-    return "/" in source or source.startswith("~")
+def _is_meant(source: str) -> bool:
+    """Return whether a name that is not there is a mistyped path: it has a folder, or resembles."""
+    if is_url(source):
+        return False
+    return "/" in source or source.startswith("~") or bool(find_similar_files(source))
 
 
 def find_mentions(text: str, begin: int = 0, stop: int | None = None) -> Iterator[Mention]:

@@ -89,6 +89,7 @@ def test_pictures_are_numbered_after_those_given_before(folder: Path) -> None:
         ("What is in 'no such one.png'?", "'no such one.png' does not exist; check the path"),
         ("Is day/x.png like photo.png?", "'day/x.png' does not exist"),
         ("Is ~/x.png like photo.png?", "'~/x.png' does not exist"),
+        ("Is phto.png like a.png?", "'phto.png' does not exist; did you mean 'photo.png'?"),
         ("Read https://me:secret@example.org/a.png", "https://example.org/a.png is not fetched"),
     ],
 )
@@ -156,8 +157,8 @@ def test_the_command_attaches_pictures_and_says_so(tiny_folder: Path, pictures: 
         (("red.png", "What", "is it?"), 1, "attached red.png; asking: What is it?"),
         (("chat", "-i", "red.png", "the blue.png", "Why?"), 2,
          "attached the blue.png; asking: Why?"),
-        (("chat", "-i", "red.png", "Is it in x.png?"), 1,
-         "hint: x.png is not attached, since it does not exist"),
+        (("chat", "-i", "red.png", "Is it in logo.png?"), 1,
+         "hint: logo.png is not attached, since it does not exist"),
     ):  # fmt: skip
         done = run_text(*arguments, *options, cwd=pictures)
         assert done.returncode == 0, done.stderr
