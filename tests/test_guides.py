@@ -58,7 +58,7 @@ def machine(
             "HF_TOKEN": fake_hub.TOKEN,
             "HF_HUB_OFFLINE": "0",
             "MLX_SMOLVLM_CACHE": str(home / "cache"),
-            "MLX_SMOLVLM_HISTORY": "",
+            "MLX_SMOLVLM_HISTORY": str(home / "history"),
         }
         modules = ["huggingface_hub._snapshot_download", "huggingface_hub.hf_api"]
         runner = Runner(environment(**changes), modules) if FORKS else None
