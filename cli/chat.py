@@ -29,7 +29,6 @@ from mlx_smolvlm.cli.args import (
 )
 from mlx_smolvlm.cli.conversations import Keeper, find_last_conversation, resume_conversation
 from mlx_smolvlm.cli.load import load_model, say_what_the_demo_knows
-from mlx_smolvlm.cli.many_pictures import ClosedImage, open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
     OpenedImage,
     OpenedVideo,
@@ -41,11 +40,11 @@ from mlx_smolvlm.cli.media import (
     sample_video,
 )
 from mlx_smolvlm.cli.printer import INTERRUPTED, Printer
-from mlx_smolvlm.cli.question import announce_media, read_arguments
 from mlx_smolvlm.errors import PromptError
 
 if TYPE_CHECKING:
     from mlx_smolvlm import AnswerStream, Conversation, SmolVLM
+    from mlx_smolvlm.cli.many_pictures import ClosedImage
 
 CHAT_EPILOG = """\
 \b
@@ -191,6 +190,9 @@ def chat(
     ] = False,
 ) -> None:
     """Ask about pictures, videos or text, once or in a conversation."""
+    from mlx_smolvlm.cli.many_pictures import open_closed
+    from mlx_smolvlm.cli.question import announce_media, read_arguments
+
     video_options = VideoOptions(
         fps=fps,
         max_frames=max_frames,
@@ -273,6 +275,8 @@ def read_question(options: ChatOptions) -> Question:
         MediaError: A picture or video cannot be opened.
         PromptError: stdin is empty, or not text.
     """
+    from mlx_smolvlm.cli.many_pictures import open_pictures
+
     images = open_pictures(options.images)
     videos = [open_video_source(source, options.frames) for source in options.videos]
     prompt = options.prompt

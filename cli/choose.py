@@ -26,7 +26,6 @@ from mlx_smolvlm.cli.args import (
     parse_memory_limit,
 )
 from mlx_smolvlm.cli.load import load_model, say_what_the_demo_knows
-from mlx_smolvlm.cli.many_pictures import open_closed, open_pictures
 from mlx_smolvlm.cli.media import (
     VideoOptions,
     open_video_source,
@@ -34,7 +33,6 @@ from mlx_smolvlm.cli.media import (
     sample_video,
 )
 from mlx_smolvlm.cli.output import format_table, write, write_json
-from mlx_smolvlm.cli.question import announce_media, read_arguments
 
 if TYPE_CHECKING:
     from mlx_smolvlm import CacheOptions
@@ -75,6 +73,8 @@ def choose(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Print the probability of each of several answers to a question."""
+    from mlx_smolvlm.cli.question import announce_media, read_arguments
+
     typed = read_arguments([question], image or (), video or ())
     options = ChooseOptions(
         question=typed.text,
@@ -126,6 +126,8 @@ def print_choices(options: ChooseOptions) -> None:
 
     Choices, pictures and videos are checked before the model is loaded.
     """
+    from mlx_smolvlm.cli.many_pictures import open_closed, open_pictures
+
     choices = decode_choices(options)
     pictures = open_pictures(options.images)
     videos = [open_video_source(source, VideoOptions()) for source in options.videos]

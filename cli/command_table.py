@@ -29,7 +29,7 @@ from mlx_smolvlm.cli.output import (
     say,
     write,
 )
-from mlx_smolvlm.cli.question import SUFFIXES
+from mlx_smolvlm.cli.paths import SUFFIXES
 from mlx_smolvlm.cli.train import TRAIN_EPILOG, train
 from mlx_smolvlm.errors import SmolVLMError, format_message
 

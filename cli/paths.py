@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from urllib.parse import unquote, urlsplit
 
@@ -16,6 +15,7 @@ VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".wmv", ".flv"),
     *(".ogv", ".3gp", ".mts"),
 )
+SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".pdf")  # a PDF is met by a hint
 
 
 def decode_file_url(source: str) -> str:
@@ -42,6 +42,8 @@ def is_video(path: str) -> bool:
 
 def find_similar_files(path: str) -> list[str]:
     """Return the path in the folder of `path` whose name resembles its own most, if one does."""
+    import difflib
+
     folder, name = os.path.split(path)
     try:
         names = os.listdir(expand_home(folder) or ".")

@@ -16,8 +16,7 @@ from mlx_smolvlm.cli.many_pictures import expand_sources
 from mlx_smolvlm.cli.media import is_url
 from mlx_smolvlm.cli.output import say
 from mlx_smolvlm.cli.paths import (
-    IMAGE_SUFFIXES,
-    VIDEO_SUFFIXES,
+    SUFFIXES,
     decode_file_url,
     expand_home,
     find_similar_files,
@@ -29,7 +28,6 @@ MAX_LENGTH = 1 << 14  # characters of a text in which paths are looked for
 MAX_QUESTION = 500  # characters; a longer text may quote names of files that are not meant
 MAX_NAMES = 6  # of attached files in a message
 _MAX_WORDS = 24  # of a path with spaces
-SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".pdf")  # a PDF is met by a hint
 _KINDS = "|".join(one[1:] for one in SUFFIXES)
 _SUFFIX = re.compile(rf"(?<=[^\s./\\'\"])\.(?:{_KINDS})(?![\w-]|\.\w)", re.IGNORECASE)
 _WORD_START = re.compile(r"(?:^|(?<=[\s'\"`(\[{<>=,:;]))(?=\S)")
