@@ -1,8 +1,8 @@
 """Conversations that are kept in the cache, so that `chat --continue` goes on with the last one.
 
 Each is a file as `/save` writes it, but without keys and values, and a small one that says which
-model it belongs to. It is written after every answer, so a program that is killed loses at most
-the answer that it was giving.
+model it belongs to. It is written after every answer, also one that a closed terminal stops, so
+only `kill -9` loses something: the answer that was being given.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.cli.output import describe_os_error, say
-from mlx_smolvlm.errors import CheckpointError, PromptError, SmolVLMError
+from mlx_smolvlm.errors import CheckpointError, PromptError
 from mlx_smolvlm.files import (
     locate_cache,
     make_private_folder,
@@ -164,7 +164,7 @@ class Keeper:
             elif self._path is not None:
                 _remove(self._path)
             self._messages = messages
-        except (OSError, SmolVLMError) as error:
+        except Exception as error:  # it must not end the session
             self._is_on = False
             text = describe_os_error(error) if isinstance(error, OSError) else str(error)
             say(f"this conversation is not kept for --continue: {text}", dim=True)

@@ -119,4 +119,5 @@ def _clear_modes(fd: int, without: int) -> Iterator[None]:
         termios.tcsetattr(fd, termios.TCSANOW, changed)
         yield
     finally:
-        termios.tcsetattr(fd, termios.TCSANOW, before)
+        with contextlib.suppress(termios.error):  # it may have been closed
+            termios.tcsetattr(fd, termios.TCSANOW, before)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.cli.load import name_model
@@ -62,12 +64,13 @@ class Session:
     def __init__(self, talk: Talk) -> None:
         self.talk = talk
         self._reader = make_line_reader()
+        self._signal = 0  # that asked the program to end
 
     def run(self) -> int:
         """Read lines until the user leaves; return the exit status."""
         status = self._read_lines()
         self.talk.say_goodbye()
-        return status
+        return 128 + self._signal if self._signal else status
 
     def _read_lines(self) -> int:
         """Read and execute lines until the user leaves; return the exit status."""
@@ -103,10 +106,10 @@ class Session:
 
         No error ends the session, since the conversation would be lost with it.
         """
+        goes_on = True
         try:
-            goes_on = self._execute(line)
-            self.talk.keep()
-            return goes_on
+            with self._interrupt_on_hangup():
+                goes_on = self._execute(line)
         except OutputClosedError:  # the answers are not read any more
             raise
         except SmolVLMError as error:
@@ -118,7 +121,27 @@ class Session:
         except Exception as error:
             text = f"{type(error).__name__}: {error}; this is a defect, /save keeps what was said"
             fail(describe_memory_error(error) or text)
-        return True
+        with contextlib.suppress(KeyboardInterrupt):
+            self.talk.keep()
+        return goes_on and not self._signal
+
+    @contextlib.contextmanager
+    def _interrupt_on_hangup(self) -> Iterator[None]:
+        """Let a closed terminal, or `kill`, stop an answer as Ctrl-C does, so that it is kept."""
+
+        def interrupt(number: int, frame: object) -> None:
+            self._signal = number
+            raise KeyboardInterrupt
+
+        before = {}
+        for number in (signal.SIGHUP, signal.SIGTERM):
+            if signal.getsignal(number) is signal.SIG_DFL:  # nohup ignores one
+                before[number] = signal.signal(number, interrupt)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _confirm(self, question: str) -> bool:
         """Ask the user a question; anything but a yes is a no."""

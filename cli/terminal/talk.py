@@ -143,8 +143,10 @@ class Talk:
         """Print an answer; return False if it was stopped before its first word."""
         try:
             finished = self._printer.print_answer(stream)
-        except Exception:
-            self._conversation.undo()
+        except Exception as error:
+            # Where the terminal is gone, there still is an answer to keep.
+            if not (isinstance(error, OSError) and stream.reply.text):
+                self._conversation.undo()
             raise
         if finished or stream.reply.text:
             self._reply = stream.reply

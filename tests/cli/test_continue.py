@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -60,6 +61,22 @@ def test_a_conversation_survives_a_kill(start: Talk, picture: Path, tmp_path: Pa
     assert [file.suffix for file in files] == [".chat", ".json"]  # one, which went on
     assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
     assert stat.S_IMODE(files[0].parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("number", [None, signal.SIGHUP, signal.SIGTERM])
+def test_an_answer_survives_a_closed_terminal(start: Talk, number: int | None) -> None:
+    terminal = start(answers=ANSWERS)
+    for line, shown in (("First", "one of"), ("Second", "\ntwo")):
+        terminal.ready()
+        terminal.enter(line)
+        terminal.expect(shown)
+    if number is None:
+        terminal.hang_up()
+    else:
+        os.kill(terminal.process.pid, number)
+    assert terminal.status() == 128 + (number or signal.SIGHUP)
+    later = start("--continue", answers=ANSWERS)
+    later.expect("> First\none of\n> Second\ntwo\n2 questions and what was answered")
 
 
 def test_another_conversation_is_kept_beside_it(start: Talk, tmp_path: Path) -> None:

@@ -216,17 +216,23 @@ class Emulator:
         end = time.monotonic() + PATIENCE_S
         while self.process.poll() is None:
             assert time.monotonic() < end, f"it does not leave:\n{self.text()}"
-            self._read(0.05)
+            self._read(0.05) if self.fd >= 0 else time.sleep(0.05)
         with contextlib.suppress(OSError):
-            while select.select([self.fd], [], [], 0)[0] and self._read(0):
+            while self.fd >= 0 and select.select([self.fd], [], [], 0)[0] and self._read(0):
                 pass
         return self.process.returncode
+
+    def hang_up(self) -> None:
+        """Close the terminal, as closing its window does."""
+        os.close(self.fd)
+        self.fd = -1
 
     def close(self) -> None:
         """End it if it still runs."""
         self.process.kill()
         self.process.wait()
-        os.close(self.fd)
+        if self.fd >= 0:
+            self.hang_up()
 
 
 class Program:
