@@ -1,6 +1,7 @@
 """`make` finds a Python of 3.11 or newer, uses uv where it is there, or says what to install."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -115,6 +116,16 @@ def test_a_python_can_be_named(machine: Machine) -> None:
     machine.add_python("mine", 3, 12, 0)
     assert machine.make("demo", f"PYTHON={machine.bin}/mine").returncode == 0
     assert machine.read_log()[0] == "mine -m venv --clear .venv"
+
+
+def test_a_python_can_be_named_by_the_environment(machine: Machine) -> None:
+    """As CI does, which tests one version after the other."""
+    machine.add_python("python3.13", 3, 13, 0)
+    machine.add_python("python3", 3, 11, 0)
+    assert machine.make("demo", PYTHON="python3").returncode == 0
+    assert machine.read_log()[0] == "python3 -m venv --clear .venv"
+    assert re.search(r"^ *PYTHON: python3\b", (ROOT / ".github/workflows/ci.yml").read_text(), re.M)
+    assert 'export PYTHON="${PYTHON:-python3}"' in (ROOT / ".ci" / "run").read_text()
 
 
 def test_uv_is_used_with_the_python_that_was_found(machine: Machine) -> None:
