@@ -290,7 +290,6 @@ def test_an_answer_in_the_interactive_program_is_escaped(monkeypatch):
     monkeypatch.setattr(live, "write_raw", written.append)
     monkeypatch.setattr(live, "columns_and_rows", lambda: (200, 50))
     monkeypatch.setattr(live, "hide_typing", live.contextlib.nullcontext)
-    monkeypatch.setattr(live.LiveScreen, "INTERVAL_S", -1.0)
     screen = live.LiveScreen(Renderer())
     screen.begin("", Reply())
     code = f"```a{HOSTILE}\n{HOSTILE}\n```\n\n"

@@ -37,7 +37,7 @@ class LiveScreen:
         self._printed = NOTHING  # of the blocks after them, see `_count`
         self._is_line_empty, self._has_status = True, False
         self._columns = columns_and_rows()[0]
-        self._updated_at = self._printed_at = 0.0
+        self._next_at = self._printed_at = 0.0
         self._open = contextlib.ExitStack()
         self._open.enter_context(hide_typing())
 
@@ -47,13 +47,17 @@ class LiveScreen:
         self._show_status(f"reading {reply.prompt_tokens} tokens")
 
     def add(self, text: str) -> None:
-        """Add a piece of the answer; it is printed a dozen times a second at most."""
+        """Add a piece of the answer; it is printed a dozen times a second at most.
+
+        Printing takes a fifth of the time at most.
+        """
         self._text += text
         now = time.monotonic()
-        if now - self._updated_at < self.INTERVAL_S:
+        if now < self._next_at:
             return
-        self._updated_at = now
         self._print_settled(is_whole=False)
+        took = time.monotonic() - now  # long for a long block, which is rendered each time
+        self._next_at = now + max(self.INTERVAL_S, 5 * took)
         if self._printed == NOTHING and now - self._printed_at > self.STATUS_S:
             count, speed = self._reply.generation_tokens, self._reply.generation_tps
             self._show_status(f"{count} tokens, {speed:.1f} tokens/s")

@@ -42,12 +42,13 @@ _FORMULA = re.compile(
     r"\$\$.+?\$\$|\$(?![\s$])[^$\n]+?(?<!\s)\$(?!\d)|\\\(.+?\\\)|\\\[.+?\\\]", re.DOTALL
 )
 # A line with a bar, if the next one, which may be unfinished, does not say that it is no table.
-_TABLE = re.compile(r"^[^\n]*\|[^\n]*(?:\Z|\n[|: \t>-]*(?:\n|\Z))", re.MULTILINE)
+_TABLE = re.compile(r"^[^\n|]*\|[^\n]*(?:\Z|\n[|: \t>-]*(?:\n|\Z))", re.MULTILINE)
 _LAST_MARKER = re.compile(r"(?:^|\n)(?:[ \t]*(?:\d+[.)]|[-*+>]|#+))+[ \t]*\Z")
 _LAST_WORD = re.compile(r"\S+\Z")
 _EMPHASIS = re.compile(r"(`+)(?!`).+?\1|(\*\*?|~~)(?=\S).+?(?<=\S)\2")
 _OPEN_EMPHASIS = re.compile(r"(?<!\w)(?:\*+|`+|~~)(?=\S)")
 _MAX_WORD, _MAX_EMPHASIS = 60, 200  # characters that are waited for
+_MAX_LINE = 1000  # characters of a line in which emphasis is looked for, which is quadratic
 _DECORATION = re.compile(r"[\s\u2022\u258c\u2500\u2501\u2502]+")  # bullets, quotes, borders
 
 
@@ -95,7 +96,7 @@ def cut_unsettled(text: str) -> str:
         text = text[: last_word.start()]
     if marker := _LAST_MARKER.search(text):
         return text[: marker.start()]
-    line_start = text.rfind("\n") + 1
+    line_start = max(text.rfind("\n") + 1, len(text) - _MAX_LINE)
     line = _EMPHASIS.sub(lambda match: "x" * len(match[0]), text[line_start:])
     start = _OPEN_EMPHASIS.search(line)
     if start and len(line) - start.start() < _MAX_EMPHASIS:

@@ -128,12 +128,12 @@ def show_growing(pieces: Iterable[str], columns: Callable[[], int]) -> str:
         patch.setattr(live, "write_raw", written.append)
         patch.setattr(live, "columns_and_rows", lambda: (columns(), 12))
         patch.setattr(live, "hide_typing", live.contextlib.nullcontext)
-        patch.setattr(live.LiveScreen, "INTERVAL_S", -1.0)
         patch.setattr(live.LiveScreen, "_show_status", lambda *_: None)
         screen = live.LiveScreen(renderer())
         screen.begin("", Reply())
         text = ""
         for piece in pieces:
+            screen._next_at = 0.0
             screen.add(piece)
             text += piece
         screen.finish(text)
@@ -156,7 +156,7 @@ def test_every_word_of_a_growing_answer_is_printed_once(
         size = cut.draw(st.integers(1, 20))
         parts.append(text[:size])
         text = text[size:]
-    widths = st.one_of(st.just(60), st.integers(8, 90))
+    widths = st.one_of(st.just(60), st.integers(2, 90))
     output = show_growing(parts, lambda: cut.draw(widths))
     assert "\x1b" not in output
     assert letters(output) == letters(escape_controls("".join(parts)))
