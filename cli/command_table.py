@@ -34,6 +34,7 @@ from mlx_smolvlm.cli.train import TRAIN_EPILOG, train
 from mlx_smolvlm.errors import SmolVLMError, format_message
 
 OUTPUT_CLOSED = 141
+CHAT_OPTIONS = ("-i", "--image", "-v", "--video", "-m", "--model")  # that may come first
 COMPLETION_VARIABLE = "_MLX_SMOLVLM_COMPLETE"
 # Of Click or of the part of it in Typer, by version; Typer exports neither.
 _ClickError: Any = typer.BadParameter.__mro__[2]
@@ -66,11 +67,14 @@ def expand_shorthand(arguments: list[str]) -> list[str]:
     """Return `arguments` with the command `chat` if they begin with a picture or a question.
 
     These are words that no command and no option could be: the name of a picture or video, and
-    what has a space in it.
+    what has a space in it. An option of `chat` with its value is a beginning, too.
     """
     first = arguments[0] if arguments else ""
-    is_question = first.lower().endswith(SUFFIXES) or len(first.split()) > 1
-    return ["chat", *arguments] if is_question and not first.startswith("-") else arguments
+    if first.startswith("-"):
+        is_chat = first in CHAT_OPTIONS and len(arguments) > 1
+    else:
+        is_chat = first.lower().endswith(SUFFIXES) or len(first.split()) > 1
+    return ["chat", *arguments] if is_chat else arguments
 
 
 def _complete_at_first_tab() -> None:

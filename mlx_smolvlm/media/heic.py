@@ -10,7 +10,7 @@ Source: ISO/IEC 23008-12 (HEIF: items, grids, rotation) and 14496-12 (boxes).
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import av
@@ -90,7 +90,8 @@ class HeicFile(ItemFile):
         if nesting > MAX_NESTING:
             raise ValueError("its pictures are nested too deeply")
         if item.kind == b"hvc1":
-            return self._decode_hevc([item], mode, item)[0]
+            (picture,) = self._decode_hevc([item], mode, item)
+            return picture
         parts = [self.get(number) for number in item.links.get(b"dimg", ())]
         if item.kind == b"iden" and len(parts) == 1:
             return _transform(self._decode_item(parts[0], mode, nesting + 1), parts[0])
@@ -118,24 +119,29 @@ class HeicFile(ItemFile):
             picture.paste(tile, (index % columns * wide, index // columns * high))
         return picture
 
-    def _decode_hevc(self, items: Sequence[Item], mode: str, colored: Item) -> list[Image.Image]:
+    def _decode_hevc(
+        self, items: Sequence[Item], mode: str, colored: Item
+    ) -> Iterator[Image.Image]:
         """Decode items of one size in HEVC; `colored` may say what their colors mean."""
-        width, height = items[0].size
-        frames: list[VideoFrame] = []
-        decoder, configuration = None, b""
-        for item in items:
-            hvcc = item.find(b"hvcC")
-            if hvcc is None:
-                raise ValueError("a picture has no configuration")
-            if decoder is None or hvcc != configuration:
-                frames += decoder.decode(None) if decoder is not None else ()
-                decoder, configuration = _make_decoder(hvcc, width, height), hvcc
-            frames += decoder.decode(av.Packet(self.read_bytes(item)))
-        frames += decoder.decode(None) if decoder is not None else ()
-        if len(frames) != len(items):
-            raise ValueError(f"{len(frames)} of {len(items)} pictures can be decoded")
         color = colored.find_color() or items[0].find_color()
-        return [_convert_frame(frame, mode, color, (width, height)) for frame in frames]
+        decoder, configuration, count = None, b"", 0
+        for item in (*items, None):
+            hvcc = None if item is None else item.find(b"hvcC")
+            frames: list[VideoFrame] = []
+            if decoder is not None and hvcc != configuration:
+                frames += decoder.decode(None)
+                decoder = None
+            if item is not None:
+                if hvcc is None:
+                    raise ValueError("a picture has no configuration")
+                if decoder is None:
+                    decoder, configuration = _make_decoder(hvcc, *items[0].size), hvcc
+                frames += decoder.decode(av.Packet(self.read_bytes(item)))
+            for frame in frames:
+                count += 1
+                yield _convert_frame(frame, mode, color, items[0].size)
+        if count != len(items):
+            raise ValueError(f"{count} of {len(items)} pictures can be decoded")
 
 
 def _is_alpha(item: Item) -> bool:
@@ -169,7 +175,7 @@ def _convert_frame(
         src_colorspace=_MATRICES.get(matrix, _BT601),
         src_color_range=_FULL if is_full else _LIMITED,
         dst_color_range=_FULL,
-        interpolation="BICUBIC",
+        interpolation="POINT",  # takes the nearest color, as libheif does
     )
     picture = Image.fromarray(converted.to_ndarray())
     return picture if picture.size == size else picture.crop((0, 0, *size))

@@ -134,9 +134,14 @@ def test_long_texts_take_no_time(folder: Path) -> None:
 
 
 def test_the_shorthand_is_chat() -> None:
-    for words in (["photo.png"], ["a b.MP4", "What?"], ["What is this?", "-i", "a.png"]):
+    for words in (
+        ["photo.png"],
+        ["a b.MP4", "What?"],
+        ["What is this?", "-i", "a.png"],
+        ["-i", "a.png", "What?"],
+    ):
         assert expand_shorthand(words) == ["chat", *words]
-    for words in ([], ["chat", "photo.png"], ["-h"], ["models"], ["What"], ["--x.png"]):
+    for words in ([], ["chat", "photo.png"], ["-h"], ["models"], ["What"], ["--x.png"], ["-v"]):
         assert expand_shorthand(words) == words
 
 

@@ -31,7 +31,7 @@ from mlx_smolvlm.media.video import open_video
 from mlx_smolvlm.model.model import Model
 from mlx_smolvlm.smolvlm import SmolVLM
 from tests import conftest
-from tests.helpers import file_damage, gguf_cases, hf_folder, video_cases
+from tests.helpers import file_damage, gguf_cases, heic_writer, hf_folder, video_cases
 
 Action = Callable[[], object]
 Case = Callable[[Random], Action]
@@ -96,6 +96,8 @@ def pictures(folder: Path) -> Case:
         file = io.BytesIO()
         image.save(file, form, **options)
         seeds.append(file.getvalue())
+    seeds.append(heic_writer.write_heic(heic_writer.make_grid(rgb, 32)))
+    seeds.append(heic_writer.write_heic([heic_writer.encode(rgb, "yuv420p10le")], wide=True))
 
     def case(random: Random) -> Action:
         path = folder / "photo.png"
