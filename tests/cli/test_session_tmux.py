@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,7 +38,9 @@ class Pane:
     """A program in a pane of a tmux server of its own."""
 
     def __init__(self, folder: Path, answers: dict[str, str], columns: int) -> None:
-        self._tmux = ("tmux", "-S", str(folder / "tmux"), "-f", "/dev/null")
+        # Not in the test's folder, since the path of a socket may have 104 bytes on a Mac.
+        self._folder = tempfile.TemporaryDirectory(dir="/tmp")
+        self._tmux = ("tmux", "-u", "-S", f"{self._folder.name}/tmux", "-f", "/dev/null")
         self.program = Program(folder, answers, {})
         script = folder / "program.py"  # in tmux, the program has a controlling terminal already
         script.write_text(pty_terminal.PROGRAM.replace("fcntl.ioctl(0, termios.TIOCSCTTY, 0)", ""))
@@ -83,6 +86,7 @@ class Pane:
     def close(self) -> None:
         """End the server with all that it runs."""
         self.run("kill-server")
+        self._folder.cleanup()
 
 
 @pytest.fixture
