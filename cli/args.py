@@ -47,7 +47,10 @@ ModelOption = Annotated[
 SystemOption = Annotated[str | None, typer.Option(metavar="TEXT", help="A system message.")]
 BitsOption = Annotated[
     Literal[4, 8, 16] | None,
-    typer.Option(metavar="4|8|16", help="Precision when converting a model on first use."),
+    typer.Option(
+        metavar="4|8|16",
+        help="Precision when converting a model on first use; default: the most that fits.",
+    ),
 ]
 AdapterOption = Annotated[
     Path | None,
