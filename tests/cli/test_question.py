@@ -141,7 +141,7 @@ def test_the_shorthand_is_chat() -> None:
         ["-i", "a.png", "What?"],
     ):
         assert expand_shorthand(words) == ["chat", *words]
-    for words in ([], ["chat", "photo.png"], ["-h"], ["models"], ["What"], ["--x.png"], ["-v"]):
+    for words in ([], ["chat", "photo.png"], ["-h"], ["models"], ["What"], ["--x.png", "a"]):
         assert expand_shorthand(words) == words
 
 
