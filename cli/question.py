@@ -88,8 +88,8 @@ def read_typed_question(
 
     Args:
         words: Parts of the question, to be joined by spaces. One that is an existing picture or
-            video as a whole is a path, whatever its name contains. In the others, paths may be
-            quoted, escaped or file:// URLs.
+            video as a whole is a path, whatever its name contains, and so is the URL of one. In
+            the others, paths may be quoted, escaped or file:// URLs.
         num_images: Number of pictures that come before those in the question.
         num_videos: Likewise of videos.
         has_media: Whether the model sees other pictures or videos. If so, a name that is not there
@@ -153,8 +153,11 @@ def read_arguments(
 
 
 def _is_medium(argument: str) -> bool:
-    """Return whether `argument` as a whole is the path of an existing picture or video."""
-    return argument.lower().endswith(SUFFIXES) and os.path.isfile(expand_home(argument))
+    """Return whether `argument` as a whole is an existing picture or video, or the URL of one."""
+    if not argument.lower().endswith(SUFFIXES):
+        return False
+    is_address = is_url(argument) and len(argument.split()) == 1
+    return is_address or os.path.isfile(expand_home(argument))
 
 
 def announce_media(typed: TypedQuestion) -> None:
@@ -163,7 +166,7 @@ def announce_media(typed: TypedQuestion) -> None:
         is_not = "is a URL; -i or -v fetches it" if is_url(source) else "does not exist"
         say(f"hint: {redact_url(source)} is not attached, since it {is_not}", dim=True)
     if typed.named:
-        names = ", ".join(typed.named[:MAX_NAMES])
+        names = ", ".join(map(redact_url, typed.named[:MAX_NAMES]))
         rest = len(typed.named) - MAX_NAMES
         say(
             f"attached {names}{f' and {rest} more' if rest > 0 else ''}; asking: {typed.text}",

@@ -9,7 +9,12 @@ from PIL import Image
 
 from mlx_smolvlm.cli.command_table import expand_shorthand
 from mlx_smolvlm.cli.many_pictures import expand_sources
-from mlx_smolvlm.cli.question import find_mentions, read_arguments, read_typed_question
+from mlx_smolvlm.cli.question import (
+    announce_media,
+    find_mentions,
+    read_arguments,
+    read_typed_question,
+)
 from mlx_smolvlm.errors import MediaError
 from tests.helpers.command import assert_one_error, run, run_text
 from tests.helpers.pty_terminal import Talk
@@ -116,6 +121,14 @@ def test_arguments_are_paths_as_they_are(folder: Path) -> None:
     assert (found.videos, found.text) == (("first.mp4",), "What?")
     assert found.named == (name, "photo.png")
     assert read_arguments([], ["a.png"], []).images == ("a.png",)
+
+
+def test_an_address_alone_is_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    url = "https://me:secret@example.org/a.png"
+    found = read_arguments([url, "What?"], [], [])
+    assert (found.images, found.text) == ((url,), "What?")
+    announce_media(found)
+    assert capsys.readouterr().err == "attached https://example.org/a.png; asking: What?\n"
 
 
 def test_a_path_in_bytes_that_are_not_text(folder: Path) -> None:
