@@ -23,7 +23,17 @@ from tests.helpers.pty_terminal import Talk
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with pictures and a video."""
-    names = ("photo.png", "a.png", "b.JPG", "my photo.png", "it's.png", "clip.mp4", "notes.txt")
+    names = (
+        "Shot at 9.41\u202fAM.png",
+        "photo (1).png",
+        "photo.png",
+        "a.png",
+        "b.JPG",
+        "my photo.png",
+        "it's.png",
+        "clip.mp4",
+        "notes.txt",
+    )
     for name in (*names, "Screenshot 2026-01-01 at 10.00.00.png", "day one/x.HEIC"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -55,6 +65,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             "What time does the picture show?",
             ["FOLDER/Screenshot 2026-01-01 at 10.00.00.png"],
         ),
+        ("Read Shot at 9.41\u202fAM.png.", "Read the picture.", ["Shot at 9.41\u202fAM.png"]),
+        (r"Is photo\ \(1\).png red?", "Is the picture red?", ["photo (1).png"]),
+        ("Is photo (1).png red?", "Is the picture red?", ["photo (1).png"]),
         # beside the sentence
         ("photo.png What is this?", "What is this?", ["photo.png"]),
         ("What is this? photo.png", "What is this?", ["photo.png"]),
