@@ -154,7 +154,9 @@ def _make_decoder(configuration: bytes, width: int, height: int) -> VideoCodecCo
     """Return a decoder of pictures of this size that refuses larger and damaged ones."""
     decoder = av.CodecContext.create("hevc", "r")
     decoder.extradata = configuration
-    decoder.thread_count = 1  # with threads, PyAV may hang where a damaged picture is freed
+    # A thread of the decoder would wait for the GIL to free a packet of Python's bytes, while
+    # PyAV holds it to free the decoder and waits for the thread.
+    decoder.thread_count = 1
     limit = (width + _MARGIN) * (height + _MARGIN)
     decoder.options = {"max_pixels": str(limit), "err_detect": "explode"}
     return decoder
