@@ -146,6 +146,9 @@ def read_arguments(
         MediaError: A picture or video that is meant does not exist, or a folder holds none.
         typer.BadParameter: An argument is not valid UTF-8 text.
     """
+    for one in arguments:
+        if "/" in one and os.path.isdir(expand_home(one)):
+            raise MediaError(f"{one!r} is a folder; give it with -i")
     images = expand_sources(images)
     words = [one if _is_medium(one) else decode_text("PROMPT", one) for one in arguments]
     typed = read_typed_question(words, len(images), len(videos))

@@ -144,6 +144,12 @@ def test_an_address_alone_is_a_picture(capsys: pytest.CaptureFixture[str]) -> No
     assert capsys.readouterr().err == "attached https://example.org/a.png; asking: What?\n"
 
 
+def test_a_folder_needs_its_option(folder: Path) -> None:
+    with pytest.raises(MediaError, match="'day one/' is a folder; give it with -i"):
+        read_arguments(["day one/", "What?"], [], [])
+    assert read_arguments(["day one"], [], []).text == "day one"
+
+
 def test_a_path_in_bytes_that_are_not_text(folder: Path) -> None:
     name = os.fsdecode(b"\xff.png")
     try:
