@@ -17,6 +17,7 @@ Size = tuple[int, int]  # width, height
 Box = tuple[bytes, bytes]  # kind, body
 
 MAX_META_BYTES = 4 << 20  # of the boxes that describe the items; a phone's take a few KB
+MAX_EXTENTS = 1 << 16  # of all items; a phone's have one each
 _READ_RATIO = 2  # bytes of items that are read, as a multiple of the file size
 
 
@@ -26,8 +27,8 @@ class Item:
 
     Attributes:
         kind: hvc1 for HEVC, grid, iden, ...
-        extents: (place, length) of its bytes; places count from the beginning of `idat` if
-            `is_inside`.
+        extents: (place, length) of its bytes, a length of 0 up to the end; places count from the
+            beginning of `idat` if `is_inside`.
         is_inside: Whether its bytes are in the box `idat`.
         properties: Boxes that describe it, in their order.
         links: Numbers of the items that it refers to, by the kind of the reference.
@@ -151,12 +152,17 @@ class ItemFile:
         sizes, more = fields.take(1), fields.take(1)
         offset_size, length_size, base_size = sizes >> 4, sizes & 15, more >> 4
         index_size = more & 15 if fields.version else 0
+        extents_left = MAX_EXTENTS
         for _ in range(fields.take(4 if fields.version == 2 else 2)):
             item = self._add(fields.take(4 if fields.version == 2 else 2))
             method = fields.take(2) & 15 if fields.version else 0
             reference, base = fields.take(2), fields.take(base_size)
             item.is_inside = method == 1
-            for _ in range(fields.take(2)):
+            count = fields.take(2)
+            extents_left -= count  # fields of no width would take no bytes of the box
+            if extents_left < 0:
+                raise ValueError("its pictures are in too many parts")
+            for _ in range(count):
                 fields.take(index_size)
                 place, length = base + fields.take(offset_size), fields.take(length_size)
                 item.extents.append((place, length))
@@ -178,17 +184,18 @@ class ItemFile:
 
     def read_bytes(self, item: Item) -> bytes:
         """Return the bytes of an item."""
-        total = sum(length for _, length in item.extents)
-        self._bytes_left -= total
+        size = len(self._inside) if item.is_inside else self._file_size
+        extents = [(place, length or max(size - place, 0)) for place, length in item.extents]
+        self._bytes_left -= sum(length for _, length in extents)
         if self._bytes_left < 0:
             raise ValueError("its parts are longer than the file")
         parts = []
-        for place, length in item.extents:
+        for place, length in extents:
             if item.is_inside:
                 parts.append(self._inside[place : place + length])
             else:
                 self._stream.seek(place)
-                parts.append(self._stream.read(length or self._file_size))
+                parts.append(self._stream.read(length))
             if len(parts[-1]) < length:
                 raise ValueError("it ends within a picture")
         return b"".join(parts)

@@ -178,6 +178,30 @@ def test_items_cannot_be_read_again_and_again(photo: Image.Image) -> None:
     assert "nested too deeply" in refuse(write_heic([around]))
 
 
+@pytest.mark.parametrize(
+    ("num_items", "message"), [(1, "its parts are longer"), (2, "in too many parts")]
+)
+def test_a_few_bytes_do_not_describe_gigabytes(plain: Item, num_items: int, message: str) -> None:
+    whole = write_heic([plain])
+    place = whole.index(b"iloc") + 4
+    # Fields of no width: each item has 65,535 parts, from the beginning of the file to its end.
+    places = b"".join(struct.pack(">HHHH", 1, 0, 0, 65535) for _ in range(num_items))
+    forged = struct.pack(">IBBH", 1 << 24, 0, 0, num_items) + places
+    length = len(whole) - len(plain.data) - 8 - place
+    data = whole[:place] + forged.ljust(length, b"\0") + whole[place + length :]
+    assert message in refuse(data)
+
+
+def test_a_length_of_0_is_up_to_the_end(photo: Image.Image, plain: Item) -> None:
+    for is_inside in (False, True):
+        item = Item(plain.kind, plain.data, plain.properties, is_inside=is_inside)
+        data = bytearray(write_heic([item]))
+        end = len(data) - 8 if is_inside else len(data) - len(plain.data) - 8
+        assert data[end - 4 : end] == struct.pack(">I", len(plain.data))
+        data[end - 4 : end] = bytes(4)
+        assert_close(open_image(bytes(data)), photo)
+
+
 def test_other_kinds_of_pictures_are_named(plain: Item) -> None:
     overlay = Item(b"iovl", b"", [heic.ispe(96, 64)], [(b"dimg", [2])])
     assert refuse(write_heic([overlay, plain])) == (
