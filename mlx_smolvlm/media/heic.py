@@ -184,7 +184,13 @@ def _convert_frame(
 
 
 def _transform(picture: Image.Image, item: Item) -> Image.Image:
-    """Crop, turn and mirror a picture as the properties of its item say, in their order."""
+    """Crop, turn and mirror a picture as the properties of its item say, in their order.
+
+    Each may be there once (ISO/IEC 23000-22), or a small file could take days.
+    """
+    kinds = [kind for kind, _ in item.properties if kind in (b"clap", b"irot", b"imir")]
+    if len(kinds) > len(set(kinds)):
+        raise ValueError("it is cropped, turned or mirrored twice")
     turns = (Image.Transpose.ROTATE_90, Image.Transpose.ROTATE_180, Image.Transpose.ROTATE_270)
     mirrors = (Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.FLIP_LEFT_RIGHT)
     for kind, body in item.properties:

@@ -192,6 +192,12 @@ def test_a_few_bytes_do_not_describe_gigabytes(plain: Item, num_items: int, mess
     assert message in refuse(data)
 
 
+@pytest.mark.parametrize("turn", [heic.irot(1), heic.imir(0), heic.clap(90, 60)])
+def test_it_is_turned_once(plain: Item, turn: bytes) -> None:
+    item = Item(plain.kind, plain.data, [*plain.properties, turn, turn])
+    assert "cropped, turned or mirrored twice" in refuse(write_heic([item]))
+
+
 def test_a_length_of_0_is_up_to_the_end(photo: Image.Image, plain: Item) -> None:
     for is_inside in (False, True):
         item = Item(plain.kind, plain.data, plain.properties, is_inside=is_inside)
