@@ -92,7 +92,7 @@ class Pane:
 @pytest.fixture
 def pane(tmp_path: Path) -> Iterator[Pane]:
     if shutil.which("tmux") is None:
-        assert "REQUIRE_TMUX" not in os.environ, "install tmux"  # .ci/run does, and requires it
+        assert "REQUIRE_PROGRAMS" not in os.environ, "install tmux"  # .ci/run does, and requires it
         pytest.skip("tmux is not installed")
     one = Pane(tmp_path, {"First": ANSWER}, 120)
     yield one
