@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 from mlx_smolvlm.files import expand_path
 
@@ -19,10 +19,14 @@ SUFFIXES = (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES, ".pdf")  # a PDF is met by a hint
 
 
 def decode_file_url(source: str) -> str:
-    """Return the path of a file:// URL; anything else unchanged."""
-    if source[:7].lower() != "file://":
+    """Return the path of a file:// URL; anything else unchanged.
+
+    Where a terminal leaves ? and # as they are, they belong to the path.
+    """
+    _host, slash, path = source[7:].partition("/")
+    if source[:7].lower() != "file://" or not slash:
         return source
-    return unquote(urlsplit(source).path, errors="surrogateescape")
+    return unquote(slash + path, errors="surrogateescape")
 
 
 def expand_home(path: str) -> str:

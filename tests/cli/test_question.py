@@ -106,6 +106,7 @@ def test_pictures_are_numbered_after_those_given_before(folder: Path) -> None:
         ("What is in phto.png?", "'phto.png' does not exist; did you mean 'photo.png'?"),
         ("What is in 'no such one.png'?", "'no such one.png' does not exist; check the path"),
         ("Is day/x.png like photo.png?", "'day/x.png' does not exist"),
+        ("What is in file://[x.png", "'x.png' does not exist"),
         ("Is ~/x.png like photo.png?", "'~/x.png' does not exist"),
         ("Is phto.png like a.png?", "'phto.png' does not exist; did you mean 'photo.png'?"),
         ("Read https://me:secret@example.org/a.png", "https://example.org/a.png is not fetched"),

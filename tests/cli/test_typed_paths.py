@@ -20,6 +20,8 @@ def test_split_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert split_sources("it's.png") == ["it's.png"]
     assert split_sources("https://example.org/a b.png") == ["https://example.org/a b.png"]
     assert split_sources("file:///a%20b.png file://localhost/c.png") == ["/a b.png", "/c.png"]
+    # not split as an address, of which an IPv6 host is an error and a fragment is cut off
+    assert split_sources("file://[a.png file:///a#b.png") == ["file://[a.png", "/a#b.png"]
     assert split_sources("~nobody/x") == ["~nobody/x"]
     assert split_sources("x" * 5000) == ["x" * 5000]
     assert split_sources("  ") == []
