@@ -34,6 +34,8 @@ _WORD_START = re.compile(r"(?:^|(?<=[\s'\"`(\[{<>=,:;]))(?=\S)")
 _LAST_WORD = re.compile(r"(?:\\.|[^\s\\'\"`(\[{<>=,;])+\Z")
 _URL = re.compile(r"https?://\S+\Z", re.IGNORECASE)
 _QUOTES = "'\"`"
+_LAST_NOUN = re.compile(r"(\w+)\s*\Z")
+_MAX_NOUN = 32  # characters that are searched for it
 _LOOSE_ENDS = " \t\n,;:-\u2013\u2014"  # between paths and a sentence
 _SEPARATOR = re.compile(r"[\s,;]*(?:(?:and|or|&)\s+)?", re.IGNORECASE)
 _DETERMINERS = ("the", "this", "that", "these", "those", "my", "our", "a", "an", "each", "both")
@@ -262,11 +264,11 @@ def replace_mentions(
     first, last = _count_outside(text, mentions)
     position = mentions[first - 1].end if first else 0
     end = mentions[-last].start if last else len(text)
-    result = ""
+    parts = []
     for one, name in list(zip(mentions, names, strict=True))[first : len(mentions) - last]:
-        result = _append_name(result + text[position : one.start], name)
+        parts.append(_append_name(text[position : one.start], name))
         position = one.end
-    result += text[position:end]
+    result = "".join([*parts, text[position:end]])
     result = result.lstrip(_LOOSE_ENDS) if first else result
     result = result.rstrip(_LOOSE_ENDS) if last else result
     if re.search(r"\w", result):
@@ -309,7 +311,7 @@ def _count_outside(text: str, mentions: Sequence[Mention]) -> tuple[int, int]:
 
 def _append_name(before: str, name: str) -> str:
     """Return `before` and `name`, without an article or noun that the sentence has already."""
-    word = re.search(r"(\w+)\s*\Z", before)
+    word = _LAST_NOUN.search(before, max(0, len(before) - _MAX_NOUN))
     if word and re.fullmatch(_NOUNS, word[1], re.IGNORECASE) and name.startswith("the "):
         return before.rstrip()
     if word and word[1].lower() in _DETERMINERS:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -164,6 +165,10 @@ def test_a_path_in_bytes_that_are_not_text(folder: Path) -> None:
 def test_long_texts_take_no_time(folder: Path) -> None:
     assert read_typed_question(["photo.png " * 2000]).images == ()
     assert len(list(find_mentions("photo.png " * 1000))) == 1000
+    start = time.perf_counter()
+    words = ["x" * 16_000 + " photo.png and photo.png"] * 10
+    assert read_typed_question(words).text.endswith("x picture 19 and picture 20")
+    assert time.perf_counter() - start < 5
 
 
 def test_the_shorthand_is_chat() -> None:
