@@ -28,6 +28,8 @@ MAX_LENGTH = 1 << 14  # characters of a text in which paths are looked for
 MAX_QUESTION = 500  # characters; a longer text may quote names of files that are not meant
 MAX_NAMES = 6  # of attached files in a message
 _MAX_WORDS = 24  # of a path with spaces
+_MAX_SUFFIXES = 3  # within a path, as in "clip.mp4 at 0.10.png"
+_MAX_PATH = 4096  # characters
 _KINDS = "|".join(one[1:] for one in SUFFIXES)
 _SUFFIX = re.compile(rf"(?<=[^\s./\\'\"])\.(?:{_KINDS})(?![\w-]|\.\w)", re.IGNORECASE)
 _WORD_START = re.compile(r"(?:^|(?<=[\s'\"`(\[{<>=,:;]))(?=\S)")
@@ -202,22 +204,33 @@ def find_mentions(text: str, begin: int = 0, stop: int | None = None) -> Iterato
     A path may contain unescaped spaces if it exists, as when it is pasted.
     """
     stop = len(text) if stop is None else stop
-    for match in _SUFFIX.finditer(text, begin, stop):
-        end = match.end()
-        starts = [one.start() for one in _WORD_START.finditer(text, begin, match.start() + 1)]
-        if url := _URL.search(text, begin, end):
-            yield Mention(url.start(), end, text[url.start() : end], False)
-            begin = end
+    ends = [match.end() for match in _SUFFIX.finditer(text, begin, stop)]
+    for number, end in enumerate(ends):
+        if end <= begin:  # within the last path
             continue
-        for start in starts[-_MAX_WORDS:]:
-            if path := _find_file(text[start:end]):
-                yield _include_quotes(text, Mention(start, end, path, True))
-                break
+        if url := _URL.search(text, begin, end):
+            mention = Mention(url.start(), end, text[url.start() : end], False)
+        elif found := _find_existing(text, begin, ends[number : number + _MAX_SUFFIXES]):
+            mention = found
+        elif text[end : end + 1] in ("/", "\\"):  # of a folder or a part of a name, so far
+            continue
         else:
             start = _find_word_start(text, begin, end)
             source = decode_file_url(_unescape(text[start:end]))
-            yield _include_quotes(text, Mention(start, end, source, False))
-        begin = end
+            mention = _include_quotes(text, Mention(start, end, source, False))
+        yield mention
+        begin = max(mention.end, end)
+
+
+def _find_existing(text: str, begin: int, ends: Sequence[int]) -> Mention | None:
+    """Return the longest path of a file that ends at one of `ends`; None if there is none."""
+    begin = max(begin, ends[0] - _MAX_PATH)
+    starts = [one.start() for one in _WORD_START.finditer(text, begin, ends[0])]
+    for start in starts[-_MAX_WORDS:]:
+        for end in reversed(ends):
+            if path := _find_file(text[start:end]):
+                return _include_quotes(text, Mention(start, end, path, True))
+    return None
 
 
 def _find_file(raw: str) -> str | None:

@@ -33,6 +33,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "my photo.png",
         "it's.png",
         "clip.mp4",
+        "clip.mp4 at 0.10.png",
+        "a.tif copy.png",
+        "walk.mov/1.png",
         "notes.txt",
     )
     for name in (*names, "Screenshot 2026-01-01 at 10.00.00.png", "day one/x.HEIC"):
@@ -69,6 +72,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("Read Shot at 9.41\u202fAM.png.", "Read the picture.", ["Shot at 9.41\u202fAM.png"]),
         (r"Is photo\ \(1\).png red?", "Is the picture red?", ["photo (1).png"]),
         ("Is photo (1).png red?", "Is the picture red?", ["photo (1).png"]),
+        # with a suffix in a folder's or file's name
+        ("Is clip.mp4 at 0.10.png red?", "Is the picture red?", ["clip.mp4 at 0.10.png"]),
+        ("Is 'clip.mp4 at 0.10.png' red?", "Is the picture red?", ["clip.mp4 at 0.10.png"]),
+        (r"Is clip.mp4\ at\ 0.10.png red?", "Is the picture red?", ["clip.mp4 at 0.10.png"]),
+        ("Is walk.mov/1.png red?", "Is the picture red?", ["walk.mov/1.png"]),
+        (r"Is a.tif\ copy.png red?", "Is the picture red?", ["a.tif copy.png"]),
+        ("How many of 10 does photo.png/10 get?", "How many of 10 does the picture/10 get?",
+         ["photo.png"]),
         # beside the sentence
         ("photo.png What is this?", "What is this?", ["photo.png"]),
         ("What is this? photo.png", "What is this?", ["photo.png"]),
