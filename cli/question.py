@@ -97,7 +97,8 @@ def read_typed_question(
         num_images: Number of pictures that come before those in the question.
         num_videos: Likewise of videos.
         has_media: Whether the model sees other pictures or videos. If so, a name that is not there
-            may only be talked about, unless it has a folder or resembles the name of a file.
+            may only be talked about, unless it has a folder, resembles the name of a file, or is
+            one of `words` beside a whole question.
 
     Raises:
         MediaError: A picture or video that is meant does not exist.
@@ -105,6 +106,7 @@ def read_typed_question(
     text = " ".join(words)
     mentions: list[Mention] = []
     start = 0
+    are_apart = all(_is_medium(one) or _is_name(one) or len(one.split()) > 1 for one in words)
     for word in words:
         end = start + len(word)
         if _is_medium(word):
@@ -116,7 +118,9 @@ def read_typed_question(
     missing = [one for one in mentions if not one.is_there]
     has_media = has_media or bool(there or num_images or num_videos)
     for one in missing:
-        if len(text) <= MAX_QUESTION and (not has_media or _is_meant(one.source)):
+        is_alone = are_apart and one.source in words and not is_url(one.source)
+        is_meant = len(text) <= MAX_QUESTION and (not has_media or _is_meant(one.source))
+        if is_alone or is_meant:
             raise MediaError(describe_missing(one.source))
     if not there:
         return TypedQuestion(text, missing=tuple(one.source for one in missing))
@@ -165,6 +169,11 @@ def _is_medium(argument: str) -> bool:
         return False
     is_address = is_url(argument) and len(argument.split()) == 1
     return is_address or os.path.isfile(expand_home(argument))
+
+
+def _is_name(argument: str) -> bool:
+    """Return whether `argument` is a word that could be the name of a picture or video."""
+    return argument.lower().endswith(SUFFIXES) and len(argument.split()) == 1
 
 
 def announce_media(typed: TypedQuestion) -> None:

@@ -139,6 +139,16 @@ def test_a_name_may_only_be_talked_about(folder: Path) -> None:
     assert read_typed_question([long]).missing == ("logo.png",)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["logo.png"], ["photo.png", "logo.png"], ["photo.png", "logo.png", "What differs?"]],
+)
+def test_a_name_that_stands_alone_is_meant(folder: Path, words: list[str]) -> None:
+    with pytest.raises(MediaError, match=r"'logo\.png' does not exist"):
+        read_arguments(words, ["a.png"], [])
+    assert read_arguments(["Is", "photo.png", "like", "logo.png"], [], []).missing == ("logo.png",)
+
+
 def test_arguments_are_paths_as_they_are(folder: Path) -> None:
     name = "a (1) 'b' \\ $x; [c], .png"
     Path(name).touch()
