@@ -71,7 +71,8 @@ def expand_shorthand(arguments: list[str]) -> list[str]:
     """
     first = arguments[0] if arguments else ""
     if first.startswith("-"):
-        is_chat = first in CHAT_OPTIONS and len(arguments) > 1
+        option, equals, _ = first.partition("=")
+        is_chat = option in CHAT_OPTIONS and (len(arguments) > 1 or bool(equals))
     else:
         is_chat = first.lower().endswith(SUFFIXES) or len(first.split()) > 1
     return ["chat", *arguments] if is_chat else arguments

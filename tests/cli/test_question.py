@@ -198,6 +198,8 @@ def test_the_shorthand_is_chat() -> None:
         ["a b.MP4", "What?"],
         ["What is this?", "-i", "a.png"],
         ["-i", "a.png", "What?"],
+        ["--image=a.png", "What?"],
+        ["--model=demo"],
     ):
         assert expand_shorthand(words) == ["chat", *words]
     for words in ([], ["chat", "photo.png"], ["-h"], ["models"], ["What"], ["--x.png", "a"]):
