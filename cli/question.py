@@ -194,6 +194,11 @@ def describe_missing(source: str) -> str:
     """Return the message for a named picture or video that is not a file."""
     if is_url(source):
         return f"{redact_url(source)} is not fetched from within a question; give it with -i or -v"
+    path = expand_home(source)
+    if os.path.isdir(path):
+        return f"{source!r} is a folder; give it with -i"
+    if os.path.lexists(path):
+        return f"{source!r} is not a file that can be read"
     near = find_similar_files(source)
     advice = f"did you mean {near[0]!r}?" if near else "check the path"
     suffix = os.path.splitext(source)[1]

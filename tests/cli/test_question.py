@@ -173,6 +173,18 @@ def test_a_folder_needs_its_option(folder: Path) -> None:
     assert read_arguments(["day one"], [], []).text == "day one"
 
 
+def test_what_is_there_but_no_file_is_named(folder: Path) -> None:
+    Path("link.png").symlink_to("nowhere")
+    for name, message in (
+        ("walk.mov", "'walk.mov' is a folder; give it with -i"),
+        ("link.png", "'link.png' is not a file that can be read"),
+    ):
+        for typed in (name, f"What is in {name}?"):
+            with pytest.raises(MediaError) as error:
+                read_typed_question([typed])
+            assert str(error.value) == message
+
+
 def test_a_path_in_bytes_that_are_not_text(folder: Path) -> None:
     name = os.fsdecode(b"\xff.png")
     try:
