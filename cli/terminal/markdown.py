@@ -43,7 +43,7 @@ _FORMULA = re.compile(
 )
 # A line with a bar, if the next one, which may be unfinished, does not say that it is no table.
 _TABLE = re.compile(r"^[^\n|]*\|[^\n]*(?:\Z|\n[|: \t>-]*(?:\n|\Z))", re.MULTILINE)
-_LAST_MARKER = re.compile(r"(?:^|\n)(?:[ \t]*(?:\d+[.)]|[-*+>]|#+))+[ \t]*\Z")
+_LAST_MARKER = re.compile(r"(?:^|\n)(?:[ \t]*(?:\d+[.)]|[-*+>#]))+[ \t]*\Z")
 _LAST_WORD = re.compile(r"\S+\Z")
 _EMPHASIS = re.compile(r"(`+)(?!`).+?\1|(\*\*?|~~)(?=\S).+?(?<=\S)\2")
 _OPEN_EMPHASIS = re.compile(r"(?<!\w)(?:\*+|`+|~~)(?=\S)")

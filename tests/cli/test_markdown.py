@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 from collections.abc import Callable, Iterable
 
 import pyte
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from mlx_smolvlm.cli.terminal import live, markdown
-from mlx_smolvlm.cli.terminal.markdown import Renderer, split_blocks
+from mlx_smolvlm.cli.terminal.markdown import Renderer, cut_unsettled, split_blocks
 from mlx_smolvlm.errors import escape_controls
 
 
@@ -178,6 +179,13 @@ def test_every_word_of_a_growing_answer_is_printed_once(
 def test_the_look_of_what_is_printed_does_not_change(text: str, size: int) -> None:
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     assert show_growing(pieces, lambda: 40) == show_growing([text], lambda: 40)
+
+
+def test_a_row_of_number_signs_is_no_work() -> None:
+    text = "#" * 26 + " word word"
+    start = time.process_time()
+    assert cut_unsettled(text) == text[:-4]
+    assert time.process_time() - start < 1  # it took 8 s, and twice as long for each more
 
 
 def test_a_block_that_would_lose_a_word_is_shown_as_it_stands(
