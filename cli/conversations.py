@@ -2,16 +2,19 @@
 
 Each is a file as `/save` writes it, but without keys and values, and a small one that says which
 model it belongs to. It is written after every answer, also one that a closed terminal stops, so
-only `kill -9` loses something: the answer that was being given.
+only `kill -9` loses something: the answer that was being given. A program never writes over what
+another one has written: two that go on with one conversation end up with a file each.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import secrets
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +23,7 @@ from mlx_smolvlm.cli.output import describe_os_error, say
 from mlx_smolvlm.errors import CheckpointError, PromptError
 from mlx_smolvlm.files import (
     locate_cache,
+    lock,
     make_private_folder,
     read_file,
     remove_leftovers,
@@ -29,6 +33,7 @@ from mlx_smolvlm.files import (
 if TYPE_CHECKING:
     from mlx_smolvlm import Conversation, SmolVLM
     from mlx_smolvlm.cli.args import ChatOptions
+    from mlx_smolvlm.prompt.messages import Message
 
 HISTORY_VARIABLE = "MLX_SMOLVLM_HISTORY"  # if it is empty, nothing of a conversation is kept
 MAX_FILES, MAX_BYTES = 10, 512 * 1024**2  # of conversations; the newest one always stays
@@ -45,10 +50,11 @@ class Owner:
 
 @dataclass(frozen=True)
 class KeptConversation:
-    """The file of a conversation, and its model."""
+    """The file of a conversation, its model, and which version of the file it is."""
 
     path: Path
     owner: Owner
+    version: tuple[int, int] | None = None  # see `_read_version`
 
     def choose_model(self, options: ChatOptions) -> ChatOptions:
         """Return options that load its model, unless they name one themselves."""
@@ -77,13 +83,14 @@ def find_last_conversation() -> KeptConversation:
     if not is_keeping():
         raise PromptError(f"${HISTORY_VARIABLE} is empty, so no conversation is kept")
     for path in _list_conversations(find_folder()):
+        version = _read_version(path)
         try:
             values = json.loads(read_file(_owner_path(path), _MAX_OWNER, own_only=True))
             model, adapter = values["model"], values["adapter"]
         except (OSError, ValueError, KeyError, TypeError):
             continue
         if isinstance(model, str) and isinstance(adapter, str | None):
-            return KeptConversation(path, Owner(model, adapter))
+            return KeptConversation(path, Owner(model, adapter), version)
     raise PromptError("there is no conversation to go on with; mlx-smolvlm chat begins one")
 
 
@@ -134,11 +141,18 @@ class Keeper:
     Args:
         vlm: Its model.
         kept: The conversation that goes on, in the same file; None for a new one.
+        messages: Those that the file of `kept` has; None if they have changed since.
     """
 
-    def __init__(self, vlm: SmolVLM, kept: KeptConversation | None = None) -> None:
+    def __init__(
+        self,
+        vlm: SmolVLM,
+        kept: KeptConversation | None = None,
+        messages: list[Message] | None = None,
+    ) -> None:
         self._vlm, self._path = vlm, None if kept is None else kept.path
-        self._messages: object = None  # those in the file
+        self._version = None if kept is None else kept.version
+        self._messages = messages  # those in the file
         self._is_on = is_keeping()
 
     @property
@@ -148,7 +162,7 @@ class Keeper:
 
     def start_new(self) -> None:
         """Leave the file as it is, and use another one from now on."""
-        self._path = None
+        self._path = self._messages = None
 
     def keep(self, conversation: Conversation) -> None:
         """Write the conversation if it has changed; if that fails, say so once, and stop.
@@ -162,7 +176,7 @@ class Keeper:
             if any(message["role"] == "user" for message in messages):
                 self._write(conversation)
             elif self._path is not None:
-                _remove(self._path)
+                self._remove()
             self._messages = messages
         except Exception as error:  # it must not end the session
             self._is_on = False
@@ -172,15 +186,47 @@ class Keeper:
     def _write(self, conversation: Conversation) -> None:
         folder = find_folder()
         make_private_folder(folder)
-        if self._path is None:
-            stamp = time.strftime("%Y-%m-%d-%H%M%S")
-            self._path = folder / f"{stamp}-{secrets.token_hex(3)}{SUFFIX}"
-        if not _owner_path(self._path).exists():
-            owner = json.dumps(dataclasses.asdict(describe_owner(self._vlm)))
-            write_file(_owner_path(self._path), owner, mode=0o600, follow_links=False)
-        conversation.save(self._path, with_cache=False)
-        remove_leftovers(folder)
-        _remove_old(folder)
+        _ = self._vlm.engine.checkpoint_digest  # takes seconds once, for which nobody has to wait
+        with _lock_folder(folder):
+            if self._path is None or self._is_foreign(self._path):
+                stamp = time.strftime("%Y-%m-%d-%H%M%S")
+                self._path = folder / f"{stamp}-{secrets.token_hex(3)}{SUFFIX}"
+            if not _owner_path(self._path).exists():
+                owner = json.dumps(dataclasses.asdict(describe_owner(self._vlm)))
+                write_file(_owner_path(self._path), owner, mode=0o600, follow_links=False)
+            conversation.save(self._path, with_cache=False)
+            self._version = _read_version(self._path)
+            remove_leftovers(folder)
+            _remove_old(folder, self._path)
+
+    def _remove(self) -> None:
+        """Remove the file, unless another program has written it since."""
+        assert self._path is not None
+        with _lock_folder(find_folder()):
+            if not self._is_foreign(self._path):
+                _remove(self._path)
+
+    def _is_foreign(self, path: Path) -> bool:
+        """Return whether another program has written the file since this one read or wrote it."""
+        return _read_version(path) not in (None, self._version)
+
+
+def _read_version(path: Path) -> tuple[int, int] | None:
+    """Return what changes whenever the file is written; None if it does not exist."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+@contextlib.contextmanager
+def _lock_folder(folder: Path) -> Iterator[None]:
+    """Let other programs that write conversations wait, where the disk has locks."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            stack.callback(os.close, lock(folder, wait=True))
+        yield
 
 
 def _owner_path(path: Path) -> Path:
@@ -199,16 +245,18 @@ def _list_conversations(folder: Path) -> list[Path]:
     return [path for _, path in sorted(with_times, reverse=True)]
 
 
-def _remove_old(folder: Path) -> None:
-    """Remove the oldest conversations, so that the others are few and small enough."""
-    total = 0
-    for number, path in enumerate(_list_conversations(folder)):
-        total += path.stat().st_size
-        if number and (number >= MAX_FILES or total > MAX_BYTES):
+def _remove_old(folder: Path, newest: Path) -> None:
+    """Remove the oldest conversations but `newest`, so that they are few and small enough."""
+    total = newest.stat().st_size
+    others = [path for path in _list_conversations(folder) if path != newest]
+    for number, path in enumerate(others, 1):
+        with contextlib.suppress(OSError):  # removed by the user
+            total += path.stat().st_size
+        if number >= MAX_FILES or total > MAX_BYTES:
             _remove(path)
 
 
 def _remove(path: Path) -> None:
-    """Remove a conversation; the one that is written now has another path."""
+    """Remove a conversation."""
     path.unlink(missing_ok=True)
     _owner_path(path).unlink(missing_ok=True)

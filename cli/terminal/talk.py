@@ -53,8 +53,8 @@ class Talk:
         self._clips: list[Clip] = []
         self._reply: Reply | None = None
         self._retries = 0
-        self._keeper = Keeper(vlm, kept)
         self._conversation = resume_conversation(vlm, options, kept)
+        self._keeper = Keeper(vlm, kept, None if kept is None else self._conversation.messages)
         if kept is not None:
             self._print_transcript()
 

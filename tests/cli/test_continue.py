@@ -5,6 +5,7 @@ import os
 import signal
 import stat
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,43 @@ def test_the_last_one_is_that_of_the_last_answer(
     monkeypatch.setattr(conversations, "MAX_BYTES", 1)
     hold(tiny, "G")
     assert len(os.listdir(find_folder())) == 2  # the newest stays, whatever its size
+
+
+def test_two_programs_do_not_write_over_each_other(tiny: SmolVLM, cache: Path) -> None:
+    hold(tiny, "A")
+    kept = find_last_conversation()
+    one, two = (resume_conversation(tiny, OPTIONS, kept) for _ in range(2))
+    keepers = [Keeper(tiny, kept, chat.messages) for chat in (one, two)]
+    keepers[1].keep(two)  # nothing was said yet
+    for chat, keeper, question in zip((one, two, two), (*keepers, keepers[1]), "BCD", strict=True):
+        chat.ask(question)
+        keeper.keep(chat)
+    assert list_kept_questions(tiny) == [["A", "B"], ["A", "C", "D"]]
+    late = Keeper(tiny, kept)  # its file belongs to the first program now
+    late.keep(tiny.chat())
+    assert list_kept_questions(tiny) == [["A", "B"], ["A", "C", "D"]]
+
+
+def list_kept_questions(vlm: SmolVLM) -> list[list[str]]:
+    """The questions of each conversation that is kept."""
+    every = []
+    for path in find_folder().glob("*.chat"):
+        chat = vlm.chat()
+        chat.load(path)
+        users = [message for message in chat.messages if message["role"] == "user"]
+        every.append([message["content"][0]["text"] for message in users])
+    return sorted(every)
+
+
+def test_a_clock_that_was_set_back(
+    tiny: SmolVLM, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(tiny, "A")
+    later = time.time() + 10_000
+    os.utime(find_last_conversation().path, (later, later))
+    monkeypatch.setattr(conversations, "MAX_FILES", 1)
+    assert hold(tiny, "B").has_file
+    assert list_kept_questions(tiny) == [["B"]]
 
 
 def test_another_model_is_refused(tiny: SmolVLM, cache: Path) -> None:
