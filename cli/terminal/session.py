@@ -65,6 +65,7 @@ class Session:
         self.talk = talk
         self._reader = make_line_reader()
         self._signal = 0  # that asked the program to end
+        self._is_keeping = False  # what was said, which nothing may interrupt
 
     def run(self) -> int:
         """Read lines until the user leaves; return the exit status."""
@@ -102,14 +103,24 @@ class Session:
             return ""
 
     def _handle(self, line: str) -> bool:
+        """Execute a line, and keep what was said; return False to leave."""
+        with self._interrupt_on_hangup():
+            try:
+                goes_on = self._try(line)
+            finally:
+                self._is_keeping = True
+                with contextlib.suppress(KeyboardInterrupt):
+                    self.talk.keep()
+                self._is_keeping = False
+        return goes_on and not self._signal
+
+    def _try(self, line: str) -> bool:
         """Execute a line and print its error, if any; return False to leave.
 
         No error ends the session, since the conversation would be lost with it.
         """
-        goes_on = True
         try:
-            with self._interrupt_on_hangup():
-                goes_on = self._execute(line)
+            return self._execute(line)
         except OutputClosedError:  # the answers are not read any more
             raise
         except SmolVLMError as error:
@@ -121,17 +132,19 @@ class Session:
         except Exception as error:
             text = f"{type(error).__name__}: {error}; this is a defect, /save keeps what was said"
             fail(describe_memory_error(error) or text)
-        with contextlib.suppress(KeyboardInterrupt):
-            self.talk.keep()
-        return goes_on and not self._signal
+        return True
 
     @contextlib.contextmanager
     def _interrupt_on_hangup(self) -> Iterator[None]:
-        """Let a closed terminal, or `kill`, stop an answer as Ctrl-C does, so that it is kept."""
+        """Let a closed terminal, or `kill`, stop an answer as Ctrl-C does, so that it is kept.
+
+        A closed terminal may send a signal twice, by the kernel and by the shell.
+        """
 
         def interrupt(number: int, frame: object) -> None:
-            self._signal = number
-            raise KeyboardInterrupt
+            is_first, self._signal = not self._signal, number
+            if is_first and not self._is_keeping:
+                raise KeyboardInterrupt
 
         before = {}
         for number in (signal.SIGHUP, signal.SIGTERM):

@@ -17,7 +17,7 @@ from mlx_smolvlm.cli.media import (
     print_cost,
     sample_video,
 )
-from mlx_smolvlm.cli.output import format_stats, say, say_wrapped
+from mlx_smolvlm.cli.output import OutputClosedError, format_stats, say, say_wrapped
 from mlx_smolvlm.cli.paths import is_video
 from mlx_smolvlm.cli.question import announce_media, read_typed_question
 from mlx_smolvlm.cli.terminal.paths import split_sources
@@ -144,8 +144,8 @@ class Talk:
         try:
             finished = self._printer.print_answer(stream)
         except Exception as error:
-            # Where the terminal is gone, there still is an answer to keep.
-            if not (isinstance(error, OSError) and stream.reply.text):
+            # Where the terminal or the reader of a pipe is gone, there still is an answer to keep.
+            if not (isinstance(error, OSError | OutputClosedError) and stream.reply.text):
                 self._conversation.undo()
             raise
         if finished or stream.reply.text:

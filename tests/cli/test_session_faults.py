@@ -3,10 +3,12 @@
 import errno
 import os
 import re
+import signal
 import stat
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,10 @@ import typer
 
 from mlx_smolvlm import CacheOptions, Sampling, SmolVLM
 from mlx_smolvlm.cli.args import ChatOptions
+from mlx_smolvlm.cli.conversations import find_last_conversation, resume_conversation
 from mlx_smolvlm.cli.media import VideoOptions
-from mlx_smolvlm.cli.output import prepare_streams
-from mlx_smolvlm.cli.printer import Printer
+from mlx_smolvlm.cli.output import OutputClosedError, prepare_streams
+from mlx_smolvlm.cli.printer import PlainScreen, Printer
 from mlx_smolvlm.cli.terminal.session import Session
 from mlx_smolvlm.cli.terminal.talk import Talk
 from mlx_smolvlm.errors import PromptError
@@ -222,6 +225,47 @@ def test_a_server_with_an_odd_content_length(
         error = converse(f"/image http://127.0.0.1:{server.port}/a.png")
     assert error.count("error: ") == 1
     assert "its Content-Length is not a number of bytes" in error
+
+
+def test_nothing_interrupts_keeping_a_conversation(
+    tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A closed terminal sends a signal twice, the second one perhaps while files are written."""
+    real_keep, stopped = Talk.keep, []
+
+    def keep(talk: Talk) -> None:
+        assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL  # it would end the process
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopped.append(len(talk._conversation.messages))
+        real_keep(talk)
+
+    monkeypatch.setattr(Talk, "keep", keep)
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path))
+    script = Script(["First question", "It is not asked"])
+    monkeypatch.setattr("mlx_smolvlm.cli.terminal.session.make_line_reader", lambda: script)
+    talk = Talk(tiny, OPTIONS, Printer(tiny, OPTIONS))
+    assert Session(talk).run() == 128 + signal.SIGTERM
+    assert stopped == [2]
+    assert find_last_conversation().path.exists()
+
+
+def test_an_answer_that_is_not_read_any_more_is_kept(
+    tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class ClosedPipe(PlainScreen):
+        def finish(self, text: str) -> None:
+            assert text
+            raise OutputClosedError
+
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path))
+    script = Script(["First question"])
+    monkeypatch.setattr("mlx_smolvlm.cli.terminal.session.make_line_reader", lambda: script)
+    options = replace(OPTIONS, sampling=Sampling(max_tokens=30))
+    talk = Talk(tiny, options, Printer(tiny, options, ClosedPipe))
+    with pytest.raises(OutputClosedError):
+        Session(talk).run()
+    resumed = resume_conversation(tiny, OPTIONS, find_last_conversation())
+    assert [message["role"] for message in resumed.messages] == ["user", "assistant"]
 
 
 def test_every_drop_of_turns_is_told(tiny: SmolVLM, capsys: pytest.CaptureFixture[str]) -> None:
