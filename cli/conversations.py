@@ -57,10 +57,22 @@ class KeptConversation:
     version: tuple[int, int] | None = None  # see `_read_version`
 
     def choose_model(self, options: ChatOptions) -> ChatOptions:
-        """Return options that load its model, unless they name one themselves."""
+        """Return options that load its model, unless they name one themselves.
+
+        Raises:
+            CheckpointError: The folder of the model or of its adapter was removed.
+        """
+        from mlx_smolvlm.convert.hub import DEMO
+
         if options.model is not None:
             return options
         adapter = None if self.owner.adapter is None else Path(self.owner.adapter)
+        for kind, folder in (("model", Path(self.owner.model)), ("adapter", adapter)):
+            if folder not in (None, Path(DEMO)) and not folder.is_dir():
+                raise CheckpointError(
+                    f"the {kind} of the last conversation is gone: {folder}; mlx-smolvlm chat "
+                    "begins another conversation"
+                )
         return replace(options, model=self.owner.model, adapter=options.adapter or adapter)
 
 

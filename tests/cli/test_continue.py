@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,19 @@ def test_another_model_is_refused(tiny: SmolVLM, cache: Path) -> None:
     other = KeptConversation(kept.path, Owner("/models/other", "/adapters/mine"))
     with pytest.raises(CheckpointError, match="-m /models/other --adapter /adapters/mine; leave"):
         resume_conversation(tiny, OPTIONS, other)
+
+
+@pytest.mark.parametrize(
+    ("owner", "message"),
+    [
+        (Owner("/nowhere/model"), "the model of the last conversation is gone: /nowhere/model;"),
+        (Owner("demo", "/nowhere/a"), "the adapter of the last conversation is gone: /nowhere/a;"),
+    ],
+)
+def test_a_model_that_is_gone(owner: Owner, message: str) -> None:
+    kept = KeptConversation(Path("kept.chat"), owner)
+    with pytest.raises(CheckpointError, match=message):
+        kept.choose_model(replace(OPTIONS, model=None))
 
 
 def test_an_unusable_file_is_passed_over(tiny: SmolVLM, cache: Path) -> None:
