@@ -49,7 +49,7 @@ class LiveScreen:
     def add(self, text: str) -> None:
         """Add a piece of the answer; it is printed a dozen times a second at most.
 
-        Printing takes a fifth of the time at most.
+        Printing takes a tenth of the time at most.
         """
         self._text += text
         now = time.monotonic()
@@ -57,7 +57,7 @@ class LiveScreen:
             return
         self._print_settled(is_whole=False)
         took = time.monotonic() - now  # long for a long block, which is rendered each time
-        self._next_at = now + max(self.INTERVAL_S, 5 * took)
+        self._next_at = now + max(self.INTERVAL_S, 10 * took)
         if self._printed == NOTHING and now - self._printed_at > self.STATUS_S:
             count, speed = self._reply.generation_tokens, self._reply.generation_tps
             self._show_status(f"{count} tokens, {speed:.1f} tokens/s")
@@ -84,6 +84,8 @@ class LiveScreen:
             lines = self._render(cut_unsettled(block.text) if is_growing else block.text)
             rendered.append(lines if is_tight or not lines else [Line(), *lines])
         self._print_lines([line for lines in rendered for line in lines])
+        if len(blocks) < 2:
+            return
         # A block is finished if another one begins in the complete lines after it.
         complete = split_blocks(text[: text.rfind("\n") + 1])
         count = len(complete) - 1

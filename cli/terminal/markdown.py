@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from markdown_it import MarkdownIt
@@ -49,6 +49,9 @@ _EMPHASIS = re.compile(r"(`+)(?!`).+?\1|(\*\*?|~~)(?=\S).+?(?<=\S)\2")
 _OPEN_EMPHASIS = re.compile(r"(?<!\w)(?:\*+|`+|~~)(?=\S)")
 _MAX_WORD, _MAX_EMPHASIS = 60, 200  # characters that are waited for
 _MAX_LINE = 1000  # characters of a line in which emphasis is looked for, which is quadratic
+_MAX_LINES = 40  # of a paragraph that are rendered together
+_PLAIN_LINE = re.compile(r"[^\W\d_]|<|\d+(?![\d.)])")  # begins no list, heading or other block
+_PIECE = "piece"  # the type of a further part of a paragraph
 _DECORATION = re.compile(r"[\s\u2022\u258c\u2500\u2501\u2502]+")  # bullets, quotes, borders
 
 
@@ -61,23 +64,40 @@ class Block:
 
 
 def split_blocks(text: str) -> list[Block]:
-    """Split `text` into blocks, a block for each list item; joined, they are `text` again."""
-    starts: list[tuple[int, bool]] = []
+    """Split `text` into blocks, a block for each list item; joined, they are `text` again.
+
+    A long paragraph is several blocks, since the last block of an answer is rendered each time
+    that something is added to it. A page that was read from a picture may be one paragraph.
+    """
+    starts: list[tuple[int, str]] = []
+    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     for token in _PARSER.parse(text):
         is_item = token.type == "list_item_open" and token.level == 1
         is_block = token.level == 0 and token.nesting >= 0 and "list" not in token.type
         if token.map and (is_item or is_block):
-            starts.append((token.map[0], is_item))
+            starts.append((token.map[0], token.type))
+            if is_block and token.type == "paragraph_open":
+                starts += ((start, _PIECE) for start in _cut_paragraph(lines, *token.map))
     if not starts:
         return [Block(text, True)] if text else []
-    lines = re.findall(r"[^\n]*\n|[^\n]+", text)
     edges = [0, *(start for start, _ in starts[1:]), len(lines)]
     parts: list[Block] = []
     for number, (start, end) in enumerate(itertools.pairwise(edges)):
-        follows_item = number > 0 and starts[number][1] and starts[number - 1][1]
-        is_tight = number == 0 or (follows_item and bool(lines[start - 1].strip()))
+        types = [starts[n][1] for n in (number - 1, number)]
+        follows_item = number > 0 and types == ["list_item_open"] * 2
+        is_tight = (
+            number == 0 or types[1] == _PIECE or (follows_item and bool(lines[start - 1].strip()))
+        )
         parts.append(Block("".join(lines[start:end]), is_tight))
     return parts
+
+
+def _cut_paragraph(lines: Sequence[str], start: int, end: int) -> Iterator[int]:
+    """Yield lines at which a paragraph is cut; alone, what begins there is a paragraph too."""
+    for number in range(start + 1, end):
+        if number - start >= _MAX_LINES and _PLAIN_LINE.match(lines[number]):
+            yield number
+            start = number
 
 
 def cut_unsettled(text: str) -> str:

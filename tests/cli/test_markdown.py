@@ -4,6 +4,7 @@ import io
 import re
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import pyte
 import pytest
@@ -179,6 +180,23 @@ def test_every_word_of_a_growing_answer_is_printed_once(
 def test_the_look_of_what_is_printed_does_not_change(text: str, size: int) -> None:
     pieces = [text[start : start + size] for start in range(0, len(text), size)]
     assert show_growing(pieces, lambda: 40) == show_growing([text], lambda: 40)
+
+
+def test_a_page_is_not_rendered_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def render(self: Renderer, text: str, columns: int, real: Any = Renderer.render) -> Any:
+        sizes.append(len(text))
+        return real(self, text, columns)
+
+    monkeypatch.setattr(Renderer, "render", render)
+    lines = [f"Line {n} of *a page*" if n % 7 else f"<loc_{n}>{n}. (" for n in range(300)]
+    pieces = [line + "\n" for line in lines]
+    output = show_growing(pieces, lambda: 40)
+    assert output.split("\n")[:-1] == [line.replace("*", "") for line in lines]
+    assert max(sizes) < 50 * 25  # 6000 if it is one block
+    sizes.clear()
+    assert show_growing(["".join(pieces)], lambda: 40) == output
 
 
 def test_a_row_of_number_signs_is_no_work() -> None:
