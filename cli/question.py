@@ -178,9 +178,12 @@ def _is_name(argument: str) -> bool:
 
 def announce_media(typed: TypedQuestion) -> None:
     """Say on stderr which pictures and videos the question names, and what is asked."""
-    for source in typed.missing:
+    missing = list(dict.fromkeys(typed.missing))
+    for source in missing[:MAX_NAMES]:
         is_not = "is a URL; -i or -v fetches it" if is_url(source) else "does not exist"
         say(f"hint: {redact_url(source)} is not attached, since it {is_not}", dim=True)
+    if len(missing) > MAX_NAMES:
+        say(f"hint: {len(missing) - MAX_NAMES} more are not attached", dim=True)
     if typed.named:
         names = ", ".join(map(redact_url, typed.named[:MAX_NAMES]))
         rest = len(typed.named) - MAX_NAMES

@@ -149,6 +149,18 @@ def test_a_name_that_stands_alone_is_meant(folder: Path, words: list[str]) -> No
     assert read_arguments(["Is", "photo.png", "like", "logo.png"], [], []).missing == ("logo.png",)
 
 
+def test_a_long_text_is_answered_by_few_hints(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = "Which pictures does this page use? " + "".join(
+        f"<img src=p{n % 90}.gif>" for n in range(300)
+    )
+    announce_media(read_typed_question([page]))
+    hints = capsys.readouterr().err.splitlines()
+    assert hints[0] == "hint: p0.gif is not attached, since it does not exist"
+    assert hints[6:] == ["hint: 84 more are not attached"]
+
+
 def test_arguments_are_paths_as_they_are(folder: Path) -> None:
     name = "a (1) 'b' \\ $x; [c], .png"
     Path(name).touch()
