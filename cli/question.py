@@ -187,8 +187,10 @@ def announce_media(typed: TypedQuestion) -> None:
     if typed.named:
         names = ", ".join(map(redact_url, typed.named[:MAX_NAMES]))
         rest = len(typed.named) - MAX_NAMES
+        text = typed.text[:MAX_QUESTION]
+        text += " ..." if len(text) < len(typed.text) else ""
         say(
-            f"attached {names}{f' and {rest} more' if rest > 0 else ''}; asking: {typed.text}",
+            f"attached {names}{f' and {rest} more' if rest > 0 else ''}; asking: {text}",
             dim=True,
         )
 

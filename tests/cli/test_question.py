@@ -159,6 +159,11 @@ def test_a_long_text_is_answered_by_few_hints(
     hints = capsys.readouterr().err.splitlines()
     assert hints[0] == "hint: p0.gif is not attached, since it does not exist"
     assert hints[6:] == ["hint: 84 more are not attached"]
+    announce_media(read_typed_question(["photo.png", "Why? " * 1000]))
+    said = capsys.readouterr().err
+    assert said.startswith("attached photo.png; asking: Why? Why? ")
+    assert said.endswith("Why?  ...\n")
+    assert len(said) < 600
 
 
 def test_arguments_are_paths_as_they_are(folder: Path) -> None:
