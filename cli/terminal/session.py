@@ -69,8 +69,13 @@ class Session:
 
     def run(self) -> int:
         """Read lines until the user leaves; return the exit status."""
-        status = self._read_lines()
-        self.talk.say_goodbye()
+        try:
+            status = self._read_lines()
+        except KeyboardInterrupt:  # one of several
+            status = INTERRUPTED
+        with _ignore_ctrl_c():
+            self.talk.keep()  # if Ctrl-C stopped that before
+            self.talk.say_goodbye()
         return 128 + self._signal if self._signal else status
 
     def _read_lines(self) -> int:
@@ -105,8 +110,11 @@ class Session:
     def _handle(self, line: str) -> bool:
         """Execute a line, and keep what was said; return False to leave."""
         with self._interrupt_on_hangup():
+            goes_on = True
             try:
                 goes_on = self._try(line)
+            except KeyboardInterrupt:  # another one, while an answer is stopped
+                say("")
             finally:
                 self._is_keeping = True
                 with contextlib.suppress(KeyboardInterrupt):
@@ -203,6 +211,16 @@ class Session:
         else:
             fail(describe_unknown_command(word))
         return True
+
+
+@contextlib.contextmanager
+def _ignore_ctrl_c() -> Iterator[None]:
+    """Ignore Ctrl-C in what ends the program anyway, and must not be left out."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def replace_undecoded(text: str) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 import typer
 
@@ -110,6 +111,7 @@ def converse(
         (f"/load {'a' * 300}", "File name too long"),
         ("/load .", "Is a directory"),
         ("/save .", "Is a directory"),
+        (f"/load {PICTURE}", "three.png is no conversation file of mlx-smolvlm, or damaged"),
     ],
 )
 def test_a_path_that_cannot_be_used(converse: Converse, line: str, message: str) -> None:
@@ -145,8 +147,12 @@ def test_a_save_that_fails(
     fault: BaseException,
     message: str,
 ) -> None:
-    def fail(*_: object) -> None:
-        raise fault
+    real = mx.save_safetensors
+
+    def fail(file: Any, *rest: Any) -> None:
+        if Path(file.name).parent == tmp_path:  # not where conversations are kept
+            raise fault
+        real(file, *rest)
 
     (tmp_path / "chat").write_text("old")
     with monkeypatch.context() as patch:
@@ -247,6 +253,37 @@ def test_nothing_interrupts_keeping_a_conversation(
     assert Session(talk).run() == 128 + signal.SIGTERM
     assert stopped == [2]
     assert find_last_conversation().path.exists()
+
+
+def test_ctrl_c_once_more_loses_nothing(
+    tiny: SmolVLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ctrl-C while an answer is stopped, and while it is kept."""
+    presses = {"say": 1, "keep": 2}
+
+    def interrupt(name: str, real: Callable[..., None]) -> Callable[..., None]:
+        def press_or_call(*arguments: Any, **options: Any) -> None:
+            presses[name] -= 1
+            if presses[name] >= 0:
+                raise KeyboardInterrupt
+            real(*arguments, **options)
+
+        return press_or_call
+
+    def stop(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setenv("MLX_SMOLVLM_CACHE", str(tmp_path))
+    monkeypatch.setattr("mlx_smolvlm.cli.terminal.session.say", interrupt("say", str))
+    monkeypatch.setattr(Talk, "keep", interrupt("keep", Talk.keep))
+    monkeypatch.setattr(Talk, "retry", stop)
+    script = Script(["First question", "/retry"])
+    monkeypatch.setattr("mlx_smolvlm.cli.terminal.session.make_line_reader", lambda: script)
+    talk = Talk(tiny, OPTIONS, Printer(tiny, OPTIONS))
+    assert Session(talk).run() == 0
+    assert max(presses.values()) < 0  # each was done once more
+    resumed = resume_conversation(tiny, OPTIONS, find_last_conversation())
+    assert [message["role"] for message in resumed.messages] == ["user", "assistant"]
 
 
 def test_an_answer_that_is_not_read_any_more_is_kept(
