@@ -439,9 +439,9 @@ def test_files_that_cannot_be_loaded(warm: SmolVLM, tmp_path: Path) -> None:
     damaged[-100] ^= 1
     cases = {
         "missing": (None, "cannot be read"),
-        "empty": (b"", "cut off"),
+        "empty": (b"", "no conversation file of mlx-smolvlm, or damaged"),
         "cut": (data[:-50], "cut off"),
-        "text": (b"hello, this is no conversation at all\n" * 30, "cut off"),
+        "text": (b"hello, this is no conversation at all\n" * 30, "no conversation file"),
         "damaged": (bytes(damaged), "is damaged"),
         "kind": (data.replace(b'\\"conversation\\"', b'\\"conversatioN\\"'), "no conversation"),
         "version": (data.replace(b'\\"version\\": 1', b'\\"version\\": 9'), "another version"),

@@ -318,7 +318,12 @@ def _check_header(path: Path, kind: str, checkpoint: str) -> dict[str, Any]:
     Raises:
         CheckpointError: As `read_state_file`.
     """
-    header = _read_header(path, own_only=kind == _PREFIX)
+    try:
+        header = _read_header(path, own_only=kind == _PREFIX)
+    except CheckpointError as error:
+        if str(error).endswith("; fetch it again"):  # which is no advice here
+            raise CheckpointError(f"{path} is no {kind} file of mlx-smolvlm, or damaged") from None
+        raise
     if header is None or header.get("kind") != kind:
         raise CheckpointError(f"{path} is no {kind} file of mlx-smolvlm")
     if header.get("version") != VERSION or not isinstance(header.get("values"), dict):
