@@ -73,7 +73,8 @@ class Session:
             status = self._read_lines()
         except KeyboardInterrupt:  # one of several
             status = INTERRUPTED
-        with _ignore_ctrl_c():
+        self._is_keeping = True
+        with self._interrupt_on_hangup(), _ignore_ctrl_c():
             self.talk.keep()  # if Ctrl-C stopped that before
             self.talk.say_goodbye()
         return 128 + self._signal if self._signal else status

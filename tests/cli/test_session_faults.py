@@ -251,7 +251,7 @@ def test_nothing_interrupts_keeping_a_conversation(
     monkeypatch.setattr("mlx_smolvlm.cli.terminal.session.make_line_reader", lambda: script)
     talk = Talk(tiny, OPTIONS, Printer(tiny, OPTIONS))
     assert Session(talk).run() == 128 + signal.SIGTERM
-    assert stopped == [2]
+    assert stopped == [2, 2]
     assert find_last_conversation().path.exists()
 
 
