@@ -233,9 +233,7 @@ def chat(
         pictures=not no_images,
     )
     if resume and chunk is not None:
-        raise typer.BadParameter(
-            "it answers part by part, and goes on with nothing", param_hint="--chunk"
-        )
+        raise typer.BadParameter("it cannot be used together with --continue", param_hint="--chunk")
     kept = find_last_conversation() if resume else None
     question = read_question(options)
     announce_media(typed)

@@ -179,7 +179,7 @@ class Keeper:
     def keep(self, conversation: Conversation) -> None:
         """Write the conversation if it has changed; if that fails, say so once, and stop.
 
-        The file of one whose questions were all taken back is removed.
+        The file of one whose questions were all removed is removed too.
         """
         messages = conversation.messages
         if not self._is_on or messages == self._messages:

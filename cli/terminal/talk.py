@@ -151,7 +151,7 @@ class Talk:
         if finished or stream.reply.text:
             self._reply = stream.reply
             return True
-        say("stopped; the question is taken back", dim=True)
+        say("stopped; the question was removed", dim=True)
         return False
 
     def retry(self) -> None:
@@ -184,12 +184,12 @@ class Talk:
         """
         if media := self._count_media():
             self._images, self._clips = [], []
-            say(f"let go of {media}", dim=True)
+            say(f"removed {media}", dim=True)
             return
         question = self._conversation.undo()
         if question is None:
-            raise PromptError("there is nothing to take back")
-        say(f"took back: {' '.join(question.split())[:200]}", dim=True)
+            raise PromptError("there is nothing to undo")
+        say(f"removed: {' '.join(question.split())[:200]}", dim=True)
 
     def reset(self) -> None:
         """Start over with the same system message."""
@@ -209,13 +209,15 @@ class Talk:
             return
         self._conversation.system = text
         count = self._count_questions()
-        kept = f"; {count} and what was answered stay" if count else ""
+        kept = f"; {count} stay" if count else ""
         say(f"the system message is set{kept}", dim=True)
 
     def _count_questions(self) -> str:
-        """Return how many questions were asked; empty if none was."""
+        """Return how many questions were asked and answered; empty if none was."""
         count = sum(message["role"] == "user" for message in self._conversation.messages)
-        return f"{count} question{'s' * (count != 1)}" if count else ""
+        if count == 1:
+            return "1 question and its answer"
+        return f"{count} questions and their answers" if count else ""
 
     def save(self, argument: str, confirm: Callable[[str], bool]) -> None:
         """Write the conversation to the file that `argument` names.
@@ -251,7 +253,7 @@ class Talk:
             media = "".join(f"[{item['type']}] " for item in items if item["type"] != "text")
             head = "> " if message["role"] == "user" else f"{message['role']}: "
             say(head + (media + text).replace("\n", "\n  "))
-        say(f"{self._count_questions() or 'no question'} and what was answered", dim=True)
+        say(self._count_questions() or "no question was asked yet", dim=True)
 
     def print_stats(self) -> None:
         """Print the counts and speed of the last answer, and the context used."""

@@ -47,7 +47,7 @@ def test_a_conversation_survives_a_kill(start: Talk, picture: Path, tmp_path: Pa
     terminal.process.wait()
     picture.unlink()  # what the model saw of it was kept
     later = start("--continue", answers=ANSWERS, size=(100, 24))
-    text = later.expect("1 question and what was answered")
+    text = later.expect("1 question and its answer")
     assert "system: Be brief.\n> [image] First\none of\n" in text
     later.ready()
     later.enter("Third")
@@ -78,7 +78,7 @@ def test_an_answer_survives_a_closed_terminal(start: Talk, number: int | None) -
         os.kill(terminal.process.pid, number)
     assert terminal.status() == 128 + (number or signal.SIGHUP)
     later = start("--continue", answers=ANSWERS)
-    later.expect("> First\none of\n> Second\ntwo\n2 questions and what was answered")
+    later.expect("> First\none of\n> Second\ntwo\n2 questions and their answers")
 
 
 def test_another_conversation_is_kept_beside_it(start: Talk, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_another_conversation_is_kept_beside_it(start: Talk, tmp_path: Path) -> 
     terminal.ready()
     assert len(list((tmp_path / "cache" / "conversations").glob("*.chat"))) == 2
     terminal.enter("/undo")
-    terminal.expect("took back: Third")
+    terminal.expect("removed: Third")
     terminal.ready()
     assert len(list((tmp_path / "cache" / "conversations").glob("*.chat"))) == 1
     terminal.send("\x04")

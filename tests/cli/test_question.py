@@ -355,7 +355,7 @@ def test_a_picture_does_not_outlive_its_question(start: Talk, picture: Path) -> 
     terminal.enter(f"'{picture}' Why?")
     terminal.expect("encoding")
     terminal.send("\x03")
-    terminal.expect("stopped; the question is taken back")
+    terminal.expect("stopped; the question was removed")
     terminal.ready()
     assert "1 picture for the next message" in terminal.toolbar()  # that of -i
     terminal.program.go()

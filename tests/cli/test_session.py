@@ -57,13 +57,13 @@ def test_commands(start: Talk, picture: Path, tmp_path: Path) -> None:
 
     run("/", r"/image PATH\.\.\.", "/exit", "Alt-Enter")
     run("/stats", "no answer yet\ncontext: \\d+ of 2,048 tokens")
-    run("/undo", "error: there is nothing to take back")
+    run("/undo", "error: there is nothing to undo")
     run("/retry", "error: there is no question to ask again")
     run("/system", "Be brief")
     run("First", "\none")
     run("/stats", "prompt: \\d+ tokens.*answer: \\d+ tokens")
     run("Second", "\ntwo")
-    run("/undo", "took back: Second")
+    run("/undo", "removed: Second")
     run("//third", "\nthree")
     asked = terminal.program.asked()[-1]
     assert asked["texts"] == ["Be brief.", "First", "one", "/third"]
@@ -77,15 +77,15 @@ def test_commands(start: Talk, picture: Path, tmp_path: Path) -> None:
     run("/reset")
     run("Fourth", "\nfour")
     assert terminal.program.asked()[-1]["texts"] == ["Be brief.", "Fourth"]
-    run(f"/load '{saved}'", "2 questions and what was answered")
+    run(f"/load '{saved}'", "2 questions and their answers")
     run("Fourth", "\nfour(.|\n)*\nfour")
     assert terminal.program.asked()[-1]["texts"][:5] == [*asked["texts"], "three"]
-    run("/system Be long.", "3 questions and what was answered stay")
+    run("/system Be long.", "3 questions and their answers stay")
     run("Fourth", "(\nfour(.|\n)*){3}")
     texts = terminal.program.asked()[-1]["texts"]
     assert texts == ["Be long.", *asked["texts"][1:], "three", "Fourth", "four", "Fourth"]
     run(f"/image {str(picture).replace(' ', chr(92) + ' ')}", "red one.png: 2 x 2 tiles")
-    run("/undo", "let go of 1 picture")
+    run("/undo", "removed 1 picture")
     terminal.enter("/quit")
     assert terminal.status() == 0
 
@@ -155,7 +155,7 @@ def test_ctrl_c_while_encoding_takes_the_question_back(start: Talk, picture: Pat
     terminal.enter("First")
     terminal.expect("encoding")
     terminal.send("\x03")
-    terminal.expect("stopped; the question is taken back")
+    terminal.expect("stopped; the question was removed")
     terminal.ready()
     assert "1 picture for the next message" in terminal.toolbar()
     terminal.program.go()

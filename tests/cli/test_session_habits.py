@@ -155,7 +155,7 @@ def test_system_keeps_the_conversation(start: Talk) -> None:
     terminal.expect("\none")
     terminal.ready()
     terminal.enter("/system Be long.")
-    terminal.expect(r"set; 1 question and what was answered stay")
+    terminal.expect(r"set; 1 question and its answer stay")
     terminal.ready()
     terminal.enter("Second")
     terminal.expect("\ntwo")
@@ -216,7 +216,7 @@ def test_load_shows_what_was_said(start: Talk, picture: Path, tmp_path: Path) ->
     later = start()
     later.ready()
     later.enter(f"/load '{tmp_path}/talk'")
-    text = later.expect("2 questions and what was answered")
+    text = later.expect("2 questions and their answers")
     assert "\n> [image] First\none of two\n> Second\ntwo\n2 questions" in text
     assert b"\x1b[1mone" in later.raw
 
@@ -230,7 +230,7 @@ def test_what_was_said_does_not_go_to_a_file_of_answers(start: Talk, tmp_path: P
     terminal.expect("saved as")
     terminal.ready()
     terminal.enter(f"/load {tmp_path}/talk")
-    terminal.expect("> First\none\n1 question and what was answered")
+    terminal.expect("> First\none\n1 question and its answer")
     assert (tmp_path / "answers").read_text() == "one\n"
 
 
