@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 HISTORY_VARIABLE = "MLX_SMOLVLM_HISTORY"  # if it is empty, nothing of a conversation is kept
 MAX_FILES, MAX_BYTES = 10, 512 * 1024**2  # of conversations; the newest one always stays
+LOCK_S = 3.0  # writing a conversation takes less
 SUFFIX, _MAX_OWNER = ".chat", 1 << 16
 
 
@@ -234,10 +235,22 @@ def _read_version(path: Path) -> tuple[int, int] | None:
 
 @contextlib.contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Let other programs that write conversations wait, where the disk has locks."""
+    """Let other programs that write conversations wait, where the disk has locks.
+
+    After `LOCK_S`, this one goes on without the lock: the program that has it may be suspended.
+    """
+    end = time.monotonic() + LOCK_S
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            stack.callback(os.close, lock(folder, wait=True))
+        while True:
+            try:
+                stack.callback(os.close, lock(folder))
+            except BlockingIOError:
+                if time.monotonic() < end:
+                    time.sleep(0.05)
+                    continue
+            except OSError:
+                pass
+            break
         yield
 
 

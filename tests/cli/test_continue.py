@@ -21,6 +21,7 @@ from mlx_smolvlm.cli.conversations import (
     find_last_conversation,
     resume_conversation,
 )
+from mlx_smolvlm.files import lock
 from tests.cli.test_session_faults import OPTIONS
 from tests.helpers import command
 from tests.helpers.pty_terminal import Talk
@@ -175,6 +176,19 @@ def test_two_programs_do_not_write_over_each_other(tiny: SmolVLM, cache: Path) -
     late = Keeper(tiny, kept)  # its file belongs to the first program now
     late.keep(tiny.chat())
     assert list_kept_questions(tiny) == [["A", "B"], ["A", "C", "D"]]
+
+
+def test_a_suspended_program_is_not_waited_for(
+    tiny: SmolVLM, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hold(tiny, "A")
+    monkeypatch.setattr(conversations, "LOCK_S", 0.1)
+    descriptor = lock(find_folder())
+    try:
+        hold(tiny, "B")
+    finally:
+        os.close(descriptor)
+    assert list_kept_questions(tiny) == [["A"], ["B"]]
 
 
 def list_kept_questions(vlm: SmolVLM) -> list[list[str]]:
