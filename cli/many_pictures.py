@@ -56,7 +56,7 @@ def _expand(source: str) -> list[str]:
             [os.path.join(path, n) for n in os.listdir(path)],
         )
     elif glob.has_magic(source) and not (os.path.exists(path) or _is_remote(source)):
-        name, paths = f"the pattern {source!r} matches", glob.glob(path, recursive=True)
+        name, paths = f"the pattern {source!r} matches", _match(path)
     else:
         return [source]
     pictures = [one for one in paths if _is_picture(one)]
@@ -68,6 +68,28 @@ def _expand(source: str) -> list[str]:
             "choose some by a pattern, such as -i 'photos/*1.jpg'"
         )
     return sorted(pictures, key=_sort_key)
+
+
+def _match(pattern: str) -> list[str]:
+    """Return the paths that match `pattern`, in which ** stands for all folders below.
+
+    Links are not followed there, which `glob.glob` does, since they may lead back. Hidden folders
+    are left out.
+    """
+    if pattern == "**" or pattern.endswith("/**"):
+        pattern += "/*"
+    many = re.search(r"(?:^|/)\*\*/", pattern)
+    if many is None:
+        return glob.glob(pattern)
+    head, rest = pattern[: many.end() - 3], pattern[many.end() :]
+    paths: dict[str, None] = {}
+    for root in glob.glob(head) if head else [""]:
+        for folder, below, _ in os.walk(root or "."):
+            below[:] = [one for one in below if not one.startswith(".")]
+            start = os.path.join(folder, "")
+            start = start if root else start.removeprefix("./")
+            paths.update(dict.fromkeys(_match(glob.escape(start) + rest)))
+    return list(paths)
 
 
 def _is_remote(source: str) -> bool:

@@ -305,6 +305,21 @@ def test_folders_and_patterns_are_their_pictures(
         expand_sources(["album"])
 
 
+def test_two_stars_are_all_folders_below(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("top.png", "a/b [1]/deep.png", "a/one.png", "a/b [1]/no.txt", ".hidden/x.png"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    for name in ("a/up", "a/b [1]/up"):  # of which paths without end can be made
+        Path(name).symlink_to(tmp_path)
+    below = ["a/b [1]/deep.png", "a/one.png"]
+    assert expand_sources(["**/*.png"]) == [*below, "top.png"]
+    assert expand_sources(["**"]) == [*below, "top.png"]
+    assert expand_sources(["a/**/*.png"]) == expand_sources(["a/**"]) == below
+    assert expand_sources(["**/a/**/one*"]) == ["a/one.png"]
+    assert expand_sources([f"{tmp_path}/*/**/deep.png"]) == [f"{tmp_path}/a/b [1]/deep.png"]
+
+
 def test_all_pictures_of_a_folder_are_seen(tiny_folder: Path, album: Path) -> None:
     options = ("-m", tiny_folder, "--max-tokens", "1", "--json", "--detail", "low")
     done = run_text("chat", "What?", "-i", "album", *options, cwd=album)
