@@ -94,7 +94,7 @@ def split_blocks(text: str) -> list[Block]:
 
 def _cut_paragraph(lines: Sequence[str], start: int, end: int) -> Iterator[int]:
     """Yield lines at which a paragraph is cut; alone, what begins there is a paragraph too."""
-    for number in range(start + 1, end):
+    for number in range(start + 1, min(end, len(lines))):  # markdown-it breaks lines at \r, too
         if number - start >= _MAX_LINES and _PLAIN_LINE.match(lines[number]):
             yield number
             start = number

@@ -199,6 +199,11 @@ def test_a_page_is_not_rendered_again_and_again(monkeypatch: pytest.MonkeyPatch)
     assert show_growing(["".join(pieces)], lambda: 40) == output
 
 
+def test_a_carriage_return_does_not_count_as_a_line_of_a_long_paragraph() -> None:
+    text = "word\r" * 90
+    assert "".join(block.text for block in split_blocks(text)) == text
+
+
 def test_a_row_of_number_signs_is_no_work() -> None:
     text = "#" * 26 + " word word"
     start = time.process_time()
