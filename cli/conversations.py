@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 HISTORY_VARIABLE = "MLX_SMOLVLM_HISTORY"  # if it is empty, nothing of a conversation is kept
 MAX_FILES, MAX_BYTES = 10, 512 * 1024**2  # of conversations; the newest one always stays
 LOCK_S = 3.0  # writing a conversation takes less
+NOTICE_S = 1.0
 SUFFIX, _MAX_OWNER = ".chat", 1 << 16
 
 
@@ -199,7 +201,7 @@ class Keeper:
     def _write(self, conversation: Conversation) -> None:
         folder = find_folder()
         make_private_folder(folder)
-        _ = self._vlm.engine.checkpoint_digest  # takes seconds once, for which nobody has to wait
+        self._read_digest()  # before the lock, since it may take seconds
         with _lock_folder(folder):
             if self._path is None or self._is_foreign(self._path):
                 stamp = time.strftime("%Y-%m-%d-%H%M%S")
@@ -211,6 +213,16 @@ class Keeper:
             self._version = _read_version(self._path)
             remove_leftovers(folder)
             _remove_old(folder, self._path)
+
+    def _read_digest(self) -> None:
+        """Compute the digest of the checkpoint; say so if that takes long, as the first time."""
+        text = "reading the model's files, once, to recognize it with --continue"
+        timer = threading.Timer(NOTICE_S, say, [text], {"dim": True})
+        timer.start()
+        try:
+            _ = self._vlm.engine.checkpoint_digest
+        finally:
+            timer.cancel()
 
     def _remove(self) -> None:
         """Remove the file, unless another program has written it since."""

@@ -22,6 +22,7 @@ from mlx_smolvlm.cli.conversations import (
     resume_conversation,
 )
 from mlx_smolvlm.files import lock
+from mlx_smolvlm.generate.engine import Engine
 from tests.cli.test_session_faults import OPTIONS
 from tests.helpers import command
 from tests.helpers.pty_terminal import Talk
@@ -263,6 +264,26 @@ def test_a_folder_that_cannot_be_written(
     keeper = hold(tiny, "A", "B")
     assert capsys.readouterr().err.count("this conversation is not kept for --continue: ") == 1
     assert not keeper.has_file
+
+
+def test_a_long_wait_is_explained(
+    tiny: SmolVLM,
+    cache: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    hold(tiny, "A")
+    assert "reading the model's files" not in capsys.readouterr().err
+    digest = tiny.engine.checkpoint_digest
+
+    def read_digest(_: Engine) -> str:
+        time.sleep(0.5)
+        return digest
+
+    monkeypatch.setattr(Engine, "checkpoint_digest", property(read_digest))
+    monkeypatch.setattr(conversations, "NOTICE_S", 0.1)
+    hold(tiny, "B")
+    assert "reading the model's files, once" in capsys.readouterr().err
 
 
 def test_the_file_is_small(tiny: SmolVLM, cache: Path, tmp_path: Path) -> None:
