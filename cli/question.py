@@ -289,11 +289,13 @@ def replace_mentions(
 ) -> str:
     """Return `text` with words instead of paths, such as "the picture" or "video 2".
 
-    Paths before or after the sentences are left out; if nothing else remains, the text is a
-    general question.
+    Paths before or after the sentences are left out, if none is within one; if nothing else
+    remains, the text is a general question.
     """
     names, num_images, num_videos = _name_media(mentions, num_images, num_videos)
     first, last = _count_outside(text, mentions)
+    if first + last < len(mentions):  # one within a sentence, which may be compared to the others
+        first = last = 0
     position = mentions[first - 1].end if first else 0
     end = mentions[-last].start if last else len(text)
     parts = []

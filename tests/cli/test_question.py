@@ -86,6 +86,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("Read this: photo.png", "Read this", ["photo.png"]),
         ("'a.png' b.JPG which is red?", "which is red?", ["a.png", "b.JPG"]),
         ("a.png and b.JPG: which is red?", "which is red?", ["a.png", "b.JPG"]),
+        # beside it and within it
+        ("a.png vs b.JPG", "picture 1 vs picture 2", ["a.png", "b.JPG"]),
+        ("Compare a.png with this: b.JPG", "Compare picture 1 with this: picture 2",
+         ["a.png", "b.JPG"]),
         # nothing else
         ("photo.png", "What is in this picture?", ["photo.png"]),
         ("a.png, b.JPG", "What is in these pictures?", ["a.png", "b.JPG"]),
