@@ -32,8 +32,10 @@ _MAX_SUFFIXES = 3  # within a path, as in "clip.mp4 at 0.10.png"
 _MAX_PATH = 4096  # characters
 _KINDS = "|".join(one[1:] for one in SUFFIXES)
 _SUFFIX = re.compile(rf"(?<=[^\s./\\'\"])\.(?:{_KINDS})(?![\w-]|\.\w)", re.IGNORECASE)
-_WORD_START = re.compile(r"(?:^|(?<=[\s'\"`(\[{<>=,:;]))(?=\S)")
-_LAST_WORD = re.compile(r"(?:\\.|[^\s\\'\"`(\[{<>=,;])+\Z")
+# Before a word: quotation marks and commas of other languages, too.
+_BEFORE = r"\s'\"`(\[{<>=,;|\u201c\u2018\u201e\u00ab\u300c\u300e\uff08\u3010\u3001\uff0c"
+_WORD_START = re.compile(rf"(?:^|(?<=[{_BEFORE}:]))(?=\S)")
+_LAST_WORD = re.compile(rf"(?:\\.|[^{_BEFORE}\\])+\Z")
 _URL = re.compile(r"https?://\S+\Z", re.IGNORECASE)
 _QUOTES = "'\"`"
 _LAST_NOUN = re.compile(r"(\w+)\s*\Z")

@@ -80,6 +80,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (r"Is a.tif\ copy.png red?", "Is the picture red?", ["a.tif copy.png"]),
         ("How many of 10 does photo.png/10 get?", "How many of 10 does the picture/10 get?",
          ["photo.png"]),
+        # in other languages' quotation marks, and those that a Mac makes
+        ("Is \u201cmy photo.png\u201d red?", "Is \u201cthe picture\u201d red?", ["my photo.png"]),
+        ("\u300ca.png\u300d\u306f?", "\u300cthe picture\u300d\u306f?", ["a.png"]),
         # beside the sentence
         ("photo.png What is this?", "What is this?", ["photo.png"]),
         ("What is this? photo.png", "What is this?", ["photo.png"]),
