@@ -17,7 +17,17 @@ from demo_recipe.labels import make_patch_labels, make_token_mask
 from demo_recipe.prefix import ANSWERED_LAYER, ASKED_LAYER, Pointers
 from demo_recipe.rows import Pointed, QuestionRow, make_row, pad_rows
 from demo_recipe.tokenizer import find_token_id
-from demo_recipe.topics import NO_FOCUS, TOPICS, Focus, ask, ask_several, draw, make_talk
+from demo_recipe.topics import (
+    ALL_TOPICS,
+    LATE_TOPICS,
+    NO_FOCUS,
+    TOPICS,
+    Focus,
+    ask,
+    ask_several,
+    draw,
+    make_talk,
+)
 from mlx_smolvlm.config import Config
 from mlx_smolvlm.media.tiles import Detail, Grid, tile_picture
 from mlx_smolvlm.prompt.builder import PromptBuilder
@@ -112,6 +122,8 @@ _SYSTEMS = (
 ENCODER_SHARES = {"shapes": 0.28, "words": 0.32, "charts": 0.12, "objects": 0.13, "pages": 0.15}
 # Of the tiles beside conversations: what the encoder alone did not learn well enough.
 PRINT_SHARES = {"shapes": 0.05, "words": 0.65, "charts": 0.05, "objects": 0.05, "pages": 0.2}
+# The same where print in other fonts and charts of other programs are learned.
+LATE_SHARES = {"plots": 0.35, "prints": 0.45, "words": 0.1, "pages": 0.1}
 _SHORT = tuple(name for name, topic in TOPICS.items() if not topic.long)
 _COARSE = tuple(name for name in _SHORT if not TOPICS[name].tiled)
 MIXES: tuple[tuple[Mix, float], ...] = (
@@ -122,6 +134,22 @@ MIXES: tuple[tuple[Mix, float], ...] = (
     (Mix(("pages",), 5, 2, detail="high"), 0.13),
     (Mix((), 1, 16), 0.04),
 )
+LATE_MIXES: tuple[tuple[Mix, float], ...] = (
+    *((mix, 0.35 * share) for mix, share in MIXES),
+    (Mix((*_SHORT, *LATE_TOPICS), 7, 5, detail="high"), 0.4),
+    (Mix((*_COARSE, "unknown"), 14, 5), 0.12),
+    (Mix(("plots",), 7, 6, detail="high"), 0.13),
+)
+# With more of what the stage before has lost: print and pages.
+SETTLED_MIXES: tuple[tuple[Mix, float], ...] = (
+    *((mix, 0.35 * share) for mix, share in MIXES),
+    (Mix((*_SHORT, "plots", "unknown"), 7, 5, detail="high"), 0.32),
+    (Mix((*_COARSE, "unknown"), 14, 5), 0.1),
+    (Mix(("plots",), 7, 6, detail="high"), 0.08),
+    (Mix(("words",), 7, 5, detail="high"), 0.07),
+    (Mix(("pages",), 5, 2, detail="high"), 0.08),
+)
+SETTLED_SHARES = {"plots": 0.2, "words": 0.4, "pages": 0.4}
 
 
 def sample_size(rng: np.random.Generator, grid: str) -> tuple[int, int]:
@@ -159,7 +187,7 @@ def make_encoder_batch(
     while len(found) < size:
         topic = str(rng.choice(list(shares), p=list(shares.values())))
         drawn = draw(rng, topic, sample_size(rng, sample_grid(rng, (topic,))))
-        whole = rng.random() < 0.5 and not TOPICS[topic].tiled
+        whole = rng.random() < 0.5 and not ALL_TOPICS[topic].tiled
         shown, _ = label_tiles(drawn, config, "low" if whole else "high")
         for number, labels in enumerate(shown.labels):
             last = number == len(shown.labels) - 1
@@ -234,7 +262,7 @@ def make_picture_batch(
 
 def _draw_pictures(rng: np.random.Generator, mix: Mix, kind: str) -> list[LabeledPicture]:
     """Draw the pictures of a conversation."""
-    weights = np.array([max(TOPICS[name].weight, 1e-6) for name in mix.topics])
+    weights = np.array([max(ALL_TOPICS[name].weight, 1e-6) for name in mix.topics])
     names = rng.choice(mix.topics, size=mix.pictures, p=weights / weights.sum())
     return [draw(rng, str(name), sample_size(rng, kind)) for name in names]
 

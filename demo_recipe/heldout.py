@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from demo_recipe import words
+from demo_recipe import plots, prints, words
 from demo_recipe.batches import sample_size
 from demo_recipe.clip_questions import ask_clip, select_makers
 from demo_recipe.clips import Clip
@@ -27,10 +27,13 @@ from demo_recipe.film import write_mp4
 from demo_recipe.items import LabeledPicture, Turn, join_parts
 from demo_recipe.questions import make_small_talk
 from demo_recipe.sample_clips import sample_clip
-from demo_recipe.topics import TOPICS, ask_several, ask_unknown, draw
+from demo_recipe.topics import LATE_TOPICS, TOPICS, ask_several, ask_unknown, draw
 
 _REALM = 2**40  # training's seeds are far below
-ALL_TOPICS = (*TOPICS, "several", "clips", "chat")
+ALL_TOPICS = (*TOPICS, "several", "clips", "chat", *LATE_TOPICS)
+# Pictures with words: these print words that training never sees.
+_PRINTING = {"words": words.sample, "prints": prints.sample, "plots": plots.sample}
+BY_DISTANCE = {"page", "page table"}  # long answers, which are scored by their edit distance
 _ROUNDS = 60  # of pictures without a new item, after which a family is given up
 
 
@@ -90,8 +93,8 @@ def _sample_topic(rng: np.random.Generator) -> str:
 
 def _draw_picture(rng: np.random.Generator, topic: str) -> LabeledPicture:
     size = sample_size(rng, "square")
-    if topic == "words":
-        return words.sample(rng, size, heldout=True)
+    if topic in _PRINTING:
+        return _PRINTING[topic](rng, size, heldout=True)
     return draw(rng, topic, size)
 
 
@@ -125,6 +128,8 @@ def write_dataset(out: Path, count: int, seed: int, wanted: set[str] | None = No
     for topic in ALL_TOPICS:
         for item in collect(topic, count, seed, wanted):
             line: dict[str, Any] = {"task": item.task, "messages": item.messages}
+            if item.task in BY_DISTANCE:
+                line["metric"] = "anls"
             clips = () if item.clip is None else (item.clip,)
             for key, things in (("images", item.pictures), ("videos", clips)):
                 for thing in things:

@@ -21,8 +21,9 @@ import json
 import math
 import shutil
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -35,9 +36,13 @@ from tokenizers import Tokenizer
 
 from demo_recipe.ahead import Ahead
 from demo_recipe.batches import (
+    LATE_MIXES,
+    LATE_SHARES,
     MIXES,
     PLAIN,
     PRINT_SHARES,
+    SETTLED_MIXES,
+    SETTLED_SHARES,
     EncoderBatch,
     Mix,
     PictureBatch,
@@ -59,6 +64,7 @@ from mlx_smolvlm.convert.hub import DEMO, resolve
 from mlx_smolvlm.prompt.builder import PromptBuilder
 
 SAVED_EVERY_S = 120
+HEAD_STEPS, HEAD_RATE = 100, 0.02  # of heads that a checkpoint does not have
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
     "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
@@ -86,7 +92,9 @@ class Stage:
         asked: What is asked about pictures, and told beside the answers.
         tiles: Beside the conversations of a batch, most of them with print.
         scale: How many times the conversations of `batches.MIXES` a batch has.
+        shares: Of the topics of those tiles.
         averaged: Whether the weights at its end count into the mean that is the run's result.
+        from_average: Whether it begins with that mean, which then counts as one such end.
     """
 
     name: str
@@ -103,7 +111,9 @@ class Stage:
     asked: QuestionOptions = PLAIN
     tiles: int = 0
     scale: int = 1
+    shares: Mapping[str, float] = field(default_factory=lambda: PRINT_SHARES)
     averaged: bool = False
+    from_average: bool = False
 
 
 _SHAPES = (
@@ -149,6 +159,16 @@ STAGES = (
         asked=QuestionOptions(True, Focus(WEAKEST, 0.7, 80, True), True),
     ),
     replace(_TOGETHER, name="again", steps=450),
+    Stage(
+        "wider", steps=1700, rate=0.004, floor=0.01, encoder_share=0.5, clips=0.07, brief=0.0,
+        mixes=LATE_MIXES, asked=QuestionOptions(True, Focus(WEAKEST, 0.25, 40, True), True),
+        tiles=16, shares=LATE_SHARES, averaged=True, from_average=True,
+    ),
+    Stage(
+        "settled", steps=620, rate=0.002, floor=0.01, encoder_share=0.4, clips=0.08, brief=0.0,
+        mixes=SETTLED_MIXES, asked=QuestionOptions(True, Focus(WEAKEST, 0.25, 40, True), True),
+        tiles=10, shares=SETTLED_SHARES, from_average=True,
+    ),
 )  # fmt: skip
 
 
@@ -178,7 +198,7 @@ def make_batch(builder: PromptBuilder, stages: tuple[Stage, ...], seed: int, pla
     if not stage.tiles:
         return talk
     return PairedBatch(
-        talk, make_encoder_batch(own + 250_000, builder.config, stage.tiles, PRINT_SHARES)
+        talk, make_encoder_batch(own + 250_000, builder.config, stage.tiles, stage.shares)
     )
 
 
@@ -239,8 +259,8 @@ class Run:
 
     @property
     def result(self) -> dict[str, Any]:
-        """The current weights; at the end, the mean over the ends of the averaged stages."""
-        mean = self.is_done and self.ends
+        """The current weights; at the end, the mean of ends if the last stage counts into it."""
+        mean = self.is_done and self.stages[-1].averaged
         weights: dict[str, Any] = self._average if mean else self.trainee.model.parameters()
         return weights
 
@@ -256,6 +276,9 @@ class Run:
 
     def _enter_stage(self) -> None:
         stage = self.stages[self.stage]
+        if stage.from_average and self.ends:
+            self.trainee.model.update(self._average)
+            self.ends = 1
         self.trainee.unfreeze()
         if stage.size:
             self.trainee.freeze()
@@ -265,6 +288,31 @@ class Run:
         self._gradient = nn.value_and_grad(self.trainee, loss)
         self.optimizer = Optimizer()
         self.optimizer.init(self.trainee.trainable_parameters())
+
+    def begin_at(self, name: str, checkpoint: Path) -> None:
+        """Begin at the stage `name` with the weights of `checkpoint`.
+
+        A checkpoint has no auxiliary heads: new ones are fitted to it first.
+        """
+        self.stage = [stage.name for stage in self.stages].index(name)
+        weights = load_tensors(checkpoint / "model.safetensors")
+        self.trainee.model.load_weights(
+            [(key, value.astype(mx.float32)) for key, value in weights.items()]
+        )
+        self.trainee.freeze()
+        for head in (self.trainee.dense_head, self.trainee.motion_head, self.trainee.place_head):
+            head.unfreeze()
+        optimizer = Optimizer()
+        optimizer.init(self.trainee.trainable_parameters())
+        gradient = nn.value_and_grad(self.trainee, step_loss)
+        for step in range(HEAD_STEPS):
+            data = make_batch(self.builder, self.stages, self.seed + 1, (self.stage, step, 0))
+            optimizer.set_rates(HEAD_RATE * (1 - step / HEAD_STEPS), 1.0)
+            with fast_curves() if mx.default_device() == mx.Device(mx.cpu) else nullcontext():
+                loss, slope = gradient(self.trainee, data)
+                optimizer.update(self.trainee, slope)
+                mx.eval(self.trainee.parameters(), optimizer.state, loss)
+        self._enter_stage()
 
     def advance(self) -> float:
         """Take one step, and return the loss before it."""
@@ -377,6 +425,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw")
     parser.add_argument("--until", choices=[s.name for s in STAGES], help="stop after this stage")
+    parser.add_argument("--begin", choices=[s.name for s in STAGES], help="begin at this stage")
+    parser.add_argument("--weights", default=DEMO, help="checkpoint to begin with")
     options = parser.parse_args()
     run = start(options.out, options.seed, workers=options.workers)
     state, log = options.out / "state.safetensors", options.out / "log.csv"
@@ -384,6 +434,8 @@ def main() -> None:
         run.restore(state)
     else:
         log.write_text("stage,step,loss,seconds\n")
+        if options.begin:
+            run.begin_at(options.begin, resolve(options.weights))
     losses: list[mx.array] = []
     saved = begun = time.monotonic()
     while not run.is_done and not run.check_any(time.monotonic() - begun > options.minutes * 60):

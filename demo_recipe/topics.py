@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from demo_recipe import charts, objects, pages, words
+from demo_recipe import charts, objects, pages, plots, prints, unknown, words
 from demo_recipe.draw import Scene, render, sample_scene
 from demo_recipe.items import Box, Glyph, LabeledPicture, Part, Turn, Wording, get_parts
 from demo_recipe.questions import (
@@ -20,11 +20,11 @@ from demo_recipe.questions import (
     make_small_talk,
     pick,
 )
+from demo_recipe.unknown import CANNOT_TELL
 
 Size = tuple[int, int]
 Sampler = Callable[[np.random.Generator, Size], LabeledPicture]
 
-CANNOT_TELL = "I cannot tell from this picture."
 UNKNOWN = (
     "How old is it?", "Who made this picture?", "When was this picture made?",
     "How much does it cost?", "What is the name of the owner?", "What is behind it?",
@@ -78,11 +78,18 @@ TOPICS: dict[str, Topic] = {
     "objects": Topic(objects.sample, 0.2),
     "pages": Topic(pages.sample, 0.15, tiled=True, long=True),
 }
+# Of the last stage alone, so that the earlier ones draw what they did.
+LATE_TOPICS: dict[str, Topic] = {
+    "plots": Topic(plots.sample, 0.45),
+    "prints": Topic(prints.sample, 0.22),
+    "unknown": Topic(unknown.sample, 0.32),
+}
+ALL_TOPICS = {**TOPICS, **LATE_TOPICS}
 
 
 def draw(rng: np.random.Generator, topic: str, size: Size) -> LabeledPicture:
     """Draw a picture of `topic`; `size` is (width, height) in pixels."""
-    return TOPICS[topic].sample(rng, size)
+    return ALL_TOPICS[topic].sample(rng, size)
 
 
 @dataclass(frozen=True)

@@ -76,6 +76,8 @@ def test_every_line_can_be_asked(tmp_path: Path) -> None:
             with Image.open(tmp_path / name) as picture:
                 assert min(picture.size) >= 90
         assert all(isinstance(one["content"], str) for one in messages[1::2])
+    by_distance = {line["task"] for line in lines if line.get("metric") == "anls"}
+    assert by_distance == {"page", "page table"}
     chosen = listed(tmp_path / "chosen", wanted={"color", "chat"})
     assert [line["task"] for line in chosen] == ["color", "chat"]
 

@@ -674,6 +674,64 @@ def test_the_result_is_the_mean_of_the_ends_of_averaged_stages(tmp_path: Path, s
         assert mx.allclose(value, mean, rtol=1e-3, atol=1e-6), name  # float16's
 
 
+@pytest.mark.usefixtures("small")
+def test_a_stage_can_begin_with_the_mean_of_those_before(tmp_path: Path) -> None:
+    first = Stage("first", 1, 0.01, size=2, averaged=True)
+    stages = (first, replace(first, name="second"), replace(first, name="last", from_average=True))
+    apart = start(tmp_path / "apart", 0, (*stages[:2], replace(stages[2], from_average=False)))
+    ends = []
+    for _ in range(2):
+        apart.advance()
+        ends.append(apart.trainee.model.vision_model.embeddings.patch_embedding.weight)
+    assert not mx.array_equal(*ends)
+    run = start(tmp_path / "run", 0, stages)
+    run.advance()
+    run.advance()
+    begun = mx.array(run.trainee.model.vision_model.embeddings.patch_embedding.weight)
+    assert mx.allclose(begun, (ends[0] + ends[1]) / 2, atol=1e-7)
+    run.advance()
+    assert run.is_done
+    assert run.ends == 2  # the mean that it began with, and its own end
+    last = weights_of(run)["model.vision_model.embeddings.patch_embedding.weight"]
+    found = dict(tree_flatten(run.result))["vision_model.embeddings.patch_embedding.weight"]
+    assert mx.allclose(found, (begun + last) / 2, atol=1e-7)
+
+
+@pytest.mark.usefixtures("small")
+def test_the_result_is_the_end_of_the_last_stage_where_that_is_not_averaged(tmp_path: Path) -> None:
+    first = Stage("first", 1, 0.01, size=2, averaged=True)
+    run = start(tmp_path, 0, (first, replace(first, name="last", averaged=False)))
+    run.advance()
+    run.advance()
+    own = weights_of(run)
+    assert all(mx.array_equal(v, own[f"model.{name}"]) for name, v in tree_flatten(run.result))
+
+
+@pytest.mark.usefixtures("small")
+def test_a_run_can_begin_with_the_weights_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new heads are fitted to it, and its own weights stay until the first step."""
+    monkeypatch.setattr(run_module, "HEAD_STEPS", 2)
+    stages = (STAGES[0], replace(STAGES[1], name="later"))
+    donor = start(tmp_path / "donor", 0, stages)
+    donor.advance()
+    save_checkpoint(donor, tmp_path / "donor")
+    run = start(tmp_path / "run", 1, stages)
+    before = mx.array(run.trainee.dense_head.weight)
+    run.begin_at("later", tmp_path / "donor")
+    assert (run.stage, run.step) == (1, 0)
+    saved = mx.load(str(tmp_path / "donor" / "model.safetensors"))
+    assert isinstance(saved, dict)
+    for name, value in tree_flatten(run.trainee.model.parameters()):
+        assert mx.array_equal(value, saved[name].astype(mx.float32)), name
+    assert not mx.array_equal(before, run.trainee.dense_head.weight)
+    run.advance()
+    name = "vision_model.embeddings.patch_embedding.weight"
+    moved = run.trainee.model.vision_model.embeddings.patch_embedding.weight
+    assert not mx.array_equal(moved, saved[name].astype(mx.float32))
+
+
 def test_every_step_of_every_run_draws_from_seeds_of_its_own() -> None:
     for number, stage in enumerate(ALL_STAGES):
         assert 0 < stage.steps <= 250_000, stage  # above are the seeds of tiles and second parts
