@@ -108,7 +108,7 @@ def draw_with_matplotlib(rng: np.random.Generator) -> Chart:
         file = io.BytesIO()
         figure.savefig(file, dpi=100)
         plt.close(figure)
-    picture = Image.open(file).convert("RGB")
+    picture = Image.open(file, formats=["PNG"]).convert("RGB")
     return picture, bars, _find_readable(kind, size * 100 / 72, picture)
 
 
@@ -137,7 +137,8 @@ def draw_with_vega(rng: np.random.Generator) -> Chart:
             },
         },
     }  # fmt: skip
-    picture = Image.open(io.BytesIO(vl_convert.vegalite_to_png(spec))).convert("RGB")
+    file = io.BytesIO(vl_convert.vegalite_to_png(spec))
+    picture = Image.open(file, formats=["PNG"]).convert("RGB")
     return picture, bars, _find_readable(kind, size, picture)
 
 
