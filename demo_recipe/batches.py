@@ -18,9 +18,9 @@ from demo_recipe.prefix import ANSWERED_LAYER, ASKED_LAYER, Pointers
 from demo_recipe.rows import Pointed, QuestionRow, make_row, pad_rows
 from demo_recipe.tokenizer import find_token_id
 from demo_recipe.topics import (
-    ALL_TOPICS,
     LATE_TOPICS,
     NO_FOCUS,
+    PICTURE_TOPICS,
     TOPICS,
     Focus,
     ask,
@@ -187,7 +187,7 @@ def make_encoder_batch(
     while len(found) < size:
         topic = str(rng.choice(list(shares), p=list(shares.values())))
         drawn = draw(rng, topic, sample_size(rng, sample_grid(rng, (topic,))))
-        whole = rng.random() < 0.5 and not ALL_TOPICS[topic].tiled
+        whole = rng.random() < 0.5 and not PICTURE_TOPICS[topic].tiled
         shown, _ = label_tiles(drawn, config, "low" if whole else "high")
         for number, labels in enumerate(shown.labels):
             last = number == len(shown.labels) - 1
@@ -262,7 +262,7 @@ def make_picture_batch(
 
 def _draw_pictures(rng: np.random.Generator, mix: Mix, kind: str) -> list[LabeledPicture]:
     """Draw the pictures of a conversation."""
-    weights = np.array([max(ALL_TOPICS[name].weight, 1e-6) for name in mix.topics])
+    weights = np.array([max(PICTURE_TOPICS[name].weight, 1e-6) for name in mix.topics])
     names = rng.choice(mix.topics, size=mix.pictures, p=weights / weights.sum())
     return [draw(rng, str(name), sample_size(rng, kind)) for name in names]
 

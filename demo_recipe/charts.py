@@ -21,6 +21,7 @@ from demo_recipe.lettering import (
     measure_width,
     round_size,
 )
+from demo_recipe.questions import pick
 
 KINDS = ("bar", *string.ascii_uppercase)
 
@@ -63,7 +64,7 @@ def sample(rng: np.random.Generator, size: tuple[int, int]) -> LabeledPicture:
     picture = Image.new("RGB", size, background[1])
     _draw_grid(rng, picture, plot, background[1])
     colors = _sample_colors(rng, background, count)
-    extents = _draw_bars(rng, picture, plot, colors, _sample_values(rng, count))
+    extents = _draw_bars(rng, picture, plot, colors, sample_values(rng, count))
     letters = _sample_letters(rng, count)
     under = _write_letters(rng, picture, plot, letters, (cap, _pick_contrast(background[1])))
     bars = tuple(
@@ -85,10 +86,10 @@ def _make_glyphs(bars: tuple[Bar, ...]) -> tuple[Glyph, ...]:
     return tuple(glyphs)
 
 
-def _sample_values(rng: np.random.Generator, count: int) -> list[int]:
-    """`count` values of which one alone is the highest, and one alone the lowest."""
+def sample_values(rng: np.random.Generator, count: int, most: int = TOP) -> list[int]:
+    """`count` values up to `most` of which one alone is the highest, and one alone the lowest."""
     while True:
-        values = [int(value) for value in rng.integers(1, TOP + 1, size=count)]
+        values = [int(value) for value in rng.integers(1, most + 1, size=count)]
         if values.count(max(values)) == values.count(min(values)) == 1:
             return values
 
@@ -106,7 +107,7 @@ def _sample_letters(rng: np.random.Generator, count: int) -> str:
 
 def _sample_background(rng: np.random.Generator) -> tuple[str, RGB]:
     draw = rng.random()
-    name = "white" if draw < 0.65 else "black" if draw < 0.8 else _sample_color(rng)
+    name = "white" if draw < 0.65 else "black" if draw < 0.8 else pick(rng, COLOR_NAMES)
     return name, sample_rgb(rng, name)
 
 
@@ -116,17 +117,13 @@ def _sample_colors(
     """Names and colors of `count` bars, each far from the others and from the background."""
     colors: list[tuple[str, RGB]] = []
     while len(colors) < count:
-        name = _sample_color(rng)
+        name = pick(rng, COLOR_NAMES)
         rgb = sample_rgb(rng, name)
         fresh = name not in (background[0], *(other for other, _ in colors))
         apart = all(_compute_distance(rgb, other) > _APART for _, other in colors)
         if fresh and apart and _compute_distance(rgb, background[1]) > _SEEN:
             colors.append((name, rgb))
     return colors
-
-
-def _sample_color(rng: np.random.Generator) -> str:
-    return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
 
 
 def _compute_distance(one: RGB, other: RGB) -> float:

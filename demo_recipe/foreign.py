@@ -22,10 +22,12 @@ import numpy as np
 from PIL import Image
 
 from demo_recipe import foreign_scenes, plot_questions, unknown
+from demo_recipe.charts import sample_values
 from demo_recipe.items import Box, TurnMaker, join_parts
 from demo_recipe.lettering import MEASURE
 from demo_recipe.lexicon import HELD_OUT
 from demo_recipe.plot_questions import PlotBar
+from demo_recipe.plots import READABLE_CAP
 
 _REALM = 2**41
 # As a user writes them: names that CSS and matplotlib know, and what the demo calls them.
@@ -45,7 +47,6 @@ _STYLES = (
     "seaborn-v0_8-whitegrid",
 )
 _WHOLE = Box((0.0, 0.0, 1.0, 1.0))
-READABLE = {"letter": 7.5, "word": 7.5}  # least cap height of labels, in pixels of MEASURE
 
 Chart = tuple[Image.Image, tuple[PlotBar, ...], str]
 
@@ -53,10 +54,9 @@ Chart = tuple[Image.Image, tuple[PlotBar, ...], str]
 def sample_bars(rng: np.random.Generator) -> tuple[str, tuple[PlotBar, ...], list[str]]:
     """Draw the kind of the labels, the bars of a chart, and their colors for a program."""
     count = 2 + int(rng.integers(4))
-    while True:
-        values = [int(value) for value in rng.integers(1, 11, size=count)]
-        if values.count(max(values)) == values.count(min(values)) == 1 and max(values) > 3:
-            break
+    values = sample_values(rng, count)
+    while max(values) <= 3:  # matplotlib puts halves at the axis of such a chart
+        values = sample_values(rng, count)
     kind = "letter" if rng.random() < 0.5 else "word"
     if kind == "letter":
         start = int(rng.integers(26 - count))
@@ -145,7 +145,7 @@ def draw_with_vega(rng: np.random.Generator) -> Chart:
 def _find_readable(kind: str, pixels: float, picture: Image.Image) -> str:
     """Return `kind`, or "none" if labels of a font of so many `pixels` are too small to read."""
     cap = 0.72 * pixels * MEASURE / max(picture.size)
-    return kind if cap >= READABLE[kind] else "none"
+    return kind if cap >= READABLE_CAP else "none"
 
 
 def _sample_word(rng: np.random.Generator) -> str:

@@ -146,7 +146,7 @@ def ask_bar_color(bars: Bars, labels: str, rng: np.random.Generator) -> Turn:
 
 
 def ask_absent(bars: Bars, labels: str, rng: np.random.Generator) -> Turn:
-    """That there is no such bar, to a question that takes one for granted."""
+    """A question about a bar of a color that the chart does not have."""
     missing = [name for name in COLOR_NAMES if name not in {bar.color for bar in bars}]
     name = f"{pick(rng, tuple(missing))} bar"
     return Turn(

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from demo_recipe import plot_questions
+from demo_recipe.charts import TOP, sample_values
 from demo_recipe.draw import RGB, sample_rgb
 from demo_recipe.fonts import find_size, measure_text, sample_font, write_text
 from demo_recipe.items import Box, Extent, Glyph, LabeledPicture
@@ -34,10 +35,10 @@ NAMED: dict[str, tuple[RGB, ...]] = {
     "yellow": ((255, 255, 0), (255, 215, 0), (255, 255, 51), (238, 202, 59)),
     "black": ((0, 0, 0), (34, 34, 34)),
 }  # fmt: skip
-# Lower case letters that are no small capitals, so that one alone can be told.
+# Lower-case letters that look different from their capitals, so that a single one can be read.
 LOWER = "abdefghijlmnqrty"
-_APART = 75
-_MOST = 10
+READABLE_CAP = 7.5  # pixels of a label's capitals, where the long side has MEASURE
+_APART = 75  # least distance of two bars' colors
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def sample(
     picture.paste(look.ground, (0, 0, width, height))
     count = 2 + int(rng.choice(4, p=(0.15, 0.3, 0.3, 0.25)))
     count = min(count, max(2, int(width / unit / 26)))
-    values = _sample_values(rng, count)
+    most = int(rng.integers(max(4, count), TOP + 1))
+    values = sample_values(rng, count, most)
     kind, labels = _sample_labels(rng, count, heldout)
     top, step = _sample_axis(rng, max(values))
     left, upper, right, bottom = _lay_out(rng, picture, look, (top, step))
@@ -117,7 +119,7 @@ def sample(
     _write_titles(rng, picture, look, (left, upper, right, bottom))
     if zoom == 3:
         picture = picture.reduce(zoom)
-    readable = look.cap / unit >= 7.5
+    readable = look.cap / unit >= READABLE_CAP
     makers = plot_questions.makers(tuple(bars), kind if readable else "none")
     return LabeledPicture(picture, tuple(glyphs), makers)
 
@@ -143,15 +145,6 @@ def _sample_look(rng: np.random.Generator, unit: float, height: int) -> Look:
     return Look(sample_font(rng), min(cap, limit), min(tick, 0.8 * limit), ground, panel, ink)
 
 
-def _sample_values(rng: np.random.Generator, count: int) -> list[int]:
-    """`count` values of which one alone is the highest, and one alone the lowest."""
-    most = int(rng.integers(max(4, count), _MOST + 1))
-    while True:
-        values = [int(value) for value in rng.integers(1, most + 1, size=count)]
-        if values.count(max(values)) == values.count(min(values)) == 1:
-            return values
-
-
 def _sample_axis(rng: np.random.Generator, highest: int) -> tuple[float, float]:
     """The value at the top of the axis, and the step of its ticks."""
     step = 1.0 if highest <= 5 else 2.0 if highest > 8 else float(rng.integers(1, 3))
@@ -165,7 +158,7 @@ def _sample_axis(rng: np.random.Generator, highest: int) -> tuple[float, float]:
         return highest * 1.05, step
     if draw < 0.8:
         return step * math.ceil(highest / step), step
-    return _MOST * (1.0 if draw < 0.9 else 1.05), 2.0
+    return TOP * (1.0 if draw < 0.9 else 1.05), 2.0
 
 
 def _sample_labels(rng: np.random.Generator, count: int, heldout: bool) -> tuple[str, list[str]]:

@@ -18,6 +18,7 @@ from demo_recipe.fonts import compute_cap_share, find_size, measure_text, sample
 from demo_recipe.items import Box, Glyph, LabeledPicture, Turn, TurnMaker
 from demo_recipe.lettering import MEASURE, compute_luminance
 from demo_recipe.lexicon import HELD_OUT, TRAINED
+from demo_recipe.questions import pick
 from demo_recipe.word_questions import Line, WordsPage
 
 KINDS = tuple(string.ascii_lowercase)
@@ -94,7 +95,7 @@ def _sample_text(rng: np.random.Generator, heldout: bool) -> tuple[str, str]:
 
 def _sample_ground(rng: np.random.Generator) -> tuple[str, tuple[int, int, int]]:
     draw = rng.random()
-    name = "white" if draw < 0.6 else "black" if draw < 0.7 else _sample_color(rng)
+    name = "white" if draw < 0.6 else "black" if draw < 0.7 else pick(rng, COLOR_NAMES)
     return name, sample_rgb(rng, name)
 
 
@@ -102,11 +103,7 @@ def _sample_ink(
     rng: np.random.Generator, ground: str, behind: tuple[int, int, int]
 ) -> tuple[str, tuple[int, int, int]]:
     while True:
-        name = "black" if rng.random() < 0.4 else _sample_color(rng)
+        name = "black" if rng.random() < 0.4 else pick(rng, COLOR_NAMES)
         rgb = sample_rgb(rng, name)
         if name != ground and abs(compute_luminance(rgb) - compute_luminance(behind)) > _CONTRAST:
             return name, rgb
-
-
-def _sample_color(rng: np.random.Generator) -> str:
-    return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]

@@ -84,12 +84,12 @@ LATE_TOPICS: dict[str, Topic] = {
     "prints": Topic(prints.sample, 0.22),
     "unknown": Topic(unknown.sample, 0.32),
 }
-ALL_TOPICS = {**TOPICS, **LATE_TOPICS}
+PICTURE_TOPICS = {**TOPICS, **LATE_TOPICS}
 
 
 def draw(rng: np.random.Generator, topic: str, size: Size) -> LabeledPicture:
     """Draw a picture of `topic`; `size` is (width, height) in pixels."""
-    return ALL_TOPICS[topic].sample(rng, size)
+    return PICTURE_TOPICS[topic].sample(rng, size)
 
 
 @dataclass(frozen=True)

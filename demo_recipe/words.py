@@ -24,6 +24,7 @@ from demo_recipe.lettering import (
     round_size,
 )
 from demo_recipe.lexicon import HELD_OUT, TRAINED, WORDS
+from demo_recipe.questions import pick
 from demo_recipe.word_questions import Line, WordsPage
 
 KINDS = (*string.ascii_uppercase, *string.digits)
@@ -159,12 +160,12 @@ def _sample_grounds(
 ) -> tuple[tuple[str, RGB], tuple[str, RGB]]:
     """Name and color of the background, and of what is right behind the text."""
     draw = rng.random()
-    name = "white" if draw < 0.4 else "black" if draw < 0.5 else _sample_color(rng)
+    name = "white" if draw < 0.4 else "black" if draw < 0.5 else pick(rng, COLOR_NAMES)
     background = (name, sample_rgb(rng, name))
     if not signed:
         return background, background
     while True:
-        name = _sample_color(rng)
+        name = pick(rng, COLOR_NAMES)
         rgb = sample_rgb(rng, name)
         if name != background[0] and _compute_contrast(rgb, background[1]) > 40:
             return background, (name, rgb)
@@ -173,14 +174,10 @@ def _sample_grounds(
 def _sample_ink(rng: np.random.Generator, ground: tuple[str, RGB]) -> tuple[str, RGB]:
     """Name and color of a text that is well seen on `ground`."""
     while True:
-        name = _sample_color(rng)
+        name = pick(rng, COLOR_NAMES)
         rgb = sample_rgb(rng, name)
         if name != ground[0] and _compute_contrast(rgb, ground[1]) > _CONTRAST:
             return name, rgb
-
-
-def _sample_color(rng: np.random.Generator) -> str:
-    return COLOR_NAMES[int(rng.integers(len(COLOR_NAMES)))]
 
 
 def _compute_contrast(one: RGB, other: RGB) -> float:
