@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_smolvlm.cli.output import describe_os_error, say
+from mlx_smolvlm.config import DEMO_FOLDER
 from mlx_smolvlm.errors import CheckpointError, PromptError
 from mlx_smolvlm.files import (
     locate_cache,
@@ -143,11 +144,10 @@ def resume_conversation(
 
 def describe_owner(vlm: SmolVLM) -> Owner:
     """Return what says which model `vlm` is."""
-    from mlx_smolvlm.convert.hub import DEMO, resolve
+    from mlx_smolvlm.convert.hub import DEMO
 
     adapter = None if vlm.adapter is None else str(vlm.adapter.resolve())
-    is_demo = vlm.path == resolve(DEMO)
-    return Owner(DEMO if is_demo else str(vlm.path.resolve()), adapter)
+    return Owner(DEMO if vlm.path == DEMO_FOLDER else str(vlm.path.resolve()), adapter)
 
 
 class Keeper:

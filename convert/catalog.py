@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-import mlx_smolvlm
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import read_config
 from mlx_smolvlm.config import (
+    DEMO_FOLDER,
     DTYPE_BITS,
     Config,
     ImageConfig,
@@ -140,9 +139,8 @@ class ModelFigures:
 
 def list_figures(machine: Machine) -> list[ModelFigures]:
     """List what the demo and the published models take on `machine`."""
-    demo = Path(mlx_smolvlm.__file__).parent / "demo"
-    weights = sum(info.nbytes for info in read_headers(demo).values())
-    own = _count(read_config(demo), (FLOAT_BITS,), machine, DEMO_PURPOSE)
+    weights = sum(info.nbytes for info in read_headers(DEMO_FOLDER).values())
+    own = _count(read_config(DEMO_FOLDER), (FLOAT_BITS,), machine, DEMO_PURPOSE)
     figures = [replace(own, download_bytes=0, disk_bytes={FLOAT_BITS: weights})]
     for one in MODELS.values():
         figures.append(_count(one.config, PRECISIONS, machine, one.purpose))

@@ -24,7 +24,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import mlx_smolvlm
 from mlx_smolvlm.checkpoint.headers import read_headers
 from mlx_smolvlm.checkpoint.load import (
     CONFIG_FILE,
@@ -33,7 +32,7 @@ from mlx_smolvlm.checkpoint.load import (
     read_chat_template,
     read_config,
 )
-from mlx_smolvlm.config import FORMAT, FORMAT_VERSION
+from mlx_smolvlm.config import DEMO_FOLDER, FORMAT, FORMAT_VERSION
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import (
     check_folder,
@@ -116,7 +115,7 @@ def resolve(model: str | Path, options: ResolveOptions | None = None) -> Path:
     """
     options = options or ResolveOptions()
     if model == DEMO:
-        return Path(mlx_smolvlm.__file__).parent / DEMO
+        return DEMO_FOLDER
     folder = find_folder(model)
     if folder is not None:
         if read_json(folder / CONFIG_FILE).get("format") == FORMAT:

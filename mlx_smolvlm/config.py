@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_smolvlm.errors import CheckpointError, shorten
@@ -19,6 +20,7 @@ FORMAT_VERSION = 2
 
 MAX_SIZE = 2**24  # far above any real width, vocabulary, context or picture
 DEMO_SOURCE = "demo_recipe"  # of the bundled demo, which demo_recipe/ trained
+DEMO_FOLDER = Path(__file__).parent / "demo"
 MAX_SOURCE_LENGTH = 1000  # characters of `Config.source`, which messages quote
 
 PARTS = ("text", "vision", "connector", "embeddings")

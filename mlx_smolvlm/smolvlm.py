@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Unpack, overload
 
 import mlx.core as mx
 
-from mlx_smolvlm.config import DTYPE_BITS, Config
+from mlx_smolvlm.config import DEMO_FOLDER, DTYPE_BITS, Config
 from mlx_smolvlm.conversation import Conversation, ConversationOptions
 from mlx_smolvlm.errors import CheckpointError, SmolVLMWarning
 from mlx_smolvlm.files import expand_path
@@ -65,7 +65,7 @@ class SmolVLM:
         return [*_PUBLIC]
 
     def __repr__(self) -> str:
-        if self.path == Path(__file__).parent / "demo":
+        if self.path == DEMO_FOLDER:
             return "SmolVLM('demo')"
         return f"SmolVLM({self.config.name!r}, path={str(self.path)!r})"
 
