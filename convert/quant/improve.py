@@ -191,9 +191,9 @@ def mix(
     Raises:
         CheckpointError: Even the smallest mixture is larger; the message states its size.
     """
-    spread = _spread(samples)
-    budget = find_budget(plan, better, _have_pictures(spread))
-    choice = choose_precisions(measure_choices(plan, model, spread, progress), budget)
+    samples = _spread(samples)
+    budget = find_budget(plan, better, _have_pictures(samples))
+    choice = choose_precisions(measure_choices(plan, model, samples, progress), budget)
     weights = sum(_count_weights(step) for step in plan.steps if step.entry.quantizable)
     size = sum(one.nbytes for one in choice.values())
     return Mixture(choice, size * 8 / weights, sum(one.damage for one in choice.values()))
@@ -262,9 +262,8 @@ def measure_choices(
 ) -> dict[str, list[PrecisionChoice]]:
     """Return the possible precisions of each matrix of `plan`, with bytes and damage."""
     steps = {step.entry.path: step for step in plan.steps if step.entry.quantizable}
-    spread = _spread(samples)
-    information = estimate_importance(model, spread, list(steps), progress)
-    has_pictures = _have_pictures(spread)
+    information = estimate_importance(model, samples, list(steps), progress)
+    has_pictures = _have_pictures(samples)
     dtype: mx.Dtype = getattr(mx, plan.config.dtype)
     modules = dict(model.named_modules())
     choices: dict[str, list[PrecisionChoice]] = {}
