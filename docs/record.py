@@ -148,19 +148,6 @@ class Recorder(Emulator):
         self._pictures.append(picture)
         self._stream.feed(b"\r\n" * (-(-picture.size[1] // CELL[1]) - 1))
 
-    def _read(self, wait_s: float) -> bool:
-        import select
-
-        if not select.select([self.fd], [], [], wait_s)[0]:
-            return True
-        try:
-            data = os.read(self.fd, 65536)
-        except OSError:
-            return False
-        self.raw += data
-        self.feed(data)
-        return bool(data)
-
     def snap(self, pause_s: float) -> None:
         """Keep the screen as it is, if it has changed, for `pause_s`."""
         top = len(self.screen.history.top)

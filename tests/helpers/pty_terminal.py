@@ -136,12 +136,15 @@ class Emulator:
         except OSError:
             return False
         self.raw += data
+        self.feed(data)
+        return bool(data)
+
+    def feed(self, data: bytes) -> None:
+        """Show `data`, and answer if it asks what the terminal can do."""
         if b"\x1b[c" in data:
             os.write(self.fd, self.attributes)
         # Pictures are for other emulators than this one.
-        data = re.sub(rb"\x1b[_P][^\x1b]*\x1b\\", b"<picture>", data)
-        self._stream.feed(data)
-        return bool(data)
+        self._stream.feed(re.sub(rb"\x1b[_P][^\x1b]*\x1b\\", b"<picture>", data))
 
     def lines(self) -> list[str]:
         """What has scrolled up, then the screen; without blanks at the ends of lines."""
