@@ -22,7 +22,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -222,6 +222,11 @@ def draw_step(
     return [make_batch(load_builder(folder), stages, seed, (*place, part)) for part in own]
 
 
+def choose_curves() -> AbstractContextManager[None]:
+    """Return the context to compute in: with fast curves on a CPU."""
+    return fast_curves() if mx.default_device() == mx.Device(mx.cpu) else nullcontext()
+
+
 class Run:
     """A training run: the model, the optimizer, and the current stage and step.
 
@@ -299,6 +304,11 @@ class Run:
         self.trainee.model.load_weights(
             [(key, value.astype(mx.float32)) for key, value in weights.items()]
         )
+        self._fit_heads()
+        self._enter_stage()
+
+    def _fit_heads(self) -> None:
+        """Train the auxiliary heads alone, on batches of the current stage."""
         self.trainee.freeze()
         for head in (self.trainee.dense_head, self.trainee.motion_head, self.trainee.place_head):
             head.unfreeze()
@@ -308,11 +318,10 @@ class Run:
         for step in range(HEAD_STEPS):
             data = make_batch(self.builder, self.stages, self.seed + 1, (self.stage, step, 0))
             optimizer.set_rates(HEAD_RATE * (1 - step / HEAD_STEPS), 1.0)
-            with fast_curves() if mx.default_device() == mx.Device(mx.cpu) else nullcontext():
+            with choose_curves():
                 loss, slope = gradient(self.trainee, data)
                 optimizer.update(self.trainee, slope)
                 mx.eval(self.trainee.parameters(), optimizer.state, loss)
-        self._enter_stage()
 
     def advance(self) -> float:
         """Take one step, and return the loss before it."""
@@ -326,7 +335,7 @@ class Run:
         share = 0.5 + 0.5 * math.cos(math.pi * self.step / stage.steps)
         rate = stage.rate * (stage.floor + (1 - stage.floor) * share)
         self.optimizer.set_rates(rate * min(1, (self.step + 1) / 20), stage.encoder_share)
-        with fast_curves() if mx.default_device() == mx.Device(mx.cpu) else nullcontext():
+        with choose_curves():
             loss, gradient = self._compute_gradient(data, stage.parts)
             self.optimizer.update(self.trainee, gradient)
             mx.async_eval(self.trainee.parameters(), self.optimizer.state, loss)
