@@ -12,6 +12,7 @@ from mlx_smolvlm.documents.doctags import (
     split_tags,
 )
 from mlx_smolvlm.documents.elements import Cell, Element, Location, Page, Table
+from tests.helpers.doctags_cases import make_pieces
 
 LOC = "<loc_1><loc_20><loc_300><loc_500>"
 PLACE = Location(1, 20, 300, 500)
@@ -202,27 +203,15 @@ def test_token_ids_tell_a_tag_from_its_letters() -> None:
 def test_any_text_is_read_and_no_word_is_lost() -> None:
     """Random tags around numbered words: each word is found once, and the depth is bounded."""
     rng = random.Random(0)
-    tags = [
-        "<doctag>", "</doctag>", "<text>", "</text>", "<title>", "</title>", "<otsl>", "</otsl>",
-        "<fcel>", "<ched>", "<lcel>", "<ucel>", "<xcel>", "<ecel>", "<nl>", "<list_item>",
-        "</list_item>", "<unordered_list>", "</unordered_list>", "<picture>", "</picture>",
-        "<chart>", "<bar_chart>", "</chart>", "<caption>", "</caption>", "<key_value_region>",
-        "<key_1>", "</key_1>", "<value_2>", "</value_2>", "<link_2>", "<inline>", "</inline>",
-        "<code>", "</code>", "<_Python_>", "<formula>", "</formula>", "<loc_7>", "<page_break>",
-        "<document_index>", "<form>", "</form>", "<", ">", "</", "<loc_99999999999>", "\n",
-    ]  # fmt: skip
     for _ in range(1500):
-        pieces = [
-            f"word{i}." if rng.random() < 0.3 else rng.choice(tags)
-            for i in range(rng.randrange(60))
-        ]
+        pieces, words = make_pieces(rng)
         text = "".join(pieces)
         said = []
         for page in read_text(text):
             for element in page.walk():
                 said.append(element.text)
                 said += [cell.text for cell in element.table.cells] if element.table else []
-        for word in (piece for piece in pieces if piece.startswith("word")):
+        for word in words:
             assert sum(one.count(word) for one in said) == 1, (word, text)
     (page,) = read_text("<unordered_list><list_item>" * 3000 + "deep")
     assert max(map(measure_depth, page.elements)) < 30

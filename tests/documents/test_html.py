@@ -7,6 +7,7 @@ from html.parser import HTMLParser
 from mlx_smolvlm.documents.doctags import read_text
 from mlx_smolvlm.documents.document import Document
 from mlx_smolvlm.documents.html import write_element
+from tests.helpers.doctags_cases import make_pieces
 
 EMPTY = {"br", "input"}
 
@@ -69,22 +70,11 @@ def test_furniture_is_written_where_it_is_wanted() -> None:
 
 def test_no_word_is_lost_and_tags_are_balanced() -> None:
     rng = random.Random(3)
-    tags = [
-        "<text>", "</text>", "<title>", "<otsl>", "</otsl>", "<fcel>", "<lcel>", "<ucel>", "<xcel>",
-        "<nl>", "<list_item>", "</list_item>", "<unordered_list>", "<ordered_list>",
-        "</unordered_list>", "<picture>", "<chart>", "<caption>", "</caption>",
-        "<key_value_region>", "<key_1>", "</key_1>", "<value_2>", "<link_2>", "<inline>",
-        "</inline>", "<code>", "</code>", "<formula>", "</formula>", "<checkbox_selected>",
-        "<footnote>", "<document_index>", "<form>", "<page_break>", "<page_header>", "<b>", "&",
-    ]  # fmt: skip
     for _ in range(1200):
-        pieces = [
-            f"word{i}." if rng.random() < 0.4 else rng.choice(tags)
-            for i in range(rng.randrange(50))
-        ]
+        pieces, words = make_pieces(rng)
         parser = Balanced()
         parser.feed(Document.from_doctags("".join(pieces)).to_html(furniture=True))
         parser.close()
         assert not parser.open
-        for word in (piece for piece in pieces if piece.startswith("word")):
+        for word in words:
             assert re.search(rf"\b{word}", parser.text), (word, "".join(pieces))

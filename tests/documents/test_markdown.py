@@ -6,6 +6,7 @@ import re
 import pytest
 
 from mlx_smolvlm.documents.document import Document
+from tests.helpers.doctags_cases import make_pieces
 
 
 def convert(text: str, furniture: bool = False) -> str:
@@ -85,19 +86,8 @@ def test_furniture_is_written_where_it_is_wanted() -> None:
 
 def test_no_word_is_lost() -> None:
     rng = random.Random(3)
-    tags = [
-        "<text>", "</text>", "<title>", "<otsl>", "</otsl>", "<fcel>", "<lcel>", "<ucel>",
-        "<xcel>", "<nl>", "<list_item>", "</list_item>", "<unordered_list>", "<ordered_list>",
-        "</unordered_list>", "<picture>", "<chart>", "<caption>", "</caption>", "<key_1>",
-        "</key_1>", "<key_value_region>", "<value_2>", "<link_2>", "<inline>", "</inline>",
-        "<code>", "</code>", "<formula>", "</formula>", "<checkbox_selected>", "<footnote>",
-        "<document_index>", "<form>", "<page_break>", "<smiles>", "<page_header>",
-    ]  # fmt: skip
     for _ in range(1500):
-        pieces = [
-            f"word{i}." if rng.random() < 0.4 else rng.choice(tags)
-            for i in range(rng.randrange(50))
-        ]
+        pieces, words = make_pieces(rng)
         written = convert("".join(pieces), furniture=True)
-        for word in (piece for piece in pieces if piece.startswith("word")):
+        for word in words:
             assert re.search(rf"\b{word}", written), (word, "".join(pieces), written)
